@@ -1,0 +1,151 @@
+"""Where vectors go: one small interface, and the choice of sink by the scheme of the output."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import msgspec
+import pyarrow as pa
+
+
+class BlockRecord(msgspec.Struct, frozen=True):
+    """One block as a shard holds it."""
+
+    part: int
+    block: int
+    rows: int
+    """Rows written."""
+    failed: int
+    """Error rows: refused by the producer, or failed in the worker."""
+    skipped: int
+    sum: str
+    """`Block.sum()` in hex."""
+
+
+class ShardRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """What a shard holds: written into its footer, committed to Redis, listed by the manifest."""
+
+    name: str
+    """`X` of `part-X.parquet` and `errors-X.parquet`; unique for ever."""
+    job: str
+    space: str
+    blocks: tuple[BlockRecord, ...]
+    rows: int
+    failed: int
+    skipped: int
+    truncated: int
+    tokens: int
+    padded: int
+    """Tokens that the model computed, padding included."""
+    dim: int
+    dtype: str
+    """Precision of the computation: float32, bfloat16."""
+    normalized: bool
+    engine: str
+    worker: str
+    bytes: int = 0
+    """Size of the data file; 0 until it is written."""
+    checksum: str = ""
+    """`sha256:<hex>` of the data file; empty until it is written, and for sinks without files."""
+
+
+@dataclass(frozen=True)
+class ShardContent:
+    """What a worker hands to a sink: rows in dataset schema, error rows in errors schema (see `schema`)."""
+
+    record: ShardRecord
+    data: pa.Table
+    errors: pa.Table
+
+
+class ManifestShard(msgspec.Struct, frozen=True):
+    """A shard as the manifest lists it."""
+
+    name: str
+    rows: int
+    failed: int
+    bytes: int
+    checksum: str
+    dtype: str
+    blocks: tuple[tuple[int, int, int], ...]
+    """Runs of blocks: (part, first, last)."""
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """What readers trust. A file that it does not list does not exist for them."""
+
+    v: int
+    job: str
+    state: str
+    """completed, failed or cancelled; the last two may be partial."""
+    partial: bool
+    """Whether blocks are missing."""
+    spec: msgspec.Raw
+    """The `JobSpec`."""
+    space: str
+    outputs: tuple[ManifestOutput, ...]
+    parts: tuple[ManifestPart, ...]
+    rows: int
+    failed: int
+    skipped: int
+    truncated: int
+    tokens: int
+    padded: int
+    created: float
+    ended: float
+    """Unix seconds, by the Redis server's clock."""
+    engines: tuple[str, ...]
+    shards: tuple[ManifestShard, ...]
+
+
+class ManifestOutput(msgspec.Struct, frozen=True, kw_only=True):
+    """One vector column, resolved: what the model really gave."""
+
+    name: str
+    kind: str
+    dtype: str
+    dim: int
+    normalized: bool
+
+
+class ManifestPart(msgspec.Struct, frozen=True):
+    """One input."""
+
+    source: str
+    blocks: int
+    """Blocks in the part; -1 if the job ended before that was known."""
+    rows: int
+    failed: int
+
+
+class Sink(Protocol):
+    """One output. Every call may be repeated: writing the same thing twice is harmless."""
+
+    output: str
+    """Its canonical address, as in `JobSpec.output`."""
+
+    def check(self) -> None:
+        """Make the output ready and prove that it can be written. Raises `OutputError`."""
+
+    def write_shard(self, content: ShardContent) -> ShardRecord:
+        """Make a shard durable; returns its record with `bytes` and `checksum`. Raises `OutputError`."""
+
+    def discard_shard(self, name: str) -> None:
+        """Remove a shard that was refused whole."""
+
+    def find_shards(self) -> Iterator[ShardRecord]:
+        """Whole shards that lie in the output, listed or not, in name order (none for sinks without files)."""
+
+    def read_manifest(self) -> Manifest | None:
+        """The manifest, if one was ever written."""
+
+    def finalize(self, manifest: Manifest, sources: tuple[str, ...]) -> None:
+        """Write the errors of the manifest's shards (with `sources[part]` as file), then the manifest, atomically."""
+
+    def read(self, columns: Iterable[str] | None = None) -> Iterator[pa.RecordBatch]:
+        """The dataset's rows, shard by shard, in no promised order."""
+
+    def describe(self) -> str:
+        """One line of advice: how to read the vectors."""

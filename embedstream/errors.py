@@ -1,0 +1,89 @@
+"""Every error that embedstream raises on purpose. Its message says what is wrong, where, and what to do."""
+
+from __future__ import annotations
+
+
+class EmbedstreamError(Exception):
+    """Base of the family. `exit_code` is what a command line ends with when this error reaches it."""
+
+    exit_code = 2
+
+
+class UsageError(EmbedstreamError):
+    """A setting, flag or argument that cannot be used."""
+
+
+class InputError(EmbedstreamError):
+    """A corpus that cannot be read at all (a bad row is a `Refusal`, not an error)."""
+
+
+class OutputError(EmbedstreamError):
+    """An output that cannot be written or read, or that no worker may write."""
+
+
+class OutputBusy(OutputError):
+    """Another run holds the lock on this output."""
+
+
+class SpecDiffers(EmbedstreamError):
+    """The output belongs to a job with another spec."""
+
+    def __init__(self, output: str, field: str, existing: object, wanted: object) -> None:
+        super().__init__(
+            f"{output} was made with {field}={existing!r}, this command says {field}={wanted!r}: "
+            f"use the same setting, or another output (-o)"
+        )
+        self.field = field
+
+
+class CorpusChanged(EmbedstreamError):
+    """The corpus is not the one that the unfinished job began with."""
+
+    def __init__(self, source: str, block: int) -> None:
+        super().__init__(
+            f"{source}: changed since this job began (block {block} differs): "
+            f"restore the file, or write to another output (-o)"
+        )
+        self.block = block
+
+
+class BlockError(EmbedstreamError):
+    """A stream entry that is not a valid block."""
+
+
+class BrokerError(EmbedstreamError):
+    """Redis cannot be reached, refuses, or answers what no version of the protocol says."""
+
+
+class ServerError(EmbedstreamError):
+    """No private Redis server could be started for embedded mode."""
+
+
+class ModelError(EmbedstreamError):
+    """A model that cannot be found, loaded or trusted."""
+
+
+class WorkerError(EmbedstreamError):
+    """The worker process of embedded mode keeps dying."""
+
+    exit_code = 1
+
+
+class JobFailed(EmbedstreamError):
+    """The job ended `failed`."""
+
+    exit_code = 1
+
+
+class JobCancelled(EmbedstreamError):
+    """The job was cancelled."""
+
+    exit_code = 4
+
+
+class JobUnknown(EmbedstreamError):
+    """No job of this id is known to the server."""
+
+
+class RequestError(EmbedstreamError):
+    """An interactive request was not answered, or its text could not be embedded."""

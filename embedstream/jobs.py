@@ -1,0 +1,236 @@
+"""What a job is: its spec, its states and their legal moves, and what can be seen of it."""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import math
+from typing import Literal
+
+import msgspec
+
+from embedstream.errors import UsageError
+
+FORMAT_VERSION = 1
+"""Version of spec, block and manifest formats."""
+
+DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
+
+RESERVED_COLUMNS = frozenset(
+    {"part", "row", "id", "chunk", "start", "end", "text", "text_pair", "n_tokens", "truncated", "input_hash"}
+)
+"""Columns of the dataset that a kept field may not replace (nor may it take an output's name)."""
+
+
+class OutputSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """One vector column of the dataset. `None` means: as the model has it."""
+
+    name: str = "embedding"
+    kind: Literal["dense"] = "dense"
+    dtype: Literal["float32"] = "float32"
+    dim: int | None = None
+    normalized: bool | None = None
+
+
+class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """All that decides which rows come out of a job and what their vectors are. It never changes once created."""
+
+    queue: str
+    output: str
+    """Where results go: an absolute folder path or a `redis:` URL (see `embedstream.dataset.sink`)."""
+    model: str
+    revision: str | None = None
+    parts: tuple[str, ...]
+    """One source name per part: the absolute path of a file, `-` for standard input, `records` for Python records."""
+    role: Literal["document", "query"] = "document"
+    prompt: str | None = None
+    prompt_name: str | None = None
+    max_length: int | None = None
+    """Tokens, special tokens included; None: the model's own."""
+    id_field: str | None = None
+    text_field: str | None = None
+    title_field: str | None = None
+    title_sep: str = " "
+    keep: tuple[str, ...] = ()
+    text: bool = True
+    """Whether the dataset keeps the text column."""
+    empty: Literal["error", "skip"] = "error"
+    outputs: tuple[OutputSpec, ...] = (OutputSpec(),)
+    v: int = FORMAT_VERSION
+
+    @property
+    def job(self) -> str:
+        """The job's id: a hash of queue and output, so the same command finds the same job."""
+        return job_id(self.queue, self.output)
+
+    def encode(self) -> bytes:
+        """Canonical JSON: equal specs give equal bytes."""
+        return msgspec.json.encode(self, order="deterministic")
+
+    def check(self) -> None:
+        """Raise `UsageError` for a combination that cannot run."""
+        if not self.queue or any(c in self.queue for c in "{}\0\n"):
+            raise UsageError(f"queue name {self.queue!r}: use letters, digits, dots, slashes and dashes (--queue)")
+        if self.prompt is not None and self.prompt_name is not None:
+            raise UsageError("--prompt and --prompt-name exclude each other")
+        if self.max_length is not None and self.max_length < 1:
+            raise UsageError(f"--max-length {self.max_length}: must be at least 1 token")
+        taken = RESERVED_COLUMNS | {output.name for output in self.outputs}
+        for name in self.keep:
+            if name in taken:
+                raise UsageError(f"--keep {name}: the dataset has a column of that name already")
+        if len(set(self.keep)) != len(self.keep):
+            raise UsageError("--keep names a field twice")
+        if len(self.outputs) != 1:
+            raise UsageError("a job has exactly one output of kind dense")
+
+
+def decode_spec(data: bytes | str) -> JobSpec:
+    """Decode and check a spec that came from Redis or a manifest.
+
+    Raises:
+        UsageError: it is not a spec of this version.
+    """
+    try:
+        spec = msgspec.json.decode(data, type=JobSpec)
+    except msgspec.MsgspecError as error:
+        raise UsageError(f"job spec cannot be read: {error}") from error
+    if spec.v != FORMAT_VERSION:
+        raise UsageError(f"job spec has format version {spec.v}, this embedstream reads {FORMAT_VERSION}: upgrade it")
+    spec.check()
+    return spec
+
+
+def job_id(queue: str, output: str) -> str:
+    """16 hex digits from queue and output."""
+    return hashlib.blake2b(f"{queue}\0{output}".encode(), digest_size=8).hexdigest()
+
+
+def differing_field(existing: JobSpec, wanted: JobSpec) -> str | None:
+    """The first setting in which two specs differ, as the user spells it; None if they are equal."""
+    for name in JobSpec.__struct_fields__:
+        if getattr(existing, name) != getattr(wanted, name):
+            return {"parts": "corpus", "text": "no_text"}.get(name, name).replace("_", "-")
+    return None
+
+
+class JobState(enum.StrEnum):
+    SUBMITTING = "submitting"  # the producer is still adding blocks
+    RUNNING = "running"  # every part is sealed, blocks are left to do
+    FINALIZING = "finalizing"  # all blocks are done, or the job was ended early; the manifest is not written yet
+    COMPLETED = "completed"  # the manifest stands; some rows may have failed
+    FAILED = "failed"  # every row failed, or more than `max_errors`; the manifest is partial or full of errors
+    CANCELLED = "cancelled"  # ended by the user; the manifest is partial
+
+    @property
+    def ended(self) -> bool:
+        return self in (JobState.COMPLETED, JobState.FAILED, JobState.CANCELLED)
+
+
+MOVES: dict[JobState, frozenset[JobState]] = {
+    JobState.SUBMITTING: frozenset({JobState.RUNNING, JobState.FINALIZING}),
+    JobState.RUNNING: frozenset({JobState.FINALIZING}),
+    JobState.FINALIZING: frozenset({JobState.COMPLETED, JobState.FAILED, JobState.CANCELLED}),
+    JobState.COMPLETED: frozenset(),
+    JobState.FAILED: frozenset({JobState.SUBMITTING}),
+    JobState.CANCELLED: frozenset({JobState.SUBMITTING}),
+}
+"""Legal moves; the scripts make them compare-and-set."""
+
+
+class MaxErrors(msgspec.Struct, frozen=True):
+    """A bound on failed rows: a count, or a share of all rows."""
+
+    count: int | None = None
+    percent: float | None = None
+
+    def exceeded(self, failed: int, total: int) -> bool:
+        """Whether `failed` rows of `total` are more than allowed."""
+        if self.count is not None:
+            return failed > self.count
+        if self.percent is not None:
+            return total > 0 and failed * 100 > self.percent * total
+        return False
+
+    def __str__(self) -> str:
+        if self.count is not None:
+            return str(self.count)
+        return "" if self.percent is None else f"{self.percent:g}%"
+
+
+def parse_max_errors(text: str | None) -> MaxErrors:
+    """Read `N` or `P%`; an empty string or None is no bound."""
+    if not text:
+        return MaxErrors()
+    try:
+        if text.endswith("%"):
+            percent = float(text[:-1])
+            if math.isfinite(percent) and 0 <= percent <= 100:
+                return MaxErrors(percent=percent)
+        elif int(text) >= 0:
+            return MaxErrors(count=int(text))
+    except ValueError:
+        pass
+    raise UsageError(f"--max-errors {text}: give a number of rows (100) or a share (0.5%)")
+
+
+def verdict(rows: int, failed: int, max_errors: MaxErrors) -> JobState:
+    """How a job whose blocks are all done ends: `failed` counts error rows, `rows` the written ones."""
+    if failed and (rows == 0 or max_errors.exceeded(failed, rows + failed)):
+        return JobState.FAILED
+    return JobState.COMPLETED
+
+
+class JobStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """One look at a job. Times are Redis seconds (float); rows are chunks."""
+
+    job: str
+    state: JobState
+    spec: JobSpec
+    created: float
+    ended: float | None
+    now: float
+    pushed: float
+    """When the producer last added a block."""
+    committed: float
+    """When a shard was last committed (creation time before the first)."""
+    submitted: int
+    """Rows handed to the workers so far, refused ones included."""
+    rows: int
+    """Rows written."""
+    failed: int
+    """Error rows: refused by the producer or failed in the worker."""
+    skipped: int
+    truncated: int
+    tokens: int
+    padded: int
+    """Tokens that the model computed, padding included."""
+    blocks: int
+    """Blocks submitted."""
+    done: int
+    """Blocks committed."""
+    queued_bytes: int
+    sealed: bool
+    """Whether all parts are sealed, so `submitted` is final."""
+    space: str
+    max_errors: str
+    manifest: str = ""
+    """The manifest as JSON, for outputs in Redis."""
+
+    @property
+    def seconds(self) -> float:
+        """From creation to the manifest, or until now."""
+        return max(0.0, (self.ended if self.ended is not None else self.now) - self.created)
+
+    @property
+    def padding(self) -> float:
+        """Share of computed tokens that were padding, 0..1."""
+        return 1.0 - self.tokens / self.padded if self.padded else 0.0
+
+    @property
+    def stalled(self) -> bool:
+        """Unfinished, and neither producer nor worker has moved it for a minute."""
+        return not self.state.ended and self.now - max(self.pushed, self.committed) > STALLED_SECONDS
+
+
+STALLED_SECONDS = 60.0

@@ -1,0 +1,95 @@
+"""Every Redis key, built in one place.
+
+All keys of a queue carry `{queue}` as their hash tag, so one queue lives in one Redis Cluster slot and any script may
+touch any of them. Keys of a job hang below `Keys.job`, so that scripts derive the per-part ones from it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+GROUP = "workers"
+"""The consumer group of every stream."""
+
+RELEASED = "released"
+"""The consumer that owns entries which a worker handed back: always idle, so claimable at once."""
+
+QUEUES = "embedstream:queues"
+"""Sorted set of queue names, scored by the last sign of life in Redis seconds. A hint for listings only."""
+
+
+@dataclass(frozen=True)
+class Keys:
+    """The keys of one queue."""
+
+    queue: str
+
+    @property
+    def prefix(self) -> str:
+        return f"embedstream:{{{self.queue}}}"
+
+    @property
+    def jobs(self) -> str:
+        """Sorted set: active jobs by creation time (ms)."""
+        return f"{self.prefix}:jobs"
+
+    @property
+    def recent(self) -> str:
+        """Sorted set: ended jobs by end time (ms), for listings."""
+        return f"{self.prefix}:recent"
+
+    @property
+    def bytes(self) -> str:
+        """Counter: body bytes queued over all active jobs."""
+        return f"{self.prefix}:bytes"
+
+    @property
+    def finalize(self) -> str:
+        """Sorted set, the outbox: jobs to finalize by the time (ms) from which they may be taken."""
+        return f"{self.prefix}:finalize"
+
+    @property
+    def interactive(self) -> str:
+        """Stream of small requests."""
+        return f"{self.prefix}:interactive"
+
+    @property
+    def workers(self) -> str:
+        """Sorted set: worker names by last heartbeat (ms)."""
+        return f"{self.prefix}:workers"
+
+    def worker(self, name: str) -> str:
+        """What one live worker says of itself; expires when it stops saying it."""
+        return f"{self.prefix}:worker:{name}"
+
+    def reply(self, request: str) -> str:
+        """List that receives the answer to one interactive request."""
+        return f"{self.prefix}:reply:{request}"
+
+    def caller(self, request: str) -> str:
+        """Exists while the caller of an interactive request still waits."""
+        return f"{self.prefix}:caller:{request}"
+
+    def job(self, job: str) -> str:
+        """Hash: spec, state, counters, and per part `next:<part>` and `sealed:<part>`."""
+        return f"{self.prefix}:job:{job}"
+
+    def blocks(self, job: str) -> str:
+        """The job's stream."""
+        return f"{self.job(job)}:blocks"
+
+    def done(self, job: str, part: int) -> str:
+        """Bitmap, one bit per block of the part."""
+        return f"{self.job(job)}:done:{part}"
+
+    def sums(self, job: str, part: int) -> str:
+        """String of 8-byte block sums, one per block of the part."""
+        return f"{self.job(job)}:sums:{part}"
+
+    def shards(self, job: str) -> str:
+        """Hash: shard name -> `ShardRecord` as JSON."""
+        return f"{self.job(job)}:shards"
+
+    def suspect(self, job: str) -> str:
+        """Hash: `<part>:<block>` -> row of the chunk being tried alone."""
+        return f"{self.job(job)}:suspect"

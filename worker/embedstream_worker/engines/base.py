@@ -1,0 +1,114 @@
+"""The seam between scheduling and models. Scheduling knows token counts; engines know everything else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Role = Literal["document", "query"]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token ids of n texts, flat. `ids[offsets[i]:offsets[i + 1]]` are those of text i, special tokens included."""
+
+    ids: npt.NDArray[np.int32]  # [total]
+    offsets: npt.NDArray[np.int64]  # [n + 1]
+    truncated: npt.NDArray[np.bool_]  # [n]: the text was longer than the limit
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens per text, [n]."""
+        return np.diff(self.offsets)
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """What goes through the model at once. Engines that need padding pad inside."""
+
+    ids: npt.NDArray[np.int32]  # [total]
+    offsets: npt.NDArray[np.int64]  # [n + 1]
+    longest: int
+    prompt_length: int  # leading tokens that belong to the prompt; 0 when there is none
+    role: Role
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens per text, [n]."""
+        return np.diff(self.offsets)
+
+
+@dataclass(frozen=True)
+class OutputInfo:
+    """What one output of an engine is."""
+
+    kind: Literal["dense"]
+    dim: int
+    normalized: bool
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """What an engine says of itself once it is started."""
+
+    engine: str  # "torch", "hashing"
+    device: str  # "cpu", "cuda:0", "mps"
+    dtype: str  # precision of the computation: "float32", "bfloat16"
+    fingerprint: str  # what the weights, tokenizer and module settings are, as a hash
+    max_length: int  # tokens, special tokens included
+    padded: bool  # whether a batch costs longest x n (True) or the sum of its tokens
+    batch_tokens: int  # a good token budget per batch on this device
+    outputs: dict[str, OutputInfo]
+
+
+class TextTokenizer(Protocol):
+    """Turns texts into token ids. Not safe to share between threads: make one per thread."""
+
+    def encode(self, texts: Sequence[str], max_length: int) -> Tokens:
+        """Token ids with special tokens, cut at `max_length` tokens."""
+
+    def prompt_length(self, prompt: str, max_length: int) -> int:
+        """How many leading tokens of a prompted text belong to the prompt."""
+
+
+class Engine(Protocol):
+    """One long-lived model. Life: `start`, `warm_up`, any number of `embed`, `close`."""
+
+    in_flight: int
+    """How many batches it wants to hold at once."""
+
+    @property
+    def info(self) -> EngineInfo: ...
+
+    def start(self) -> None:
+        """Load the model. Raises `ModelError`."""
+
+    def warm_up(self, batch_tokens: int) -> float:
+        """Run the smallest, the longest and the fullest batch it will meet; seconds taken."""
+
+    def tokenizer(self) -> TextTokenizer:
+        """A new tokenizer, for one thread."""
+
+    def prompt(self, role: Role, prompt: str | None, prompt_name: str | None) -> str:
+        """The prompt that goes in front of every text of a job. Raises `ModelError` for an unknown name."""
+
+    def embed(self, batch: TokenBatch) -> dict[str, npt.NDArray[np.float32]]:
+        """Vectors by output name, [n, dim], in the batch's order.
+
+        Raises:
+            OutOfMemory: the batch does not fit; a smaller one may.
+            Exception: anything else is the fault of some text in the batch.
+        """
+
+    def close(self) -> None: ...
+
+
+class OutOfMemory(Exception):
+    """The device had no memory for this batch."""
