@@ -214,6 +214,8 @@ class JobStatus(msgspec.Struct, frozen=True, kw_only=True):
     """Whether all parts are sealed, so `submitted` is final."""
     space: str
     max_errors: str
+    reason: str = ""
+    """Why a job was ended early."""
     manifest: str = ""
     """The manifest as JSON, for outputs in Redis."""
 

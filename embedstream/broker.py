@@ -1,0 +1,365 @@
+"""The broker: runs the atomic steps, claims blocks, and answers questions about a queue."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import msgspec
+import redis
+import redis.asyncio
+from redis.exceptions import NoScriptError, ResponseError
+
+from embedstream import scripts
+from embedstream.errors import BrokerError, JobUnknown
+from embedstream.jobs import JobState, JobStatus, decode_spec
+from embedstream.keys import GROUP, QUEUES, RELEASED, Keys
+from embedstream.steps import CommitBlock, Step, Steps
+
+T = TypeVar("T")
+
+Fields = dict[bytes, bytes]
+
+
+@dataclass(frozen=True)
+class Claimed:
+    """An entry that this consumer holds."""
+
+    stream: str
+    entry: str
+    fields: Fields
+    deliveries: int
+    """1 at first; more means that earlier holders died with it."""
+
+
+class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """What a live worker says of itself."""
+
+    name: str
+    host: str
+    pid: int
+    model: str
+    fingerprint: str
+    engine: str
+    device: str
+    dtype: str
+    roots: tuple[str, ...]
+    state: str
+    """starting, ready or draining."""
+    started: float
+    warm_up_seconds: float = 0.0
+    rows: int = 0
+    tokens: int = 0
+    tokens_per_second: float = 0.0
+    lease_seconds: float = 0.0
+
+
+class Broker(Steps):
+    """Synchronous broker of one queue over one client."""
+
+    def __init__(self, client: redis.Redis, queue: str) -> None:
+        super().__init__(queue)
+        self.client = client
+        # redis-py types its replies as unions over all its configurations; ours are bytes.
+        self._raw: Any = client
+
+    def run(self, step: Step[T]) -> T:
+        """Run a step. Raises `redis.RedisError` as redis-py does."""
+        script, count = scripts.load(step.script), len(step.keys)
+        try:
+            raw = self.client.evalsha(script.sha, count, *step.keys, *step.args)
+        except NoScriptError:
+            raw = self.client.eval(script.body, count, *step.keys, *step.args)
+        return step.parse(raw)
+
+    # Claiming
+
+    def claim(self, consumer: str, jobs: Sequence[str], count: int, block_ms: int) -> list[Claimed]:
+        """New blocks of `jobs`, at most `count` per job, waiting up to `block_ms` (0: not at all) for the first.
+
+        Blocks that are done already (adopted meanwhile) are dropped and not returned.
+        """
+        if not jobs:
+            return []
+        streams = {self.keys.blocks(job): job for job in jobs}
+        raw = self._read_group(consumer, list(streams), count, block_ms)
+        return self._keep_undone(streams, raw)
+
+    def claim_requests(self, consumer: str, count: int, block_ms: int) -> list[Claimed]:
+        """New interactive requests."""
+        return self._read_group(consumer, [self.keys.interactive], count, block_ms)
+
+    def sweep(self, consumer: str, job: str, idle_ms: int, count: int) -> list[Claimed]:
+        """Blocks of a job whose lease expired or that were handed back, now this consumer's; done ones are dropped."""
+        stream = self.keys.blocks(job)
+        return self._keep_undone({stream: job}, self._auto_claim(stream, consumer, idle_ms, count))
+
+    def sweep_requests(self, consumer: str, idle_ms: int, count: int) -> list[Claimed]:
+        """Interactive requests whose worker died."""
+        return self._auto_claim(self.keys.interactive, consumer, idle_ms, count)
+
+    def _read_group(self, consumer: str, streams: list[str], count: int, block_ms: int) -> list[Claimed]:
+        try:
+            raw = self._raw.xreadgroup(
+                GROUP, consumer, dict.fromkeys(streams, ">"), count=count, block=block_ms or None
+            )
+        except ResponseError as error:
+            if not _stream_gone(error):
+                raise
+            return []  # a job ended between the listing and the read; the caller lists again
+        return [
+            Claimed(stream.decode(), entry.decode(), fields, 1)
+            for stream, entries in raw or ()
+            for entry, fields in entries
+        ]
+
+    def _auto_claim(self, stream: str, consumer: str, idle_ms: int, count: int) -> list[Claimed]:
+        found: list[tuple[str, Fields]] = []
+        cursor, deleted = "0-0", False
+        try:
+            while len(found) < count:
+                raw = self._raw.xautoclaim(stream, GROUP, consumer, idle_ms, cursor, count=count - len(found))
+                cursor = raw[0].decode()
+                for entry, fields in raw[1]:
+                    if entry is None or not fields:
+                        deleted = True
+                    else:
+                        found.append((entry.decode(), fields))
+                if cursor == "0-0":
+                    break
+            if deleted:
+                self._acknowledge_deleted(stream, consumer)
+        except ResponseError as error:
+            if not _stream_gone(error):
+                raise
+            return []
+        if not found:
+            return []
+        with self._raw.pipeline(transaction=False) as pipe:
+            for entry, _ in found:
+                pipe.xpending_range(stream, GROUP, entry, entry, 1)
+            pending = pipe.execute()
+        return [
+            Claimed(stream, entry, fields, int(rows[0]["times_delivered"]) if rows else 1)
+            for (entry, fields), rows in zip(found, pending, strict=True)
+        ]
+
+    def _acknowledge_deleted(self, stream: str, consumer: str) -> None:
+        """Redis 6.2 keeps deleted entries pending and names no id: find them among this consumer's own."""
+        for row in self._raw.xpending_range(stream, GROUP, "-", "+", 1000, consumername=consumer):
+            entry = row["message_id"]
+            if not self._raw.xrange(stream, entry, entry):
+                self._raw.xack(stream, GROUP, entry)
+
+    def _keep_undone(self, streams: Mapping[str, str], claimed: list[Claimed]) -> list[Claimed]:
+        if not claimed:
+            return []
+        with self._raw.pipeline(transaction=False) as pipe:
+            for c in claimed:
+                part, block = int(c.fields.get(b"part", b"0")), int(c.fields.get(b"block", b"0"))
+                pipe.getbit(self.keys.done(streams[c.stream], part), block)
+            done = pipe.execute()
+        kept: list[Claimed] = []
+        for c, bit in zip(claimed, done, strict=True):
+            if bit:
+                part, block = int(c.fields[b"part"]), int(c.fields[b"block"])
+                size = entry_size(c.fields)
+                self.run(self.drop(streams[c.stream], [CommitBlock(part, block, b"", c.entry, size)]))
+            else:
+                kept.append(c)
+        return kept
+
+    def pending(self, stream: str, consumer: str) -> list[str]:
+        """Ids of the entries that the consumer holds, looked at without re-delivering them."""
+        try:
+            rows = self._raw.xpending_range(stream, GROUP, "-", "+", 10_000, consumername=consumer)
+        except ResponseError as error:
+            if not _stream_gone(error):
+                raise
+            return []
+        return [row["message_id"].decode() for row in rows]
+
+    def suspected(self, job: str, part: int, block: int) -> int | None:
+        """The row that was being tried alone when the block's last holder died."""
+        raw = self._raw.hget(self.keys.suspect(job), f"{part}:{block}")
+        return None if raw is None else int(raw)
+
+    # Questions
+
+    def active_jobs(self) -> list[str]:
+        """Jobs that still have blocks to do, oldest first."""
+        return [raw.decode() for raw in self._raw.zrange(self.keys.jobs, 0, -1)]
+
+    def recent_jobs(self) -> list[str]:
+        """Ended jobs, newest first."""
+        return [raw.decode() for raw in self._raw.zrange(self.keys.recent, 0, -1, desc=True)]
+
+    def outbox(self) -> list[str]:
+        """Jobs that wait to be finalized, or whose finalizer's lease runs."""
+        return [raw.decode() for raw in self._raw.zrange(self.keys.finalize, 0, -1)]
+
+    def unfinished(self) -> bool:
+        """Whether any job of the queue is not ended yet."""
+        return bool(self._raw.zcard(self.keys.jobs) or self._raw.zcard(self.keys.finalize))
+
+    def backlog(self, job: str) -> int:
+        """Blocks of a job that are queued or in a worker's hands."""
+        return int(self._raw.xlen(self.keys.blocks(job)))
+
+    def status(self, job: str) -> JobStatus:
+        """Raises `JobUnknown`."""
+        with self._raw.pipeline(transaction=False) as pipe:
+            pipe.hgetall(self.keys.job(job))
+            pipe.time()
+            raw, (seconds, micros) = pipe.execute()
+        return parse_status(job, raw, seconds + micros / 1e6)
+
+    def next_block(self, job: str, part: int) -> int:
+        """The number that the part's next block must have."""
+        return int(self._raw.hget(self.keys.job(job), f"next:{part}") or 0)
+
+    def shard_records(self, job: str) -> list[bytes]:
+        """The committed shards' records as JSON, by name."""
+        raw = self._raw.hgetall(self.keys.shards(job))
+        return [raw[name] for name in sorted(raw)]
+
+    def memory_bound(self, wanted: int) -> int:
+        """The bound on queued bytes: `wanted`, or a quarter of the server's `maxmemory` if that is less."""
+        most = int(self._raw.info("memory").get("maxmemory", 0))
+        return min(wanted, most // 4) if most else wanted
+
+    # Workers
+
+    def heartbeat(self, record: WorkerRecord, expire_seconds: float) -> None:
+        """Say that a worker lives."""
+        now = self._now_ms()
+        with self._raw.pipeline(transaction=False) as pipe:
+            pipe.set(self.keys.worker(record.name), msgspec.json.encode(record), px=int(expire_seconds * 1000))
+            pipe.zadd(self.keys.workers, {record.name: now})
+            pipe.pexpire(self.keys.workers, 86_400_000)
+            pipe.zadd(QUEUES, {self.queue: now // 1000})
+            pipe.expire(QUEUES, 86_400 * 30)
+            pipe.execute()
+
+    def leave(self, name: str) -> None:
+        """Say that a worker is gone."""
+        with self._raw.pipeline(transaction=False) as pipe:
+            pipe.delete(self.keys.worker(name))
+            pipe.zrem(self.keys.workers, name)
+            pipe.execute()
+
+    def workers(self) -> list[WorkerRecord]:
+        """The live workers of the queue; names of dead ones are forgotten."""
+        names = [raw.decode() for raw in self._raw.zrange(self.keys.workers, 0, -1)]
+        if not names:
+            return []
+        raws = self._raw.mget([self.keys.worker(name) for name in names])
+        live, dead = [], []
+        for name, raw in zip(names, raws, strict=True):
+            if raw is None:
+                dead.append(name)
+            else:
+                live.append(msgspec.json.decode(raw, type=WorkerRecord))
+        horizon = self._now_ms() - 3_600_000
+        if dead:
+            self._raw.zremrangebyscore(self.keys.workers, "-inf", horizon)
+        return live
+
+    def announce(self) -> None:
+        """Put the queue on the list of queues."""
+        self._raw.zadd(QUEUES, {self.queue: self._now_ms() // 1000})
+        self._raw.expire(QUEUES, 86_400 * 30)
+
+    def queues(self) -> list[str]:
+        """Queues with a sign of life in the last 30 days."""
+        return [raw.decode() for raw in self._raw.zrange(QUEUES, 0, -1)]
+
+    def dead_consumers(self, job: str, living: Iterable[str]) -> list[str]:
+        """Consumers of a job's stream that belong to no living worker and hold nothing."""
+        keep = {*living, RELEASED}
+        try:
+            rows = self._raw.xinfo_consumers(self.keys.blocks(job), GROUP)
+        except ResponseError as error:
+            if not _stream_gone(error):
+                raise
+            return []
+        return [row["name"].decode() for row in rows if not row["pending"] and row["name"].decode() not in keep]
+
+    def _now_ms(self) -> int:
+        seconds, micros = self._raw.time()
+        return int(seconds * 1000 + micros // 1000)
+
+
+class AsyncBroker(Steps):
+    """The same steps over an asyncio client."""
+
+    def __init__(self, client: redis.asyncio.Redis, queue: str) -> None:
+        super().__init__(queue)
+        self.client = client
+
+    async def run(self, step: Step[T]) -> T:
+        """Run a step. Raises `redis.RedisError` as redis-py does."""
+        script, count = scripts.load(step.script), len(step.keys)
+        try:
+            raw = await self.client.evalsha(script.sha, count, *step.keys, *step.args)
+        except NoScriptError:
+            raw = await self.client.eval(script.body, count, *step.keys, *step.args)
+        return step.parse(raw)
+
+    async def status(self, job: str) -> JobStatus:
+        """Raises `JobUnknown`."""
+        async with self.client.pipeline(transaction=False) as pipe:
+            pipe.hgetall(self.keys.job(job))
+            pipe.time()
+            raw, (seconds, micros) = await pipe.execute()
+        return parse_status(job, raw, seconds + micros / 1e6)
+
+
+def entry_size(fields: Mapping[bytes, bytes]) -> int:
+    """What an entry counts against the queue's bound: as `Entry.size` of the block that was submitted."""
+    return len(fields.get(b"body", b"")) + len(fields.get(b"refused", b""))
+
+
+def parse_status(job: str, raw: Mapping[bytes, bytes], now: float) -> JobStatus:
+    """A job's hash as a status. Raises `JobUnknown` if there is none, `BrokerError` if it makes no sense."""
+    if not raw:
+        raise JobUnknown(f"no job {job} on this server: it never was, or has expired (embed-status lists them)")
+    value = {key.decode(): text.decode() for key, text in raw.items()}
+    try:
+        number = {
+            name: int(value[name])
+            for name in ("submitted", "rows", "failed", "skipped", "truncated", "tokens", "padded", "done")
+        }
+        return JobStatus(
+            job=job,
+            state=JobState(value["state"]),
+            spec=decode_spec(value["spec"]),
+            created=int(value["created"]) / 1000,
+            ended=int(value["ended"]) / 1000 if value["ended"] else None,
+            now=now,
+            pushed=int(value["pushed"]) / 1000,
+            committed=int(value["committed"]) / 1000,
+            blocks=int(value["added"]),
+            queued_bytes=int(value["queued"]),
+            sealed=int(value["sealed"]) == int(value["parts"]),
+            space=value["space"],
+            max_errors=value["max_errors"],
+            reason=value["reason"],
+            manifest=value["manifest"],
+            **number,
+        )
+    except (KeyError, ValueError) as error:
+        raise BrokerError(f"job {job} is damaged in Redis: {error!r}") from error
+
+
+def _stream_gone(error: ResponseError) -> bool:
+    """Whether the stream or its group vanished: its job ended, or Redis was emptied."""
+    text = str(error)
+    return text.startswith(("NOGROUP", "UNBLOCKED")) or "no such key" in text
+
+
+def job_keys(keys: Keys, job: str, parts: int) -> list[str]:
+    """Every key that a job may have, its stream excepted once it ended."""
+    per_part = [key for part in range(parts) for key in (keys.done(job, part), keys.sums(job, part))]
+    return [keys.job(job), keys.shards(job), keys.suspect(job), *per_part]

@@ -1,0 +1,57 @@
+-- Commit one durable shard of one job: clear its entries, set its blocks' done bits, count it, record it.
+-- The last shard of a running job moves it into the outbox. Adopting a shard is the same without entries.
+--
+-- KEYS 1 job hash, 2 blocks stream, 3 shards, 4 jobs, 5 bytes, 6 finalize, 7 suspect   (derived: <job>:done:<part>,
+--      <job>:sums:<part>)
+-- ARGV 1 job id, 2 shard name, 3 shard record (JSON), 4 space, 5 rows, 6 failed, 7 skipped, 8 truncated, 9 tokens,
+--      10 padded, 11... groups of 5: part, block, sum (8 bytes), entry id or '', size
+-- Answers {COMMITTED} | {ALREADY} (this shard is recorded) | {CONFLICT, part, block, ...} (blocks done by others:
+--         their entries are cleared, nothing else is written) | {CHANGED, part, block, ...} (adopting only: blocks whose
+--         content is no longer the corpus's) | {DROPPED, state} | {OTHER_SPACE, space} | {UNKNOWN_JOB}
+-- Twice: the second run answers ALREADY.
+
+local job, stream, shards, jobs, bytes, finalize, suspect =
+  KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6], KEYS[7]
+local id, name, record, space = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
+
+local state = redis.call('HGET', job, 'state')
+if not state then return {'UNKNOWN_JOB'} end
+if redis.call('HEXISTS', shards, name) == 1 then return {'ALREADY'} end
+if not is_open(state) then return {'DROPPED', state} end
+
+local pinned = redis.call('HGET', job, 'space')
+if pinned ~= '' and pinned ~= space then return {'OTHER_SPACE', pinned} end
+
+local conflict, changed = {'CONFLICT'}, {'CHANGED'}
+for i = 11, #ARGV, 5 do
+  local part, block, sum = ARGV[i], tonumber(ARGV[i + 1]), ARGV[i + 2]
+  local known = redis.call('GETRANGE', job .. ':sums:' .. part, block * 8, block * 8 + 7)
+  if redis.call('GETBIT', job .. ':done:' .. part, block) == 1 then
+    conflict[#conflict + 1] = part
+    conflict[#conflict + 1] = block
+    if ARGV[i + 3] ~= '' then clear_entry(stream, job, bytes, ARGV[i + 3], ARGV[i + 4]) end
+  elseif #known == 8 and known ~= string.rep('\0', 8) and known ~= sum then
+    changed[#changed + 1] = part
+    changed[#changed + 1] = block
+  end
+end
+if #conflict > 1 then return conflict end
+if #changed > 1 then return changed end
+
+-- Freeing comes before taking, so that a full server drains.
+for i = 11, #ARGV, 5 do
+  if ARGV[i + 3] ~= '' then clear_entry(stream, job, bytes, ARGV[i + 3], ARGV[i + 4]) end
+  redis.call('HDEL', suspect, ARGV[i] .. ':' .. ARGV[i + 1])
+end
+for i = 11, #ARGV, 5 do
+  redis.call('SETBIT', job .. ':done:' .. ARGV[i], ARGV[i + 1], 1)
+  redis.call('SETRANGE', job .. ':sums:' .. ARGV[i], ARGV[i + 1] * 8, ARGV[i + 2])
+end
+redis.call('HSET', shards, name, record)
+redis.call('HINCRBY', job, 'done', (#ARGV - 10) / 5)
+for i, counter in ipairs({'rows', 'failed', 'skipped', 'truncated', 'tokens', 'padded'}) do
+  redis.call('HINCRBY', job, counter, ARGV[4 + i])
+end
+redis.call('HSET', job, 'space', space, 'committed', now_ms())
+finish_if_done(job, id, stream, jobs, bytes, finalize)
+return {'COMMITTED'}

@@ -1,0 +1,46 @@
+-- Make a job, find it, or reopen one that was cancelled or failed.
+--
+-- KEYS 1 job hash, 2 jobs, 3 blocks stream, 4 shards, 5 suspect, 6 recent
+--      (derived: <job>:done:<part>, <job>:sums:<part>)
+-- ARGV 1 job id, 2 spec (canonical JSON), 3 max errors, 4 number of parts
+-- Answers {CREATED} | {REOPENED} | {EXISTS, state} | {DIFFERS, existing spec}
+-- Twice: the second run finds the job as the first one left it and answers EXISTS(submitting).
+
+local job, jobs, stream, shards, suspect, recent = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
+local id, spec, max_errors, parts = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
+
+local existing = redis.call('HGET', job, 'spec')
+local state = redis.call('HGET', job, 'state')
+if existing and existing ~= spec then return {'DIFFERS', existing} end
+if existing and state ~= 'cancelled' and state ~= 'failed' then
+  if is_open(state) then redis.call('HSET', job, 'max_errors', max_errors) end
+  return {'EXISTS', state}
+end
+
+local now = now_ms()
+if existing then
+  -- Committed blocks keep their done bits; everything else is submitted again.
+  redis.call('PERSIST', job)
+  redis.call('PERSIST', shards)
+  redis.call('PERSIST', suspect)
+  for part = 0, parts - 1 do
+    redis.call('HDEL', job, 'next:' .. part, 'sealed:' .. part)
+    redis.call('PERSIST', job .. ':done:' .. part)
+    redis.call('PERSIST', job .. ':sums:' .. part)
+  end
+  redis.call('ZREM', recent, id)
+  redis.call('HINCRBY', job, 'epoch', 1)
+else
+  redis.call('UNLINK', shards, suspect)
+  for part = 0, parts - 1 do
+    redis.call('UNLINK', job .. ':done:' .. part, job .. ':sums:' .. part)
+  end
+  redis.call('HSET', job, 'spec', spec, 'parts', parts, 'created', now, 'committed', now, 'space', '', 'epoch', 0,
+    'done', 0, 'rows', 0, 'failed', 0, 'skipped', 0, 'truncated', 0, 'tokens', 0, 'padded', 0)
+end
+redis.call('HSET', job, 'state', 'submitting', 'verdict', '', 'reason', '', 'max_errors', max_errors, 'pushed', now,
+  'blocks', 0, 'sealed', 0, 'submitted', 0, 'added', 0, 'queued', 0, 'ended', '', 'manifest', '')
+redis.call('UNLINK', stream)
+redis.call('XGROUP', 'CREATE', stream, GROUP, '0', 'MKSTREAM')
+redis.call('ZADD', jobs, number(job, 'created'), id)
+return {existing and 'REOPENED' or 'CREATED'}

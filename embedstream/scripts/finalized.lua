@@ -1,0 +1,30 @@
+-- Record that a job's manifest stands. All keys of the job get their expiry.
+--
+-- KEYS 1 job hash, 2 finalize, 3 shards, 4 suspect, 5 recent   (derived: <job>:done:<part>, <job>:sums:<part>)
+-- ARGV 1 job id, 2 epoch, 3 state, 4 ended (ms, as in the manifest), 5 time to live (ms), 6 manifest or ''
+-- Answers {OK} | {STALE} (leased again since, or reopened) | {UNKNOWN_JOB}
+-- Twice: the second run finds the same epoch in an ended job and answers OK.
+
+local job, finalize, shards, suspect, recent = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
+local id, epoch, state, ended, ttl = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5])
+
+local current = redis.call('HGET', job, 'state')
+if not current then return {'UNKNOWN_JOB'} end
+if redis.call('HGET', job, 'epoch') ~= epoch then return {'STALE'} end
+if current == state then return {'OK'} end
+if current ~= 'finalizing' then return {'STALE'} end
+
+redis.call('ZREM', finalize, id)
+redis.call('HSET', job, 'state', state, 'ended', ended, 'manifest', ARGV[6])
+redis.call('ZADD', recent, ended, id)
+redis.call('ZREMRANGEBYSCORE', recent, '-inf', now_ms() - 30 * 86400000)
+redis.call('PEXPIRE', recent, math.max(ttl, 30 * 86400000))
+redis.call('PEXPIRE', shards, ttl)
+redis.call('PEXPIRE', suspect, ttl)
+for part = 0, number(job, 'parts') - 1 do
+  redis.call('PEXPIRE', job .. ':done:' .. part, ttl)
+  redis.call('PEXPIRE', job .. ':sums:' .. part, ttl)
+end
+-- The hash goes first: a job that is found has all its other keys.
+redis.call('PEXPIRE', job, ttl - 1000)
+return {'OK'}

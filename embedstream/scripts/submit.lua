@@ -1,0 +1,41 @@
+-- Add one block of a part, if it is the part's next.
+--
+-- KEYS 1 job hash, 2 blocks stream, 3 jobs, 4 bytes   (derived: <job>:done:<part>, <job>:sums:<part>)
+-- ARGV 1 part, 2 block, 3 size in bytes, 4 bound on the queue's bytes, 5 rows, 6 sum (8 bytes), 7... entry fields
+-- Answers {OK} | {DUPLICATE} (the block is below the next) | {GAP, next} | {FULL} | {ENDED, state}
+--         | {CHANGED, block} (another content was submitted under this number) | {UNKNOWN_JOB}
+-- Twice: the second run answers DUPLICATE and writes nothing.
+
+local job, stream, jobs, bytes = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
+local part, block, size, bound = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
+local rows, sum = tonumber(ARGV[5]), ARGV[6]
+local sums = job .. ':sums:' .. part
+
+local state = redis.call('HGET', job, 'state')
+if not state then return {'UNKNOWN_JOB'} end
+if not is_open(state) then return {'ENDED', state} end
+
+local known = redis.call('GETRANGE', sums, block * 8, block * 8 + 7)
+if #known == 8 and known ~= string.rep('\0', 8) and known ~= sum then return {'CHANGED', block} end
+
+local next = number(job, 'next:' .. part)
+if block < next then return {'DUPLICATE'} end
+if redis.call('HEXISTS', job, 'sealed:' .. part) == 1 then return {'CHANGED', block} end
+if block > next then return {'GAP', next} end
+
+-- A block whose done bit is set came back by adoption, or was committed before the job was reopened.
+if redis.call('GETBIT', job .. ':done:' .. part, block) == 0 then
+  local queued = tonumber(redis.call('GET', bytes) or '0')
+  if queued > 0 and queued + size > bound then return {'FULL'} end
+  local own, sharing = number(job, 'queued'), redis.call('ZCARD', jobs)
+  if own > 0 and sharing > 1 and own + size > bound / sharing then return {'FULL'} end
+  redis.call('XADD', stream, '*', unpack(ARGV, 7))
+  redis.call('INCRBY', bytes, size)
+  redis.call('HINCRBY', job, 'queued', size)
+end
+redis.call('SETRANGE', sums, block * 8, sum)
+redis.call('HINCRBY', job, 'next:' .. part, 1)
+redis.call('HINCRBY', job, 'added', 1)
+redis.call('HINCRBY', job, 'submitted', rows)
+redis.call('HSET', job, 'pushed', now_ms())
+return {'OK'}

@@ -1,0 +1,16 @@
+-- Lease one job of the outbox. Each lease has its epoch; only the newest may say that it is finalized.
+--
+-- KEYS 1 job hash, 2 finalize
+-- ARGV 1 job id, 2 lease (ms)
+-- Answers {TAKEN, epoch, now (ms), verdict} | {NONE} (not there, or leased)
+-- Twice: the second run answers NONE; the job may be taken again after the lease.
+
+local score = redis.call('ZSCORE', KEYS[2], ARGV[1])
+local now = now_ms()
+if not score or tonumber(score) > now then return {'NONE'} end
+if redis.call('HGET', KEYS[1], 'state') ~= 'finalizing' then
+  redis.call('ZREM', KEYS[2], ARGV[1])
+  return {'NONE'}
+end
+redis.call('ZADD', KEYS[2], now + tonumber(ARGV[2]), ARGV[1])
+return {'TAKEN', redis.call('HINCRBY', KEYS[1], 'epoch', 1), now, redis.call('HGET', KEYS[1], 'verdict')}

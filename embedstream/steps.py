@@ -1,0 +1,262 @@
+"""The atomic steps, described apart from the connection that runs them.
+
+Each function of `Steps` builds one `Step`: a script with its keys and arguments, and how to read its answer. `Broker`
+(synchronous) and `AsyncBroker` run them. Every step may be run twice: clients retry after lost replies.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import msgspec
+
+from embedstream.blocks import Entry
+from embedstream.dataset.sink import ShardRecord
+from embedstream.errors import BrokerError
+from embedstream.jobs import JobSpec, JobState
+from embedstream.keys import RELEASED, Keys
+
+T = TypeVar("T")
+
+Argument = str | bytes | int | float
+
+
+class Code(enum.StrEnum):
+    """What steps answer."""
+
+    OK = "OK"
+    CREATED = "CREATED"
+    REOPENED = "REOPENED"  # a cancelled or failed job goes on
+    EXISTS = "EXISTS"  # detail: its state
+    DIFFERS = "DIFFERS"  # the output has another spec; detail: that spec
+    DUPLICATE = "DUPLICATE"  # the block is below the part's next
+    GAP = "GAP"  # the block is above the part's next; number: the next
+    MISSING = "MISSING"  # fewer blocks than the seal says; number: the next
+    FULL = "FULL"  # the queue holds as many bytes as it may
+    CHANGED = "CHANGED"  # another content stands under this block's number; blocks says which
+    ENDED = "ENDED"  # the job takes no more; detail: its state
+    COMMITTED = "COMMITTED"
+    ALREADY = "ALREADY"  # this very shard is recorded
+    CONFLICT = "CONFLICT"  # others committed some of its blocks first; blocks says which
+    DROPPED = "DROPPED"  # the job has ended; detail: its state
+    OTHER_SPACE = "OTHER_SPACE"  # the job's vectors are of another space; detail: which
+    UNKNOWN_JOB = "UNKNOWN_JOB"
+    TAKEN = "TAKEN"
+    NONE = "NONE"
+    STALE = "STALE"  # somebody else holds the lease now
+    TOO_LATE = "TOO_LATE"  # detail: the job's state
+    PENDING = "PENDING"
+    BUSY = "BUSY"  # too many interactive requests wait
+    GONE = "GONE"  # the caller has left
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a step said. Which fields are set depends on the code."""
+
+    code: Code
+    detail: str = ""
+    number: int = 0
+    blocks: tuple[tuple[int, int], ...] = ()  # (part, block)
+
+    @property
+    def state(self) -> JobState:
+        """The state that `EXISTS`, `ENDED`, `DROPPED` and `TOO_LATE` name."""
+        return JobState(self.detail)
+
+
+@dataclass(frozen=True)
+class Lease:
+    """A finalize lease: a job that nobody else may say is finalized, unless it is leased again."""
+
+    job: str
+    epoch: int
+    now: int
+    """Redis time of the taking, in ms: the end time that goes into the manifest."""
+    verdict: str
+    """`cancelled` or `failed` for a job that was ended early, else empty."""
+
+
+@dataclass(frozen=True)
+class Step(Generic[T]):
+    """One run of one script."""
+
+    script: str
+    keys: tuple[str, ...]
+    args: tuple[Argument, ...]
+    parse: Callable[[Any], T]
+
+
+@dataclass(frozen=True)
+class CommitBlock:
+    """One block of a shard to commit; no entry when the shard is adopted."""
+
+    part: int
+    block: int
+    sum: bytes
+    entry: str = ""
+    size: int = 0
+
+
+class Steps:
+    """Builds the steps of one queue."""
+
+    def __init__(self, queue: str) -> None:
+        self.queue = queue
+        self.keys = Keys(queue)
+
+    def create(self, spec: JobSpec, max_errors: str = "") -> Step[Answer]:
+        """Make a job, find it, or reopen it: CREATED, REOPENED, EXISTS(state), DIFFERS(spec)."""
+        keys, job = self.keys, spec.job
+        return Step(
+            "create",
+            (keys.job(job), keys.jobs, keys.blocks(job), keys.shards(job), keys.suspect(job), keys.recent),
+            (job, spec.encode(), max_errors, len(spec.parts)),
+            _answer,
+        )
+
+    def submit(self, job: str, entry: Entry, bound: int) -> Step[Answer]:
+        """Add a part's next block: OK, DUPLICATE, GAP(next), FULL, CHANGED(block), ENDED(state), UNKNOWN_JOB."""
+        keys = self.keys
+        fields = [item for pair in entry.fields().items() for item in pair]
+        rows = entry.rows + entry.refused_rows
+        return Step(
+            "submit",
+            (keys.job(job), keys.blocks(job), keys.jobs, keys.bytes),
+            (entry.part, entry.block, entry.size, bound, rows, entry.sum, *fields),
+            _answer,
+        )
+
+    def seal(self, job: str, part: int, blocks: int) -> Step[Answer]:
+        """Say how many blocks a part has: OK, MISSING(next), CHANGED, ENDED(state), UNKNOWN_JOB."""
+        return Step("seal", self._job_keys(job), (job, part, blocks), _answer)
+
+    def renew(self, stream: str, consumer: str, entries: Sequence[str]) -> Step[list[str]]:
+        """Reset the idle time of my entries; answers the ids that I no longer own."""
+        return Step("renew", (stream,), (consumer, *entries), _ids)
+
+    def release(self, stream: str, consumer: str, entries: Sequence[str]) -> Step[Answer]:
+        """Hand entries back, claimable at once: OK."""
+        return Step("release", (stream,), (consumer, RELEASED, *entries), _answer)
+
+    def drop(self, job: str, blocks: Iterable[CommitBlock]) -> Step[Answer]:
+        """Clear claimed entries whose blocks are done: OK."""
+        keys = self.keys
+        args = [item for b in blocks for item in (b.part, b.block, b.entry, b.size)]
+        return Step("drop", (keys.job(job), keys.blocks(job), keys.bytes), tuple(args), _answer)
+
+    def commit(self, record: ShardRecord, blocks: Iterable[CommitBlock]) -> Step[Answer]:
+        """Commit a durable shard, or adopt one found on disk (blocks without entries): COMMITTED, ALREADY,
+        CONFLICT(blocks), CHANGED(blocks), DROPPED(state), OTHER_SPACE(space), UNKNOWN_JOB."""
+        keys, job = self.keys, record.job
+        groups = [item for b in blocks for item in (b.part, b.block, b.sum, b.entry, b.size)]
+        r = record
+        return Step(
+            "commit",
+            (
+                keys.job(job),
+                keys.blocks(job),
+                keys.shards(job),
+                keys.jobs,
+                keys.bytes,
+                keys.finalize,
+                keys.suspect(job),
+            ),
+            (
+                job,
+                r.name,
+                msgspec.json.encode(r),
+                r.space,
+                r.rows,
+                r.failed,
+                r.skipped,
+                r.truncated,
+                r.tokens,
+                r.padded,
+                *groups,
+            ),
+            _answer,
+        )
+
+    def suspect(self, job: str, part: int, block: int, row: int) -> Step[Answer]:
+        """Note the chunk that is about to be tried alone: OK, ENDED(state), UNKNOWN_JOB."""
+        return Step("suspect", (self.keys.job(job), self.keys.suspect(job)), (part, block, row), _answer)
+
+    def request(self, request: str, payload: bytes, wait_ms: int, most: int) -> Step[Answer]:
+        """Put an interactive request on its stream: OK, BUSY."""
+        keys = self.keys
+        fields: tuple[Argument, ...] = ("v", 1, "request", request, "body", payload)
+        return Step("request", (keys.interactive, keys.caller(request)), (wait_ms, most, *fields), _answer)
+
+    def reply(self, request: str, entry: str, payload: bytes, keep_ms: int) -> Step[Answer]:
+        """Answer an interactive request: OK, GONE."""
+        keys = self.keys
+        return Step(
+            "reply", (keys.interactive, keys.caller(request), keys.reply(request)), (entry, payload, keep_ms), _answer
+        )
+
+    def cancel(self, job: str, verdict: JobState = JobState.CANCELLED, reason: str = "") -> Step[Answer]:
+        """End a job early as cancelled or failed: OK, TOO_LATE(state), UNKNOWN_JOB."""
+        return Step("cancel", self._job_keys(job), (job, verdict.value, reason), _answer)
+
+    def take_finalize(self, job: str, lease_ms: int) -> Step[Lease | None]:
+        """Lease a job of the outbox; None if it is not there or leased."""
+        return Step("take_finalize", (self.keys.job(job), self.keys.finalize), (job, lease_ms), _lease(job))
+
+    def finalized(self, lease: Lease, state: JobState, ttl_ms: int, manifest: str = "") -> Step[Answer]:
+        """Record that the manifest stands: OK, STALE, UNKNOWN_JOB."""
+        keys, job = self.keys, lease.job
+        return Step(
+            "finalized",
+            (keys.job(job), keys.finalize, keys.shards(job), keys.suspect(job), keys.recent),
+            (job, lease.epoch, state.value, lease.now, ttl_ms, manifest),
+            _answer,
+        )
+
+    def retire(self, stream: str, consumer: str) -> Step[Answer]:
+        """Remove a consumer that has nothing pending: OK, PENDING."""
+        return Step("retire", (stream,), (consumer,), _answer)
+
+    def _job_keys(self, job: str) -> tuple[str, ...]:
+        keys = self.keys
+        return (keys.job(job), keys.blocks(job), keys.jobs, keys.bytes, keys.finalize)
+
+
+def _text(value: object) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
+def _answer(raw: Any) -> Answer:
+    try:
+        code, rest = Code(_text(raw[0])), raw[1:]
+    except (TypeError, IndexError, ValueError) as error:
+        raise BrokerError(f"Redis answered {raw!r}, which no step answers: is another version at work?") from error
+    match code:
+        case Code.GAP | Code.MISSING:
+            return Answer(code, number=int(rest[0]))
+        case Code.CONFLICT:
+            return Answer(code, blocks=_pairs(rest))
+        case Code.CHANGED:
+            return Answer(code, blocks=_pairs(rest), number=int(rest[-1]))
+        case _:
+            return Answer(code, detail=_text(rest[0]) if rest else "")
+
+
+def _pairs(values: Sequence[Any]) -> tuple[tuple[int, int], ...]:
+    return tuple((int(values[i]), int(values[i + 1])) for i in range(0, len(values) - 1, 2))
+
+
+def _ids(raw: Any) -> list[str]:
+    return [_text(value) for value in raw]
+
+
+def _lease(job: str) -> Callable[[Any], Lease | None]:
+    def parse(raw: Any) -> Lease | None:
+        if _text(raw[0]) == Code.NONE:
+            return None
+        return Lease(job=job, epoch=int(raw[1]), now=int(raw[2]), verdict=_text(raw[3]))
+
+    return parse
