@@ -1,0 +1,186 @@
+"""Loading a model folder with sentence-transformers, quietly, and reading off it how its input must be built."""
+
+from __future__ import annotations
+
+import enum
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import tokenizers
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Normalize, Router, Transformer
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from embedstream.errors import ModelError
+from embedstream_worker.engines.base import TextTokenizer
+from embedstream_worker.models import ModelFolder
+from embedstream_worker.tokenizing import UNLIMITED, FastTokenizer, Limits, make_tokenizer
+
+_MISSING = re.compile(r"^(?:\x1b\[[0-9;]*m)*([\w.{}, \-]+?)\s*\|\s*(?:\x1b\[[0-9;]*m)*MISSING", re.MULTILINE)
+
+
+class InputKind(enum.Enum):
+    PADDED = "padded"  # [n, longest] ids and mask
+    FLAT = "flat"  # [total] ids and offsets, for static embeddings
+
+
+@dataclass(frozen=True)
+class TextInput:
+    """How the first module of a model wants its tokens."""
+
+    kind: InputKind
+    source: PreTrainedTokenizerBase | tokenizers.Tokenizer
+    limits: Limits
+    max_length: int
+    pad_id: int = 0
+    padding_side: str = "right"
+    token_types: bool = False
+
+    def tokenizer(self) -> TextTokenizer:
+        """A new tokenizer, for one thread."""
+        if isinstance(self.source, PreTrainedTokenizerBase):
+            return make_tokenizer(self.source, self.limits)
+        return FastTokenizer(self.source, self.limits, add_special_tokens=False)
+
+
+def load_model(folder: ModelFolder, device: torch.device) -> SentenceTransformer:
+    """Load a checked folder in float32.
+
+    Raises:
+        ModelError: it cannot be loaded, or weights are missing from it.
+    """
+    with _quiet() as reports:
+        try:  # whatever loading raises, the user gets one sentence
+            model = SentenceTransformer(
+                str(folder.path),
+                device=str(device),
+                local_files_only=True,
+                trust_remote_code=False,
+                model_kwargs={"dtype": torch.float32, "use_safetensors": True},
+            )
+        except Exception as error:
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise ModelError(f"{folder.path}: model cannot be loaded: {reason[0]}") from error
+    # A pooler is no part of the vectors of a model that pools tokens.
+    missing = [name for report in reports for name in _MISSING.findall(report) if not name.startswith("pooler.")]
+    if missing:
+        raise ModelError(f"{folder.path}: its weights lack {', '.join(missing[:3])}; fetch the model again")
+    return model.float().eval()
+
+
+def read_input(model: SentenceTransformer, name: str) -> TextInput:
+    """How the model wants its tokens.
+
+    Raises:
+        ModelError: it wants them in a way that this engine does not know.
+    """
+    first = next(model.children())
+    modules = [next(route.children()) for route in first.sub_modules.values()] if isinstance(first, Router) else [first]
+    inputs = [_read_module(module, name) for module in modules]
+    if any(_differ(inputs[0], other) for other in inputs[1:]):
+        raise ModelError(f"model {name} has another tokenizer for each role, which is not supported")
+    return inputs[0]
+
+
+def is_normalized(model: SentenceTransformer) -> bool:
+    """Whether its vectors have length 1."""
+    *_, last = model.children()
+    ends = [[*route.children()][-1] for route in last.sub_modules.values()] if isinstance(last, Router) else [last]
+    return all(isinstance(end, Normalize) and end.module_output_name == "sentence_embedding" for end in ends)
+
+
+def _read_module(module: torch.nn.Module, name: str) -> TextInput:
+    if isinstance(module, StaticEmbedding):
+        source = getattr(module.tokenizer, "backend_tokenizer", module.tokenizer)
+        return TextInput(InputKind.FLAT, source, Limits(UNLIMITED, 1), UNLIMITED)
+    if not isinstance(module, Transformer):
+        raise ModelError(f"model {name} begins with a {type(module).__name__} module, which is not supported")
+    tokenizer = module.processor
+    if not isinstance(tokenizer, PreTrainedTokenizerBase) or "text" not in module.modality_config:
+        raise ModelError(f"model {name} is not a text model")
+    if "message" in module.modality_config:
+        raise ModelError(f"model {name} puts texts into a chat template, which is not supported")
+    if module.query_expansion is not None or module.query_length is not None or module.document_length is not None:
+        raise ModelError(f"model {name} has a length of its own for each role, which is not supported")
+    options = dict(module.processing_kwargs)
+    text_options = dict(options.pop("text", {}))
+    max_length = int(text_options.pop("max_length", None) or module.max_seq_length or UNLIMITED)
+    if options or text_options:
+        raise ModelError(f"model {name} sets processing options ({sorted({*options, *text_options})}) not supported")
+    probe = tokenizer("a")
+    token_types = "token_type_ids" in tokenizer.model_input_names
+    if token_types and any(probe.get("token_type_ids", ())):
+        raise ModelError(f"model {name} marks its tokens with types, which is not supported")
+    longest = min(_positions(module), UNLIMITED)
+    return TextInput(
+        kind=InputKind.PADDED,
+        source=tokenizer,
+        limits=Limits(longest, tokenizer.num_special_tokens_to_add() + 1),
+        max_length=min(max_length, longest),
+        pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
+        padding_side=tokenizer.padding_side,
+        token_types=token_types,
+    )
+
+
+def _positions(module: Transformer) -> int:
+    """Most tokens that the model can place."""
+    for part in module.model.modules():
+        table = getattr(part, "position_embeddings", None)
+        if isinstance(table, torch.nn.Embedding):
+            # RoBERTa and its kin begin counting after the padding's own row.
+            padding = getattr(part, "padding_idx", None)
+            return table.num_embeddings - (padding + 1 if isinstance(padding, int) else 0)
+    positions = getattr(module.config, "max_position_embeddings", None)
+    return positions if isinstance(positions, int) and positions > 0 else UNLIMITED
+
+
+def _differ(one: TextInput, other: TextInput) -> bool:
+    return (one.kind, one.limits, one.max_length, one.pad_id, one.padding_side, one.token_types) != (
+        other.kind,
+        other.limits,
+        other.max_length,
+        other.pad_id,
+        other.padding_side,
+        other.token_types,
+    ) or _content(one) != _content(other)
+
+
+def _content(text_input: TextInput) -> str:
+    source = text_input.source
+    backend = source.backend_tokenizer if isinstance(source, PreTrainedTokenizerBase) and source.is_fast else source
+    return backend.to_str() if isinstance(backend, tokenizers.Tokenizer) else repr(source)
+
+
+class _Reports(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+
+@contextmanager
+def _quiet() -> Iterator[list[str]]:
+    """No progress bars and no load reports on standard error; yields what would have been logged."""
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    reports = _Reports()
+    loggers = [logging.getLogger(name) for name in ("transformers", "sentence_transformers")]
+    before = [(logger.handlers, logger.propagate) for logger in loggers]
+    for logger in loggers:
+        logger.handlers, logger.propagate = [reports], False
+    try:
+        yield reports.messages
+    finally:
+        for logger, (handlers, propagate) in zip(loggers, before, strict=True):
+            logger.handlers, logger.propagate = handlers, propagate
+        if bars:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]

@@ -1,0 +1,99 @@
+"""What a model folder is, as a hash over the content of every file that decides its vectors."""
+
+from __future__ import annotations
+
+import json
+import os
+from hashlib import blake2b, sha256
+from pathlib import Path
+from uuid import uuid4
+
+DECIDING_SUFFIXES = frozenset({".json", ".jinja", ".model", ".safetensors", ".spm", ".tiktoken", ".txt", ".vocab"})
+"""Weights, configurations, tokenizers. Not: read-me files, and pickles, which are never loaded."""
+
+_LEFT_OUT = frozenset({"data_config.json", "trainer_state.json", "requirements.txt"})  # say how it was trained
+
+_CACHED_BYTES = 1 << 20  # smaller files are hashed faster than looked up
+
+_READ_BYTES = 1 << 20
+
+
+def folder_fingerprint(folder: Path) -> str:
+    """32 hex digits: equal for equal content, wherever the folder lies.
+
+    Files in the folder itself count, and all below the sub-folders of its modules.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    digest = blake2b(digest_size=16)
+    for path in deciding_files(folder):
+        digest.update(f"{path.relative_to(folder).as_posix()}\0{file_sha256(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def deciding_files(folder: Path) -> list[Path]:
+    """The files that decide a folder's vectors, in the order of their relative names."""
+    found = {path for path in folder.iterdir() if path.is_file()}
+    for module in _module_folders(folder):
+        found.update(path for path in module.rglob("*") if path.is_file())
+    deciding = (path for path in found if path.suffix in DECIDING_SUFFIXES and path.name not in _LEFT_OUT)
+    return sorted(deciding, key=lambda path: path.relative_to(folder).as_posix())
+
+
+def _module_folders(folder: Path) -> set[Path]:
+    """The sub-folders of modules, those that a router names included."""
+    modules, router = folder / "modules.json", folder / "router_config.json"
+    names: list[str] = []
+    if modules.is_file():
+        names += [module["path"] for module in json.loads(modules.read_text("utf-8"))]
+    if router.is_file():
+        names += json.loads(router.read_text("utf-8"))["types"]
+    return {folder / name for name in names if name}
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file in hex. That of a large file is remembered by its path, size and time of change."""
+    stat = path.stat()
+    if stat.st_size < _CACHED_BYTES:
+        return sha256(path.read_bytes()).hexdigest()
+    key = f"{path.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}"
+    cache = _cache_folder()
+    remembered = cache / blake2b(key.encode(), digest_size=16).hexdigest() if cache else None
+    if remembered and (known := _read_known(remembered)):
+        return known
+    digest = sha256()
+    with path.open("rb") as file:
+        while piece := file.read(_READ_BYTES):
+            digest.update(piece)
+    if remembered:
+        _remember(remembered, digest.hexdigest())
+    return digest.hexdigest()
+
+
+def _cache_folder() -> Path | None:
+    if given := os.environ.get("EMBEDSTREAM_CACHE_DIR"):
+        return Path(given) / "sha256"
+    try:
+        return Path.home() / ".cache" / "embedstream" / "sha256"
+    except RuntimeError:  # a user without a home
+        return None
+
+
+def _read_known(path: Path) -> str | None:
+    try:
+        known = path.read_text("ascii")
+    except (OSError, UnicodeDecodeError):
+        return None
+    return known if len(known) == 64 else None
+
+
+def _remember(path: Path, digest: str) -> None:
+    """Best effort: where nothing can be kept, the next start hashes again."""
+    part = path.with_name(f"{path.name}.tmp-{uuid4().hex}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(digest, "ascii")
+        part.replace(path)
+    except OSError:
+        return

