@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -15,9 +16,11 @@ from embedstream import scripts
 from embedstream.errors import BrokerError, JobUnknown
 from embedstream.jobs import JobState, JobStatus, decode_spec
 from embedstream.keys import GROUP, QUEUES, RELEASED, Keys
-from embedstream.steps import CommitBlock, Step, Steps
+from embedstream.steps import MOST_BLOCKS, CommitBlock, Step, Steps
 
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 Fields = dict[bytes, bytes]
 
@@ -139,11 +142,15 @@ class Broker(Steps):
         with self._raw.pipeline(transaction=False) as pipe:
             for entry, _ in found:
                 pipe.xpending_range(stream, GROUP, entry, entry, 1)
-            pending = pipe.execute()
-        return [
-            Claimed(stream, entry, fields, int(rows[0]["times_delivered"]) if rows else 1)
-            for (entry, fields), rows in zip(found, pending, strict=True)
-        ]
+            pending = pipe.execute(raise_on_error=False)
+        claimed: list[Claimed] = []
+        for (entry, fields), rows in zip(found, pending, strict=True):
+            if isinstance(rows, ResponseError) and _stream_gone(rows):
+                return []
+            if isinstance(rows, Exception):
+                raise rows
+            claimed.append(Claimed(stream, entry, fields, int(rows[0]["times_delivered"]) if rows else 1))
+        return claimed
 
     def _acknowledge_deleted(self, stream: str, consumer: str) -> None:
         """Redis 6.2 keeps deleted entries pending and names no id: find them among this consumer's own."""
@@ -155,17 +162,25 @@ class Broker(Steps):
     def _keep_undone(self, streams: Mapping[str, str], claimed: list[Claimed]) -> list[Claimed]:
         if not claimed:
             return []
+        addresses = [block_address(c.fields) for c in claimed]
         with self._raw.pipeline(transaction=False) as pipe:
-            for c in claimed:
-                part, block = int(c.fields.get(b"part", b"0")), int(c.fields.get(b"block", b"0"))
-                pipe.getbit(self.keys.done(streams[c.stream], part), block)
-            done = pipe.execute()
+            for c, address in zip(claimed, addresses, strict=True):
+                if address is None:
+                    log.warning("%s: entry %s is no block of this protocol, dropped", c.stream, c.entry)
+                    pipe.xack(c.stream, GROUP, c.entry)
+                    pipe.xdel(c.stream, c.entry)
+            for c, address in zip(claimed, addresses, strict=True):
+                if address is not None:
+                    pipe.getbit(self.keys.done(streams[c.stream], address[0]), address[1])
+            raw = pipe.execute()
+        done = iter(raw[2 * addresses.count(None) :])
         kept: list[Claimed] = []
-        for c, bit in zip(claimed, done, strict=True):
-            if bit:
-                part, block = int(c.fields[b"part"]), int(c.fields[b"block"])
-                size = entry_size(c.fields)
-                self.run(self.drop(streams[c.stream], [CommitBlock(part, block, b"", c.entry, size)]))
+        for c, address in zip(claimed, addresses, strict=True):
+            if address is None:
+                continue
+            if next(done):
+                block = CommitBlock(*address, b"", c.entry, entry_size(c.fields))
+                self.run(self.drop(streams[c.stream], [block]))
             else:
                 kept.append(c)
         return kept
@@ -214,6 +229,11 @@ class Broker(Steps):
             pipe.time()
             raw, (seconds, micros) = pipe.execute()
         return parse_status(job, raw, seconds + micros / 1e6)
+
+    def state(self, job: str) -> JobState | None:
+        """A job's state; None if there is no such job."""
+        raw = self._raw.hget(self.keys.job(job), "state")
+        return None if raw is None else JobState(raw.decode())
 
     def next_block(self, job: str, part: int) -> int:
         """The number that the part's next block must have."""
@@ -314,6 +334,15 @@ class AsyncBroker(Steps):
             pipe.time()
             raw, (seconds, micros) = await pipe.execute()
         return parse_status(job, raw, seconds + micros / 1e6)
+
+
+def block_address(fields: Mapping[bytes, bytes]) -> tuple[int, int] | None:
+    """Part and block of a stream entry; None if it has none, so that nobody can ever commit it."""
+    try:
+        part, block = int(fields[b"part"]), int(fields[b"block"])
+    except (KeyError, ValueError):
+        return None
+    return (part, block) if 0 <= part and 0 <= block < MOST_BLOCKS else None
 
 
 def entry_size(fields: Mapping[bytes, bytes]) -> int:

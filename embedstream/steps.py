@@ -21,6 +21,9 @@ from embedstream.keys import RELEASED, Keys
 
 T = TypeVar("T")
 
+MOST_BLOCKS = 2**26
+"""Blocks of one part: its sums, 8 bytes each, end at the 512 MiB of a Redis string. The scripts refuse more."""
+
 Argument = str | bytes | int | float
 
 

@@ -6,9 +6,11 @@
 -- ARGV 1 job id, 2 shard name, 3 shard record (JSON), 4 space, 5 rows, 6 failed, 7 skipped, 8 truncated, 9 tokens,
 --      10 padded, 11... groups of 5: part, block, sum (8 bytes), entry id or '', size
 -- Answers {COMMITTED} | {ALREADY} (this shard is recorded) | {CONFLICT, part, block, ...} (blocks done by others:
---         their entries are cleared, nothing else is written) | {CHANGED, part, block, ...} (adopting only: blocks whose
---         content is no longer the corpus's) | {DROPPED, state} | {OTHER_SPACE, space} | {UNKNOWN_JOB}
--- Twice: the second run answers ALREADY.
+--         their entries are cleared, nothing else is written) | {CHANGED, part, block, ...} (blocks whose content is
+--         not the corpus's, or that it does not have: the shard is of no use) | {DROPPED, state} | {OTHER_SPACE, space} | {UNKNOWN_JOB}
+-- Twice: the second run answers ALREADY; after CONFLICT, CONFLICT again.
+-- An entry id from an earlier life of the job (reopened, or Redis emptied) names nothing: ids are times, lives follow
+-- each other.
 
 local job, stream, shards, jobs, bytes, finalize, suspect =
   KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6], KEYS[7]
@@ -22,20 +24,30 @@ if not is_open(state) then return {'DROPPED', state} end
 local pinned = redis.call('HGET', job, 'space')
 if pinned ~= '' and pinned ~= space then return {'OTHER_SPACE', pinned} end
 
-local conflict, changed = {'CONFLICT'}, {'CHANGED'}
+local conflict, changed, cleared, seen = {'CONFLICT'}, {'CHANGED'}, {}, {}
 for i = 11, #ARGV, 5 do
   local part, block, sum = ARGV[i], tonumber(ARGV[i + 1]), ARGV[i + 2]
-  local known = redis.call('GETRANGE', job .. ':sums:' .. part, block * 8, block * 8 + 7)
+  local wrong = impossible_block(job, part, block)
+  if wrong then return wrong end
+  local address = part .. ':' .. block
+  if seen[address] then return redis.error_reply('ERR block ' .. address .. ' twice in shard ' .. name) end
+  seen[address] = true
   if redis.call('GETBIT', job .. ':done:' .. part, block) == 1 then
     conflict[#conflict + 1] = part
     conflict[#conflict + 1] = block
-    if ARGV[i + 3] ~= '' then clear_entry(stream, job, bytes, ARGV[i + 3], ARGV[i + 4]) end
-  elseif #known == 8 and known ~= string.rep('\0', 8) and known ~= sum then
+    cleared[#cleared + 1] = i
+  elseif block >= (tonumber(redis.call('HGET', job, 'sealed:' .. part)) or math.huge)
+    or other_content(job, part, block, sum) then
     changed[#changed + 1] = part
     changed[#changed + 1] = block
   end
 end
-if #conflict > 1 then return conflict end
+if #conflict > 1 then
+  for _, i in ipairs(cleared) do
+    if ARGV[i + 3] ~= '' then clear_entry(stream, job, bytes, ARGV[i + 3], ARGV[i + 4]) end
+  end
+  return conflict
+end
 if #changed > 1 then return changed end
 
 -- Freeing comes before taking, so that a full server drains.

@@ -11,6 +11,24 @@ local function number(key, field)
   return tonumber(redis.call('HGET', key, field) or '0') or 0
 end
 
+-- Why a job cannot have this block (to be answered as an error), or nil. The sums of a part, 8 bytes a block, end at
+-- 512 MiB.
+local function impossible_block(job, part, block)
+  local n = tonumber(part)
+  if not n or n < 0 or n >= number(job, 'parts') or n ~= math.floor(n) then
+    return redis.error_reply('ERR part ' .. part .. ' of a job with ' .. number(job, 'parts') .. ' parts')
+  end
+  if not block or block < 0 or block >= 67108864 or block ~= math.floor(block) then
+    return redis.error_reply('ERR block number out of bounds in part ' .. part)
+  end
+end
+
+-- Whether another content is known under this block's number.
+local function other_content(job, part, block, sum)
+  local known = redis.call('GETRANGE', job .. ':sums:' .. part, block * 8, block * 8 + 7)
+  return #known == 8 and known ~= string.rep('\0', 8) and known ~= sum
+end
+
 -- Take `size` queued bytes off the job's and the queue's counters.
 local function unqueue(job, bytes, size)
   if size == 0 then return end

@@ -22,24 +22,26 @@ if existing then
   -- Committed blocks keep their done bits; everything else is submitted again.
   redis.call('PERSIST', job)
   redis.call('PERSIST', shards)
-  redis.call('PERSIST', suspect)
+  -- Its entries are new and so are their delivery counts; a note about the old ones would condemn an innocent chunk.
+  redis.call('UNLINK', suspect)
   for part = 0, parts - 1 do
     redis.call('HDEL', job, 'next:' .. part, 'sealed:' .. part)
     redis.call('PERSIST', job .. ':done:' .. part)
     redis.call('PERSIST', job .. ':sums:' .. part)
   end
-  redis.call('ZREM', recent, id)
   redis.call('HINCRBY', job, 'epoch', 1)
 else
+  -- Epochs start at the time, so that a lease from before Redis was emptied is stale.
   redis.call('UNLINK', shards, suspect)
   for part = 0, parts - 1 do
     redis.call('UNLINK', job .. ':done:' .. part, job .. ':sums:' .. part)
   end
-  redis.call('HSET', job, 'spec', spec, 'parts', parts, 'created', now, 'committed', now, 'space', '', 'epoch', 0,
+  redis.call('HSET', job, 'spec', spec, 'parts', parts, 'created', now, 'committed', now, 'space', '', 'epoch', now,
     'done', 0, 'rows', 0, 'failed', 0, 'skipped', 0, 'truncated', 0, 'tokens', 0, 'padded', 0)
 end
 redis.call('HSET', job, 'state', 'submitting', 'verdict', '', 'reason', '', 'max_errors', max_errors, 'pushed', now,
   'blocks', 0, 'sealed', 0, 'submitted', 0, 'added', 0, 'queued', 0, 'ended', '', 'manifest', '')
+redis.call('ZREM', recent, id)
 redis.call('UNLINK', stream)
 redis.call('XGROUP', 'CREATE', stream, GROUP, '0', 'MKSTREAM')
 redis.call('ZADD', jobs, number(job, 'created'), id)

@@ -26,5 +26,5 @@ for part = 0, number(job, 'parts') - 1 do
   redis.call('PEXPIRE', job .. ':sums:' .. part, ttl)
 end
 -- The hash goes first: a job that is found has all its other keys.
-redis.call('PEXPIRE', job, ttl - 1000)
+redis.call('PEXPIRE', job, math.max(1, ttl - 1000))
 return {'OK'}

@@ -1,8 +1,8 @@
 -- Say how many blocks a part has. With the last part sealed the job is running; if all is done already, it moves on.
 --
--- KEYS 1 job hash, 2 blocks stream, 3 jobs, 4 bytes, 5 finalize
+-- KEYS 1 job hash, 2 blocks stream, 3 jobs, 4 bytes, 5 finalize   (derived: <job>:sums:<part>)
 -- ARGV 1 job id, 2 part, 3 blocks
--- Answers {OK} | {MISSING, next} | {CHANGED, blocks} (more blocks were submitted) | {ENDED, state} | {UNKNOWN_JOB}
+-- Answers {OK} | {MISSING, next} | {CHANGED, blocks} (more blocks are known) | {ENDED, state} | {UNKNOWN_JOB}
 -- Twice: the second run finds the part sealed with the same count and answers OK.
 
 local job, stream, jobs, bytes, finalize = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
@@ -10,13 +10,17 @@ local id, part, blocks = ARGV[1], ARGV[2], tonumber(ARGV[3])
 
 local state = redis.call('HGET', job, 'state')
 if not state then return {'UNKNOWN_JOB'} end
+local wrong = impossible_block(job, part, blocks)
+if wrong then return wrong end
 local sealed = redis.call('HGET', job, 'sealed:' .. part)
 if sealed then return tonumber(sealed) == blocks and {'OK'} or {'CHANGED', blocks} end
 if state ~= 'submitting' then return {'ENDED', state} end
 
 local next = number(job, 'next:' .. part)
 if next < blocks then return {'MISSING', next} end
-if next > blocks then return {'CHANGED', blocks} end
+-- A block at or above the end that was submitted or committed in an earlier life counts as another corpus, too: were
+-- it let pass, its done bit would stand for a block that is not done.
+if next > blocks or redis.call('STRLEN', job .. ':sums:' .. part) > blocks * 8 then return {'CHANGED', blocks} end
 
 redis.call('HSET', job, 'sealed:' .. part, blocks, 'pushed', now_ms())
 redis.call('HINCRBY', job, 'blocks', blocks)

@@ -15,8 +15,9 @@ local state = redis.call('HGET', job, 'state')
 if not state then return {'UNKNOWN_JOB'} end
 if not is_open(state) then return {'ENDED', state} end
 
-local known = redis.call('GETRANGE', sums, block * 8, block * 8 + 7)
-if #known == 8 and known ~= string.rep('\0', 8) and known ~= sum then return {'CHANGED', block} end
+local wrong = impossible_block(job, part, block)
+if wrong then return wrong end
+if other_content(job, part, block, sum) then return {'CHANGED', block} end
 
 local next = number(job, 'next:' .. part)
 if block < next then return {'DUPLICATE'} end
