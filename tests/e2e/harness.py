@@ -1,0 +1,166 @@
+"""Real processes for the end-to-end tests: workers, producers, and a reader that trusts none of them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from embedstream.broker import Broker
+from embedstream.connection import connect
+from hashing_reference import reference_vector
+
+MODEL = "hashing"
+BIN = Path(sys.executable).parent
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """The tests' environment without any EMBEDSTREAM_* of the person who runs them."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("EMBEDSTREAM_")}
+    return {**kept, **extra}
+
+
+def write_corpus(path: Path, rows: int, seed: int = 0, length: int = 60) -> dict[str, str]:
+    """A corpus of `rows` texts of uneven length; returns text by id."""
+    rng = random.Random(seed)
+    words = [f"w{rng.randrange(10**6)}" for _ in range(2000)]
+    texts = {f"{path.stem}-{i}": " ".join(rng.choices(words, k=rng.randint(1, length))) for i in range(rows)}
+    with path.open("w", encoding="utf-8") as file:
+        for id, text in texts.items():
+            file.write(json.dumps({"id": id, "text": text}) + "\n")
+    return texts
+
+
+def start_submit(*args: object, **env: str) -> subprocess.Popen[str]:
+    """embed-submit in the background."""
+    return subprocess.Popen(
+        [str(BIN / "embed-submit"), *map(str, args)],
+        env=environment(**env),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run(command: str, *args: object, timeout: float = 120, **env: str) -> subprocess.CompletedProcess[str]:
+    """One of the commands, to its end."""
+    return subprocess.run(
+        [str(BIN / command), *map(str, args)],
+        env=environment(**env),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def wait_until(condition: Callable[[], Any], what: str, seconds: float = 60) -> Any:
+    """Poll a condition; its true value."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.02)
+    raise AssertionError(f"{what}: not within {seconds} s")
+
+
+class Fleet:
+    """Workers on one Redis, all killed at the end."""
+
+    def __init__(self, redis_url: str, root: Path) -> None:
+        self.url = redis_url
+        self.root = root
+        self.broker = Broker(connect(redis_url), MODEL)
+        self.processes: list[subprocess.Popen[bytes]] = []
+
+    def start_worker(self, *args: object, wait: bool = True) -> subprocess.Popen[bytes]:
+        """A worker of the hashing engine; returns once it is ready."""
+        log = (self.root / f"worker-{len(self.processes)}.log").open("wb")
+        command = [str(BIN / "embed-worker"), "--model", MODEL, "--redis", self.url, "--lease-seconds", "2"]
+        roots = ["--output-root", str(self.root), "--output-root", "redis:"]
+        process = subprocess.Popen([*command, *roots, *map(str, args)], env=environment(), stderr=log)
+        self.processes.append(process)
+        if wait:
+            wait_until(lambda: self.is_ready(process), f"worker ready ({log.name})")
+        return process
+
+    def is_ready(self, process: subprocess.Popen[bytes]) -> bool:
+        assert process.poll() is None, f"the worker left with {process.returncode}"
+        return any(w.pid == process.pid and w.state == "ready" for w in self.broker.workers())
+
+    def close(self) -> None:
+        for process in self.processes:
+            if process.poll() is None:
+                process.send_signal(signal.SIGKILL)
+            process.wait()
+
+
+@contextlib.contextmanager
+def fleet(redis_url: str, root: Path) -> Iterator[Fleet]:
+    """A fleet for one test."""
+    made = Fleet(redis_url, root)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def read_manifest(output: Path) -> dict[str, Any]:
+    manifest: dict[str, Any] = json.loads((output / "_manifest.json").read_text())
+    return manifest
+
+
+def read_rows(output: Path) -> list[dict[str, Any]]:
+    """Every row of the shards that the manifest lists, by a reader of its own."""
+    rows: list[dict[str, Any]] = []
+    for shard in read_manifest(output)["shards"]:
+        rows += pq.read_table(output / f"part-{shard['name']}.parquet").to_pylist()
+    return rows
+
+
+def read_errors(output: Path) -> list[dict[str, Any]]:
+    path = output / "errors.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def assert_exact(output: Path, texts: dict[str, str], every: int = 1) -> None:
+    """Each id exactly once, with its own text; every n-th vector recomputed from the text."""
+    rows = read_rows(output)
+    ids = [row["id"] for row in rows]
+    assert len(ids) == len(set(ids)), "some rows are doubled"
+    assert set(ids) == set(texts), "ids in and ids out differ"
+    for row in rows:
+        assert row["text"] == texts[row["id"]]
+    for row in rows[::every]:
+        np.testing.assert_allclose(row["embedding"], reference_vector(texts[row["id"]]), atol=1e-6)
+    assert read_manifest(output)["rows"] == len(rows)
+
+
+def assert_no_leftovers(output: Path) -> None:
+    """Nothing half-written and no server state is left in an output."""
+    names = sorted(path.name for path in output.iterdir())
+    assert not [name for name in names if ".tmp-" in name or name == ".embedstream"], names
+
+
+def processes_mentioning(text: str) -> list[str]:
+    """Command lines of living processes that contain `text`."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            with contextlib.suppress(OSError):
+                line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                if text in line:
+                    found.append(line)
+    return found

@@ -1,0 +1,130 @@
+"""One command, nothing set up: the private server, its worker, and what becomes of them when the command is killed."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+from e2e.harness import (
+    assert_exact,
+    assert_no_leftovers,
+    processes_mentioning,
+    run,
+    start_submit,
+    wait_until,
+    write_corpus,
+)
+
+
+def test_one_command_gives_vectors_and_leaves_nothing_running(tmp_path: Path) -> None:
+    texts = write_corpus(tmp_path / "c.jsonl", 2000)
+    done = run("embed-submit", tmp_path / "c.jsonl", "--model", "hashing", "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    output = tmp_path / "c.jsonl.vectors"
+    assert Path(report["output"]) == output
+    assert_exact(output, texts, every=5)
+    assert_no_leftovers(output)
+    assert not processes_mentioning(str(tmp_path))
+
+
+def test_the_same_command_again_says_that_it_is_done(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "c.jsonl", 300)
+    first = run("embed-submit", tmp_path / "c.jsonl", "--model", "hashing", "--json")
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "c.jsonl.vectors").iterdir()}
+    again = run("embed-submit", tmp_path / "c.jsonl", "--model", "hashing", "--json")
+    assert first.returncode == again.returncode == 0
+    assert json.loads(first.stdout) == json.loads(again.stdout)
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "c.jsonl.vectors").iterdir()} == before
+
+
+def test_another_setting_into_the_same_output_is_refused(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "c.jsonl", 300)
+    assert run("embed-submit", tmp_path / "c.jsonl", "--model", "hashing").returncode == 0
+    other = run("embed-submit", tmp_path / "c.jsonl", "--model", "hashing", "--prompt", "query: ")
+    assert other.returncode == 2
+    assert "prompt" in other.stderr
+    assert "Traceback" not in other.stderr
+
+
+def test_killed_and_run_again_it_goes_on_and_doubles_nothing(tmp_path: Path) -> None:
+    texts = write_corpus(tmp_path / "c.jsonl", 100_000)
+    args = [tmp_path / "c.jsonl", "-o", tmp_path / "out", "--model", "hashing", "--json"]
+    first = start_submit(*args)
+    wait_until(lambda: list((tmp_path / "out").glob("part-*.parquet")), "a first shard")
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    survivors = {path.name for path in (tmp_path / "out").glob("part-*.parquet")}
+    assert not (tmp_path / "out" / "_manifest.json").exists(), "it had finished before it was killed"
+    again = run("embed-submit", *args)
+    assert again.returncode == 0, again.stderr
+    assert_exact(tmp_path / "out", texts, every=100)
+    assert_no_leftovers(tmp_path / "out")
+    manifest = json.loads((tmp_path / "out" / "_manifest.json").read_text())
+    listed = {f"part-{shard['name']}.parquet" for shard in manifest["shards"]}
+    assert survivors & listed, "no work of the killed run was kept"
+    wait_until(lambda: not processes_mentioning(str(tmp_path)), "every process of both runs to end", 20)
+
+
+def test_a_lost_server_state_is_made_good_from_the_shards(tmp_path: Path) -> None:
+    texts = write_corpus(tmp_path / "c.jsonl", 100_000)
+    args = [tmp_path / "c.jsonl", "-o", tmp_path / "out", "--model", "hashing", "--json"]
+    first = start_submit(*args)
+    wait_until(lambda: list((tmp_path / "out").glob("part-*.parquet")), "a first shard")
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    wait_until(lambda: not processes_mentioning(str(tmp_path)), "the orphans to end", 30)
+    for path in (tmp_path / "out" / ".embedstream").glob("*.aof"):
+        path.unlink()
+    survivors = {path.name for path in (tmp_path / "out").glob("part-*.parquet")}
+    again = run("embed-submit", *args)
+    assert again.returncode == 0, again.stderr
+    assert_exact(tmp_path / "out", texts, every=100)
+    manifest = json.loads((tmp_path / "out" / "_manifest.json").read_text())
+    assert survivors <= {f"part-{shard['name']}.parquet" for shard in manifest["shards"]}, "a shard was not adopted"
+
+
+def test_a_second_run_at_the_same_time_is_told_who_holds_the_output(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "c.jsonl", 100_000)
+    args = [tmp_path / "c.jsonl", "-o", tmp_path / "out", "--model", "hashing"]
+    first = start_submit(*args)
+    wait_until(lambda: (tmp_path / "out" / ".embedstream").exists(), "the first run's state")
+    wait_until(lambda: processes_mentioning("embedstream_worker"), "the first run's worker")
+    second = run("embed-submit", *args)
+    assert second.returncode == 2
+    assert str(first.pid) in second.stderr
+    _, err = first.communicate(timeout=120)
+    assert first.returncode == 0, err
+
+
+def test_ctrl_c_stops_everything_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    texts = write_corpus(tmp_path / "c.jsonl", 100_000)
+    args = [tmp_path / "c.jsonl", "-o", tmp_path / "out", "--model", "hashing", "--json"]
+    first = start_submit(*args)
+    wait_until(lambda: list((tmp_path / "out").glob("part-*.parquet")), "a first shard")
+    first.send_signal(signal.SIGINT)
+    _, err = first.communicate(timeout=60)
+    assert first.returncode == 130, err
+    assert not processes_mentioning(str(tmp_path / "out"))
+    again = run("embed-submit", *args)
+    assert again.returncode == 0, again.stderr
+    assert_exact(tmp_path / "out", texts, every=100)
+
+
+def test_bad_usage_leaves_nothing_half_made(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "c.jsonl", 3)
+    (tmp_path / "empty.jsonl").write_text("")
+    for args, says in [
+        ([tmp_path / "none.jsonl"], "none.jsonl"),
+        ([tmp_path / "empty.jsonl"], "empty"),
+        ([tmp_path / "c.jsonl", "--model", "no/such-model-anywhere"], "no/such-model-anywhere"),
+        ([tmp_path / "c.jsonl", "-o", "/proc/nothing/here"], "/proc/nothing"),
+        ([tmp_path / "c.jsonl", "--redis", "redis://127.0.0.1:1"], "127.0.0.1:1"),
+        (["-"], "-o"),
+    ]:
+        done = run("embed-submit", *args, EMBEDSTREAM_MODEL="hashing")
+        assert done.returncode == 2, (args, done.stderr)
+        assert says in done.stderr
+        assert "Traceback" not in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.jsonl", "empty.jsonl"]

@@ -1,0 +1,57 @@
+"""What somebody has to do for the queue now and then: finalize ended jobs, forget dead consumers."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable
+
+import redis
+
+from embedstream.broker import Broker
+from embedstream.dataset.sink import open_sink
+from embedstream.errors import EmbedstreamError
+from embedstream.finalizing import finalize_job
+from embedstream.roots import allows
+
+log = logging.getLogger(__name__)
+
+FINALIZE_SECONDS = 1.0
+RETIRE_ROUNDS = 60
+
+
+class Housekeeping:
+    """Owns its connection. Any number of workers may do this at once: every step is leased or harmless."""
+
+    def __init__(self, broker: Broker, redis_url: str, roots: tuple[str, ...]) -> None:
+        self._broker = broker
+        self._redis_url = redis_url
+        self._roots = roots
+        self._round = 0
+
+    def run(self, stopping: Callable[[float], bool]) -> None:
+        """`stopping(seconds)` waits and says whether the worker stops."""
+        while not stopping(FINALIZE_SECONDS * random.uniform(0.5, 1.5)):
+            self._round += 1
+            try:
+                self.finalize()
+                if self._round % RETIRE_ROUNDS == 0:
+                    self._retire()
+            except redis.RedisError as error:
+                log.warning("housekeeping waits for Redis (%s)", error)
+
+    def finalize(self) -> None:
+        """Finalize what waits in the outbox and lies below this worker's roots."""
+        for job in self._broker.outbox():
+            try:
+                spec = self._broker.status(job).spec
+                if allows(self._roots, spec.output):
+                    finalize_job(self._broker, job, lambda s: open_sink(s.output, s, self._redis_url))
+            except EmbedstreamError as error:
+                log.warning("job %s could not be finalized here: %s", job, error)
+
+    def _retire(self) -> None:
+        living = [worker.name for worker in self._broker.workers()]
+        for job in self._broker.active_jobs():
+            for consumer in self._broker.dead_consumers(job, living):
+                self._broker.run(self._broker.retire(self._broker.keys.blocks(job), consumer))

@@ -1,0 +1,138 @@
+"""Threads and the bounded channels between them."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar, cast
+
+T = TypeVar("T")
+U = TypeVar("U")
+
+log = logging.getLogger(__name__)
+
+
+class Closed(Exception):
+    """The channel's other side is gone."""
+
+
+class Channel(Generic[T]):
+    """A bounded queue between two stages. Closing it lets the receiver take what is left, then ends it."""
+
+    def __init__(self, size: int) -> None:
+        self._items: deque[T] = deque()
+        self._size = size
+        self._closed = False
+        self._changed = threading.Condition()
+
+    def put(self, item: T) -> None:
+        """Wait for room. Raises `Closed`."""
+        with self._changed:
+            self._changed.wait_for(lambda: len(self._items) < self._size or self._closed)
+            if self._closed:
+                raise Closed
+            self._items.append(item)
+            self._changed.notify_all()
+
+    def put_first(self, item: T) -> None:
+        """Put an item before all others, without waiting for room. Raises `Closed`."""
+        with self._changed:
+            if self._closed:
+                raise Closed
+            self._items.appendleft(item)
+            self._changed.notify_all()
+
+    def take_first(self, kind: type[U]) -> U | None:
+        """The next item if there is one of this kind; never waits."""
+        with self._changed:
+            if self._items and isinstance(self._items[0], kind):
+                return cast(U, self._items.popleft())
+            return None
+
+    def get(self, timeout: float | None = None) -> T | None:
+        """The next item; None after `timeout` seconds. Raises `Closed` when closed and empty."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._items or self._closed, timeout)
+            if self._items:
+                item = self._items.popleft()
+                self._changed.notify_all()
+                return item
+            if self._closed:
+                raise Closed
+            return None
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+
+class Life:
+    """Whether the worker goes on, and whether it gets anywhere. Shared by all its threads."""
+
+    def __init__(self) -> None:
+        self.stopping = threading.Event()
+        """Claim no more; finish what is in the model, hand the rest back."""
+        self.failure: BaseException | None = None
+        self._progressed = time.monotonic()
+        self._in_flight = 0
+        self._lock = threading.Lock()
+
+    def stop(self) -> None:
+        self.stopping.set()
+
+    def fail(self, error: BaseException) -> None:
+        """End the worker because a stage cannot go on."""
+        if self.failure is None:
+            self.failure = error
+        self.stopping.set()
+
+    def progress(self) -> None:
+        """Some stage has finished a piece of work."""
+        self._progressed = time.monotonic()
+
+    def idle_seconds(self) -> float:
+        """How long no stage has finished anything."""
+        return time.monotonic() - self._progressed
+
+    def window_opened(self) -> None:
+        self.progress()
+        with self._lock:
+            self._in_flight += 1
+
+    def window_done(self) -> None:
+        with self._lock:
+            self._in_flight -= 1
+
+    @property
+    def windows_in_flight(self) -> int:
+        """Windows between claiming and the writer."""
+        with self._lock:
+            return self._in_flight
+
+
+def start_stage(name: str, life: Life, run: Callable[[], None], channels: Sequence[Channel[Any]]) -> threading.Thread:
+    """Run a stage in its thread. When it ends, for whatever reason, its channels close, so that no neighbour waits."""
+
+    def main() -> None:
+        try:
+            run()
+        except Closed:
+            pass
+        except BaseException as error:  # noqa: BLE001 - the worker must end, and say why, whatever a stage raised
+            log.exception("stage %s failed", name)
+            life.fail(error)
+        finally:
+            for channel in channels:
+                channel.close()
+
+    thread = threading.Thread(target=main, name=name, daemon=True)
+    thread.start()
+    return thread
