@@ -5,6 +5,8 @@ from __future__ import annotations
 import enum
 import hashlib
 import math
+import re
+from pathlib import Path
 from typing import Literal
 
 import msgspec
@@ -104,6 +106,25 @@ def decode_spec(data: bytes | str) -> JobSpec:
 def job_id(queue: str, output: str) -> str:
     """16 hex digits from queue and output."""
     return hashlib.blake2b(f"{queue}\0{output}".encode(), digest_size=8).hexdigest()
+
+
+def model_folder(model: str) -> Path | None:
+    """The folder that a model's name means, if it means one: an existing folder, or what is written as a path."""
+    path = Path(model).expanduser()
+    return path if path.is_dir() or model.startswith(("/", "./", "../", "~")) or model in (".", "..") else None
+
+
+def model_address(model: str) -> str:
+    """A model as a spec names it: a folder by its absolute path, anything else as it is."""
+    folder = model_folder(model)
+    return model if folder is None else str(folder.absolute())
+
+
+def queue_name(model: str) -> str:
+    """The queue that serves a model unless another is named: a folder's name, or the id itself."""
+    folder = model_folder(model)
+    name = model if folder is None else folder.resolve().name
+    return re.sub(r"[^A-Za-z0-9._/-]", "-", name)
 
 
 def differing_field(existing: JobSpec, wanted: JobSpec) -> str | None:

@@ -1,0 +1,52 @@
+"""Output roots: below which folders and in which Redis servers a worker may write."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from urllib.parse import parse_qs, urlsplit
+
+_DEFAULT_PORT = 6379
+_SCHEMES = ("redis", "rediss", "unix")
+
+
+def allows(roots: Iterable[str], output: str) -> bool:
+    """Whether any root allows the output.
+
+    A folder allows itself and what lies below it, links resolved. `redis:` allows the queue's own server,
+    `redis://host` any output on that server; a database or a `prefix` in the root must be the output's own.
+    """
+    return any(_allows(root, output) for root in roots)
+
+
+def is_redis(address: str) -> bool:
+    """Whether an output or root is in a Redis server rather than a folder."""
+    return address.partition(":")[0] in _SCHEMES and ":" in address
+
+
+def _allows(root: str, output: str) -> bool:
+    if is_redis(root) != is_redis(output):
+        return False
+    if is_redis(root):
+        return _allows_redis(root, output)
+    above, below = os.path.realpath(root), os.path.realpath(output)
+    return below == above or below.startswith(above.rstrip(os.sep) + os.sep)
+
+
+def _allows_redis(root: str, output: str) -> bool:
+    above, below = urlsplit(root), urlsplit(output)
+    try:
+        same_server = (above.scheme, above.hostname, above.port or _DEFAULT_PORT) == (
+            below.scheme,
+            below.hostname,
+            below.port or _DEFAULT_PORT,
+        )
+    except ValueError:  # a port that is no number
+        return False
+    database = above.path.strip("/")
+    if not same_server or (database and database != below.path.strip("/")):
+        return False
+    if above.scheme == "unix" and above.path != below.path:
+        return False
+    prefix = parse_qs(above.query).get("prefix", [""])[0]
+    return parse_qs(below.query).get("prefix", [""])[0].startswith(prefix)

@@ -1,0 +1,62 @@
+from pathlib import Path
+
+import pytest
+
+from embedstream.roots import allows
+
+
+def test_a_root_allows_itself_and_what_lies_below_it(tmp_path: Path) -> None:
+    assert allows([str(tmp_path)], str(tmp_path))
+    assert allows([str(tmp_path)], str(tmp_path / "a" / "b"))
+
+
+def test_a_sibling_whose_name_begins_like_the_root_is_outside(tmp_path: Path) -> None:
+    assert not allows([str(tmp_path / "out")], str(tmp_path / "out2"))
+
+
+def test_dots_and_links_do_not_lead_out_of_a_root(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "link").symlink_to(tmp_path)
+    assert not allows([str(root)], str(root / ".." / "elsewhere"))
+    assert not allows([str(root)], str(root / "link" / "elsewhere"))
+
+
+def test_a_linked_root_allows_what_it_points_to(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    assert allows([str(tmp_path / "link")], str(tmp_path / "real" / "out"))
+
+
+def test_the_file_system_root_allows_every_folder_and_no_server() -> None:
+    assert allows(["/"], "/srv/vectors")
+    assert not allows(["/"], "redis:?prefix=docs:")
+
+
+def test_no_roots_allow_nothing() -> None:
+    assert not allows([], "/srv/vectors")
+
+
+@pytest.mark.parametrize(
+    ("root", "output", "allowed"),
+    [
+        ("redis:", "redis:?prefix=docs:", True),
+        ("redis:", "redis://other/0?prefix=docs:", False),
+        ("redis:", "/srv/vectors", False),
+        ("redis://host", "redis://host:6379/3?prefix=docs:", True),
+        ("redis://host", "redis://user:secret@host/3?prefix=docs:", True),
+        ("redis://host", "redis://host2/3?prefix=docs:", False),
+        ("redis://host", "rediss://host/3?prefix=docs:", False),
+        ("redis://host:6380", "redis://host/0?prefix=docs:", False),
+        ("redis://host/3", "redis://host/4?prefix=docs:", False),
+        ("redis://host/3?prefix=docs:", "redis://host/3?prefix=docs:en:", True),
+        ("redis://host/3?prefix=docs:", "redis://host/3?prefix=cache:", False),
+        ("redis://host:port", "redis://host/3?prefix=docs:", False),
+    ],
+)
+def test_a_server_root_allows_outputs_on_that_server(root: str, output: str, allowed: bool) -> None:
+    assert allows([root], output) is allowed
+
+
+def test_any_of_several_roots_suffices() -> None:
+    assert allows(["/srv/a", "redis:", "/srv/b"], "/srv/b/out")
