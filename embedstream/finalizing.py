@@ -1,0 +1,56 @@
+"""Taking ended jobs from the outbox and writing their manifests: done by whoever is there, at most one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import msgspec
+
+from embedstream.broker import Broker
+from embedstream.dataset.finalize import finalize
+from embedstream.dataset.manifest import encode_manifest
+from embedstream.dataset.sink import ShardRecord, Sink
+from embedstream.errors import BrokerError
+from embedstream.jobs import JobSpec, JobState, parse_max_errors, verdict
+from embedstream.roots import is_redis
+from embedstream.settings import Settings
+from embedstream.steps import Code
+
+LEASE_MS = 60_000
+"""Above what a manifest takes by far; after it, somebody else tries. Two who do it at once do no harm."""
+
+_DAY_MS = 86_400_000
+
+
+def finalize_job(
+    broker: Broker, job: str, sink_for: Callable[[JobSpec], Sink], settings: Settings | None = None
+) -> bool:
+    """Finalize a job if it waits in the outbox and nobody else is at it. Whether it was finalized here and now.
+
+    Raises:
+        OutputError: the manifest cannot be written, or the shards do not add up; the lease runs out, then others try.
+        redis.RedisError: as redis-py raises it.
+    """
+    lease = broker.run(broker.take_finalize(job, LEASE_MS))
+    if lease is None:
+        return False
+    settings = settings or Settings.from_environment()
+    status = broker.status(job)
+    state = (
+        JobState(lease.verdict)
+        if lease.verdict
+        else verdict(status.rows, status.failed, parse_max_errors(status.max_errors))
+    )
+    shards = [_decode_record(job, raw) for raw in broker.shard_records(job)]
+    manifest = finalize(sink_for(status.spec), status, shards, state, lease.now / 1000)
+    copy = encode_manifest(manifest).decode() if is_redis(status.spec.output) else ""
+    days = settings.job_days if state is JobState.COMPLETED else settings.failed_days
+    answer = broker.run(broker.finalized(lease, state, int(days * _DAY_MS), copy))
+    return answer.code is Code.OK
+
+
+def _decode_record(job: str, raw: bytes) -> ShardRecord:
+    try:
+        return msgspec.json.decode(raw, type=ShardRecord)
+    except msgspec.MsgspecError as error:
+        raise BrokerError(f"job {job}: a shard's record in Redis cannot be read: {error}") from error
