@@ -115,7 +115,7 @@ def _fetch(name: str, revision: str | None) -> ModelFolder:
         raise ModelError(
             f"model {name}: no such folder, and the hub has no such model (or it is private: set HF_TOKEN)"
         ) from error
-    except Exception as error:  # whatever the HTTP library of the day raises: what was fetched before serves still
+    except Exception as error:  # noqa: BLE001 - whatever the HTTP library of the day raises: the cache serves still
         path = _find_cached(name, revision, error)
     commit = Path(path).name
     return ModelFolder(Path(path), name, commit, f"from the Hugging Face hub, revision {commit}")

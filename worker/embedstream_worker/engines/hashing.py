@@ -39,14 +39,14 @@ class HashingTokenizer:
             return Tokens(np.empty(0, np.int32), np.zeros(1, np.int64), np.empty(0, np.bool_))
         starts = np.frombuffer(memoryview(starts_buffer), np.int64, count + 1)
         total = int(starts[-1])
-        content = np.zeros(total + 3, np.uint8)  # three more, so that a word can be read at every byte
+        content = np.zeros(total + 4, np.uint8)  # four more, so that a word can be read even at the end
         if bytes_buffer is not None and total:
             content[:total] = np.frombuffer(memoryview(bytes_buffer), np.uint8, total)
         sizes = np.diff(starts)
         words = np.maximum((sizes + 3) // 4, 1)
         kept = np.minimum(words, max_length)
         offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(kept)])
-        at_byte = np.ndarray((max(total, 1),), "<u4", content.data, strides=(1,))
+        at_byte = np.ndarray((total + 1,), "<u4", content.data, strides=(1,))
         ids = at_byte[np.arange(offsets[-1]) * 4 + np.repeat(starts[:-1] - offsets[:-1] * 4, kept)]
         # The last word of a whole text has read on into the next text.
         last = np.where(sizes == 0, np.uint32(0), _LAST_WORD_MASKS[sizes % 4])
