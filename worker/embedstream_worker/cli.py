@@ -18,7 +18,7 @@ from embedstream.broker import Broker
 from embedstream.connection import connect, explain
 from embedstream.dataset.sink import canonical_output
 from embedstream.errors import EmbedstreamError, UsageError
-from embedstream.jobs import canonical_model, queue_name
+from embedstream.jobs import model_address, queue_name
 from embedstream.settings import ENV_PREFIX, WorkerSettings
 
 log = logging.getLogger("embedstream_worker")
@@ -75,7 +75,7 @@ def worker(
     embedded: bool,
 ) -> None:
     """Embed the blocks of a queue with one long-lived model."""
-    model = canonical_model(model)
+    model = model_address(model)
     queue = queue or queue_name(model)
     if check:
         sys.exit(0 if is_ready(redis_url, queue) else 1)

@@ -13,6 +13,7 @@ from embedstream.broker import Broker, Claimed
 from embedstream.errors import ModelError
 from embedstream.interactive import EmbedReply, EmbedRequest
 from embedstream_worker.engines.base import Engine, TextTokenizer
+from embedstream_worker.held import TokenizedGroup
 from embedstream_worker.infer import Urgent
 from embedstream_worker.pipeline import Channel, Life
 
@@ -38,7 +39,7 @@ class Interactive:
         broker: Broker,
         consumer: str,
         life: Life,
-        infer: Channel[Urgent],
+        infer: Channel[list[TokenizedGroup] | Urgent],
         lease_ms: int,
     ) -> None:
         self._engine = engine

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pyarrow as pa
 
 from embedstream.broker import Broker
 from embedstream_worker.engines.base import TextTokenizer
 from embedstream_worker.held import Held, HeldBlock, TokenizedGroup, Window
+from embedstream_worker.infer import Urgent
 from embedstream_worker.inputs import input_hashes
 from embedstream_worker.intake import release
 from embedstream_worker.jobs import OpenJob
@@ -24,7 +27,7 @@ class Tokenize:
         held: Held,
         life: Life,
         source: Channel[Window],
-        out: Channel[list[TokenizedGroup]],
+        out: Channel[list[TokenizedGroup] | Urgent],
     ) -> None:
         self._tokenizer = tokenizer
         self._broker = broker
@@ -47,7 +50,8 @@ class Tokenize:
             self._life.progress()
 
     def _group(self, job: OpenJob, blocks: list[HeldBlock]) -> TokenizedGroup:
-        texts = pa.chunked_array([held.block.rows.column("text") for held in blocks]).to_pylist()
+        column: Any = pa.chunked_array([held.block.rows.column("text") for held in blocks])
+        texts: list[str] = column.to_pylist()
         inputs = [job.prompt + text for text in texts] if job.prompt else texts
         return TokenizedGroup(
             job=job,

@@ -7,6 +7,7 @@ import socket
 import time
 import uuid
 from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -250,7 +251,7 @@ def finish_blocks(group: EmbeddedGroup, info: EngineInfo) -> list[FinishedBlock]
     )
     schema = dataset_schema(spec, {name: output.dim for name, output in info.outputs.items()})
     name = next(iter(info.outputs))
-    columns: dict[str, pa.Array | pa.ChunkedArray] = {
+    columns: dict[str, pa.Array[Any] | pa.ChunkedArray[Any]] = {
         "part": pa.array(parts, pa.int32()),
         "n_tokens": pa.array(tokens.lengths, pa.int32()),
         "truncated": pa.array(tokens.truncated, pa.bool_()),
