@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import msgspec
 import pyarrow as pa
+
+from embedstream.dataset.address import SCHEMES, parse_address
+from embedstream.dataset.schema import ErrorRow
+from embedstream.errors import UsageError
+from embedstream.jobs import JobSpec
 
 
 class BlockRecord(msgspec.Struct, frozen=True):
@@ -53,7 +61,7 @@ class ShardRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True)
 class ShardContent:
-    """What a worker hands to a sink: rows in dataset schema, error rows in errors schema (see `schema`)."""
+    """What a worker hands to a sink: rows in dataset schema, error rows in errors schema (see `schema`), any order."""
 
     record: ShardRecord
     data: pa.Table
@@ -133,19 +141,78 @@ class Sink(Protocol):
         """Make a shard durable; returns its record with `bytes` and `checksum`. Raises `OutputError`."""
 
     def discard_shard(self, name: str) -> None:
-        """Remove a shard that was refused whole."""
+        """Remove a shard that was refused whole (sinks without files keep it: its rows are overwritten)."""
 
     def find_shards(self) -> Iterator[ShardRecord]:
-        """Whole shards that lie in the output, listed or not, in name order (none for sinks without files)."""
+        """This job's whole shards that lie in the output, listed or not, in name order (none for sinks without files).
+
+        Raises:
+            SpecDiffers: shards of a job with another spec lie there.
+        """
 
     def read_manifest(self) -> Manifest | None:
         """The manifest, if one was ever written."""
 
-    def finalize(self, manifest: Manifest, sources: tuple[str, ...]) -> None:
+    def finalize(self, manifest: Manifest, sources: Sequence[str]) -> None:
         """Write the errors of the manifest's shards (with `sources[part]` as file), then the manifest, atomically."""
 
     def read(self, columns: Iterable[str] | None = None) -> Iterator[pa.RecordBatch]:
         """The dataset's rows, shard by shard, in no promised order."""
 
+    def read_errors(self) -> Iterator[ErrorRow]:
+        """The rows that failed, as people read them."""
+
     def describe(self) -> str:
         """One line of advice: how to read the vectors."""
+
+
+def canonical_output(text: str) -> str:
+    """The one spelling of an output, as in `JobSpec.output`: an absolute folder path, or a Redis URL.
+
+    `redis://host:port/db?prefix=docs:&ttl=86400` (also `rediss://`, `unix:///socket?db=0&prefix=docs:`), or
+    `redis:?prefix=docs:` for the server that holds the queue. `ttl` is in seconds.
+
+    Raises:
+        UsageError: an unknown scheme, or a Redis URL that lacks its prefix or says something unknown.
+    """
+    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):(?=//)|(redis):", text)
+    if scheme is None:
+        return _absolute(text)
+    if scheme[0].rstrip(":").lower() not in SCHEMES:
+        raise UsageError(
+            f"output {text}: unknown scheme {scheme[0]}//: give a folder, or redis://host:6379/0?prefix=docs: (-o)"
+        )
+    return parse_address(text).url
+
+
+def open_sink(output: str, spec: JobSpec | None = None, queue_url: str | None = None) -> Sink:
+    """The sink of an output; nothing is touched before its first call.
+
+    `spec` is needed for writing; without it a dataset that has its manifest can be read. `queue_url` is the server that
+    `redis:?prefix=...` means.
+
+    Raises:
+        UsageError: as `canonical_output`; or no queue's server is known; or the job cannot be written there.
+    """
+    from embedstream.dataset.folder import FolderSink
+    from embedstream.dataset.hashes import RedisSink
+
+    canonical = canonical_output(output)
+    if canonical.startswith("/"):
+        return FolderSink(canonical, spec)
+    address = parse_address(canonical)
+    server = address.server or queue_url
+    if server is None:
+        raise UsageError(f"output {output}: means the queue's own server, and there is none: give --redis")
+    return RedisSink(address, server, spec)
+
+
+def _absolute(text: str) -> str:
+    """Absolute and normalized. Links stay as they are named, save those that a `..` climbs out of."""
+    if not text or "\0" in text:
+        raise UsageError("the output is empty: give a folder or a Redis URL (-o)")
+    path = Path.cwd() / text
+    if ".." in path.parts:
+        climb = len(path.parts) - path.parts[::-1].index("..")
+        path = Path(os.path.realpath(Path(*path.parts[:climb])), *path.parts[climb:])
+    return os.path.normpath(path)

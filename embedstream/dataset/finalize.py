@@ -1,0 +1,22 @@
+"""The end of a job: its errors and its manifest are written. Doing it twice, or by two at once, is harmless."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from embedstream.dataset.manifest import build_manifest
+from embedstream.dataset.sink import Manifest, ShardRecord, Sink
+from embedstream.jobs import JobState, JobStatus
+
+
+def finalize(sink: Sink, status: JobStatus, shards: Sequence[ShardRecord], state: JobState, ended: float) -> Manifest:
+    """Write the errors and the manifest of a job whose committed shards are `shards`; returns the manifest.
+
+    `state` is how the job ends, `ended` when (Unix seconds, by the Redis server's clock). No shard is touched.
+
+    Raises:
+        OutputError: the shards do not add up, one of them is missing, or the output cannot be written.
+    """
+    manifest = build_manifest(status, shards, state, ended)
+    sink.finalize(manifest, status.spec.parts)
+    return manifest

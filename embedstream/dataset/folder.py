@@ -1,0 +1,263 @@
+"""A dataset in a folder: Parquet shards, `errors.jsonl`, and `_manifest.json`, which says which shards count."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import msgspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from embedstream.dataset.content import check_content, in_order
+from embedstream.dataset.files import cannot, sync_folder, write_durable
+from embedstream.dataset.manifest import decode_manifest, encode_manifest, manifest_spec
+from embedstream.dataset.parquet import Footer, encode_data, encode_errors, read_footer
+from embedstream.dataset.schema import ErrorRow, error_rows
+from embedstream.dataset.sink import Manifest, ShardContent, ShardRecord
+from embedstream.errors import OutputError, SpecDiffers
+from embedstream.jobs import JobSpec, differing_field
+
+log = logging.getLogger(__name__)
+
+MANIFEST = "_manifest.json"
+ERRORS = "errors.jsonl"
+OURS = (".embedstream", MANIFEST, ERRORS, "part-", "errors-")
+"""Beginnings of the names that make a folder a dataset, finished or not."""
+
+BATCH_ROWS = 8192
+"""Rows of a batch in reading: some megabytes of vectors."""
+
+ERROR_ROWS = 1024
+"""The same for error rows, which become Python objects."""
+
+
+class FolderSink:
+    """A folder of Parquet shards. Needs no lock: shards have names of their own, the manifest replaces itself whole.
+
+    `spec` may be left out for reading a dataset that has its manifest.
+    """
+
+    def __init__(self, output: str, spec: JobSpec | None = None) -> None:
+        self.output = output
+        self._folder = Path(output)
+        self._spec = spec
+
+    def check(self) -> None:
+        """Create the folder if need be and prove that it can be written.
+
+        Raises:
+            OutputError: it cannot, or the folder holds something else than a dataset.
+        """
+        if self._folder.exists() and not self._folder.is_dir():
+            raise OutputError(f"{self._folder}: is a file, not a folder: choose another output (-o)")
+        probe = self._folder / f".probe-{uuid.uuid4().hex}"
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            names = [path.name for path in self._folder.iterdir()]
+            if not any(name.startswith(OURS) for name in names):
+                self._refuse_foreign(names)
+            probe.touch(exist_ok=False)
+            probe.unlink()
+        except OSError as error:
+            raise cannot("write", self._folder, error) from error
+
+    def _refuse_foreign(self, names: list[str]) -> None:
+        # Hidden files (of file managers, of another writer's probe) and a disk's lost+found say nothing of use.
+        foreign = sorted(name for name in names if not name.startswith(".") and name != "lost+found")
+        if foreign:
+            raise OutputError(
+                f"{self._folder}: not empty and not a dataset (it holds {foreign[0]}): choose another output (-o)"
+            )
+
+    def write_shard(self, content: ShardContent) -> ShardRecord:
+        """Write `errors-X.parquet` if rows failed, then `part-X.parquet`, each durable before the next step.
+
+        `part-X.parquet` is always written, and its being there means that the shard is whole. Rows are put in order.
+
+        Raises:
+            OutputError: the disk or folder refuses; no whole shard of this name was left behind.
+            ValueError: rows and record do not fit each other.
+        """
+        spec, record = self._spec, content.record
+        if spec is None:
+            raise ValueError("a sink without a job's spec is for reading only")
+        check_content(content, spec)
+        footer = Footer(shard=record, spec=msgspec.Raw(spec.encode()))
+        if record.failed:
+            write_durable(self._errors(record.name), [encode_errors(in_order(content.errors), footer)])
+        encoded = encode_data(in_order(content.data), footer)
+        write_durable(self._part(record.name), [encoded])
+        checksum = hashlib.sha256(encoded).hexdigest()
+        return msgspec.structs.replace(record, bytes=encoded.size, checksum=f"sha256:{checksum}")
+
+    def discard_shard(self, name: str) -> None:
+        """Remove a shard's files; from the first removal on it is no shard any more.
+
+        Raises:
+            OutputError: they cannot be removed.
+        """
+        part = self._part(name)
+        try:
+            for path in (part, self._errors(name)):
+                path.unlink(missing_ok=True)
+            sync_folder(self._folder)
+        except OSError as error:
+            raise cannot("remove", part, error) from error
+
+    def find_shards(self) -> Iterator[ShardRecord]:
+        """Whole shards of this job, in name order; hashes every file. Others are left alone, with a warning.
+
+        Raises:
+            SpecDiffers: a shard was made by a job with other settings (checked if the sink has a spec).
+            OutputError: the folder cannot be read.
+        """
+        for path in self._part_files():
+            try:
+                found = self._whole_shard(path)
+            except OutputError as error:
+                log.warning("ignored: %s", error)
+                continue
+            yield found
+
+    def _part_files(self) -> list[Path]:
+        try:
+            paths = sorted(self._folder.iterdir())
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise cannot("read", self._folder, error) from error
+        return [path for path in paths if path.name.startswith("part-") and path.name.endswith(".parquet")]
+
+    def _whole_shard(self, path: Path) -> ShardRecord:
+        footer, rows = read_footer(path)
+        record = footer.shard
+        if self._part(record.name) != path or rows != record.rows:
+            raise OutputError(f"{path}: says it is shard {record.name} with {record.rows} rows, and has {rows}")
+        if self._spec is not None and bytes(footer.spec) != self._spec.encode():
+            made = footer.job_spec()
+            field = differing_field(made, self._spec)
+            if field is not None:
+                name = {"corpus": "parts", "no-text": "text"}.get(field, field).replace("-", "_")
+                raise SpecDiffers(self.output, field, getattr(made, name), getattr(self._spec, name))
+        if record.failed:
+            errors, failed = read_footer(self._errors(record.name))
+            if errors.shard.name != record.name or failed != record.failed:
+                raise OutputError(f"{path}: its error rows are not those of {self._errors(record.name).name}")
+        try:
+            with path.open("rb") as file:
+                checksum = hashlib.file_digest(file, "sha256").hexdigest()
+                size = file.tell()
+        except OSError as error:
+            raise cannot("read", path, error) from error
+        return msgspec.structs.replace(record, bytes=size, checksum=f"sha256:{checksum}")
+
+    def read_manifest(self) -> Manifest | None:
+        """The manifest; None before the job's end. Raises `OutputError` for one that cannot be read."""
+        path = self._folder / MANIFEST
+        try:
+            data = path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise cannot("read", path, error) from error
+        return decode_manifest(data, str(path))
+
+    def finalize(self, manifest: Manifest, sources: Sequence[str]) -> None:
+        """Write `errors.jsonl` if a row failed (or one is there already), then the manifest.
+
+        Raises:
+            OutputError: a listed shard is not there, or a file cannot be written.
+        """
+        for shard in manifest.shards:
+            path = self._part(shard.name)
+            try:
+                size = path.stat().st_size
+            except OSError as error:
+                raise cannot("list this shard in the manifest", path, error) from error
+            if size != shard.bytes:
+                raise OutputError(f"{path}: has {size} bytes, was committed with {shard.bytes}: restore the file")
+        errors = self._folder / ERRORS
+        if manifest.failed or errors.exists():
+            lines = (msgspec.json.encode(row) + b"\n" for row in self._error_rows(manifest, sources))
+            write_durable(errors, lines)
+        write_durable(self._folder / MANIFEST, [encode_manifest(manifest)])
+
+    def _error_rows(self, manifest: Manifest, sources: Sequence[str]) -> Iterator[ErrorRow]:
+        for shard in manifest.shards:
+            if shard.failed:
+                for batch in _batches(self._errors(shard.name), None, ERROR_ROWS):
+                    yield from error_rows(batch, sources)
+
+    def read(self, columns: Iterable[str] | None = None) -> Iterator[pa.RecordBatch]:
+        """The listed shards' rows, shard by shard; a few thousand rows are held at a time.
+
+        Raises:
+            OutputError: there is no manifest yet, or a listed shard or column is not there.
+        """
+        manifest = self._listed()
+        names = None if columns is None else list(columns)
+        for shard in manifest.shards:
+            yield from _batches(self._part(shard.name), names, BATCH_ROWS)
+
+    def read_errors(self) -> Iterator[ErrorRow]:
+        """The listed shards' error rows. Raises as `read` does."""
+        manifest = self._listed()
+        return self._error_rows(manifest, manifest_spec(manifest).parts)
+
+    def _listed(self) -> Manifest:
+        manifest = self.read_manifest()
+        if manifest is None:
+            raise OutputError(f"{self._folder}: no {MANIFEST}: not a dataset, or its job has not ended yet")
+        return manifest
+
+    def describe(self) -> str:
+        """A shell line that shows rows by DuckDB: over a pattern if every shard counts, else over those listed."""
+        manifest = self.read_manifest()
+        spec = self._spec if manifest is None else manifest_spec(manifest)
+        columns = "*" if spec is None else ", ".join(["id", *(_identifier(o.name) for o in spec.outputs)])
+        listed = None if manifest is None else {self._part(shard.name) for shard in manifest.shards}
+        if listed is None or listed.issuperset(self._part_files()):
+            return _shell(f"SELECT {columns} FROM {_literal(self._folder / 'part-*.parquet')} LIMIT 5")
+        prefix, path = _literal(self._folder / "part-"), _literal(self._folder / MANIFEST)
+        return _shell(
+            f"SET VARIABLE shards = (SELECT list({prefix} || s.name || '.parquet') "
+            f"FROM (SELECT unnest(shards) AS s FROM {path})); "
+            f"SELECT {columns} FROM read_parquet(getvariable('shards')) LIMIT 5"
+        )
+
+    def _part(self, name: str) -> Path:
+        return self._folder / f"part-{name}.parquet"
+
+    def _errors(self, name: str) -> Path:
+        return self._folder / f"errors-{name}.parquet"
+
+
+def _batches(path: Path, columns: list[str] | None, rows: int) -> Iterator[pa.RecordBatch]:
+    try:
+        with pq.ParquetFile(path) as file:
+            unknown = set(columns or ()) - set(file.schema_arrow.names)
+            if unknown:
+                raise OutputError(f"{path}: no column {min(unknown)} (there are: {', '.join(file.schema_arrow.names)})")
+            yield from file.iter_batches(batch_size=rows, columns=columns)
+    except pa.ArrowInvalid as error:
+        raise OutputError(f"{path}: damaged ({error}): restore the file") from error
+    except OSError as error:
+        raise cannot("read", path, error) from error
+
+
+def _identifier(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"' if not name.isidentifier() else name
+
+
+def _literal(path: Path) -> str:
+    return "'" + str(path).replace("'", "''") + "'"
+
+
+def _shell(sql: str) -> str:
+    """The command for a POSIX shell, quoted by double quotes, as SQL is full of single ones."""
+    return 'duckdb -c "' + re.sub(r'([\\"$`])', r"\\\1", sql) + '"'

@@ -1,0 +1,262 @@
+"""A dataset in Redis: one hash per chunk, as RedisVL and RediSearch index them."""
+
+from __future__ import annotations
+
+import re
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any, TypeVar
+
+import msgspec
+import pyarrow as pa
+import redis
+
+from embedstream.connection import connect, explain, mask
+from embedstream.dataset.address import RedisAddress
+from embedstream.dataset.content import check_content
+from embedstream.dataset.manifest import decode_manifest, encode_manifest, manifest_spec
+from embedstream.dataset.schema import ErrorRow, error_rows, vector_type
+from embedstream.dataset.sink import Manifest, ShardContent, ShardRecord
+from embedstream.errors import OutputError, UsageError
+from embedstream.jobs import JobSpec
+
+T = TypeVar("T")
+
+SLICE_ROWS = 256
+SLICE_BYTES = 1024 * 1024
+"""What goes to the server at once: enough that round trips vanish, little enough that others are served between."""
+
+_OWN_NAMES = ("_errors", "_manifest", "_probe")
+"""What follows the prefix in keys that are no row's; rows with such an id get their chunk number behind it."""
+
+
+class RedisSink:
+    """Hashes `prefix + id[:chunk]` with the vector as little-endian float32 bytes, `id`, `text`, `job`, kept fields.
+
+    A row is written before its block is committed, and writing it again leaves the same hash. Error rows lie in the
+    hash `prefix + "_errors"`, the manifest in the string `prefix + "_manifest"`. With a time to live, each key has it
+    from its last writing on.
+    """
+
+    def __init__(self, address: RedisAddress, server: str, spec: JobSpec | None = None) -> None:
+        """`server`: the URL to connect to, which `address` may leave open.
+
+        Raises:
+            UsageError: the job keeps a field that would hide one of the sink's own.
+        """
+        if spec is not None and "job" in spec.keep:
+            raise UsageError("--keep job: hashes in Redis have a field of that name already: rename it in the corpus")
+        self.output = address.url
+        self._prefix = address.prefix
+        self._ttl = address.ttl
+        self._server = server
+        self._spec = spec
+        # redis-py types its replies as unions over all its configurations; ours are bytes.
+        self._client: Any = connect(server)
+
+    def check(self) -> None:
+        """Prove that the server answers and lets hashes below the prefix be written. Raises `OutputError`."""
+        probe = f"{self._prefix}_probe-{uuid.uuid4().hex}"
+        self._ask(self._client.ping)
+        pipe = self._client.pipeline(transaction=False)
+        pipe.hset(probe, "probe", b"1")
+        pipe.expire(probe, 60)
+        pipe.unlink(probe)
+        self._run(pipe)
+
+    def write_shard(self, content: ShardContent) -> ShardRecord:
+        """Write every row and error row; the server holds them all when this returns.
+
+        Raises:
+            OutputError: the server cannot be reached or refuses (out of memory, no permission).
+            ValueError: rows and record do not fit each other.
+        """
+        spec, record = self._spec, content.record
+        if spec is None:
+            raise ValueError("a sink without a job's spec is for reading only")
+        check_content(content, spec)
+        for batch in content.data.to_batches(max_chunksize=SLICE_ROWS):
+            self._write_rows(batch, spec)
+        for batch in content.errors.to_batches(max_chunksize=SLICE_ROWS):
+            self._write_errors(batch, spec)
+        return record
+
+    def _write_rows(self, batch: pa.RecordBatch, spec: JobSpec) -> None:
+        ids, chunks, truncated = (_list(batch, name) for name in ("id", "chunk", "truncated"))
+        names = [*(["text"] if spec.text else []), *spec.keep]
+        values = [_list(batch, name) for name in names]
+        vectors = {output.name: _vectors(batch.column(output.name)) for output in spec.outputs}
+        # Fields that a row does not have are removed, so that no older job's text stays beside a new vector.
+        never = [] if spec.text else ["text"]
+        pipe, size = self._client.pipeline(transaction=False), 0
+        for i, id in enumerate(ids):
+            mapping: dict[str, Any] = {"id": id, "job": spec.job, "truncated": int(truncated[i])}
+            absent = list(never)
+            for name, column in zip(names, values, strict=True):
+                if column[i] is None:
+                    absent.append(name)
+                else:
+                    mapping[name] = column[i]
+                    size += len(column[i])
+            for name, rows in vectors.items():
+                mapping[name] = rows[i]
+                size += len(rows[i])
+            key = self._key(id, chunks[i])
+            pipe.hset(key, mapping=mapping)
+            if absent:
+                pipe.hdel(key, *absent)
+            if self._ttl is not None:
+                pipe.expire(key, self._ttl)
+            if size >= SLICE_BYTES:
+                self._run(pipe)
+                size = 0
+        self._run(pipe)
+
+    def _write_errors(self, batch: pa.RecordBatch, spec: JobSpec) -> None:
+        fields = {
+            f"{part}:{row}:{chunk}": msgspec.json.encode(error)
+            for part, row, chunk, error in zip(
+                *(_list(batch, name) for name in ("part", "row", "chunk")),
+                error_rows(batch, spec.parts),
+                strict=True,
+            )
+        }
+        if not fields:
+            return
+        key = f"{self._prefix}_errors"
+        pipe = self._client.pipeline(transaction=False)
+        pipe.hset(key, mapping=fields)
+        if self._ttl is not None:
+            pipe.expire(key, self._ttl)
+        self._run(pipe)
+
+    def discard_shard(self, name: str) -> None:
+        """Nothing: whoever commits those rows has written, or will write, the same keys."""
+
+    def find_shards(self) -> Iterator[ShardRecord]:
+        """None: hashes do not say which shard they came in."""
+        return iter(())
+
+    def read_manifest(self) -> Manifest | None:
+        """The manifest; None before the job's end. Raises `OutputError`."""
+        key = f"{self._prefix}_manifest"
+        data = self._ask(lambda: self._client.get(key))
+        return None if data is None else decode_manifest(data, f"{mask(self._server)} {key}")
+
+    def finalize(self, manifest: Manifest, sources: Sequence[str]) -> None:  # noqa: ARG002
+        """Write the manifest; the errors are there already. Raises `OutputError`."""
+        self._ask(lambda: self._client.set(f"{self._prefix}_manifest", encode_manifest(manifest), ex=self._ttl))
+
+    def read(self, columns: Iterable[str] | None = None) -> Iterator[pa.RecordBatch]:
+        """The rows of the manifest's job: `id`, `text` and kept fields if there, `truncated`, and the vectors.
+
+        Keys are visited by SCAN: rows that expire or are overwritten by another job meanwhile are left out, and a row
+        may come twice if the server resizes its table meanwhile.
+
+        Raises:
+            OutputError: no manifest, an unknown column, or the server cannot be reached.
+        """
+        manifest = self.read_manifest()
+        if manifest is None:
+            raise OutputError(f"{self._place}: no manifest: the job has not ended yet, or it has expired")
+        schema = _read_schema(manifest)
+        names = schema.names if columns is None else list(columns)
+        for name in names:
+            if name not in schema.names:
+                raise OutputError(f"{self._place}: no column {name} (there are: {', '.join(schema.names)})")
+        chosen = pa.schema([schema.field(name) for name in names])
+        job, own = manifest.job.encode(), tuple((self._prefix + name).encode() for name in _OWN_NAMES)
+        pattern = re.sub(r"([\\*?\[\]])", r"\\\1", self._prefix) + "*"
+        cursor = 0
+        while True:
+            cursor, keys = self._ask(partial(self._client.scan, cursor, match=pattern, count=1000, _type="hash"))
+            keys = [key for key in keys if key not in own]
+            for start in range(0, len(keys), SLICE_ROWS):
+                yield from self._read_rows(keys[start : start + SLICE_ROWS], chosen, job)
+            if cursor == 0:
+                return
+
+    def _read_rows(self, keys: list[bytes], schema: pa.Schema, job: bytes) -> Iterator[pa.RecordBatch]:
+        pipe = self._client.pipeline(transaction=False)
+        for key in keys:
+            pipe.hmget(key, ["job", *schema.names])
+        rows = [row[1:] for row in self._run(pipe) if row[0] == job]
+        if rows:
+            arrays = [
+                _array(list(column), field.type) for column, field in zip(zip(*rows, strict=True), schema, strict=True)
+            ]
+            yield pa.RecordBatch.from_arrays(arrays, schema=schema)
+
+    def read_errors(self) -> Iterator[ErrorRow]:
+        """Every row that failed, of this job or an older one into the same prefix. Raises `OutputError`."""
+        cursor = 0
+        while True:
+            cursor, fields = self._ask(partial(self._client.hscan, f"{self._prefix}_errors", cursor, count=100))
+            for data in fields.values():
+                yield msgspec.json.decode(data, type=ErrorRow)
+            if cursor == 0:
+                return
+
+    def describe(self) -> str:
+        """A shell line that shows one hash."""
+        return f"redis-cli -u {mask(self._server)} --scan --pattern '{self._prefix}*' | head"
+
+    def _key(self, id: str, chunk: int) -> str:
+        return f"{self._prefix}{id}:{chunk}" if chunk or id in _OWN_NAMES else f"{self._prefix}{id}"
+
+    @property
+    def _place(self) -> str:
+        return f"{mask(self._server)} {self._prefix}*"
+
+    def _run(self, pipe: Any) -> list[Any]:
+        """Replies of a pipeline. The first refusal is raised as the server worded it, without the command's content."""
+
+        def execute() -> list[Any]:
+            replies: list[Any] = pipe.execute(raise_on_error=False)
+            for reply in replies:
+                if isinstance(reply, Exception):
+                    raise reply
+            return replies
+
+        return self._ask(execute)
+
+    def _ask(self, question: Callable[[], T]) -> T:
+        try:
+            return question()
+        except (redis.RedisError, OSError) as error:
+            raise OutputError(f"output {self._prefix}*: {explain(error, self._server)}") from error
+
+
+def _list(batch: pa.RecordBatch, name: str) -> list[Any]:
+    return batch.column(name).to_pylist()
+
+
+def _vectors(column: Any) -> list[bytes]:
+    """Each row's vector as little-endian float32 bytes, which is how Arrow holds them."""
+    values = column.flatten()
+    width = column.type.list_size * 4
+    data = memoryview(values.buffers()[1] or b"")[values.offset * 4 :]
+    return [bytes(data[start : start + width]) for start in range(0, len(column) * width, width)]
+
+
+def _read_schema(manifest: Manifest) -> pa.Schema:
+    spec = manifest_spec(manifest)
+    fields: list[pa.Field[Any]] = [
+        pa.field("id", pa.string(), nullable=False),
+        *([pa.field("text", pa.string(), nullable=False)] if spec.text else []),
+        pa.field("truncated", pa.bool_(), nullable=False),
+        *(pa.field(name, pa.string()) for name in spec.keep),
+        *(pa.field(output.name, vector_type(output.dim), nullable=False) for output in manifest.outputs),
+    ]
+    return pa.schema(fields)
+
+
+def _array(values: list[bytes | None], type: Any) -> Any:
+    if pa.types.is_fixed_size_list(type):
+        flat = pa.py_buffer(b"".join(value or b"" for value in values))
+        leaf = pa.Array.from_buffers(pa.float32(), len(flat) // 4, [None, flat])
+        return pa.Array.from_buffers(type, len(values), [None], children=[leaf])
+    if pa.types.is_boolean(type):
+        return pa.array([value == b"1" for value in values])
+    return pa.array(values, pa.binary()).cast(pa.string())

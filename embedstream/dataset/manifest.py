@@ -1,0 +1,152 @@
+"""The manifest: what readers trust. Built from a job's committed shards, and refused if they do not add up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+
+import msgspec
+
+from embedstream.dataset.sink import (
+    BlockRecord,
+    Manifest,
+    ManifestOutput,
+    ManifestPart,
+    ManifestShard,
+    ShardRecord,
+)
+from embedstream.errors import OutputError, UsageError
+from embedstream.jobs import FORMAT_VERSION, JobSpec, JobState, JobStatus, decode_spec
+
+
+def build_manifest(status: JobStatus, shards: Sequence[ShardRecord], state: JobState, ended: float) -> Manifest:
+    """The manifest of a job that ends in `state` at `ended` (Unix seconds). Equal arguments give equal manifests.
+
+    Its counts are sums over the shards, so they are true of what it lists, whatever Redis counted.
+
+    Raises:
+        OutputError: a block lies in two shards, shards are of several spaces, or a completed job lacks blocks.
+    """
+    shards = sorted(shards, key=lambda shard: shard.name)
+    blocks = sorted((block for shard in shards for block in shard.blocks), key=lambda b: (b.part, b.block))
+    _check(status, shards, blocks)
+    partial = not status.sealed or len(blocks) < status.blocks
+    if partial and state is JobState.COMPLETED:
+        raise OutputError(
+            f"job {status.job}: its shards hold {len(blocks)} of {status.blocks} blocks, so it is not complete: "
+            f"cancel it (embed-cancel {status.job}) and submit it again"
+        )
+    rows, failed = sum(s.rows for s in shards), sum(s.failed for s in shards)
+    return Manifest(
+        v=FORMAT_VERSION,
+        job=status.job,
+        state=state.value,
+        partial=partial,
+        spec=msgspec.Raw(status.spec.encode()),
+        space=status.space or next((s.space for s in shards), ""),
+        outputs=_outputs(status.spec, shards),
+        parts=_parts(status, blocks, whole=not partial),
+        rows=rows,
+        failed=failed,
+        skipped=sum(s.skipped for s in shards),
+        truncated=sum(s.truncated for s in shards),
+        tokens=sum(s.tokens for s in shards),
+        padded=sum(s.padded for s in shards),
+        created=status.created,
+        ended=ended,
+        engines=tuple(sorted({s.engine for s in shards})),
+        shards=tuple(
+            ManifestShard(
+                name=s.name,
+                rows=s.rows,
+                failed=s.failed,
+                bytes=s.bytes,
+                checksum=s.checksum,
+                dtype=s.dtype,
+                blocks=block_runs(s.blocks),
+            )
+            for s in shards
+        ),
+    )
+
+
+def block_runs(blocks: Iterable[BlockRecord]) -> tuple[tuple[int, int, int], ...]:
+    """Blocks in any order as runs of consecutive ones: (part, first, last), in order."""
+    runs: list[tuple[int, int, int]] = []
+    for part, block in sorted((b.part, b.block) for b in blocks):
+        if runs and runs[-1][0] == part and runs[-1][2] + 1 == block:
+            runs[-1] = (part, runs[-1][1], block)
+        else:
+            runs.append((part, block, block))
+    return tuple(runs)
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """One line of JSON."""
+    return msgspec.json.encode(manifest) + b"\n"
+
+
+def decode_manifest(data: bytes | str, where: str) -> Manifest:
+    """Read a manifest; `where` it came from is for the message.
+
+    Raises:
+        OutputError: it is none, or of another version.
+    """
+    try:
+        manifest = msgspec.json.decode(data, type=Manifest)
+        spec = decode_spec(bytes(manifest.spec))
+    except (msgspec.MsgspecError, UsageError) as error:
+        raise OutputError(f"{where}: the manifest cannot be read ({error})") from error
+    if manifest.v != FORMAT_VERSION:
+        raise OutputError(
+            f"{where}: manifest of format {manifest.v}, this embedstream reads {FORMAT_VERSION}: upgrade it"
+        )
+    return msgspec.structs.replace(manifest, spec=msgspec.Raw(spec.encode()))
+
+
+def manifest_spec(manifest: Manifest) -> JobSpec:
+    """The spec of the manifest's job."""
+    return decode_spec(bytes(manifest.spec))
+
+
+def _check(status: JobStatus, shards: Sequence[ShardRecord], blocks: Sequence[BlockRecord]) -> None:
+    for before, after in pairwise(blocks):
+        if (before.part, before.block) == (after.part, after.block):
+            raise OutputError(f"job {status.job}: block {after.part}:{after.block} lies in two shards")
+    for shard in shards:
+        if shard.space != shards[0].space or shard.dim != shards[0].dim or shard.normalized != shards[0].normalized:
+            raise OutputError(
+                f"job {status.job}: shards {shards[0].name} and {shard.name} hold vectors that cannot be compared "
+                f"(spaces {shards[0].space} and {shard.space})"
+            )
+        if sum(b.rows for b in shard.blocks) != shard.rows or sum(b.failed for b in shard.blocks) != shard.failed:
+            raise OutputError(f"job {status.job}: shard {shard.name} does not add up to its blocks")
+
+
+def _outputs(spec: JobSpec, shards: Sequence[ShardRecord]) -> tuple[ManifestOutput, ...]:
+    """What the model really gave; what was asked for when there is no shard to tell."""
+    first = shards[0] if shards else None
+    return tuple(
+        ManifestOutput(
+            name=output.name,
+            kind=output.kind,
+            dtype=output.dtype,
+            dim=first.dim if first else output.dim or 0,
+            normalized=first.normalized if first else bool(output.normalized),
+        )
+        for output in spec.outputs
+    )
+
+
+def _parts(status: JobStatus, blocks: Sequence[BlockRecord], whole: bool) -> tuple[ManifestPart, ...]:
+    """Per part what its blocks add up to. How many blocks a part has is known when none is missing."""
+    counts = [[0, 0, 0] for _ in status.spec.parts]
+    for block in blocks:
+        count = counts[block.part]
+        count[0] += 1
+        count[1] += block.rows
+        count[2] += block.failed
+    return tuple(
+        ManifestPart(source=source, blocks=n if whole else -1, rows=rows, failed=failed)
+        for source, (n, rows, failed) in zip(status.spec.parts, counts, strict=True)
+    )

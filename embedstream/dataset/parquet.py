@@ -1,0 +1,114 @@
+"""How shards are laid out in Parquet, and what their footers say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from embedstream.dataset.sink import ShardRecord
+from embedstream.errors import OutputError, UsageError
+from embedstream.jobs import FORMAT_VERSION, JobSpec, decode_spec
+
+FOOTER_KEY = "embedstream"
+"""Key of the file's own metadata under which a shard says what it is."""
+
+ROW_GROUP_BYTES = 100 * 1000 * 1000
+"""Readers hold a row group at once; smaller ones cost size and speed."""
+
+COMPRESSION_LEVEL = 1
+"""zstd-3 is slower on vectors and no smaller."""
+
+
+class Footer(msgspec.Struct, frozen=True, kw_only=True):
+    """What a shard file says of itself."""
+
+    v: int = FORMAT_VERSION
+    shard: ShardRecord
+    """`bytes` and `checksum` are empty here: a file cannot hold its own hash."""
+    spec: msgspec.Raw
+    """The `JobSpec`."""
+
+    def job_spec(self) -> JobSpec:
+        return decode_spec(bytes(self.spec))
+
+
+def encode_data(data: pa.Table, footer: Footer) -> pa.Buffer:
+    """Rows in dataset schema as a Parquet file.
+
+    Vectors: BYTE_STREAM_SPLIT and no dictionary (floats repeat in their high bytes, never whole). Kept fields: a
+    dictionary, as they often repeat. No statistics and no compression where values are as good as random.
+    """
+    vectors = [field.name for field in data.schema if pa.types.is_fixed_size_list(field.type)]
+    leaves = [f"{name}.list.element" for name in vectors]
+    random = {*vectors, "input_hash"}
+    fixed = {"part", "row", "id", "chunk", "text", "n_tokens", "truncated"}
+    return _encode(
+        data,
+        footer,
+        dictionary=[name for name in data.schema.names if name not in fixed | random] + ["part", "chunk"],
+        byte_stream_split=leaves,
+        compression={
+            **{name: "zstd" for name in data.schema.names if name not in random},
+            **dict.fromkeys(leaves, "zstd"),
+            "input_hash": "none",
+        },
+        statistics=[name for name in data.schema.names if name not in random | {"text"}],
+    )
+
+
+def encode_errors(errors: pa.Table, footer: Footer) -> pa.Buffer:
+    """Rows in errors schema as a Parquet file."""
+    names = errors.schema.names
+    return _encode(errors, footer, ["part", "code"], [], dict.fromkeys(names, "zstd"), ["part", "row"])
+
+
+def _encode(
+    table: pa.Table,
+    footer: Footer,
+    dictionary: list[str],
+    byte_stream_split: list[str],
+    compression: dict[str, str],
+    statistics: list[str],
+) -> pa.Buffer:
+    group_rows = max(1, int(ROW_GROUP_BYTES / max(1.0, table.nbytes / max(1, table.num_rows))))
+    # The stubs know only the simplest form of each option.
+    options: dict[str, Any] = {
+        "use_dictionary": dictionary,
+        "use_byte_stream_split": byte_stream_split,
+        "compression": compression,
+        "compression_level": {path: COMPRESSION_LEVEL for path, codec in compression.items() if codec == "zstd"},
+        "write_statistics": statistics,
+        "write_page_index": True,
+    }
+    stream = pa.BufferOutputStream()
+    with pq.ParquetWriter(stream, table.schema, **options) as writer:
+        writer.write_table(table, row_group_size=group_rows)
+        writer.add_key_value_metadata({FOOTER_KEY: msgspec.json.encode(footer).decode()})
+    return stream.getvalue()
+
+
+def read_footer(path: Path) -> tuple[Footer, int]:
+    """What a shard file says of itself, and how many rows it has.
+
+    Raises:
+        OutputError: it is torn, or no shard of this version.
+    """
+    try:
+        metadata = pq.read_metadata(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise OutputError(f"{path}: not a whole Parquet file ({error})") from error
+    raw = (metadata.metadata or {}).get(FOOTER_KEY.encode())
+    if raw is None:
+        raise OutputError(f"{path}: a Parquet file, but not a shard of a dataset")
+    try:
+        footer = msgspec.json.decode(raw, type=Footer)
+        footer.job_spec()
+    except (msgspec.MsgspecError, UsageError) as error:
+        raise OutputError(f"{path}: its footer cannot be read ({error})") from error
+    if footer.v != FORMAT_VERSION:
+        raise OutputError(f"{path}: shard format {footer.v}, this embedstream reads {FORMAT_VERSION}: upgrade it")
+    return footer, metadata.num_rows

@@ -1,0 +1,82 @@
+"""Columns of a dataset and of its errors, from a job's spec alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import msgspec
+import pyarrow as pa
+
+from embedstream.jobs import JobSpec
+
+INPUT_HASH_BYTES = 16
+"""Of the exact text that entered the model, prompt included."""
+
+
+class ErrorRow(msgspec.Struct, frozen=True):
+    """A row that failed, as `errors.jsonl` and the Redis sink show it."""
+
+    file: str
+    """The part's source."""
+    line: int
+    """1 for the first line or record of the part."""
+    id: str | None
+    chunk: int
+    code: str
+    message: str
+    original: str
+    """The original line or text, cut at a bound."""
+
+
+def vector_type(dim: int) -> pa.DataType:
+    """`fixed_size_list<float32 not null>[dim]`."""
+    return pa.list_(pa.field("element", pa.float32(), nullable=False), dim)
+
+
+def dataset_schema(spec: JobSpec, dims: Mapping[str, int]) -> pa.Schema:
+    """Columns of a job's shards, in order. `dims`: output name -> dimensions of its vectors.
+
+    (`part`, `row`, `chunk`) says which chunk a row is.
+    """
+    fields: list[pa.Field[Any]] = [
+        pa.field("part", pa.int32(), nullable=False),
+        pa.field("row", pa.int64(), nullable=False),
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("chunk", pa.int32(), nullable=False),
+        *([pa.field("text", pa.string(), nullable=False)] if spec.text else []),
+        pa.field("n_tokens", pa.int32(), nullable=False),
+        pa.field("truncated", pa.bool_(), nullable=False),
+        pa.field("input_hash", pa.binary(INPUT_HASH_BYTES), nullable=False),
+        *(pa.field(name, pa.string()) for name in spec.keep),
+        *(pa.field(output.name, vector_type(dims[output.name]), nullable=False) for output in spec.outputs),
+    ]
+    return pa.schema(fields)
+
+
+def errors_schema() -> pa.Schema:
+    """Columns of the rows that failed: refused by the producer, or failed in the worker."""
+    fields: list[pa.Field[Any]] = [
+        pa.field("part", pa.int32(), nullable=False),
+        pa.field("row", pa.int64(), nullable=False),
+        pa.field("id", pa.string()),
+        pa.field("chunk", pa.int32(), nullable=False),
+        pa.field("code", pa.string(), nullable=False),
+        pa.field("message", pa.string(), nullable=False),
+        pa.field("original", pa.string(), nullable=False),
+    ]
+    return pa.schema(fields)
+
+
+def error_rows(errors: pa.Table | pa.RecordBatch, sources: Sequence[str]) -> Iterator[ErrorRow]:
+    """Rows in errors schema as people read them; `sources[part]` becomes the file."""
+    for row in errors.to_pylist():
+        yield ErrorRow(
+            file=sources[row["part"]],
+            line=row["row"] + 1,
+            id=row["id"],
+            chunk=row["chunk"],
+            code=row["code"],
+            message=row["message"],
+            original=row["original"],
+        )
