@@ -245,8 +245,11 @@ class Broker(Steps):
         return [raw[name] for name in sorted(raw)]
 
     def memory_bound(self, wanted: int) -> int:
-        """The bound on queued bytes: `wanted`, or a quarter of the server's `maxmemory` if that is less."""
-        most = int(self._raw.info("memory").get("maxmemory", 0))
+        """The bound on queued bytes: `wanted`, or a quarter of the server's `maxmemory` if that is told and less."""
+        try:
+            most = int(self._raw.info("memory").get("maxmemory", 0))
+        except ResponseError:  # forbidden to this user, or a server without INFO
+            return wanted
         return min(wanted, most // 4) if most else wanted
 
     # Workers
@@ -385,7 +388,8 @@ def parse_status(job: str, raw: Mapping[bytes, bytes], now: float) -> JobStatus:
 def _stream_gone(error: ResponseError) -> bool:
     """Whether the stream or its group vanished: its job ended, or Redis was emptied."""
     text = str(error)
-    return text.startswith(("NOGROUP", "UNBLOCKED")) or "no such key" in text
+    # The last is fakeredis', where Redis says NOGROUP.
+    return text.startswith(("NOGROUP", "UNBLOCKED")) or "no such key" in text or "requires the key to exist" in text
 
 
 def job_keys(keys: Keys, job: str, parts: int) -> list[str]:
