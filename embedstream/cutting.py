@@ -1,0 +1,59 @@
+"""From judged rows to the blocks of a part: duplicates are refused, the rest is packed in order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import PurePath
+
+from embedstream.blocks import Block, Refusal
+from embedstream.duplicates import DuplicateIndex, Position
+from embedstream.jobs import JobSpec
+from embedstream.packing import Packer
+from embedstream.records import Outcome, Record, duplicate_refusal
+
+
+def cut_part(
+    part: int,
+    batches: Iterable[Sequence[Outcome]],
+    spec: JobSpec,
+    duplicates: DuplicateIndex,
+    on_refusal: Callable[[Refusal], None] | None = None,
+) -> Iterator[Block]:
+    """The blocks of a part, from how its rows ended, in row order and in batches of any size.
+
+    The blocks do not depend on how the rows are batched. `on_refusal` is told of every refused row once per reading.
+    """
+    packer = Packer(part, spec.keep)
+    for outcomes in batches:
+        records = [outcome for outcome in outcomes if type(outcome) is Record]
+        earlier = iter(duplicates.check(part, [r.row for r in records], [r.id for r in records]))
+        for outcome in outcomes:
+            block: Block | None = None
+            if outcome is None:
+                packer.skip()
+            elif isinstance(outcome, Refusal):
+                block = _refuse(packer, outcome, on_refusal)
+            elif (position := next(earlier)) is not None:
+                block = _refuse(packer, duplicate_refusal(outcome, _where(position, part, spec)), on_refusal)
+            else:
+                block = packer.add(outcome.row, outcome.id, outcome.text, outcome.text_bytes, outcome.kept)
+            if block is not None:
+                yield block
+    last = packer.finish()
+    if last is not None:
+        yield last
+
+
+def _refuse(packer: Packer, refusal: Refusal, on_refusal: Callable[[Refusal], None] | None) -> Block | None:
+    if on_refusal is not None:
+        on_refusal(refusal)
+    return packer.refuse(refusal)
+
+
+def _where(position: Position, part: int, spec: JobSpec) -> str:
+    """A position in words that depend on the spec alone: refusals are part of a block's sum."""
+    source = spec.parts[position.part]
+    if source == "records":
+        return f"record {position.row}"
+    line = f"line {position.row + 1}"
+    return line if position.part == part else f"{PurePath(source).name or source}, {line}"
