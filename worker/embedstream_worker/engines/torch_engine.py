@@ -50,6 +50,7 @@ class TorchEngine:
         self._model: SentenceTransformer | None = None
         self._input: TextInput | None = None
         self._info: EngineInfo | None = None
+        self._roles: dict[Role, int] = {}  # those that the model serves, with the dimensions of their vectors
 
     @property
     def info(self) -> EngineInfo:
@@ -105,11 +106,11 @@ class TorchEngine:
         Raises:
             ModelError: the model has no prompt of that name, or does not serve the role.
         """
+        model = self._started_model
         if role not in self._roles:
             raise ModelError(f"model {self._folder.name} has no route for --role {role}")
         if prompt is not None:
             return prompt
-        model = self._started_model
         if prompt_name is not None:
             if prompt_name not in model.prompts:
                 known = ", ".join(sorted(model.prompts)) or "none"

@@ -7,7 +7,7 @@ import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import tokenizers
 import torch
@@ -40,13 +40,14 @@ class TextInput:
     max_length: int
     pad_id: int = 0
     padding_side: str = "right"
+    truncation_side: str = "right"
     token_types: bool = False
 
     def tokenizer(self) -> TextTokenizer:
         """A new tokenizer, for one thread."""
         if isinstance(self.source, PreTrainedTokenizerBase):
             return make_tokenizer(self.source, self.limits)
-        return FastTokenizer(self.source, self.limits, add_special_tokens=False)
+        return FastTokenizer(self.source, self.limits, truncation_side=self.truncation_side, add_special_tokens=False)
 
 
 def load_model(folder: ModelFolder, device: torch.device) -> SentenceTransformer:
@@ -98,7 +99,14 @@ def is_normalized(model: SentenceTransformer) -> bool:
 def _read_module(module: torch.nn.Module, name: str) -> TextInput:
     if isinstance(module, StaticEmbedding):
         source = getattr(module.tokenizer, "backend_tokenizer", module.tokenizer)
-        return TextInput(InputKind.FLAT, source, Limits(UNLIMITED, 1), UNLIMITED)
+        cut = source.truncation or {}
+        return TextInput(
+            kind=InputKind.FLAT,
+            source=source,
+            limits=Limits(UNLIMITED, 1),
+            max_length=int(cut.get("max_length", UNLIMITED)),
+            truncation_side=cut.get("direction", "right"),
+        )
     if not isinstance(module, Transformer):
         raise ModelError(f"model {name} begins with a {type(module).__name__} module, which is not supported")
     tokenizer = module.processor
@@ -125,6 +133,7 @@ def _read_module(module: torch.nn.Module, name: str) -> TextInput:
         max_length=min(max_length, longest),
         pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
         padding_side=tokenizer.padding_side,
+        truncation_side=tokenizer.truncation_side,
         token_types=token_types,
     )
 
@@ -142,14 +151,7 @@ def _positions(module: Transformer) -> int:
 
 
 def _differ(one: TextInput, other: TextInput) -> bool:
-    return (one.kind, one.limits, one.max_length, one.pad_id, one.padding_side, one.token_types) != (
-        other.kind,
-        other.limits,
-        other.max_length,
-        other.pad_id,
-        other.padding_side,
-        other.token_types,
-    ) or _content(one) != _content(other)
+    return replace(one, source=other.source) != other or _content(one) != _content(other)
 
 
 def _content(text_input: TextInput) -> str:

@@ -1,0 +1,203 @@
+"""Small random models of several shapes, saved as folders, and a corpus of real texts to try them on."""
+
+from __future__ import annotations
+
+import ast
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Dense, Normalize, Router, Transformer
+from sentence_transformers.sentence_transformer.modules import Pooling, StaticEmbedding
+from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
+from tokenizers.models import BPE, Unigram
+from transformers import PreTrainedTokenizerFast
+
+
+def docstrings() -> list[str]:
+    """Docstrings of the standard library's top-level modules: real English of uneven length, without repeats."""
+    found: dict[str, None] = {}
+    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_bytes())):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and (text := ast.get_docstring(node)):
+                found[text] = None
+    return list(found)
+
+
+def _fast(tokenizer: Tokenizer, **special: str) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)  # type: ignore[no-untyped-call]
+
+
+def _unigram_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    tokenizer = Tokenizer(Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    trainer = trainers.UnigramTrainer(vocab_size=600, special_tokens=special, unk_token="<unk>", show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    return _fast(
+        tokenizer,
+        bos_token="<s>",
+        cls_token="<s>",
+        pad_token="<pad>",
+        eos_token="</s>",
+        sep_token="</s>",
+        unk_token="<unk>",
+    )
+
+
+def _bpe_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=["<|end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A <|end|>", special_tokens=[("<|end|>", 0)])
+    fast = _fast(tokenizer, pad_token="<|end|>", eos_token="<|end|>")
+    fast.padding_side = "left"
+    return fast
+
+
+def _transformer(
+    folder: Path, config: transformers.PretrainedConfig, tokenizer: transformers.PreTrainedTokenizerBase, seed: int = 0
+) -> Transformer:
+    torch.manual_seed(seed)
+    transformers.AutoModel.from_config(config).save_pretrained(folder)  # type: ignore[no-untyped-call]
+    tokenizer.save_pretrained(folder)
+    transformer: Transformer = Transformer(str(folder))
+    return transformer
+
+
+def _bert_config(vocabulary: int) -> transformers.BertConfig:
+    return transformers.BertConfig(
+        vocab_size=vocabulary,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=128,
+    )
+
+
+def _minilm_tokenizer(minilm: Path) -> transformers.PreTrainedTokenizerBase:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(minilm)
+    assert isinstance(tokenizer, transformers.PreTrainedTokenizerBase)
+    tokenizer.model_max_length = 128
+    return tokenizer
+
+
+def _bert(folder: Path, minilm: Path, seed: int = 0) -> Transformer:
+    tokenizer = _minilm_tokenizer(minilm)
+    return _transformer(folder, _bert_config(len(tokenizer)), tokenizer, seed)
+
+
+def bert_without_prompt(folder: Path, minilm: Path, _: list[str]) -> Path:
+    """CLS pooling, a Dense and a Normalize behind it."""
+    base = _bert(folder / "base", minilm)
+    modules = [base, Pooling(32, "cls", include_prompt=False), Dense(32, 24), Normalize()]
+    return _save(folder, SentenceTransformer(modules=modules, device="cpu"))
+
+
+def bert_mean_without_prompt(folder: Path, minilm: Path, _: list[str]) -> Path:
+    """Mean pooling over everything but the prompt, as the INSTRUCTOR models do it."""
+    modules = [_bert(folder / "base", minilm), Pooling(32, "mean", include_prompt=False)]
+    return _save(folder, SentenceTransformer(modules=modules, device="cpu"))
+
+
+def xlm_roberta(folder: Path, _: Path, texts: list[str]) -> Path:
+    """Positions that begin after the padding's, an own sentencepiece-like tokenizer, three poolings at once."""
+    tokenizer = _unigram_tokenizer(texts)
+    config = transformers.XLMRobertaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=130,
+        pad_token_id=1,
+        type_vocab_size=1,
+    )
+    modules = [_transformer(folder / "base", config, tokenizer), Pooling(32, ("mean", "max", "weightedmean"))]
+    model = SentenceTransformer(modules=modules, device="cpu")
+    model.max_seq_length = 100
+    return _save(folder, model)
+
+
+def decoder(folder: Path, _: Path, texts: list[str]) -> Path:
+    """Causal attention, padding on the left, the last token's vector, no maximum but the positions."""
+    tokenizer = _bpe_tokenizer(texts)
+    config = transformers.Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=512,
+    )
+    modules = [_transformer(folder / "base", config, tokenizer), Pooling(32, "lasttoken"), Normalize()]
+    return _save(folder, SentenceTransformer(modules=modules, device="cpu"))
+
+
+def plain_transformers(folder: Path, minilm: Path, _: list[str]) -> Path:
+    """A folder without `modules.json`."""
+    _bert(folder / "model", minilm)
+    return folder / "model"
+
+
+def truncated_dimensions(folder: Path, minilm: Path, _: list[str]) -> Path:
+    """Vectors that the model's own configuration cuts short."""
+    modules = [_bert(folder / "base", minilm), Pooling(32, "mean"), Normalize()]
+    return _save(folder, SentenceTransformer(modules=modules, device="cpu", truncate_dim=8))
+
+
+def router(folder: Path, minilm: Path, _: list[str]) -> Path:
+    """Other weights for queries than for documents."""
+    routes = Router.for_query_document(
+        query_modules=[_bert(folder / "q", minilm, seed=1), Pooling(32, "mean")],
+        document_modules=[_bert(folder / "d", minilm, seed=2), Pooling(32, "cls")],
+    )
+    return _save(folder, SentenceTransformer(modules=[routes, Normalize()], device="cpu"))
+
+
+def static_embedding(folder: Path, minilm: Path, _: list[str]) -> Path:
+    """Token vectors from a table, averaged: nothing to pad, no special tokens, no maximum."""
+    torch.manual_seed(0)
+    backend = _minilm_tokenizer(minilm).backend_tokenizer
+    return _save(folder, SentenceTransformer(modules=[StaticEmbedding(backend, embedding_dim=16)], device="cpu"))
+
+
+def python_tokenizer(folder: Path, _: Path, __: list[str]) -> Path:
+    """A tokenizer without a fast form: one token per character."""
+    tokenizer = transformers.CanineTokenizer(model_max_length=100)  # type: ignore[no-untyped-call]
+    modules = [_transformer(folder / "base", _bert_config(65_536), tokenizer), Pooling(32, "mean")]
+    return _save(folder, SentenceTransformer(modules=modules, device="cpu"))
+
+
+def _save(folder: Path, model: SentenceTransformer) -> Path:
+    model.prompts = {"query": "find this: ", "document": "", "topic": "by topic: "}
+    model.save(str(folder / "model"), create_model_card=False)
+    return folder / "model"
+
+
+SHAPES: list[Callable[[Path, Path, list[str]], Path]] = [
+    bert_without_prompt,
+    bert_mean_without_prompt,
+    xlm_roberta,
+    decoder,
+    plain_transformers,
+    truncated_dimensions,
+    router,
+    static_embedding,
+    python_tokenizer,
+]

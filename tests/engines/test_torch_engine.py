@@ -1,0 +1,272 @@
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from engines.model_shapes import SHAPES, bert_mean_without_prompt, docstrings, plain_transformers, router, xlm_roberta
+from safetensors.torch import load_file, save_file
+from sentence_transformers import SentenceTransformer
+
+from embedstream.errors import ModelError
+from embedstream_worker.batching import cut_batches, gather_batch
+from embedstream_worker.engines.base import Role
+from embedstream_worker.engines.torch_engine import TorchEngine
+from embedstream_worker.inputs import model_inputs
+from embedstream_worker.models import resolve_model
+
+Vectors = npt.NDArray[np.float32]
+
+MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[str]:
+    """520 real texts, 20 of them beyond MiniLM's 256 tokens, and one-token ones."""
+    found = docstrings()
+    by_length = sorted(found, key=len)
+    usual = by_length[: -100 : -(-len(found) // 500)] + by_length[::7]
+    return ["a", "the", "?", *usual[:497], *by_length[-20:]]
+
+
+@pytest.fixture(scope="module")
+def minilm() -> Iterator[TorchEngine]:
+    engine = started(MINILM)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def reference() -> SentenceTransformer:
+    return load_reference(resolve_model(MINILM).path)
+
+
+def started(model: str | Path) -> TorchEngine:
+    engine = TorchEngine(resolve_model(str(model)), "cpu")
+    engine.start()
+    return engine
+
+
+def load_reference(folder: Path) -> SentenceTransformer:
+    return SentenceTransformer(str(folder), device="cpu", local_files_only=True)
+
+
+def embed(
+    engine: TorchEngine,
+    texts: list[str],
+    role: Role = "document",
+    prompt: str | None = None,
+    prompt_name: str | None = None,
+    max_length: int | None = None,
+    budget: int = 2048,
+) -> Vectors:
+    """The worker's way from texts to vectors, in one place."""
+    import pyarrow as pa
+
+    limit = max_length or engine.info.max_length
+    chosen = engine.prompt(role, prompt, prompt_name)
+    tokenizer = engine.tokenizer()
+    tokens = tokenizer.encode(model_inputs(pa.array(texts), chosen), limit)
+    prompt_length = tokenizer.prompt_length(chosen, limit)
+    vectors = np.full((len(texts), engine.info.outputs["embedding"].dim), np.nan, np.float32)
+    for rows in cut_batches(tokens.lengths, budget, engine.info.padded):
+        vectors[rows] = engine.embed(gather_batch(tokens, rows, prompt_length, role))["embedding"]
+    return vectors
+
+
+def lowest_cosine(ours: Vectors, theirs: Vectors) -> float:
+    norms = np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1)
+    return float(((ours * theirs).sum(axis=1) / norms).min())
+
+
+def test_documents_equal_sentence_transformers(
+    minilm: TorchEngine, reference: SentenceTransformer, texts: list[str]
+) -> None:
+    assert len(texts) >= 500
+    ours, theirs = embed(minilm, texts), reference.encode_document(texts)
+    assert lowest_cosine(ours, theirs) >= 0.99999
+    np.testing.assert_allclose(np.linalg.norm(ours, axis=1), 1, atol=1e-5)
+
+
+def test_truncation_is_flagged_exactly(minilm: TorchEngine, reference: SentenceTransformer, texts: list[str]) -> None:
+    full = [len(ids) for ids in reference.tokenizer(texts, truncation=False, verbose=False)["input_ids"]]
+    tokens = minilm.tokenizer().encode(texts, 256)
+    assert tokens.truncated.tolist() == [length > 256 for length in full]
+    assert tokens.truncated.sum() >= 20
+    assert tokens.lengths.tolist() == [min(length, 256) for length in full]
+
+
+@pytest.fixture(scope="module")
+def prompted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MiniLM with prompts."""
+    folder = tmp_path_factory.mktemp("prompted") / "model"
+    shutil.copytree(resolve_model(MINILM).path, folder)
+    prompts = {"query": "query: ", "passage": "passage: ", "topic": "cluster by topic: "}
+    config = {"prompts": prompts, "default_prompt_name": "topic", "similarity_fn_name": "cosine"}
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_prompts_are_picked_as_sentence_transformers_picks_them(prompted: Path, texts: list[str]) -> None:
+    engine, reference, some = started(prompted), load_reference(prompted), texts[:40]
+    cases: list[tuple[Vectors, npt.NDArray[np.float32]]] = [
+        (embed(engine, some, "query"), reference.encode_query(some)),
+        (embed(engine, some, "document"), reference.encode_document(some)),
+        (embed(engine, some, "document", prompt_name="topic"), reference.encode_document(some, prompt_name="topic")),
+        (embed(engine, some, "query", prompt_name="topic"), reference.encode(some, prompt="cluster by topic: ")),
+        (embed(engine, some, "query", prompt="say: "), reference.encode_query(some, prompt="say: ")),
+        (embed(engine, some, "query", prompt=""), reference.encode_query(some, prompt="")),
+    ]
+    for ours, theirs in cases:
+        assert lowest_cosine(ours, theirs) >= 0.99999
+    assert engine.prompt("query", None, None) == "query: "
+    assert engine.prompt("query", "", None) == ""
+
+
+def test_an_unknown_prompt_name_is_refused_with_the_known_ones(prompted: Path) -> None:
+    with pytest.raises(ModelError, match=r"no prompt 'quary' \(it has: document, passage, query, topic\)"):
+        started(prompted).prompt("query", None, "quary")
+
+
+@pytest.mark.parametrize("max_length", [3, 16, 300])
+def test_a_jobs_own_max_length_equals_the_models_setting(
+    minilm: TorchEngine, reference: SentenceTransformer, texts: list[str], max_length: int
+) -> None:
+    some = texts[:20] + texts[-5:]
+    before = reference.max_seq_length
+    try:
+        reference.max_seq_length = max_length
+        theirs = reference.encode_document(some)
+    finally:
+        reference.max_seq_length = before
+    assert lowest_cosine(embed(minilm, some, max_length=max_length), theirs) >= 0.99999
+
+
+@pytest.mark.parametrize(("max_length", "message"), [(513, "has 512 positions"), (2, "use at least 3")])
+def test_a_max_length_that_the_model_cannot_serve_is_refused(
+    minilm: TorchEngine, max_length: int, message: str
+) -> None:
+    with pytest.raises(ModelError, match=message):
+        minilm.tokenizer().encode(["text"], max_length)
+
+
+@pytest.mark.parametrize("make", SHAPES, ids=lambda make: make.__name__)
+def test_models_of_every_shape_equal_sentence_transformers(
+    make: Callable[[Path, Path, list[str]], Path], tmp_path: Path, texts: list[str]
+) -> None:
+    folder = make(tmp_path, resolve_model(MINILM).path, texts)
+    engine, reference = started(folder), load_reference(folder)
+    some = texts[:40] + texts[-4:]
+    for role, theirs in (("document", reference.encode_document(some)), ("query", reference.encode_query(some))):
+        ours = embed(engine, some, role)  # type: ignore[arg-type]
+        if engine.info.outputs["embedding"].normalized:
+            # What the model cuts to fewer dimensions has to be brought to length 1 again.
+            np.testing.assert_allclose(np.linalg.norm(ours, axis=1), 1, atol=1e-5)
+            theirs = theirs / np.linalg.norm(theirs, axis=1, keepdims=True)
+        assert engine.info.outputs["embedding"].dim == theirs.shape[1]
+        scale = np.abs(theirs).max()
+        np.testing.assert_allclose(ours / scale, theirs / scale, rtol=0, atol=1e-5)
+
+
+def test_a_prompt_that_pooling_leaves_out_changes_only_what_it_should(tmp_path: Path, texts: list[str]) -> None:
+    folder = bert_mean_without_prompt(tmp_path, resolve_model(MINILM).path, texts)
+    engine, some = started(folder), texts[:20]
+    theirs = load_reference(folder).encode_query(some, prompt="find this: ")
+    np.testing.assert_allclose(embed(engine, some, "query"), theirs, rtol=0, atol=1e-5)
+    included = load_reference(folder)
+    included.set_pooling_include_prompt(True)
+    assert np.abs(included.encode_query(some) - theirs).max() > 1e-3
+
+
+def test_positions_that_begin_after_the_paddings_are_counted_right(tmp_path: Path, texts: list[str]) -> None:
+    engine = started(xlm_roberta(tmp_path, resolve_model(MINILM).path, texts))
+    assert engine.info.max_length == 100
+    assert np.isfinite(embed(engine, texts[-3:], max_length=128)).all()
+    with pytest.raises(ModelError, match="has 128 positions"):
+        embed(engine, texts[-3:], max_length=129)
+
+
+def test_each_role_takes_its_own_route(tmp_path: Path, texts: list[str]) -> None:
+    engine = started(router(tmp_path, resolve_model(MINILM).path, texts))
+    queries, documents = embed(engine, texts[:5], "query", prompt=""), embed(engine, texts[:5], "document")
+    assert np.abs(queries - documents).max() > 1e-3
+
+
+def test_vectors_do_not_depend_on_batching(minilm: TorchEngine, texts: list[str]) -> None:
+    some = texts[:30] + texts[-2:]
+    together, alone = embed(minilm, some, budget=10_000), embed(minilm, some, budget=1)
+    np.testing.assert_allclose(together, alone, rtol=0, atol=1e-5)
+
+
+def test_warming_up_runs_within_the_budget_and_says_how_long_it_took(tmp_path: Path, texts: list[str]) -> None:
+    engine = started(plain_transformers(tmp_path, resolve_model(MINILM).path, texts))
+    assert engine.warm_up(1024) > 0
+
+
+def test_loading_says_nothing_on_standard_error(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    started(plain_transformers(tmp_path, resolve_model(MINILM).path, []))
+    capfd.readouterr()
+    started(tmp_path / "model")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_weights_that_lack_a_tensor_are_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(resolve_model(MINILM).path, folder)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["encoder.layer.3.output.dense.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"weights lack encoder\.layer\.3\.output\.dense\.weight"):
+        started(folder)
+
+
+def test_a_folder_whose_configuration_does_not_fit_is_one_sentence(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(resolve_model(MINILM).path, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"hidden_size": 36}))
+    with pytest.raises(ModelError, match="cannot be loaded") as caught:
+        started(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="bounds the address space by what /proc says")
+def test_a_batch_that_does_not_fit_is_told_apart_and_a_smaller_one_goes_on(tmp_path: Path) -> None:
+    folder = plain_transformers(tmp_path, resolve_model(MINILM).path, [])
+    program = f"""
+import resource
+import numpy as np
+from embedstream_worker.engines.base import OutOfMemory, TokenBatch
+from embedstream_worker.engines.torch_engine import TorchEngine
+from embedstream_worker.models import resolve_model
+
+def batch(rows):
+    return TokenBatch(np.full(rows * 100, 7, np.int32), np.arange(rows + 1) * 100, 100, 0, "document")
+
+engine = TorchEngine(resolve_model({str(folder)!r}), "cpu")
+engine.start()
+engine.embed(batch(50))
+pages = int(open("/proc/self/statm").read().split()[0])
+limit = pages * resource.getpagesize() + (300 << 20)
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+try:
+    engine.embed(batch(100_000))
+except OutOfMemory as error:
+    print(error)
+print(engine.embed(batch(50))["embedding"].shape)
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert run.stdout.splitlines()[1:] == ["(50, 32)"], run.stderr
+    assert run.stdout.startswith("100000 texts of up to 100 tokens: ")
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "tpu", "nonsense"])
+def test_a_device_that_is_not_here_is_refused(device: str) -> None:
+    with pytest.raises(ModelError, match=f"--device {device}: "):
+        TorchEngine(resolve_model(MINILM), device).start()
