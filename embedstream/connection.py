@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 import ssl
+from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
@@ -73,14 +76,27 @@ def explain(error: Exception, url: str) -> str:
     if "DENIED" in text:
         return f"Redis at {shown} runs in protected mode: give it a password, or connect from the same machine"
     if isinstance(error, (redis.ConnectionError, redis.TimeoutError, OSError)):
-        return f"Redis at {shown} cannot be reached ({text}): check the URL and that the server runs"
+        return f"Redis at {shown} cannot be reached ({text}): check the URL and that a Redis server runs there"
     return f"Redis at {shown} answered an error: {text}"
+
+
+@contextlib.contextmanager
+def explaining(url: str) -> Iterator[None]:
+    """Turn what redis-py raises into a `BrokerError` of one sentence."""
+    try:
+        yield
+    except redis.RedisError as error:
+        raise BrokerError(explain(error, url)) from error
 
 
 def mask(url: str) -> str:
     """The URL without its password."""
-    parts = urlsplit(url)
-    if parts.password is None:
-        return url
-    host = parts.netloc.rpartition("@")[2]
-    return urlunsplit(parts._replace(netloc=f"{parts.username or ''}:***@{host}"))
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return url.partition("://")[0] + "://***"
+    parts = parts._replace(query=re.sub(r"(?<![^&])password=[^&]*", "password=***", parts.query))
+    if parts.password is not None:
+        host = parts.netloc.rpartition("@")[2]
+        parts = parts._replace(netloc=f"{parts.username or ''}:***@{host}")
+    return urlunsplit(parts)

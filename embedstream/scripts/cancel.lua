@@ -9,8 +9,8 @@ local job = KEYS[1]
 local state = redis.call('HGET', job, 'state')
 if not state then return {'UNKNOWN_JOB'} end
 if is_open(state) then
-  redis.call('HSET', job, 'reason', ARGV[3])
   to_outbox(job, ARGV[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], ARGV[2])
+  redis.call('HSET', job, 'reason', ARGV[3])
   return {'OK'}
 end
 if redis.call('HGET', job, 'verdict') == ARGV[2] then return {'OK'} end

@@ -2,7 +2,8 @@
 --
 -- KEYS 1 job hash, 2 blocks stream, 3 jobs, 4 bytes   (derived: <job>:done:<part>, <job>:sums:<part>)
 -- ARGV 1 part, 2 block, 3 size in bytes, 4 bound on the queue's bytes, 5 rows, 6 sum (8 bytes), 7... entry fields
--- Answers {OK} | {DUPLICATE} (the block is below the next) | {GAP, next} | {FULL} | {ENDED, state}
+-- Answers {OK} | {DUPLICATE} (the block is below the next) | {GAP, next} | {ENDED, state}
+--         | {FULL} (the queue is, or the job's share of it, or the server's memory)
 --         | {CHANGED, block} (another content was submitted under this number) | {UNKNOWN_JOB}
 -- Twice: the second run answers DUPLICATE and writes nothing.
 
@@ -25,16 +26,24 @@ if redis.call('HEXISTS', job, 'sealed:' .. part) == 1 then return {'CHANGED', bl
 if block > next then return {'GAP', next} end
 
 -- A block whose done bit is set came back by adoption, or was committed before the job was reopened.
-if redis.call('GETBIT', job .. ':done:' .. part, block) == 0 then
+local wanted = redis.call('GETBIT', job .. ':done:' .. part, block) == 0
+if wanted then
   local queued = tonumber(redis.call('GET', bytes) or '0')
   if queued > 0 and queued + size > bound then return {'FULL'} end
   local own, sharing = number(job, 'queued'), redis.call('ZCARD', jobs)
   if own > 0 and sharing > 1 and own + size > bound / sharing then return {'FULL'} end
+end
+
+local first = redis.pcall('SETRANGE', sums, block * 8, sum)
+if type(first) == 'table' then
+  if string.find(first.err, 'OOM', 1, true) then return {'FULL'} end
+  return first
+end
+if wanted then
   redis.call('XADD', stream, '*', unpack(ARGV, 7))
   redis.call('INCRBY', bytes, size)
   redis.call('HINCRBY', job, 'queued', size)
 end
-redis.call('SETRANGE', sums, block * 8, sum)
 redis.call('HINCRBY', job, 'next:' .. part, 1)
 redis.call('HINCRBY', job, 'added', 1)
 redis.call('HINCRBY', job, 'submitted', rows)

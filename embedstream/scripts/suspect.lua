@@ -8,5 +8,6 @@
 local state = redis.call('HGET', KEYS[1], 'state')
 if not state then return {'UNKNOWN_JOB'} end
 if not is_open(state) then return {'ENDED', state} end
+let_through(KEYS[1])
 redis.call('HSET', KEYS[2], ARGV[1] .. ':' .. ARGV[2], ARGV[3])
 return {'OK'}

@@ -12,5 +12,6 @@ if redis.call('HGET', KEYS[1], 'state') ~= 'finalizing' then
   redis.call('ZREM', KEYS[2], ARGV[1])
   return {'NONE'}
 end
+let_through(KEYS[1])
 redis.call('ZADD', KEYS[2], now + tonumber(ARGV[2]), ARGV[1])
 return {'TAKEN', redis.call('HINCRBY', KEYS[1], 'epoch', 1), now, redis.call('HGET', KEYS[1], 'verdict')}
