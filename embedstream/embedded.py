@@ -92,8 +92,8 @@ class PrivateServer:
             raise
         if not server.program.keeps_data:
             say(
-                "no redis-server or valkey-server here: using a stand-in that keeps nothing on disk; "
-                "an interrupted run finds only the vectors already written"
+                "no redis-server or valkey-server here: using a stand-in that keeps nothing on disk, so that an "
+                "interrupted run finds only the vectors already written, and that any user of this machine can reach"
             )
         return server
 

@@ -61,16 +61,15 @@ class OutputLock:
 
     def remove_state(self) -> None:
         """Delete the state folder whole. For a finished job, after its server has stopped."""
-        if self.state.is_dir():
+        if self._fd is not None and self._is_named(self._fd):
             self._drop()
 
     def release(self) -> None:
         """Give the lock up. Twice is harmless."""
         if self._fd is None:
             return
-        with contextlib.suppress(FileNotFoundError):
-            if {path.name for path in self.state.iterdir()} == {LOCK}:
-                self._drop()
+        if self._is_named(self._fd) and {path.name for path in self.state.iterdir()} == {LOCK}:
+            self._drop()
         os.close(self._fd)
         self._fd = None
 
@@ -103,13 +102,11 @@ class OutputLock:
         """Whether `fd` is now locked and still what the path names; closed if not."""
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            ours = os.fstat(fd).st_ino == self._path.stat().st_ino  # else the run before us removed it meanwhile
+            ours = self._is_named(fd)  # else the run before us removed it meanwhile
         except BlockingIOError:
             holder = _read_holder(fd)
             os.close(fd)
             raise OutputBusy(f"{self.output}: another run {holder}holds it: wait for that run, or end it") from None
-        except FileNotFoundError:
-            ours = False
         except OSError:
             os.close(fd)
             raise
@@ -119,6 +116,13 @@ class OutputLock:
         else:
             os.close(fd)
         return ours
+
+    def _is_named(self, fd: int) -> bool:
+        """Whether the lock's path still leads to this open file."""
+        try:
+            return os.path.samestat(os.fstat(fd), self._path.stat())
+        except FileNotFoundError:
+            return False
 
     def _make_folder(self) -> None:
         missing: list[Path] = []

@@ -66,8 +66,9 @@ def _started_by_proc(pid: int) -> str | None:
     except (FileNotFoundError, ProcessLookupError):
         return None
     fields = stat[stat.rindex(b")") + 2 :].split()  # the name before may hold blanks and parentheses
-    state, ticks = fields[0], fields[19]
-    return None if state in (b"Z", b"X") else f"{boot}:{ticks.decode()}"
+    state, threads, ticks = fields[0], int(fields[17]), fields[19]
+    ended = state == b"X" or (state == b"Z" and threads <= 1)  # with more, its files may still be open
+    return None if ended else f"{boot}:{ticks.decode()}"
 
 
 def _started_by_ps(pid: int) -> str | None:
