@@ -1,0 +1,63 @@
+"""Bulk text embedding over Redis Streams. `Client` and `AsyncClient` are the Python API."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from embedstream.async_client import AsyncClient, AsyncJob
+    from embedstream.client import Client, Job
+    from embedstream.errors import (
+        BrokerError,
+        CorpusChanged,
+        EmbedstreamError,
+        InputError,
+        JobUnknown,
+        OutputError,
+        RequestError,
+        SpecDiffers,
+        UsageError,
+    )
+    from embedstream.jobs import JobSpec, JobState, JobStatus
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AsyncClient",
+    "AsyncJob",
+    "BrokerError",
+    "Client",
+    "CorpusChanged",
+    "EmbedstreamError",
+    "InputError",
+    "Job",
+    "JobSpec",
+    "JobState",
+    "JobStatus",
+    "JobUnknown",
+    "OutputError",
+    "RequestError",
+    "SpecDiffers",
+    "UsageError",
+    "__version__",
+]
+
+_HOMES = {
+    "AsyncClient": "async_client",
+    "AsyncJob": "async_client",
+    "Client": "client",
+    "Job": "client",
+    "JobSpec": "jobs",
+    "JobState": "jobs",
+    "JobStatus": "jobs",
+}
+
+
+def __getattr__(name: str) -> object:
+    # On first use: pyarrow and redis take a quarter of a second, which `--help` should not cost.
+    if name not in __all__:
+        raise AttributeError(f"module 'embedstream' has no attribute {name!r}")
+    value: object = getattr(importlib.import_module(f"embedstream.{_HOMES.get(name, 'errors')}"), name)
+    globals()[name] = value
+    return value

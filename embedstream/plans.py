@@ -64,12 +64,12 @@ Notice = Callable[[str], None]
 """Told once per trouble or pause what is waited for; the empty string when it goes on."""
 
 
-def _silent(_: str) -> None:
-    pass
+def silent(_: str) -> None:
+    """Tells nobody."""
 
 
 def drive(
-    plan: Plan[R], broker: Broker, notice: Notice = _silent, patience: float | None = None, url: str = "Redis"
+    plan: Plan[R], broker: Broker, notice: Notice = silent, patience: float | None = None, url: str = "Redis"
 ) -> R:
     """Carry out a plan, trying again while Redis cannot be reached.
 
@@ -111,7 +111,7 @@ def drive(
 
 
 async def drive_async(
-    plan: Plan[R], broker: AsyncBroker, notice: Notice = _silent, patience: float | None = None, url: str = "Redis"
+    plan: Plan[R], broker: AsyncBroker, notice: Notice = silent, patience: float | None = None, url: str = "Redis"
 ) -> R:
     """`drive` over an asyncio client. What the plan itself does between actions runs in a thread."""
     client: Any = broker.client

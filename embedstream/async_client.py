@@ -1,0 +1,175 @@
+"""The Python API for asyncio. The same steps and plans as `embedstream.client`; files are touched in threads."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterable, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Literal, Self, Unpack
+
+import pyarrow as pa
+
+from embedstream import interactive
+from embedstream.broker import AsyncBroker, Broker
+from embedstream.client import (
+    FIRST_POLL_SECONDS,
+    LAST_POLL_SECONDS,
+    find_queue,
+    make_request,
+    needed_url,
+    open_for_records,
+    still_open,
+    unanswered,
+    warn,
+    was_cancelled,
+)
+from embedstream.connection import connect, connect_async, explaining
+from embedstream.dataset.sink import open_sink
+from embedstream.duplicates import DuplicateIndex
+from embedstream.errors import OutputError
+from embedstream.jobs import JobState, JobStatus, queue_name
+from embedstream.opening import SpecSettings, make_spec
+from embedstream.plans import drive_async
+from embedstream.record_blocks import RECORDS, Records, records_part
+from embedstream.settings import Settings
+from embedstream.submission import Pushed, push_job
+from embedstream.watching import look
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+
+class AsyncJob:
+    """One job, by its id. As `Job`, with coroutines."""
+
+    def __init__(self, id: str, broker: AsyncBroker, files: Broker, url: str, settings: Settings) -> None:
+        self.id = id
+        self._broker = broker
+        self._files = files
+        self._url = url
+        self._settings = settings
+
+    def __repr__(self) -> str:
+        return f"AsyncJob({self.id!r})"
+
+    @property
+    def queue(self) -> str:
+        return self._broker.queue
+
+    async def status(self) -> JobStatus:
+        """As `Job.status`."""
+        with explaining(self._url):
+            return await self._broker.status(self.id)
+
+    async def wait(self, timeout: float | None = None) -> JobStatus:
+        """As `Job.wait`."""
+        end = None if timeout is None else time.monotonic() + timeout
+        pause = FIRST_POLL_SECONDS
+        while True:
+            with explaining(self._url):
+                status = await asyncio.to_thread(look, self._files, self.id, self._url, self._settings)
+            if status.state.ended:
+                return status
+            left = pause if end is None else end - time.monotonic()
+            if left <= 0:
+                raise TimeoutError(still_open(status, timeout))
+            await asyncio.sleep(min(pause, left))
+            pause = min(pause * 1.5, LAST_POLL_SECONDS)
+
+    async def results(self, columns: Iterable[str] | None = None) -> AsyncIterator[pa.RecordBatch]:
+        """As `Job.results`."""
+        status = await self.status()
+        if not status.state.ended:
+            raise OutputError(f"job {self.id} is {status.state}: wait for its end before reading its results")
+        batches = open_sink(status.spec.output, status.spec, self._url).read(columns)
+        while (batch := await asyncio.to_thread(next, batches, None)) is not None:
+            yield batch
+
+    async def cancel(self) -> bool:
+        """As `Job.cancel`."""
+        with explaining(self._url):
+            return was_cancelled(self.id, await self._broker.run(self._broker.cancel(self.id, JobState.CANCELLED)))
+
+
+class AsyncClient:
+    """As `Client`, with coroutines."""
+
+    def __init__(self, redis_url: str | None = None, queue: str | None = None) -> None:
+        """As `Client`."""
+        self.settings = Settings.from_environment(redis_url=redis_url, queue=queue)
+        self.url = needed_url(self.settings)
+        self._redis = connect_async(self.url)
+        self._files = connect(self.url)
+
+    async def close(self) -> None:
+        await self._redis.aclose()
+        self._files.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def submit(
+        self,
+        records: Records,
+        *,
+        output: str,
+        model: str | None = None,
+        revision: str | None = None,
+        max_errors: str = "",
+        **settings: Unpack[SpecSettings],
+    ) -> AsyncJob:
+        """As `Client.submit`. The records are read in a thread."""
+        spec = make_spec(
+            queue=self.settings.queue,
+            output=output,
+            model=model or self.settings.model,
+            revision=revision,
+            parts=(RECORDS,),
+            settings=settings,
+        )
+        broker, files = AsyncBroker(self._redis, spec.queue), Broker(self._files, spec.queue)
+        sink = open_sink(spec.output, spec, self.url)
+        with explaining(self.url), DuplicateIndex() as index:
+            part = records_part(records, spec, index)
+            bound = await asyncio.to_thread(files.memory_bound, self.settings.queue_bytes)
+            pushed = Pushed.LOST
+            while pushed is Pushed.LOST:
+                if not await asyncio.to_thread(open_for_records, files, spec, sink, max_errors):
+                    break
+                pushed = await drive_async(push_job(broker, spec.job, [part], bound), broker, warn)
+        return AsyncJob(spec.job, broker, files, self.url, self.settings)
+
+    async def job(self, id: str) -> AsyncJob:
+        """As `Client.job`."""
+        with explaining(self.url):
+            queue = await asyncio.to_thread(find_queue, Broker(self._files, ""), id)
+        return AsyncJob(id, AsyncBroker(self._redis, queue), Broker(self._files, queue), self.url, self.settings)
+
+    async def embed(
+        self,
+        texts: Sequence[str] | str,
+        role: Literal["document", "query"] = "query",
+        prompt: str | None = None,
+        prompt_name: str | None = None,
+        timeout: float = 30.0,
+        *,
+        model: str | None = None,
+        max_length: int | None = None,
+    ) -> npt.NDArray[np.float32]:
+        """As `Client.embed`."""
+        request = make_request(texts, role, prompt, prompt_name, max_length)
+        broker = AsyncBroker(self._redis, self.settings.queue or queue_name(model or self.settings.model))
+        with explaining(self.url):
+            plan = interactive.ask(broker, request, timeout, time.monotonic)
+            reply = await drive_async(plan, broker, patience=timeout)
+            if reply is None:
+                files = Broker(self._files, broker.queue)
+                raise await asyncio.to_thread(unanswered, files, timeout, model or self.settings.model, self.url)
+        return interactive.vectors(reply, len(request.texts))

@@ -1,0 +1,148 @@
+"""Opening a job: from settings to a job that takes blocks, with what its output holds already adopted."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypedDict
+
+from embedstream.adoption import Adopted, adopt_shards
+from embedstream.broker import Broker, WorkerRecord, job_keys
+from embedstream.dataset.manifest import manifest_spec
+from embedstream.dataset.sink import Manifest, Sink, canonical_output
+from embedstream.errors import BrokerError, OutputError, SpecDiffers
+from embedstream.jobs import JobSpec, JobState, canonical_model, decode_spec, differing_field, queue_name
+from embedstream.plans import Notice, drive, silent
+from embedstream.roots import allows, is_redis
+from embedstream.steps import Code
+
+
+class SpecSettings(TypedDict, total=False):
+    """The settings of a job beside queue, output, model and parts; see `JobSpec`."""
+
+    role: Literal["document", "query"]
+    prompt: str | None
+    prompt_name: str | None
+    max_length: int | None
+    id_field: str | None
+    text_field: str | None
+    title_field: str | None
+    title_sep: str
+    keep: Sequence[str]
+    text: bool
+    empty: Literal["error", "skip"]
+
+
+def make_spec(
+    *, queue: str | None, output: str, model: str, revision: str | None, parts: Sequence[str], settings: SpecSettings
+) -> JobSpec:
+    """A checked spec in its canonical spelling. Raises `UsageError`."""
+    given = dict(settings)
+    given["keep"] = tuple(settings.get("keep", ()))
+    spec = JobSpec(
+        queue=queue or queue_name(model),
+        output=canonical_output(output),
+        model=canonical_model(model),
+        revision=revision,
+        parts=tuple(parts),
+        **given,  # type: ignore[arg-type]
+    )
+    spec.check()
+    return spec
+
+
+def finished_manifest(sink: Sink, spec: JobSpec) -> Manifest | None:
+    """The manifest if the output holds this very job, completed: it outranks what Redis says.
+
+    Raises:
+        SpecDiffers: the output holds another job, or this one with other settings.
+        OutputError: a manifest that cannot be read.
+    """
+    manifest = sink.read_manifest()
+    if manifest is None:
+        return None
+    _refuse_other(manifest_spec(manifest), spec)
+    return manifest if manifest.state == JobState.COMPLETED else None
+
+
+def refuse_forbidden(workers: Iterable[WorkerRecord], output: str) -> None:
+    """Raise `OutputError` if workers live and none of them may write to the output."""
+    roots = [worker.roots for worker in workers]
+    if roots and not any(allows(each, output) for each in roots):
+        named = ", ".join(sorted({root for each in roots for root in each})) or "none"
+        raise OutputError(
+            f"{output}: no live worker may write there (their output roots: {named}): "
+            f"choose an output below one of them (-o), or start a worker with --output-root"
+        )
+
+
+def is_visible(workers: Sequence[WorkerRecord], output: str) -> bool:
+    """Whether this machine surely sees what workers write there: a server, a folder that exists, or all are here."""
+    return is_here(output) or (bool(workers) and all(worker.host == socket.gethostname() for worker in workers))
+
+
+def is_here(output: str) -> bool:
+    """Whether an output can be reached from this machine: a server always, a folder if it exists."""
+    return is_redis(output) or Path(output).is_dir()
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A job that was made or found."""
+
+    state: JobState
+    adopted: Adopted
+    resumed: bool
+    """Whether it was there before."""
+
+
+def open_job(
+    broker: Broker,
+    spec: JobSpec,
+    sink: Sink,
+    *,
+    max_errors: str = "",
+    visible: bool = True,
+    always_adopt: bool = False,
+    notice: Notice = silent,
+) -> Opened:
+    """Make the job, find it or reopen it, and adopt what lies in its output if Redis does not know it.
+
+    `visible`: as `is_visible` says; a completed job whose manifest was visible and is gone is begun anew.
+    `always_adopt`: also for a job that goes on; for when no worker runs yet.
+
+    Raises:
+        SpecDiffers: the output belongs to a job with other settings.
+        OutputError: the output cannot be read.
+        redis.RedisError: as redis-py raises it.
+    """
+    answer = broker.run(broker.create(spec, max_errors))
+    if answer.code is Code.EXISTS and answer.state is JobState.COMPLETED and visible and sink.read_manifest() is None:
+        forget_job(broker, spec)
+        answer = broker.run(broker.create(spec, max_errors))
+    if answer.code is Code.DIFFERS:
+        _refuse_other(decode_spec(answer.detail), spec)
+        raise BrokerError(f"job {spec.job} was made by another version of embedstream: use that, or another output")
+    broker.announce()
+    fresh = answer.code in (Code.CREATED, Code.REOPENED)
+    state = JobState.SUBMITTING if fresh else answer.state
+    adopted = Adopted()
+    if fresh or (always_adopt and state in (JobState.SUBMITTING, JobState.RUNNING)):
+        adopted = drive(adopt_shards(broker, spec.job, sink.find_shards()), broker, notice)
+    return Opened(state, adopted, resumed=answer.code is not Code.CREATED)
+
+
+def forget_job(broker: Broker, spec: JobSpec) -> None:
+    """Remove an ended job from Redis."""
+    job = spec.job
+    broker.client.unlink(*job_keys(broker.keys, job, len(spec.parts)), broker.keys.blocks(job))
+    broker.client.zrem(broker.keys.recent, job)
+
+
+def _refuse_other(existing: JobSpec, wanted: JobSpec) -> None:
+    field = differing_field(existing, wanted)
+    if field is not None:
+        name = {"corpus": "parts", "no-text": "text"}.get(field, field).replace("-", "_")
+        raise SpecDiffers(wanted.output, field, getattr(existing, name), getattr(wanted, name))

@@ -1,0 +1,43 @@
+"""Looking after a job until it has ended: one look at a time, by whoever waits for it."""
+
+from __future__ import annotations
+
+from embedstream.broker import Broker
+from embedstream.dataset.sink import open_sink
+from embedstream.finalizing import finalize_job
+from embedstream.jobs import JobState, JobStatus, parse_max_errors
+from embedstream.opening import is_here
+from embedstream.settings import Settings
+
+
+def too_many_errors(status: JobStatus) -> str:
+    """Why an open job is sure to fail by its `max_errors`; empty if it is not."""
+    most = parse_max_errors(status.max_errors)
+    certain = most.count is not None or status.sealed
+    if certain and most.exceeded(status.failed, status.submitted):
+        return f"{status.failed} rows failed, more than the {most} that --max-errors allows"
+    return ""
+
+
+def look(broker: Broker, job: str, redis_url: str, settings: Settings, *, may_finalize: bool = True) -> JobStatus:
+    """One look at a job: ends it if too many rows failed, finalizes it if it waits for that and its output is here.
+
+    Raises:
+        JobUnknown: Redis does not know the job.
+        OutputError: its manifest cannot be written.
+        redis.RedisError: as redis-py raises it.
+    """
+    status = broker.status(job)
+    if status.state in (JobState.SUBMITTING, JobState.RUNNING):
+        reason = too_many_errors(status)
+        if reason:
+            broker.run(broker.cancel(job, JobState.FAILED, reason))
+            return broker.status(job)
+    if (
+        status.state is JobState.FINALIZING
+        and may_finalize
+        and is_here(status.spec.output)
+        and finalize_job(broker, job, lambda spec: open_sink(spec.output, spec, redis_url), settings)
+    ):
+        return broker.status(job)
+    return status
