@@ -1,0 +1,48 @@
+# From a clean clone: `make demo` embeds a corpus and searches it, `make test` runs the tests. Both install into .venv first.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+TEST_ARGS ?=
+export Q
+
+QUESTIONS := "how do I parse a date?" "read a file that is compressed" "wait for several threads to finish"
+
+.PHONY: help .venv demo test check scale clean
+
+help:
+	@echo 'make demo [Q="a question"]   embed the standard library'"'"'s docstrings, then search them'
+	@echo 'make test [TEST_ARGS=...]    every test but those of scale'
+	@echo 'make check                   lint, format, types, import rules'
+	@echo 'make scale                   memory and throughput on large corpora: takes minutes'
+	@echo 'make clean                   remove .venv, the demo and caches'
+
+.venv: .venv/.installed
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo/corpus.jsonl: examples/stdlib_corpus.py | .venv/.installed
+	$(BIN)/python examples/stdlib_corpus.py $@
+
+demo: .venv/.installed demo/corpus.jsonl
+	$(BIN)/embed-submit demo/corpus.jsonl -o demo/vectors
+	@if [ -n "$$Q" ]; then set -- "$$Q"; else set -- $(QUESTIONS); fi; \
+	for question in "$$@"; do printf '\n%s\n' "$$question"; $(BIN)/embed-search demo/vectors "$$question" || exit; done
+
+test: .venv/.installed
+	$(BIN)/pytest -m "not scale" $(TEST_ARGS)
+
+check: .venv/.installed
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+scale: .venv/.installed
+	$(BIN)/pytest -m scale --timeout 0 $(TEST_ARGS)
+
+clean:
+	rm -rf .venv demo dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
