@@ -32,6 +32,8 @@ class Packer:
     def add(self, row: int, id: str, text: str, text_bytes: int, kept: tuple[str | None, ...] = ()) -> Block | None:
         """Add a good row of at most `longest_text_bytes`; `text_bytes` is its text's length in UTF-8."""
         full = None
+        if kept:  # by characters, which is cheap and keeps stream entries small all the same
+            text_bytes += sum(map(len, filter(None, kept)))
         if self._rows and self._bytes + text_bytes > self._limits.text_bytes:
             full = self._cut()
         self._rows.append(row)

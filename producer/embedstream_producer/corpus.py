@@ -1,0 +1,200 @@
+"""The corpus of a job: its files, checked before a job is made, and each of them as blocks."""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from io import FileIO
+from itertools import chain, islice
+from pathlib import Path
+from typing import cast
+
+from embedstream.blocks import Block, Refusal
+from embedstream.cutting import cut_part
+from embedstream.duplicates import DuplicateIndex
+from embedstream.errors import InputError, UsageError
+from embedstream.jobs import JobSpec
+from embedstream.records import Outcome, RecordReader
+from embedstream.refusals import Code
+from embedstream_producer.lines import ByteStream, LineStream
+
+STDIN = "-"
+
+ROWS_AT_ONCE = 1024
+"""Most rows judged before their ids are looked up; `LineStream` bounds their bytes."""
+
+SAMPLE_ROWS = 100
+"""First rows by which `FilePart.hint` judges a file."""
+
+_HOPELESS = frozenset({Code.INVALID_JSON, Code.NOT_UTF8, Code.NOT_AN_OBJECT, Code.MISSING_ID, Code.MISSING_FIELD})
+
+
+class FilePart:
+    """One input of a corpus: a file, or a stream that can be read only once (standard input, a named pipe)."""
+
+    def __init__(self, index: int, source: str, stdin: ByteStream | None = None) -> None:
+        """Open `source` (`-`: `stdin`, by default the process's own) and look for its first record.
+
+        Raises:
+            InputError: it cannot be read, or has no records.
+        """
+        self.index = index
+        self.source = source
+        """As the user typed it."""
+        self.name = STDIN if source == STDIN else os.path.abspath(source)  # noqa: PTH100  (keeps symbolic links)
+        """What stands for this part in `JobSpec.parts`."""
+        self.label = "standard input" if source == STDIN else source
+        """What stands for it in messages."""
+        raw = self._raw(stdin)
+        self.size, self.identity = (None, None) if source == STDIN else _size_and_identity(raw)
+        """Bytes on disk, None for a stream; and what two names of one file have in common."""
+        head = _Head(LineStream(raw, self.label))
+        self._head = head if self.size is None else None
+        """The beginning of a stream, until it is read."""
+        if self.size is not None:
+            head.stream.close()
+
+    def blocks(
+        self,
+        spec: JobSpec,
+        duplicates: DuplicateIndex,
+        on_refusal: Callable[[Refusal], None] | None = None,
+        on_position: Callable[[int], None] | None = None,
+    ) -> Iterator[Block]:
+        """Read the part from its beginning, as blocks: the same ones each time, as long as the file stays as it is.
+
+        `on_refusal` is told of every refused row; `on_position` how many bytes of the file are read, to compare with
+        `size`.
+
+        Raises:
+            InputError: the file cannot be read to its end, or this is a stream that was read before.
+        """
+        head = self._open()
+        try:
+            outcomes = _judge_all(RecordReader(spec), head, on_position)
+            yield from cut_part(self.index, outcomes, spec, duplicates, on_refusal)
+        finally:
+            self._close(head)
+
+    def hint(self, spec: JobSpec) -> str | None:
+        """A sentence of advice if the first rows are all refused because fields or format are not the expected ones."""
+        if self._head is not None:
+            head = self._head
+        else:
+            head = self._open()
+            self._close(head)
+        outcomes = list(islice(_judge(RecordReader(spec), head.row, head.lines), SAMPLE_ROWS))
+        refusals = [outcome for outcome in outcomes if isinstance(outcome, Refusal) and outcome.code in _HOPELESS]
+        if len(refusals) < len(outcomes) or not refusals:
+            return None
+        code, _ = Counter(refusal.code for refusal in refusals).most_common(1)[0]
+        first = next(refusal for refusal in refusals if refusal.code == code)
+        which = f"the first {len(refusals)} rows are all" if len(refusals) > 1 else "the first row is"
+        more = "" if code in (Code.MISSING_ID, Code.MISSING_FIELD) else "; a corpus has one JSON object per line"
+        return f"{self.label}: {which} refused: line {first.row + 1}: {first.message}{more}"
+
+    def _open(self) -> _Head:
+        if self.size is not None:
+            return _Head(LineStream(self._raw(None), self.label))
+        if self._head is None:
+            raise InputError(f"{self.label}: cannot be read a second time: save it in a file and submit that")
+        head, self._head = self._head, None
+        return head
+
+    def _close(self, head: _Head) -> None:
+        if self.source != STDIN:
+            head.stream.close()
+
+    def _raw(self, stdin: ByteStream | None) -> ByteStream:
+        if self.source == STDIN:
+            return sys.stdin.buffer if stdin is None else stdin
+        try:
+            return Path(self.name).open("rb", buffering=0)  # noqa: SIM115  (LineStream closes it)
+        except FileNotFoundError:
+            raise InputError(f"{self.label}: no such file") from None
+        except IsADirectoryError:
+            raise InputError(f"{self.label}: is a folder: name the files in it ({self.label.rstrip('/')}/*)") from None
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise InputError(f"{self.label}: cannot be read ({reason})") from error
+
+
+def check_sources(sources: Sequence[str], stdin: ByteStream | None = None) -> list[FilePart]:
+    """The parts of a corpus, each opened once and found to have a record.
+
+    Raises:
+        InputError: one cannot be read, or has no records.
+        UsageError: no source, or one file is given twice.
+    """
+    if not sources:
+        raise UsageError("no corpus given: name a file of JSON lines, or - for standard input")
+    parts: list[FilePart] = []
+    seen: dict[object, str] = {}
+    for index, source in enumerate(sources):
+        if source in sources[:index]:
+            raise UsageError(f"{source}: given twice")
+        part = FilePart(index, source, stdin)
+        if part.identity in seen:
+            raise UsageError(f"{source}: is the same file as {seen[part.identity]}")
+        seen[part.identity] = source
+        parts.append(part)
+    return parts
+
+
+def total_bytes(parts: Iterable[FilePart]) -> int | None:
+    """Bytes to read, for progress; None if a stream is among the parts."""
+    sizes = [part.size for part in parts]
+    return None if None in sizes else sum(size for size in sizes if size is not None)
+
+
+class _Head:
+    """A stream of lines, read up to its first record."""
+
+    def __init__(self, stream: LineStream) -> None:
+        self.stream = stream
+        self.row = 0
+        """Of the first of `lines`; only blank lines came before."""
+        self.lines: list[bytes] = []
+        self._rest = stream.batches()
+        try:
+            for lines in self._rest:
+                if not all(map(_is_blank, lines)):
+                    self.lines = lines
+                    break
+                self.row += len(lines)
+        except InputError:
+            stream.close()
+            raise
+
+    def batches(self) -> Iterator[list[bytes]]:
+        first, self.lines = self.lines, []
+        return chain([first], self._rest)
+
+
+def _judge_all(
+    reader: RecordReader, head: _Head, on_position: Callable[[int], None] | None
+) -> Iterator[Sequence[Outcome]]:
+    row = head.row
+    for lines in head.batches():
+        for start in range(0, len(lines), ROWS_AT_ONCE):
+            yield list(_judge(reader, row + start, lines[start : start + ROWS_AT_ONCE]))
+        row += len(lines)
+        if on_position is not None:
+            on_position(head.stream.position)
+
+
+def _judge(reader: RecordReader, row: int, lines: Iterable[bytes]) -> Iterator[Outcome]:
+    """How the lines from `row` on end; blank ones only count as rows."""
+    return (reader.line(at, line) for at, line in enumerate(lines, row) if not _is_blank(line))
+
+
+def _size_and_identity(raw: ByteStream) -> tuple[int | None, tuple[int, int] | None]:
+    found = os.fstat(cast("FileIO", raw).fileno())
+    return found.st_size if stat.S_ISREG(found.st_mode) else None, (found.st_dev, found.st_ino)
+
+
+def _is_blank(line: bytes) -> bool:
+    return not line or line.isspace()
