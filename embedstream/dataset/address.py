@@ -44,6 +44,8 @@ def parse_address(text: str) -> RedisAddress:
     settings = dict(parse_qsl(parts.query, keep_blank_values=True))
     ttl = _ttl(settings.pop("ttl"), shown) if "ttl" in settings else None
     prefix = settings.pop("prefix", "")
+    if parts.fragment:
+        raise UsageError(f"output {shown}: ends at #: write # in a prefix as %23")
     if not prefix:
         raise UsageError(f"output {shown}: no prefix: say how keys begin, as in redis://host:6379/0?prefix=docs:")
     if prefix.startswith("embedstream:"):

@@ -15,12 +15,12 @@ import pyarrow.parquet as pq
 
 from embedstream.dataset.content import check_content, in_order
 from embedstream.dataset.files import cannot, sync_folder, write_durable
-from embedstream.dataset.manifest import decode_manifest, encode_manifest, manifest_spec
+from embedstream.dataset.manifest import decode_manifest, encode_manifest, manifest_spec, refuse_other_spec
 from embedstream.dataset.parquet import Footer, encode_data, encode_errors, read_footer
 from embedstream.dataset.schema import ErrorRow, error_rows
 from embedstream.dataset.sink import Manifest, ShardContent, ShardRecord
-from embedstream.errors import OutputError, SpecDiffers
-from embedstream.jobs import JobSpec, differing_field
+from embedstream.errors import OutputError
+from embedstream.jobs import JobSpec
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +52,7 @@ class FolderSink:
 
         Raises:
             OutputError: it cannot, or the folder holds something else than a dataset.
+            SpecDiffers: it holds shards of a job with other settings (if the sink has a spec).
         """
         if self._folder.exists() and not self._folder.is_dir():
             raise OutputError(f"{self._folder}: is a file, not a folder: choose another output (-o)")
@@ -65,6 +66,8 @@ class FolderSink:
             probe.unlink()
         except OSError as error:
             raise cannot("write", self._folder, error) from error
+        # One shard speaks for all: whoever wrote the others has passed here too.
+        next(self._footers(), None)
 
     def _refuse_foreign(self, names: list[str]) -> None:
         # Hidden files (of file managers, of another writer's probe) and a disk's lost+found say nothing of use.
@@ -80,7 +83,7 @@ class FolderSink:
         `part-X.parquet` is always written, and its being there means that the shard is whole. Rows are put in order.
 
         Raises:
-            OutputError: the disk or folder refuses; no whole shard of this name was left behind.
+            OutputError: the disk or folder refuses; what was there before still is, and trying again is harmless.
             ValueError: rows and record do not fit each other.
         """
         spec, record = self._spec, content.record
@@ -116,13 +119,27 @@ class FolderSink:
             SpecDiffers: a shard was made by a job with other settings (checked if the sink has a spec).
             OutputError: the folder cannot be read.
         """
-        for path in self._part_files():
+        for path, record in list(self._footers()):
             try:
-                found = self._whole_shard(path)
+                found = self._whole_shard(path, record)
             except OutputError as error:
                 log.warning("ignored: %s", error)
                 continue
             yield found
+
+    def _footers(self) -> Iterator[tuple[Path, ShardRecord]]:
+        """Each readable shard and what it says of itself, in name order."""
+        for path in self._part_files():
+            try:
+                footer, rows = read_footer(path)
+                if self._part(footer.shard.name) != path or rows != footer.shard.rows:
+                    raise OutputError(f"{path}: says it is shard {footer.shard.name}, with {footer.shard.rows} rows")
+            except OutputError as error:
+                log.warning("ignored: %s", error)
+                continue
+            if self._spec is not None:
+                refuse_other_spec(self.output, footer.job_spec(), self._spec)
+            yield path, footer.shard
 
     def _part_files(self) -> list[Path]:
         try:
@@ -133,17 +150,7 @@ class FolderSink:
             raise cannot("read", self._folder, error) from error
         return [path for path in paths if path.name.startswith("part-") and path.name.endswith(".parquet")]
 
-    def _whole_shard(self, path: Path) -> ShardRecord:
-        footer, rows = read_footer(path)
-        record = footer.shard
-        if self._part(record.name) != path or rows != record.rows:
-            raise OutputError(f"{path}: says it is shard {record.name} with {record.rows} rows, and has {rows}")
-        if self._spec is not None and bytes(footer.spec) != self._spec.encode():
-            made = footer.job_spec()
-            field = differing_field(made, self._spec)
-            if field is not None:
-                name = {"corpus": "parts", "no-text": "text"}.get(field, field).replace("-", "_")
-                raise SpecDiffers(self.output, field, getattr(made, name), getattr(self._spec, name))
+    def _whole_shard(self, path: Path, record: ShardRecord) -> ShardRecord:
         if record.failed:
             errors, failed = read_footer(self._errors(record.name))
             if errors.shard.name != record.name or failed != record.failed:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+import shlex
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, TypeVar
+from urllib.parse import parse_qs, urlsplit
 
 import msgspec
 import pyarrow as pa
 import redis
+import redis.exceptions
 
 from embedstream.connection import connect, explain, mask
 from embedstream.dataset.address import RedisAddress
@@ -167,7 +170,7 @@ class RedisSink:
                 raise OutputError(f"{self._place}: no column {name} (there are: {', '.join(schema.names)})")
         chosen = pa.schema([schema.field(name) for name in names])
         job, own = manifest.job.encode(), tuple((self._prefix + name).encode() for name in _OWN_NAMES)
-        pattern = re.sub(r"([\\*?\[\]])", r"\\\1", self._prefix) + "*"
+        pattern = _escaped(self._prefix) + "*"
         cursor = 0
         while True:
             cursor, keys = self._ask(partial(self._client.scan, cursor, match=pattern, count=1000, _type="hash"))
@@ -199,8 +202,12 @@ class RedisSink:
                 return
 
     def describe(self) -> str:
-        """A shell line that shows one hash."""
-        return f"redis-cli -u {mask(self._server)} --scan --pattern '{self._prefix}*' | head"
+        """A shell line that shows some keys."""
+        parts = urlsplit(self._server)
+        server = f"-s {shlex.quote(parts.path)}" if parts.scheme == "unix" else f"-u {shlex.quote(mask(self._server))}"
+        db = parse_qs(parts.query).get("db", ["0"])[0]
+        pattern = shlex.quote(f"{_escaped(self._prefix)}*")
+        return f"redis-cli {server}{'' if db == '0' else f' -n {db}'} --scan --pattern {pattern} | head"
 
     def _key(self, id: str, chunk: int) -> str:
         return f"{self._prefix}{id}:{chunk}" if chunk or id in _OWN_NAMES else f"{self._prefix}{id}"
@@ -224,8 +231,17 @@ class RedisSink:
     def _ask(self, question: Callable[[], T]) -> T:
         try:
             return question()
+        except redis.exceptions.OutOfMemoryError as error:
+            raise OutputError(
+                f"output {self._place}: the server's memory is full: raise its maxmemory, or remove what is in it"
+            ) from error
         except (redis.RedisError, OSError) as error:
             raise OutputError(f"output {self._prefix}*: {explain(error, self._server)}") from error
+
+
+def _escaped(prefix: str) -> str:
+    """The prefix as a pattern that matches itself alone."""
+    return re.sub(r"([\\*?\[\]])", r"\\\1", prefix)
 
 
 def _list(batch: pa.RecordBatch, name: str) -> list[Any]:

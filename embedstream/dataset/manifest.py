@@ -15,8 +15,8 @@ from embedstream.dataset.sink import (
     ManifestShard,
     ShardRecord,
 )
-from embedstream.errors import OutputError, UsageError
-from embedstream.jobs import FORMAT_VERSION, JobSpec, JobState, JobStatus, decode_spec
+from embedstream.errors import OutputError, SpecDiffers, UsageError
+from embedstream.jobs import FORMAT_VERSION, JobSpec, JobState, JobStatus, decode_spec, differing_field
 
 
 def build_manifest(status: JobStatus, shards: Sequence[ShardRecord], state: JobState, ended: float) -> Manifest:
@@ -107,6 +107,17 @@ def decode_manifest(data: bytes | str, where: str) -> Manifest:
 def manifest_spec(manifest: Manifest) -> JobSpec:
     """The spec of the manifest's job."""
     return decode_spec(bytes(manifest.spec))
+
+
+def refuse_other_spec(output: str, made: JobSpec, wanted: JobSpec) -> None:
+    """Raise `SpecDiffers` if what lies in `output` was made with another spec than is wanted."""
+    field = differing_field(made, wanted)
+    if field is None:
+        return
+    if field == "no-text":
+        raise SpecDiffers(output, field, not made.text, not wanted.text)
+    name = {"corpus": "parts"}.get(field, field.replace("-", "_"))
+    raise SpecDiffers(output, field, getattr(made, name), getattr(wanted, name))
 
 
 def _check(status: JobStatus, shards: Sequence[ShardRecord], blocks: Sequence[BlockRecord]) -> None:

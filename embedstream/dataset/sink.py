@@ -180,7 +180,7 @@ def canonical_output(text: str) -> str:
         return _absolute(text)
     if scheme[0].rstrip(":").lower() not in SCHEMES:
         raise UsageError(
-            f"output {text}: unknown scheme {scheme[0]}//: give a folder, or redis://host:6379/0?prefix=docs: (-o)"
+            f"output {scheme[0]}//…: unknown scheme: give a folder, or redis://host:6379/0?prefix=docs: (-o)"
         )
     return parse_address(text).url
 

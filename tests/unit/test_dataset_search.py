@@ -1,0 +1,84 @@
+"""Brute-force search against numpy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from dataset_lab import DIM, Dataset, make_content, make_spec, vectors
+
+from embedstream.dataset.folder import FolderSink
+from embedstream.dataset.search import search
+from embedstream.errors import OutputError, UsageError
+
+Matrix = npt.NDArray[np.float32]
+
+
+def write(tmp_path: Path, shards: dict[str, Matrix], text: bool = True, normalized: bool = True) -> str:
+    """One shard per name, its block the next of part 0; every row of a shard in its block."""
+    spec = make_spec(str(tmp_path / "out"), text=text)
+    dataset = Dataset(FolderSink(spec.output, spec), spec)
+    dataset.sink.check()
+    for number, (name, matrix) in enumerate(shards.items()):
+        dataset.write(
+            make_content(
+                spec, name, [(0, 10_000 * number)], rows_per_block=len(matrix), matrix=matrix, normalized=normalized
+            )
+        )
+    dataset.end()
+    return spec.output
+
+
+@pytest.mark.parametrize("normalized", [True, False])
+@pytest.mark.parametrize("k", [1, 10, 9000, 20_000])
+def test_the_best_come_first_as_numpy_says(tmp_path: Path, k: int, normalized: bool) -> None:
+    shards = {"c": vectors(700, 1), "a": vectors(9000, 2), "b": vectors(1, 3)}
+    if not normalized:
+        lengths = np.random.default_rng(5).uniform(0.1, 9, (9000, 1)).astype(np.float32)
+        shards = {name: matrix * lengths[: len(matrix)] for name, matrix in shards.items()}
+    folder = write(tmp_path, shards, normalized=normalized)
+    query = vectors(1, 9)[0] * 3
+
+    everything = np.concatenate(list(shards.values()))
+    cosine = everything @ query / np.linalg.norm(everything, axis=1) / np.linalg.norm(query)
+    starts = [100_000 * number + i for number, matrix in enumerate(shards.values()) for i in range(len(matrix))]
+    expected = [starts[i] for i in np.argsort(-cosine)[:k]]
+
+    hits = search(folder, query, k)
+    assert [hit.row for hit in hits] == expected
+    assert np.allclose([hit.score for hit in hits], np.sort(cosine)[::-1][:k], atol=1e-6)
+    assert hits[0].id == f"0-{expected[0]}"
+    assert hits[0].text == f"text 0/{expected[0]} café"
+
+
+def test_equal_scores_come_in_the_order_of_the_corpus(tmp_path: Path) -> None:
+    row = vectors(1)
+    folder = write(tmp_path, {"z": np.repeat(row, 30, axis=0), "a": np.repeat(row, 30, axis=0)})
+    assert [hit.row for hit in search(folder, row[0], 35)] == [*range(30), *range(100_000, 100_005)]
+
+
+def test_a_dataset_without_text_gives_hits_without_text(tmp_path: Path) -> None:
+    hits = search(write(tmp_path, {"a": vectors(3)}, text=False), vectors(3)[1], 1)
+    assert [(hit.row, hit.text) for hit in hits] == [(1, None)]
+
+
+def test_a_vector_of_zeros_is_far_from_everything(tmp_path: Path) -> None:
+    matrix = np.concatenate([np.zeros((1, DIM), np.float32), vectors(1)])
+    hits = search(write(tmp_path, {"a": matrix}, normalized=False), vectors(1)[0], 2)
+    assert [(hit.row, round(hit.score, 5)) for hit in hits] == [(1, 1.0), (0, 0.0)]
+
+
+def test_an_empty_dataset_has_no_hits(tmp_path: Path) -> None:
+    assert search(write(tmp_path, {"a": vectors(1)[:0]}), vectors(1)[0]) == []
+
+
+def test_what_cannot_be_searched_is_said(tmp_path: Path) -> None:
+    folder = write(tmp_path, {"a": vectors(3)})
+    with pytest.raises(UsageError, match="must be at least 1"):
+        search(folder, vectors(1)[0], 0)
+    with pytest.raises(UsageError, match=r"the query has shape \(7,\), vectors of .* have 8 dimensions"):
+        search(folder, vectors(1)[0][:7])
+    with pytest.raises(OutputError, match="no manifest"):
+        search(str(tmp_path), vectors(1)[0])
