@@ -187,7 +187,7 @@ def test_each_file_is_on_disk_before_the_next_step(dataset: Dataset, monkeypatch
     sync, rename = os.fsync, Path.replace
 
     def note_sync(descriptor: int) -> None:
-        steps.append("sync " + re.sub(r"\.tmp-.*", "", Path(os.readlink(f"/proc/self/fd/{descriptor}")).name))
+        steps.append("sync " + re.sub(r"\.tmp-.*", "", Path(f"/proc/self/fd/{descriptor}").readlink().name))
         sync(descriptor)
 
     def note_rename(self: Path, to: Path) -> Path:

@@ -41,16 +41,19 @@ def test_the_best_come_first_as_numpy_says(tmp_path: Path, k: int, normalized: b
     folder = write(tmp_path, shards, normalized=normalized)
     query = vectors(1, 9)[0] * 3
 
-    everything = np.concatenate(list(shards.values()))
+    everything = np.concatenate(list(shards.values())).astype(np.float64)
     cosine = everything @ query / np.linalg.norm(everything, axis=1) / np.linalg.norm(query)
     starts = [100_000 * number + i for number, matrix in enumerate(shards.values()) for i in range(len(matrix))]
     expected = [starts[i] for i in np.argsort(-cosine)[:k]]
+    true_score = dict(zip(starts, cosine.tolist(), strict=True))
 
     hits = search(folder, query, k)
-    assert [hit.row for hit in hits] == expected
-    assert np.allclose([hit.score for hit in hits], np.sort(cosine)[::-1][:k], atol=1e-6)
-    assert hits[0].id == f"0-{expected[0]}"
-    assert hits[0].text == f"text 0/{expected[0]} café"
+    assert [hit.row for hit in hits[:10]] == expected[:10]
+    # Further down scores differ by less than float32 can tell: each place must hold a row of that place's score.
+    assert len({hit.row for hit in hits}) == len(expected)
+    assert np.allclose([true_score[hit.row] for hit in hits], [true_score[row] for row in expected], atol=1e-6)
+    assert np.allclose([hit.score for hit in hits], [true_score[hit.row] for hit in hits], atol=1e-6)
+    assert (hits[0].id, hits[0].text) == (f"0-{expected[0]}", f"text 0/{expected[0]} café")
 
 
 def test_equal_scores_come_in_the_order_of_the_corpus(tmp_path: Path) -> None:
