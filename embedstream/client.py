@@ -17,7 +17,7 @@ from embedstream.dataset.sink import Sink, open_sink
 from embedstream.duplicates import DuplicateIndex
 from embedstream.errors import JobUnknown, OutputError, RequestError, UsageError
 from embedstream.interactive import EmbedReply, EmbedRequest
-from embedstream.jobs import JobSpec, JobState, JobStatus, canonical_model, parse_max_errors, queue_name
+from embedstream.jobs import JobSpec, JobState, JobStatus, model_address, parse_max_errors, queue_name
 from embedstream.opening import (
     SpecSettings,
     finished_manifest,
@@ -277,7 +277,7 @@ def was_cancelled(job: str, answer: Answer) -> bool:
 
 def start_command(model: str, url: str, queue: str) -> str:
     """The command that starts a worker for a queue."""
-    model = canonical_model(model)
+    model = model_address(model)
     named = "" if queue_name(model) == queue else f" --queue {queue}"
     return f"embed-worker --model {model} --redis {url}{named}"
 

@@ -114,7 +114,7 @@ def model_folder(model: str) -> Path | None:
     return path if path.is_dir() or model.startswith(("/", "./", "../", "~")) or model in (".", "..") else None
 
 
-def canonical_model(model: str) -> str:
+def model_address(model: str) -> str:
     """A model as a spec names it: a folder by its absolute path, anything else as it is."""
     folder = model_folder(model)
     return model if folder is None else str(folder.absolute())

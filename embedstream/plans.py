@@ -68,10 +68,19 @@ def silent(_: str) -> None:
     """Tells nobody."""
 
 
+def _nothing() -> None:
+    pass
+
+
 def drive(
-    plan: Plan[R], broker: Broker, notice: Notice = silent, patience: float | None = None, url: str = "Redis"
+    plan: Plan[R],
+    broker: Broker,
+    notice: Notice = silent,
+    patience: float | None = None,
+    url: str = "Redis",
+    tick: Callable[[], None] = _nothing,
 ) -> R:
-    """Carry out a plan, trying again while Redis cannot be reached.
+    """Carry out a plan, trying again while Redis cannot be reached. `tick` is called before every action and may raise.
 
     Raises:
         redis.RedisError: Redis refuses a command, or cannot be reached for `patience` seconds (None: no limit).
@@ -85,6 +94,7 @@ def drive(
         except StopIteration as end:
             return cast("R", end.value)
         while True:
+            tick()
             try:
                 match action:
                     case Pause(seconds, reason):

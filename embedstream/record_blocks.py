@@ -8,12 +8,11 @@ from typing import TypeAlias
 
 import pyarrow as pa
 
-from embedstream.blocks import Block, Refusal
+from embedstream.cutting import cut_part
 from embedstream.duplicates import DuplicateIndex
 from embedstream.errors import InputError, UsageError
 from embedstream.jobs import JobSpec
-from embedstream.packing import Packer
-from embedstream.records import Record, RecordReader, duplicate_refusal
+from embedstream.records import Outcome, RecordReader
 from embedstream.submission import Part
 
 RECORDS = "records"
@@ -28,34 +27,14 @@ Records: TypeAlias = "Iterable[Mapping[str, object] | str] | pa.Table | pa.Recor
 def records_part(records: Records, spec: JobSpec, index: DuplicateIndex) -> Part:
     """The one part of a job over Python records. An iterator can be read only once; anything else again and again."""
     source = _source(records)
-    return Part(RECORDS, lambda: pack_records(source(), spec, index))
+    return Part(RECORDS, lambda: cut_part(0, _judged(source(), spec), spec, index))
 
 
-def pack_records(records: Iterable[object], spec: JobSpec, index: DuplicateIndex) -> Iterator[Block]:
-    """Judge and pack records in their order. Rows are counted from 0."""
-    reader, packer = RecordReader(spec), Packer(0, spec.keep)
+def _judged(records: Iterable[object], spec: JobSpec) -> Iterator[list[Outcome]]:
+    reader = RecordReader(spec)
     outcomes = (reader.record(row, record) for row, record in enumerate(records))
-    while slice := list(islice(outcomes, AT_ONCE)):
-        good = [outcome for outcome in slice if isinstance(outcome, Record)]
-        earlier = iter(index.check(0, [record.row for record in good], [record.id for record in good]))
-        for outcome in slice:
-            match outcome:
-                case Record() as record:
-                    first = next(earlier)
-                    if first is None:
-                        block = packer.add(record.row, record.id, record.text, record.text_bytes, record.kept)
-                    else:
-                        block = packer.refuse(duplicate_refusal(record, f"record {first.row}"))
-                case Refusal() as refusal:
-                    block = packer.refuse(refusal)
-                case None:
-                    packer.skip()
-                    continue
-            if block is not None:
-                yield block
-    last = packer.finish()
-    if last is not None:
-        yield last
+    while batch := list(islice(outcomes, AT_ONCE)):
+        yield batch
 
 
 def _source(records: Records) -> Callable[[], Iterable[object]]:

@@ -1,0 +1,218 @@
+"""Embedded mode: a private Redis server and one worker process for one output, on this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from embedstream.embedded import OutputLock, PrivateServer
+from embedstream.errors import EmbedstreamError, ModelError, ServerError, UsageError, WorkerError
+from embedstream.jobs import JobSpec
+
+LOG = "worker.log"
+
+MOST_DEATHS = 3
+"""Deaths in a row without one more committed block: it will not get better."""
+
+STOP_SECONDS = 20.0
+"""From SIGTERM, in which a worker commits what it has, to SIGKILL."""
+
+USAGE = 2
+"""The exit code by which a worker says that it can never run."""
+
+HASHING = "hashing"
+"""The model of tests and measurements, which needs none of the model libraries."""
+
+
+def check_installed(model: str) -> None:
+    """Raise `UsageError` if a worker could not even start here."""
+    needed = ["embedstream_worker", "numpy", *([] if model == HASHING else ["torch", "sentence_transformers"])]
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UsageError(
+            f"{missing[0]} is not installed, and without --redis the vectors are computed here: "
+            f"pip install 'embedstream[local]', or name a fleet's Redis (--redis)"
+        )
+
+
+class Embedded:
+    """A locked output with its private server and, once started, its worker. A context manager."""
+
+    def __init__(self, spec: JobSpec, say: Callable[[str], None]) -> None:
+        self._spec = spec
+        self._say = say
+        self._stack = contextlib.ExitStack()
+        self._worker: WorkerProcess | None = None
+
+    def __enter__(self) -> Self:
+        """Raises `OutputBusy`, `OutputError`, `ServerError`."""
+        with contextlib.ExitStack() as stack:
+            self._lock = stack.enter_context(OutputLock(self._spec.output))
+            self._server = stack.enter_context(PrivateServer.start(self._lock, say=self._say))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    @property
+    def url(self) -> str:
+        return self._server.url
+
+    def start_worker(self, done: Callable[[], int]) -> None:
+        """Start the worker and keep it running; `done` says how many blocks are committed."""
+        command = worker_command(self._spec, self.url)
+        log = self._lock.state / LOG
+        self._worker = WorkerProcess(command, log, done, self._server.record_child, self._say)
+        self._stack.enter_context(self._worker)
+
+    def check(self) -> None:
+        """Raise what makes going on pointless: `WorkerError`, `ModelError`, `ServerError`."""
+        if self._worker is not None and self._worker.failure is not None:
+            raise self._worker.failure
+        if not self._server.alive():
+            raise ServerError(
+                f"the private Redis server has ended (see {self._lock.state}): run the same command again to go on"
+            )
+
+    def remove_state(self) -> None:
+        """Stop all and leave nothing but the dataset."""
+        if self._worker is not None:
+            self._worker.stop()
+        self._server.stop()
+        self._lock.remove_state()
+
+
+def worker_command(spec: JobSpec, url: str) -> list[str]:
+    """How the worker is started."""
+    command = [sys.executable, "-m", "embedstream_worker", "--redis", url, "--model", spec.model]
+    command += ["--queue", spec.queue, "--output-root", spec.output, "--embedded"]
+    return command if spec.revision is None else [*command, "--revision", spec.revision]
+
+
+class WorkerProcess:
+    """A worker, started again when it dies. A context manager: started at its beginning, stopped at its end."""
+
+    def __init__(
+        self,
+        command: list[str],
+        log: Path,
+        done: Callable[[], int],
+        record: Callable[[int], None],
+        say: Callable[[str], None],
+    ) -> None:
+        self._command = command
+        self._log = log
+        self._done = done
+        self._record = record
+        self._say = say
+        self._stopping = threading.Event()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._starting = threading.Lock()
+        self._thread = threading.Thread(target=self._run, name="worker", daemon=True)
+        self.failure: EmbedstreamError | None = None
+
+    def __enter__(self) -> Self:
+        self._log.unlink(missing_ok=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """SIGTERM, then SIGKILL. Twice is harmless."""
+        with self._starting:
+            self._stopping.set()
+        process = self._process
+        if process is not None and process.poll() is None:
+            process.terminate()
+            try:
+                process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        self._thread.join()
+
+    def _run(self) -> None:
+        deaths, before = 0, -1
+        while True:
+            with self._starting:
+                if self._stopping.is_set():
+                    return
+                process = self._process = self._start()
+            self._record(process.pid)
+            code = process.wait()
+            if self._stopping.is_set():
+                return
+            if code == USAGE:
+                self.failure = ModelError(self._last_lines(1).removeprefix("Error: ") or "the worker cannot run")
+                return
+            done = self._done()
+            deaths = deaths + 1 if done == before else 1
+            before = done
+            if deaths >= MOST_DEATHS:
+                self.failure = WorkerError(
+                    f"the worker ended {deaths} times in a row ({_ending(code)}) without finishing a block; "
+                    f"its last words:\n{self._last_lines(8)}"
+                )
+                return
+            self._say(f"the worker ended ({_ending(code)}), starting it again")
+            if self._stopping.wait(0.5 * 2 ** (deaths - 1)):
+                return
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        # What only makes sense for workers started by hand must not reach this one.
+        kept = {name: value for name, value in os.environ.items() if name not in _NOT_INHERITED}
+        with self._log.open("ab") as log:
+            return subprocess.Popen(
+                self._command,
+                env=kept,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # Ctrl-C in the terminal is for us alone
+            )
+
+    def _last_lines(self, count: int) -> str:
+        try:
+            with self._log.open("rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - 16384))
+                text = file.read().decode(errors="replace")
+        except FileNotFoundError:
+            return ""
+        return "\n".join([line for line in text.splitlines() if line.strip()][-count:])
+
+
+_NOT_INHERITED = {"EMBEDSTREAM_BURST", "EMBEDSTREAM_CHECK", "EMBEDSTREAM_REVISION", "EMBEDSTREAM_OUTPUT_ROOTS"}
+
+
+def _ending(code: int) -> str:
+    return f"signal {-code}" if code < 0 else f"exit status {code}"
+
+
+@contextlib.contextmanager
+def made_folders(output: str) -> Iterator[None]:
+    """Take back the folders that were made for an output, as far as they are empty, if what follows fails."""
+    missing = [
+        folder for folder in (Path(output), *Path(output).parents) if output.startswith("/") and not folder.exists()
+    ]
+    try:
+        yield
+    except BaseException:
+        for folder in missing:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise

@@ -1,0 +1,119 @@
+"""The live line on a terminal, a plain line now and then elsewhere; always on standard error."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.live import Live
+from rich.markup import escape
+from rich.text import Text
+
+from embedstream.jobs import JobStatus
+from embedstream_producer.report import duration
+
+PLAIN_SECONDS = 10.0
+"""Between two lines where there is no terminal: a log stays readable."""
+
+
+class Progress:
+    """What is said while a job runs. Its methods may be called from any thread."""
+
+    def __init__(self, quiet: bool, total_bytes: int | None, console: Console | None = None) -> None:
+        """`total_bytes`: of all input files; None if one of them is a stream."""
+        self._quiet = quiet
+        self._console = console or Console(stderr=True, highlight=False, soft_wrap=True)
+        self._total_bytes = total_bytes
+        self._live: Live | None = None
+        self._lock = threading.Lock()
+        self._read: dict[int, int] = {}
+        self._first: tuple[float, int, int] | None = None
+        self._printed = time.monotonic()
+        self._notice = ""
+
+    def __enter__(self) -> Self:
+        if self._console.is_terminal and not self._quiet:
+            self._live = Live(console=self._console, refresh_per_second=4, transient=True)
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def say(self, line: str) -> None:
+        """A line of its own, whatever the kind of terminal."""
+        with self._lock:
+            self._console.print(escape(line))
+
+    def tell(self, line: str) -> None:
+        """The same, unless quiet."""
+        if line and not self._quiet:
+            self.say(line)
+
+    def notice(self, what: str) -> None:
+        """What is waited for; empty when it goes on. Shown in the live line, and said once where there is none."""
+        self._notice = what
+        if self._live is None:
+            self.tell(what)
+
+    def position(self, part: int, read: int) -> None:
+        """Bytes of a part that are read."""
+        self._read[part] = max(read, self._read.get(part, 0))
+
+    def update(self, status: JobStatus) -> None:
+        """A new look at the job."""
+        now = time.monotonic()
+        if self._first is None:
+            self._first = (now, status.rows + status.failed, status.tokens)
+        line = self._line(status, now)
+        if self._live is not None:
+            self._live.update(Text(f"{line}  {self._notice}".rstrip(), overflow="ellipsis", no_wrap=True))
+        elif now - self._printed >= PLAIN_SECONDS:
+            self._printed = now
+            self.tell(line)
+
+    def _line(self, status: JobStatus, now: float) -> str:
+        began, rows, tokens = self._first or (now, 0, 0)
+        embedded, seconds = status.rows + status.failed, max(now - began, 0.001)
+        rate = (embedded - rows) / seconds
+        said = [
+            f"submitted {status.submitted:,}",
+            f"embedded {status.rows:,}",
+            f"{rate:,.0f} rows/s",
+            f"{(status.tokens - tokens) / seconds:,.0f} tokens/s",
+            f"padding {100 * status.padding:.1f} %",
+        ]
+        if status.failed:
+            said.insert(2, f"failed {status.failed:,}")
+        total = self._expected(status)
+        if total is not None and rate > 0:
+            said.append(f"{duration(max(0.0, total - embedded) / rate)} left")
+        return ", ".join(said)
+
+    def _expected(self, status: JobStatus) -> float | None:
+        """Rows of the corpus: known once all are submitted, guessed by the bytes read before."""
+        if status.sealed:
+            return status.submitted
+        read = sum(self._read.values())
+        if not self._total_bytes or read < self._total_bytes / 100:
+            return None
+        return status.submitted * max(1.0, self._total_bytes / read)
+
+
+class LogHandler(logging.Handler):
+    """Warnings of the library, in the same place as everything else."""
+
+    def __init__(self, progress: Progress) -> None:
+        super().__init__(logging.WARNING)
+        self._progress = progress
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._progress.say(record.getMessage())

@@ -1,0 +1,295 @@
+"""One run of embed-submit: from a corpus to a finished dataset."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import click
+import msgspec
+
+from embedstream.blocks import Block
+from embedstream.broker import Broker
+from embedstream.connection import check, connect, explaining, mask
+from embedstream.dataset.sink import Manifest, Sink, open_sink
+from embedstream.duplicates import DuplicateIndex
+from embedstream.errors import EmbedstreamError, UsageError
+from embedstream.jobs import JobSpec, JobState, JobStatus, parse_max_errors
+from embedstream.opening import (
+    Opened,
+    SpecSettings,
+    finished_manifest,
+    is_visible,
+    make_spec,
+    open_job,
+    refuse_forbidden,
+)
+from embedstream.plans import drive
+from embedstream.settings import Settings
+from embedstream.submission import Part, Pushed, push_job
+from embedstream_producer import report
+from embedstream_producer.corpus import STDIN, FilePart, check_sources, total_bytes
+from embedstream_producer.embedded_run import Embedded, check_installed, made_folders
+from embedstream_producer.progress import LogHandler, Progress
+from embedstream_producer.refusals import Refusals
+from embedstream_producer.watch import Watch
+
+DETACHED = 130
+
+FLEET_SECONDS = 0.25
+EMBEDDED_SECONDS = 0.1
+"""Between two looks at a job: many producers may look at a fleet's Redis, one at an embedded one."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says."""
+
+    corpus: tuple[str, ...]
+    output: str | None
+    redis_url: str | None
+    queue: str | None
+    model: str
+    revision: str | None
+    max_errors: str
+    settings: SpecSettings
+    detach: bool = False
+    json: bool = False
+    quiet: bool = False
+
+
+def submit(options: Options) -> int:
+    """Do it; returns the exit code. Raises `EmbedstreamError` for what is refused, `KeyboardInterrupt` never."""
+    parse_max_errors(options.max_errors)
+    if options.detach and options.redis_url is None:
+        raise UsageError("--detach needs --redis: without it, server and worker end with this command")
+    output = resolve_output(options)
+    parts = check_sources(options.corpus)
+    spec = make_spec(
+        queue=options.queue,
+        output=output,
+        model=options.model,
+        revision=options.revision,
+        parts=[part.name for part in parts],
+        settings=options.settings,
+    )
+    sink = open_sink(spec.output, spec, options.redis_url)
+    with Progress(options.quiet, total_bytes(parts)) as progress:
+        handler = LogHandler(progress)
+        logging.getLogger("embedstream").addHandler(handler)
+        run = Run(options, spec, sink, parts, progress)
+        try:
+            code = run.run()
+        except KeyboardInterrupt:
+            code = run.interrupted()
+        finally:
+            logging.getLogger("embedstream").removeHandler(handler)
+    if run.result is not None:
+        show(options, run)
+    return code
+
+
+def resolve_output(options: Options) -> str:
+    """`-o`, or `<corpus>.vectors` for one file."""
+    if options.output:
+        return options.output
+    if len(options.corpus) != 1:
+        raise UsageError("several files become one dataset: say where it goes (-o OUTPUT)")
+    if options.corpus[0] == STDIN:
+        raise UsageError("standard input has no name: say where the vectors go (-o OUTPUT)")
+    return f"{options.corpus[0]}.vectors"
+
+
+class Run:
+    """The run of one command."""
+
+    def __init__(self, options: Options, spec: JobSpec, sink: Sink, parts: list[FilePart], progress: Progress) -> None:
+        self.options = options
+        self.spec = spec
+        self.sink = sink
+        self.result: report.Report | None = None
+        self.reason = ""
+        self.was_finished = False
+        self._parts = parts
+        self._progress = progress
+        self._settings = Settings.from_environment(model=options.model)
+        self._refusals = Refusals(progress.tell)
+        self._opened = False
+
+    def run(self) -> int:
+        """To the end of the job, or of the pushing; returns the exit code."""
+        manifest = finished_manifest(self.sink, self.spec)
+        if manifest is not None:
+            self.was_finished = True
+            return self._finish(report.from_manifest(manifest))
+        for part in self._parts:
+            hint = part.hint(self.spec)
+            if hint is not None:
+                self._progress.tell(hint)
+        with made_folders(self.spec.output):
+            return self._embedded() if self.options.redis_url is None else self._fleet(self.options.redis_url)
+
+    def interrupted(self) -> int:
+        """After Ctrl-C."""
+        if self.options.redis_url is None:
+            self._progress.say("stopped; the same command goes on from here")
+        elif self._opened:
+            url = mask(self.options.redis_url)
+            self._progress.say(
+                f"detached from job {self.spec.job}; look again with `embed-status {self.spec.job} --redis {url}`; "
+                f"if not all was submitted, the same command goes on"
+            )
+        return DETACHED
+
+    def _fleet(self, url: str) -> int:
+        client = connect(url)
+        check(client, url)
+        with explaining(url):
+            broker = Broker(client, self.spec.queue)
+            workers = broker.workers()
+            refuse_forbidden(workers, self.spec.output)
+            visible = is_visible(workers, self.spec.output)
+            if visible or not workers:
+                self.sink.check()
+            watch = Watch(url, self.spec, self._settings, self._progress, seconds=FLEET_SECONDS, embedded=False)
+            status = self._work(broker, watch, url, lambda: self._open(broker, visible=visible), watch.check)
+        if status is None:
+            self._say_detached(url)
+            return 0
+        return self._end(status)
+
+    def _embedded(self) -> int:
+        check_installed(self.spec.model)
+        self.sink.check()
+        with Embedded(self.spec, self._progress.tell) as embedded, explaining(embedded.url):
+            broker = Broker(connect(embedded.url), self.spec.queue)
+            watch = Watch(
+                embedded.url, self.spec, self._settings, self._progress, seconds=EMBEDDED_SECONDS, embedded=True
+            )
+            started = False
+
+            def open_and_start() -> Opened:
+                nonlocal started
+                opened = self._open(broker, visible=True, always_adopt=not started)
+                if not started:
+                    started = True
+                    embedded.start_worker(lambda: watch.done)
+                return opened
+
+            def check_all() -> None:
+                embedded.check()
+                watch.check()
+
+            try:
+                status = self._work(broker, watch, embedded.url, open_and_start, check_all)
+            except EmbedstreamError:
+                if self._fresh and not watch.done:
+                    embedded.remove_state()
+                raise
+            assert status is not None, "embedded mode never detaches"
+            code = self._end(status)
+            if status.state is JobState.COMPLETED:
+                embedded.remove_state()
+        return code
+
+    _fresh = False
+
+    def _open(self, broker: Broker, *, visible: bool, always_adopt: bool = False) -> Opened:
+        opened = open_job(
+            broker,
+            self.spec,
+            self.sink,
+            max_errors=self.options.max_errors,
+            visible=visible,
+            always_adopt=always_adopt,
+            notice=self._progress.notice,
+        )
+        self._fresh = not opened.resumed and not opened.adopted.shards
+        if not self._opened:
+            self._opened = True
+            self._say_opened(opened)
+        return opened
+
+    def _work(
+        self,
+        broker: Broker,
+        watch: Watch,
+        url: str,
+        open_it: Callable[[], Opened],
+        check_all: Callable[[], None],
+    ) -> JobStatus | None:
+        """Push and wait, from the beginning whenever Redis lost the job; None if detached."""
+        bound = broker.memory_bound(self._settings.queue_bytes)
+        with DuplicateIndex() as index:
+            parts = [Part(part.label, self._reader(part, index)) for part in self._parts]
+            while True:
+                opened = open_it()
+                if not opened.state.ended:
+                    with watch:
+                        plan = push_job(broker, self.spec.job, parts, bound)
+                        pushed = drive(plan, broker, self._progress.notice, None, mask(url), check_all)
+                    if pushed is Pushed.LOST:
+                        self._progress.tell("Redis does not know the job any more: submitting it again")
+                        continue
+                for line in self._refusals.summary():
+                    self._progress.tell(line)
+                if self.options.detach:
+                    return None
+                status = watch.wait(check_all)
+                if status is not None:
+                    return status
+                self._progress.tell("Redis lost blocks: submitting them again")
+
+    def _reader(self, part: FilePart, index: DuplicateIndex) -> Callable[[], Iterator[Block]]:
+        return lambda: part.blocks(
+            self.spec,
+            index,
+            lambda refusal: self._refusals.add(part.index, part.label, refusal),
+            lambda read: self._progress.position(part.index, read),
+        )
+
+    def _end(self, status: JobStatus) -> int:
+        manifest = self._read_manifest(status)
+        self.reason = status.reason
+        return self._finish(report.from_status(status) if manifest is None else report.from_manifest(manifest))
+
+    def _read_manifest(self, status: JobStatus) -> Manifest | None:
+        """This end's manifest; None where the output cannot be seen from here."""
+        manifest = self.sink.read_manifest()
+        return manifest if manifest is not None and manifest.state == status.state else None
+
+    def _finish(self, result: report.Report) -> int:
+        self.result = result
+        return report.exit_code(result, parse_max_errors(self.options.max_errors))
+
+    def _say_opened(self, opened: Opened) -> None:
+        adopted = opened.adopted
+        if opened.resumed and opened.state is JobState.SUBMITTING:
+            self._progress.tell(f"job {self.spec.job} goes on where it was")
+        if adopted.shards:
+            self._progress.tell(f"adopted {adopted.rows:,} rows that lay in the output already")
+        if adopted.refused:
+            self._progress.tell(f"{adopted.refused} shards in the output overlap others and will not be listed")
+
+    def _say_detached(self, url: str) -> None:
+        if self.options.json:
+            submitted = Broker(connect(url), self.spec.queue).status(self.spec.job)
+            self.result = report.from_status(submitted)
+        else:
+            self._progress.tell(
+                f"all is submitted; job {self.spec.job} goes on without this command: "
+                f"`embed-status {self.spec.job} --redis {mask(url)}`"
+            )
+
+
+def show(options: Options, run: Run) -> None:
+    """The last words: one object on standard output, or lines for people."""
+    assert run.result is not None
+    if options.json:
+        click.echo(msgspec.json.encode(run.result).decode())
+        return
+    if run.was_finished:
+        click.echo(f"{run.result.output} is finished already; nothing was done")
+    for line in report.lines(run.result, run.sink, run.reason):
+        click.echo(line)

@@ -1,0 +1,108 @@
+"""embed-submit."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from types import FrameType
+from typing import Literal
+
+import click
+
+from embedstream.jobs import DEFAULT_MODEL
+from embedstream.settings import ENV_PREFIX
+from embedstream_producer.commands import run
+from embedstream_producer.submit import Options, submit
+
+
+@click.command(context_settings={"auto_envvar_prefix": ENV_PREFIX, "show_default": True})
+@click.argument("corpus", nargs=-1, required=True)
+@click.option(
+    "-o", "--output", help="A folder, or redis://host/db?prefix=docs:  [default: CORPUS.vectors for one file]"
+)
+@click.option("--redis", "redis_url", help="The fleet's Redis. Without it, all happens on this machine.")
+@click.option("--queue", help="[default: the model's name]")
+@click.option(
+    "--model", default=DEFAULT_MODEL, help="A folder, a Hugging Face id, or one an installed package carries."
+)
+@click.option("--revision", help="Commit, tag or branch of a Hugging Face id.")
+@click.option("--role", type=click.Choice(["document", "query"]), default="document", help="What the texts are.")
+@click.option("--id-field", metavar="FIELD", help="[default: _id, id, custom_id or docid]")
+@click.option("--text-field", metavar="FIELD", help="[default: text or content]")
+@click.option("--title-field", metavar="FIELD", help="Joined in front of the text.  [default: title]")
+@click.option("--title-sep", default=" ", show_default="a space", help="Between title and text.")
+@click.option("--keep", multiple=True, metavar="FIELD", help="Carry a field into the dataset; repeatable.")
+@click.option("--no-text", is_flag=True, help="Leave the text column out of the dataset.")
+@click.option("--empty", type=click.Choice(["error", "skip"]), default="error", help="What an empty text is.")
+@click.option("--prompt", help="Put in front of every text.  [default: the model's own for the role]")
+@click.option("--prompt-name", help="One of the model's prompts.")
+@click.option("--max-length", type=click.IntRange(min=1), help="Tokens of a text.  [default: the model's own]")
+@click.option("--max-errors", metavar="N|P%", help="The job fails when more rows fail, and is well with as many.")
+@click.option("--detach", is_flag=True, help="Leave when all is submitted.")
+@click.option("--json", "as_json", is_flag=True, envvar="EMBEDSTREAM_JSON", help="One JSON object on standard output.")
+@click.option("--quiet", is_flag=True, help="No progress.")
+@click.version_option(package_name="embedstream")
+def embed_submit(
+    corpus: tuple[str, ...],
+    output: str | None,
+    redis_url: str | None,
+    queue: str | None,
+    model: str,
+    revision: str | None,
+    role: Literal["document", "query"],
+    id_field: str | None,
+    text_field: str | None,
+    title_field: str | None,
+    title_sep: str,
+    keep: tuple[str, ...],
+    no_text: bool,
+    empty: Literal["error", "skip"],
+    prompt: str | None,
+    prompt_name: str | None,
+    max_length: int | None,
+    max_errors: str | None,
+    detach: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Turn each CORPUS (JSON lines: plain, .gz, .zst, or - for standard input) into vectors.
+
+    Exit codes: 0 all written, or failures within --max-errors; 1 the job failed; 2 usage, or input refused; 3 written,
+    but some rows failed; 4 cancelled; 130 detached by Ctrl-C.
+    """
+    signal.signal(signal.SIGTERM, _interrupt)
+    options = Options(
+        corpus=corpus,
+        output=output or None,
+        redis_url=redis_url or None,
+        queue=queue or None,
+        model=model,
+        revision=revision or None,
+        max_errors=max_errors or "",
+        settings={
+            "role": role,
+            "prompt": prompt,
+            "prompt_name": prompt_name,
+            "max_length": max_length,
+            "id_field": id_field,
+            "text_field": text_field,
+            "title_field": title_field,
+            "title_sep": title_sep,
+            "keep": keep,
+            "text": not no_text,
+            "empty": empty,
+        },
+        detach=detach,
+        json=as_json,
+        quiet=quiet,
+    )
+    sys.exit(submit(options))
+
+
+def _interrupt(_signal: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    """Entry point."""
+    run(embed_submit)

@@ -1,0 +1,154 @@
+"""Looking after a job while it is being pushed, and until it has ended."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+import redis
+
+from embedstream.broker import Broker
+from embedstream.client import start_command
+from embedstream.connection import connect, mask
+from embedstream.errors import EmbedstreamError, JobUnknown, OutputError
+from embedstream.jobs import JobSpec, JobState, JobStatus
+from embedstream.plans import is_unreachable
+from embedstream.settings import Settings
+from embedstream.watching import look
+from embedstream_producer.progress import Progress
+
+WORKERS_SECONDS = 5.0
+"""Between two looks at the fleet: a dead worker's key expires after 15 s, so sooner tells nothing."""
+
+FINALIZE_TRIES_SECONDS = 10.0
+"""Between two tries at a manifest that could not be written from here; a worker may be able to."""
+
+
+class Watch:
+    """One look after another, with a connection of its own. Between `start` and `stop` a thread does the looking."""
+
+    def __init__(
+        self, url: str, spec: JobSpec, settings: Settings, progress: Progress, *, seconds: float, embedded: bool
+    ) -> None:
+        """`seconds` between two looks. `embedded`: there is no fleet to speak of, and nobody else to finalize."""
+        self._url = url
+        self._spec = spec
+        self._settings = settings
+        self._progress = progress
+        self._seconds = seconds
+        self._embedded = embedded
+        self._broker = Broker(connect(url), spec.queue)
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._next_workers = 0.0
+        self._next_finalize = 0.0
+        self._without_worker = False
+        self._stalled = False
+        self.done = 0
+        """Blocks committed at the last look."""
+        self.failure: Exception | None = None
+
+    def __enter__(self) -> Self:
+        self._stop.clear()
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def check(self) -> None:
+        """Raise what the looking thread met."""
+        if self.failure is not None:
+            raise self.failure
+
+    def wait(self, check: Callable[[], None]) -> JobStatus | None:
+        """Until the job has ended; None if Redis lost blocks or all of the job, so that it must be pushed again.
+
+        `check` is called before every look and may raise.
+        """
+        while True:
+            check()
+            try:
+                status = self.look()
+            except JobUnknown:
+                return None
+            if status is not None and status.state.ended:
+                return status
+            if status is not None and status.state is JobState.SUBMITTING:
+                return None
+            time.sleep(self._seconds)
+
+    def look(self) -> JobStatus | None:
+        """One look; None while Redis cannot be reached. Raises `JobUnknown`."""
+        now = time.monotonic()
+        try:
+            try:
+                status = look(
+                    self._broker, self._spec.job, self._url, self._settings, may_finalize=now >= self._next_finalize
+                )
+            except OutputError as error:
+                if self._embedded:
+                    raise
+                self._next_finalize = now + FINALIZE_TRIES_SECONDS
+                self._progress.tell(f"{error}; leaving the manifest to a worker")
+                status = self._broker.status(self._spec.job)
+            if not self._embedded and now >= self._next_workers and not status.state.ended:
+                self._next_workers = now + WORKERS_SECONDS
+                self._look_at_workers(status)
+        except redis.RedisError as error:
+            if not is_unreachable(error):
+                raise
+            self._progress.notice(f"Redis at {mask(self._url)} cannot be reached ({error}), trying again")
+            return None
+        self.done = status.done
+        self._progress.update(status)
+        return status
+
+    def _run(self) -> None:
+        while not self._stop.wait(self._seconds):
+            try:
+                self.look()
+            except JobUnknown:
+                pass  # the one who pushes finds out, and makes the job again
+            except (redis.RedisError, EmbedstreamError) as error:
+                self.failure = error
+                return
+
+    def _look_at_workers(self, status: JobStatus) -> None:
+        workers = self._broker.workers()
+        if not workers and status.state is not JobState.FINALIZING:
+            if not self._without_worker:
+                self._without_worker = True
+                self._progress.notice(without_worker(self._broker, self._spec, mask(self._url)))
+        elif self._without_worker:
+            self._without_worker = False
+            self._progress.notice("")
+            self._progress.tell(f"{len(workers)} worker(s) on queue {self._spec.queue}")
+        if status.stalled != self._stalled:
+            self._stalled = status.stalled
+            if status.stalled and workers:
+                self._progress.tell(
+                    "nothing was committed for a minute: the workers are busy, or refuse the job (see their logs)"
+                )
+
+
+def without_worker(broker: Broker, spec: JobSpec, url: str) -> str:
+    """What to say when nobody serves the queue."""
+    others = [
+        f"{queue} ({len(live)})"
+        for queue in broker.queues()
+        if queue != spec.queue and (live := Broker(broker.client, queue).workers())
+    ]
+    served = f"queues with workers: {', '.join(others)}" if others else "no queue has one"
+    return (
+        f"waiting for a worker on queue {spec.queue} ({served}): "
+        f"start one with `{start_command(spec.model, url, spec.queue)}`"
+    )
