@@ -23,7 +23,8 @@ from embedstream.server_programs import Program, fake_program, find_program
 from embedstream.server_state import ServerRecord, connect, read_record
 
 HOLDER = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell runs in the background
 from embedstream.embedded import OutputLock, PrivateServer
 from embedstream.server_programs import fake_program, find_program
 output, kind, *children = sys.argv[1:]
@@ -293,6 +294,10 @@ def test_a_stranger_with_the_pid_of_an_old_process_is_left_alone(
 
 def test_ctrl_c_in_the_terminal_does_not_reach_the_server(output: str) -> None:
     with holder(output) as (process, url):
+        assert process.stdin is not None
+        process.stdin.write("print('listening', flush=True)\n")
+        process.stdin.flush()
+        assert _out(process).readline() == "listening\n"
         os.killpg(process.pid, signal.SIGINT)
         assert _out(process).readline() == "interrupted, server alive\n"
         put(url, "k", "v")
