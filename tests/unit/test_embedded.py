@@ -17,7 +17,7 @@ import pytest
 
 from embedstream import server_state
 from embedstream.embedded import OutputLock, PrivateServer, state_folder
-from embedstream.errors import OutputBusy, OutputError, ServerError
+from embedstream.errors import OutputBusy, ServerError
 from embedstream.processes import Process, end, identify, is_running, wait_ended
 from embedstream.server_programs import Program, fake_program, find_program
 from embedstream.server_state import ServerRecord, connect, read_record
@@ -163,38 +163,6 @@ def test_the_lock_is_free_once_its_holder_has_left(output: str) -> None:
             assert lock.held
 
 
-def test_a_lock_whose_file_was_removed_by_its_holder_excludes_again(output: str) -> None:
-    first = OutputLock(output)
-    first.remove_state()
-    with OutputLock(output):
-        first.release()
-        with pytest.raises(OutputBusy):
-            OutputLock(output)
-
-
-def test_children_do_not_inherit_the_lock(output: str) -> None:
-    lock = OutputLock(output)
-    child = subprocess.Popen(["sleep", "600"], close_fds=False)
-    try:
-        lock.release()
-        OutputLock(output).release()
-    finally:
-        child.kill()
-        child.wait()
-
-
-def test_a_lock_alone_leaves_nothing_behind(output: str) -> None:
-    with OutputLock(output):
-        assert state_folder(output).is_dir()
-    assert not Path(output).exists()
-
-
-def test_an_output_that_cannot_be_made_is_refused_in_one_sentence(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="cannot be locked"):
-        OutputLock(str(tmp_path / "file" / "out"))
-
-
 def test_removing_the_state_leaves_the_vectors_alone(output: str) -> None:
     with OutputLock(output) as lock:
         with PrivateServer.start(lock):
@@ -202,14 +170,6 @@ def test_removing_the_state_leaves_the_vectors_alone(output: str) -> None:
         lock.remove_state()
         assert [path.name for path in Path(output).iterdir()] == ["part-1.parquet"]
     assert [path.name for path in Path(output).iterdir()] == ["part-1.parquet"]
-
-
-def test_a_redis_output_keeps_its_state_in_the_users_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    folders = {state_folder(f"redis://:secret@host/0?prefix={prefix}:") for prefix in "ab"}
-    assert len(folders) == 2
-    assert {folder.parent for folder in folders} == {tmp_path / "embedstream"}
-    assert not any("secret" in str(folder) for folder in folders)
 
 
 def test_no_server_starts_without_the_lock(output: str) -> None:
@@ -363,14 +323,6 @@ def test_files_of_a_newer_server_are_put_aside(output: str, said: list[str]) -> 
     assert "written by redis 99.0.1" in said[0] or "written by valkey 99.0.1" in said[0]
 
 
-def test_newer_releases_read_older_files_and_products_keep_apart() -> None:
-    old, new = Program("redis", "6.2.14", ()), Program("redis", "7.0.15", ())
-    assert new.reads_files_of(old)
-    assert Program("redis", "6.2.7", ()).reads_files_of(old)
-    assert not old.reads_files_of(new)
-    assert not Program("valkey", "8.1.0", ()).reads_files_of(new)
-
-
 def test_a_long_temporary_path_does_not_matter(output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     long = tmp_path / ("t" * 150)
     long.mkdir()
@@ -406,15 +358,6 @@ def test_the_stand_in_ends_with_a_run_that_is_killed(output: str) -> None:
         server = server_of(output)
         process.kill()
         assert wait_ended(server, 10)
-
-
-def test_a_server_on_path_comes_first_unless_it_is_too_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    binary = tmp_path / "redis-server"
-    for version, first in (("5.0.7", False), ("9.1.0", True)):
-        binary.write_text(f"#!/bin/sh\necho 'Redis server v={version} sha=0'\n")
-        binary.chmod(0o755)
-        assert (find_program().command == (str(binary),)) == first
 
 
 def _note(output: str, change: Callable[[ServerRecord], ServerRecord]) -> None:

@@ -1,0 +1,26 @@
+"""Which server is chosen, and whose files it may read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from embedstream.server_programs import Program, find_program
+
+
+def test_newer_releases_read_older_files_and_products_keep_apart() -> None:
+    old, new = Program("redis", "6.2.14", ()), Program("redis", "7.0.15", ())
+    assert new.reads_files_of(old)
+    assert Program("redis", "6.2.7", ()).reads_files_of(old)
+    assert not old.reads_files_of(new)
+    assert not Program("valkey", "8.1.0", ()).reads_files_of(new)
+
+
+def test_a_server_on_path_comes_first_unless_it_is_too_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    binary = tmp_path / "redis-server"
+    for version, first in (("5.0.7", False), ("9.1.0", True)):
+        binary.write_text(f"#!/bin/sh\necho 'Redis server v={version} sha=0'\n")
+        binary.chmod(0o755)
+        assert (find_program().command == (str(binary),)) == first
