@@ -66,8 +66,14 @@ class DuplicateIndex:
         """Enter the ids of some rows of a part; for each, the earlier position that has the same id, or None.
 
         Raises:
-            OutputError: the index cannot be written.
+            OutputError: the index cannot be written or read.
         """
+        try:
+            return self._check(part, rows, ids)
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def _check(self, part: int, rows: Sequence[int], ids: Sequence[str]) -> list[Position | None]:
         if not 0 <= part < 1 << 24:
             raise UsageError(f"part {part}: a job has at most {1 << 24:,} parts")
         pending, counts = self._pending, self._counts
@@ -131,13 +137,10 @@ class DuplicateIndex:
         slots = sorted(key + position.to_bytes(8) for key, position in self._pending.items())
         self._stored += len(slots)
         self._pending = {}
-        try:
-            while self._stored > _MEAN << self._bits:
-                self._grow()
-            while slots := self._append(slots):
-                self._grow()
-        except OSError as error:
-            raise self._failed(error) from error
+        while self._stored > _MEAN << self._bits:
+            self._grow()
+        while slots := self._append(slots):
+            self._grow()
 
     def _append(self, slots: list[bytes]) -> list[bytes]:
         """Write sorted slots into their buckets; returns those from the first bucket on that has no room."""

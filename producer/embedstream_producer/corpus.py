@@ -110,9 +110,9 @@ class FilePart:
 
     def _raw(self, stdin: ByteStream | None) -> ByteStream:
         if self.source == STDIN:
-            return sys.stdin.buffer if stdin is None else stdin
+            return _own_stdin() if stdin is None else stdin
         try:
-            return Path(self.name).open("rb", buffering=0)  # noqa: SIM115  (LineStream closes it)
+            return Path(self.name).open("rb", buffering=0)
         except FileNotFoundError:
             raise InputError(f"{self.label}: no such file") from None
         except IsADirectoryError:
@@ -189,6 +189,12 @@ def _judge_all(
 def _judge(reader: RecordReader, row: int, lines: Iterable[bytes]) -> Iterator[Outcome]:
     """How the lines from `row` on end; blank ones only count as rows."""
     return (reader.line(at, line) for at, line in enumerate(lines, row) if not _is_blank(line))
+
+
+def _own_stdin() -> ByteStream:
+    if sys.stdin is None:
+        raise InputError("standard input: is closed")
+    return getattr(sys.stdin.buffer, "raw", sys.stdin.buffer)  # unbuffered, so that rows go out as they come in
 
 
 def _size_and_identity(raw: ByteStream) -> tuple[int | None, tuple[int, int] | None]:

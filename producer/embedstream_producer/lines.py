@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import select
 import zlib
 from collections.abc import Callable, Iterator
-from io import IOBase
+from io import FileIO, IOBase
 from types import TracebackType
 from typing import BinaryIO, Protocol, Self, cast
 
@@ -54,7 +55,9 @@ class _Source:
             data, self._returned = self._returned[:size], self._returned[size:]
         else:
             try:
-                data = self._read(size) or b""
+                while (found := self._read(size)) is None:  # a pipe that somebody made non-blocking is not at its end
+                    select.select([cast("FileIO", self._raw)], [], [])
+                data = found
             except OSError as error:
                 raise InputError(f"{self._label}: cannot be read ({error.strerror or error})") from error
         self.position += len(data)

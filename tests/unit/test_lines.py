@@ -1,0 +1,224 @@
+"""Bytes of all sorts as lines."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import os
+import threading
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from embedstream.errors import InputError
+from embedstream_producer.lines import LineStream
+
+TEXT = b"".join(b'{"id": %d, "text": "some words"}\n' % i for i in range(40_000))
+LINES = TEXT.split(b"\n")[:-1]
+
+
+def zstd(data: bytes) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(data)
+    return sink.getvalue().to_pybytes()
+
+
+def lines_of(data: bytes, label: str = "corpus", longest: int = 1 << 20, read_bytes: int = 1 << 18) -> list[bytes]:
+    with LineStream(io.BytesIO(data), label, longest=longest, read_bytes=read_bytes) as stream:
+        lines = [line for batch in stream.batches() for line in batch]
+        assert stream.position == len(data)
+        return lines
+
+
+class Trickle(io.RawIOBase):
+    """A pipe that gives a byte or a few at a time."""
+
+    def __init__(self, data: bytes, size: int) -> None:
+        self._data, self._size = data, size
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1, /) -> bytes:
+        size = min(self._size, size) if size >= 0 else self._size
+        data, self._data = self._data[:size], self._data[size:]
+        return data
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        TEXT,
+        TEXT.removesuffix(b"\n"),
+        b"\xef\xbb\xbf" + TEXT,
+        gzip.compress(TEXT),
+        gzip.compress(TEXT[:1000]) + gzip.compress(TEXT[1000:]),
+        gzip.compress(TEXT) + b"\0" * 512,
+        gzip.compress(b"\xef\xbb\xbf" + TEXT),
+        zstd(TEXT),
+        zstd(TEXT[:1000]) + zstd(b"") + zstd(TEXT[1000:]),
+        zstd(b"\xef\xbb\xbf" + TEXT),
+    ],
+    ids=[
+        "plain",
+        "no newline at the end",
+        "BOM",
+        "gz",
+        "gz members",
+        "gz padded",
+        "gz BOM",
+        "zst",
+        "zst frames",
+        "zst BOM",
+    ],
+)
+def test_every_kind_of_input_gives_the_same_lines(data: bytes) -> None:
+    assert lines_of(data) == LINES
+
+
+@pytest.mark.parametrize("size", [1, 2, 7])
+def test_a_slow_pipe_loses_nothing(size: int) -> None:
+    for data in (b"\xef\xbb\xbf" + TEXT[:200], gzip.compress(TEXT[:200]), zstd(TEXT[:200])):
+        with LineStream(Trickle(data, size), "pipe") as stream:
+            assert b"\n".join(line for batch in stream.batches() for line in batch) + b"\n" in (
+                TEXT[:200],
+                TEXT[:200] + b"\n",
+            )
+
+
+def test_a_pipe_that_is_made_non_blocking_is_read_to_its_end() -> None:
+    reading, writing = os.pipe()
+    os.set_blocking(reading, False)
+    ready = threading.Event()
+
+    def write() -> None:
+        with os.fdopen(writing, "wb", buffering=0) as pipe:
+            pipe.write(b"first\n")
+            ready.wait(10)
+            pipe.write(b"second\n")
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    with LineStream(io.FileIO(reading), "pipe") as stream:
+        batches = stream.batches()
+        assert next(batches) == [b"first"]
+        ready.set()
+        assert next(batches) == [b"second"]
+        assert list(batches) == []
+    writer.join()
+
+
+def test_carriage_returns_stay_for_the_json_reader() -> None:
+    assert lines_of(b"1\r\n\r\n2\r\n") == [b"1\r", b"\r", b"2\r"]
+
+
+def test_blank_lines_keep_their_place() -> None:
+    assert lines_of(b"\n\n1\n\n2") == [b"", b"", b"1", b"", b"2"]
+
+
+@given(
+    parts=st.lists(st.sampled_from([b"", b"a", b"bb", b"c" * 9, b"d" * 10, b"e" * 11, b"f" * 40, b"\r"]), max_size=12),
+    end=st.sampled_from([b"", b"\n"]),
+    read_bytes=st.integers(1, 50),
+)
+def test_over_long_lines_are_cut_to_one_byte_above_the_bound(parts: list[bytes], end: bytes, read_bytes: int) -> None:
+    data = b"x\n" + b"\n".join(parts) + end
+    expected = [line[:11] for line in data.split(b"\n")]
+    if not expected[-1]:
+        expected.pop()
+    assert lines_of(data, longest=10, read_bytes=read_bytes) == expected
+
+
+@given(data=st.binary(max_size=300), read_bytes=st.integers(1, 64), longest=st.integers(1, 64))
+def test_any_bytes_end_as_lines_or_as_one_clear_error(data: bytes, read_bytes: int, longest: int) -> None:
+    try:
+        lines: list[bytes] | None = lines_of(data, longest=longest, read_bytes=read_bytes)
+    except InputError as error:
+        problem = str(error)
+        lines = None
+    if lines is None:
+        assert problem.startswith("corpus: ")
+    else:
+        expected = data.removeprefix(b"\xef\xbb\xbf").split(b"\n")
+        assert lines == [line[: longest + 1] for line in (expected if expected[-1] else expected[:-1])]
+
+
+def test_a_line_far_over_the_bound_takes_no_memory_for_its_rest() -> None:
+    class Endless(io.RawIOBase):
+        left = 2000
+
+        def read(self, size: int = -1, /) -> bytes:
+            self.left -= 1
+            return b"x" * size if self.left > 0 else b"\nlast\n" if self.left == 0 else b""
+
+    with LineStream(Endless(), "endless", longest=100_000) as stream:
+        assert [len(line) for batch in stream.batches() for line in batch] == [100_001, 4]
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"\n\n  \r\n", b"\xef\xbb\xbf", b"\xef\xbb\xbf\n", gzip.compress(b""), zstd(b"\n")]
+)
+def test_an_input_without_records_says_so(data: bytes) -> None:
+    with pytest.raises(InputError, match=r"^corpus: has no records$"):
+        lines_of(data)
+
+
+@pytest.mark.parametrize("cut", [-1, -9, 20])
+@pytest.mark.parametrize(("format", "packed"), [("gzip", gzip.compress(TEXT)), ("zstd", zstd(TEXT))])
+def test_an_archive_that_is_cut_off_names_file_and_position(format: str, packed: bytes, cut: int) -> None:
+    with pytest.raises(
+        InputError, match=rf"^corpus: {format} data is damaged or cut off after [\d,]+ bytes, near line [\d,]+"
+    ):
+        lines_of(packed[:cut])
+
+
+def test_a_damaged_archive_names_file_and_position() -> None:
+    packed = gzip.compress(TEXT)
+    middle = len(packed) // 2
+    for data in (packed[:middle] + b"\xff" * 64 + packed[middle + 64 :], packed + b"garbage"):
+        with pytest.raises(InputError, match=r"^corpus: gzip data is damaged"):
+            lines_of(data)
+    with pytest.raises(InputError, match=r"^corpus: zstd data is damaged"):
+        lines_of(zstd(TEXT) + b"garbage")
+
+
+@pytest.mark.parametrize("label", ["corpus.jsonl.gz", "corpus.jsonl.zst"])
+def test_a_file_that_is_not_compressed_as_named_is_refused(label: str) -> None:
+    with pytest.raises(InputError, match="not compressed as its name says"):
+        lines_of(TEXT, label)
+
+
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [
+        (b"PAR1....", "a Parquet file"),
+        (b"PK\x03\x04....", "a zip archive"),
+        ("{}\n".encode("utf-16"), "UTF-16"),
+        (b'[{"id": 1}]', "a JSON array.*jq"),
+        (b'\n [\n  {"id": 1}\n]\n', "a JSON array.*jq"),
+        (b"[" + b"1," * 5000 + b"1]", "a JSON array.*jq"),
+        (b'{\n  "id": 1\n}\n', "JSON spread over lines.*jq"),
+        (gzip.compress(b"[1]"), "a JSON array.*jq"),
+        (gzip.compress(b"PK\x03\x04...."), "a zip archive"),
+    ],
+)
+def test_other_formats_are_named_with_the_way_out(data: bytes, what: str) -> None:
+    with pytest.raises(InputError, match=rf"^corpus: is {what}"):
+        lines_of(data, longest=4096)
+
+
+def test_a_stream_that_fails_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "corpus"
+    path.write_bytes(TEXT)
+    raw = path.open("rb", buffering=0)
+    with LineStream(raw, "corpus") as stream:
+        batches = stream.batches()
+        next(batches)
+        os.close(raw.fileno())
+        with pytest.raises(InputError, match=r"^corpus: cannot be read \(Bad file descriptor\)"):
+            list(batches)
+        os.dup2(os.open(path, os.O_RDONLY), raw.fileno())  # so that closing it closes something
