@@ -99,4 +99,5 @@ def mask(url: str) -> str:
     if parts.password is not None:
         host = parts.netloc.rpartition("@")[2]
         parts = parts._replace(netloc=f"{parts.username or ''}:***@{host}")
-    return urlunsplit(parts)
+    # urlunsplit drops the slashes of unix:///path.
+    return urlunsplit(parts).replace("unix:/", "unix:///", 1) if url.startswith("unix:///") else urlunsplit(parts)

@@ -1,0 +1,305 @@
+"""What embed-submit, embed-status and embed-cancel say and how they end. Workers are played by `mini_worker`."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+
+import pytest
+from conftest import RedisServer
+from mini_worker import MiniWorker
+
+from e2e.harness import BIN, environment, read_errors, read_manifest, run, start_submit, wait_until
+from embedstream.broker import Broker
+from embedstream.connection import connect
+from embedstream.jobs import job_id
+
+
+@pytest.fixture
+def queue() -> str:
+    return f"cli-{uuid.uuid4().hex[:8]}"
+
+
+@pytest.fixture
+def url(redis_server: RedisServer) -> str:
+    return redis_server.url
+
+
+def corpus(folder: Path, rows: int = 50, bad: int = 0, name: str = "c.jsonl") -> Path:
+    path = folder / name
+    lines = [json.dumps({"id": f"{name}{i}", "text": f"text {i}"}) for i in range(rows)] + ["{broken"] * bad
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def fleet_args(url: str, queue: str) -> list[object]:
+    return ["--redis", url, "--queue", queue, "--model", "mini"]
+
+
+@pytest.mark.parametrize("command", ["embed-submit", "embed-status", "embed-cancel"])
+def test_help_is_shown_without_loading_a_model_library(command: str) -> None:
+    done = run(command, "--help")
+    assert done.returncode == 0
+    assert "--redis" in done.stdout
+
+
+def test_defaults_and_exit_codes_are_in_the_help() -> None:
+    text = run("embed-submit", "--help").stdout
+    assert "all-MiniLM-L6-v2" in text
+    assert "Exit codes" in text
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        ([], "CORPUS"),
+        (["none.jsonl"], "none.jsonl"),
+        (["empty.jsonl"], "empty.jsonl"),
+        (["c.jsonl", "c.jsonl", "-o", "out"], "twice"),
+        (["c.jsonl", "d.jsonl"], "-o"),
+        (["-"], "-o"),
+        (["c.jsonl", "--max-errors", "many"], "--max-errors many"),
+        (["c.jsonl", "--prompt", "x", "--prompt-name", "query"], "exclude"),
+        (["c.jsonl", "--keep", "text"], "--keep text"),
+        (["c.jsonl", "--detach"], "--detach needs --redis"),
+        (["c.jsonl", "--redis", "redis://127.0.0.1:1"], "127.0.0.1:1"),
+        (["c.jsonl", "--redis", "http://127.0.0.1"], "redis://"),
+        (["c.jsonl", "--redis", "redis://me:secret@127.0.0.1:1"], "cannot be reached"),
+        (["c.jsonl", "-o", "s3://bucket/x"], "s3:"),
+        (["c.jsonl", "-o", "redis:?prefix=docs:"], "--redis"),
+        (["c.jsonl", "-o", "/proc/nothing/here"], "/proc/nothing"),
+        (["c.jsonl", "-o", "d.jsonl"], "d.jsonl"),
+        (["c.jsonl", "-o", "full"], "full"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_in_one_sentence_and_leaves_nothing(
+    tmp_path: Path, args: list[str], says: str
+) -> None:
+    corpus(tmp_path)
+    corpus(tmp_path, name="d.jsonl")
+    (tmp_path / "empty.jsonl").write_text("\n\n")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("mine")
+    before = sorted(str(path) for path in tmp_path.rglob("*"))
+    done = subprocess.run(
+        [str(BIN / "embed-submit"), *args],
+        cwd=tmp_path,
+        env=environment(EMBEDSTREAM_MODEL="hashing"),
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert says in done.stderr
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    assert "secret" not in done.stderr
+    assert sorted(str(path) for path in tmp_path.rglob("*")) == before
+
+
+def test_the_report_is_one_json_object(tmp_path: Path, url: str, queue: str) -> None:
+    with MiniWorker(url, queue):
+        done = run("embed-submit", corpus(tmp_path), "-o", tmp_path / "out", *fleet_args(url, queue), "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert set(report) == {
+        *("job", "state", "rows", "failed", "truncated", "tokens"),
+        *("padding", "seconds", "output", "model", "dim"),
+    }
+    assert (report["state"], report["rows"], report["dim"]) == ("completed", 50, 2)
+    manifest = read_manifest(tmp_path / "out")
+    assert report["seconds"] == pytest.approx(manifest["ended"] - manifest["created"], abs=0.001)
+
+
+@pytest.mark.parametrize(
+    ("bad", "good", "args", "code", "state"),
+    [
+        (0, 5, [], 0, "completed"),
+        (2, 5, [], 3, "completed"),
+        (2, 5, ["--max-errors", "2"], 0, "completed"),
+        (2, 5, ["--max-errors", "1"], 1, "failed"),
+        (2, 5, ["--max-errors", "50%"], 0, "completed"),
+        (2, 5, ["--max-errors", "10%"], 1, "failed"),
+        (2, 0, [], 1, "failed"),
+        (2, 0, ["--max-errors", "100%"], 1, "failed"),
+    ],
+)
+def test_exit_codes_say_how_the_job_ended_and_the_same_command_says_it_again(
+    tmp_path: Path, url: str, queue: str, bad: int, good: int, args: list[str], code: int, state: str
+) -> None:
+    command = [corpus(tmp_path, good, bad), "-o", tmp_path / "out", *fleet_args(url, queue), "--json", *args]
+    with MiniWorker(url, queue):
+        for _ in range(2):
+            done = run("embed-submit", *command)
+            assert done.returncode == code, done.stderr
+            assert json.loads(done.stdout)["state"] == state
+            assert json.loads(done.stdout)["rows"] in (good, 0)
+            assert "Traceback" not in done.stderr
+
+
+def test_refused_rows_are_shown_three_of_a_kind_and_then_counted(tmp_path: Path, url: str, queue: str) -> None:
+    with MiniWorker(url, queue):
+        done = run("embed-submit", corpus(tmp_path, 5, 10), "-o", tmp_path / "out", *fleet_args(url, queue))
+    assert done.returncode == 3
+    assert done.stderr.count("c.jsonl:") == 3
+    assert "c.jsonl:6: " in done.stderr
+    assert "7 more rows refused: invalid_json (10 in all" in done.stderr
+    assert len(read_errors(tmp_path / "out")) == 10
+    assert "10 ROWS FAILED" in done.stdout
+
+
+def test_a_finished_output_is_not_touched_and_needs_no_server(tmp_path: Path, url: str, queue: str) -> None:
+    command = [corpus(tmp_path), "-o", tmp_path / "out", "--queue", queue, "--model", "mini"]
+    with MiniWorker(url, queue):
+        assert run("embed-submit", *command, "--redis", url).returncode == 0
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    for more in (["--redis", url], ["--redis", "redis://127.0.0.1:1"], []):
+        done = run("embed-submit", *command, *more)
+        assert done.returncode == 0, done.stderr
+        assert "finished already" in done.stdout
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_a_finished_output_that_was_deleted_is_made_again(tmp_path: Path, url: str, queue: str) -> None:
+    command = [corpus(tmp_path), "-o", tmp_path / "out", *fleet_args(url, queue)]
+    with MiniWorker(url, queue):
+        assert run("embed-submit", *command).returncode == 0
+        shutil.rmtree(tmp_path / "out")
+        (tmp_path / "out").mkdir()
+        done = run("embed-submit", *command)
+    assert done.returncode == 0, done.stderr
+    assert read_manifest(tmp_path / "out")["rows"] == 50
+
+
+def test_a_submit_without_a_worker_names_the_command_and_the_queues_that_have_one(
+    tmp_path: Path, url: str, queue: str
+) -> None:
+    with MiniWorker(url, f"{queue}-other"):
+        submit = start_submit(corpus(tmp_path), "-o", tmp_path / "out", *fleet_args(url, queue), "--json")
+        assert submit.stderr is not None
+        said = submit.stderr.readline()
+        assert f"embed-worker --model mini --redis {url} --queue {queue}" in said
+        assert f"{queue}-other" in said
+        with MiniWorker(url, queue):
+            out, err = submit.communicate(timeout=60)
+    assert submit.returncode == 0, err
+    assert json.loads(out)["rows"] == 50
+
+
+def test_ctrl_c_detaches_from_a_fleet_and_says_how_to_look_again(tmp_path: Path, url: str, queue: str) -> None:
+    submit = start_submit(corpus(tmp_path), "-o", tmp_path / "out", *fleet_args(url, queue))
+    broker, job = Broker(connect(url), queue), job_id(queue, str(tmp_path / "out"))
+    wait_until(lambda: broker.state(job) == "running", "the job's submission")
+    submit.send_signal(signal.SIGINT)
+    _, err = submit.communicate(timeout=30)
+    assert submit.returncode == 130
+    assert f"embed-status {job} --redis {url}" in err
+    assert "Traceback" not in err
+    assert broker.state(job) == "running"
+    broker.run(broker.cancel(job))
+
+
+def test_a_cancelled_job_ends_the_one_who_waits_with_4(tmp_path: Path, url: str, queue: str) -> None:
+    submit = start_submit(corpus(tmp_path), "-o", tmp_path / "out", *fleet_args(url, queue), "--json")
+    broker, job = Broker(connect(url), queue), job_id(queue, str(tmp_path / "out"))
+    wait_until(lambda: broker.state(job) == "running", "the job's submission")
+    cancelled = run("embed-cancel", job, "--redis", url)
+    assert cancelled.returncode == 0, cancelled.stderr
+    out, err = submit.communicate(timeout=30)
+    assert submit.returncode == 4, err
+    assert json.loads(out)["state"] == "cancelled"
+    assert read_manifest(tmp_path / "out")["partial"]
+
+
+def test_compressed_and_piped_corpora_are_read(tmp_path: Path, url: str, queue: str) -> None:
+    packed = tmp_path / "c.jsonl.gz"
+    packed.write_bytes(gzip.compress(corpus(tmp_path).read_bytes()))
+    with MiniWorker(url, queue):
+        assert run("embed-submit", packed, "-o", tmp_path / "gz", *fleet_args(url, queue)).returncode == 0
+        piped = subprocess.run(
+            [str(BIN / "embed-submit"), "-", "-o", str(tmp_path / "piped"), *map(str, fleet_args(url, queue))],
+            input=corpus(tmp_path).read_bytes(),
+            env=environment(),
+            capture_output=True,
+            timeout=60,
+            check=False,
+        )
+        assert piped.returncode == 0, piped.stderr.decode()
+    assert read_manifest(tmp_path / "gz")["rows"] == read_manifest(tmp_path / "piped")["rows"] == 50
+
+
+def test_flags_have_environment_variables(tmp_path: Path, url: str, queue: str) -> None:
+    with MiniWorker(url, queue):
+        done = run(
+            *("embed-submit", corpus(tmp_path)),
+            EMBEDSTREAM_REDIS_URL=url,
+            EMBEDSTREAM_QUEUE=queue,
+            EMBEDSTREAM_MODEL="mini",
+            EMBEDSTREAM_OUTPUT=str(tmp_path / "out"),
+            EMBEDSTREAM_JSON="1",
+        )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["output"] == str(tmp_path / "out")
+
+
+def test_quiet_says_nothing_on_standard_error(tmp_path: Path, url: str, queue: str) -> None:
+    with MiniWorker(url, queue):
+        done = run(
+            *("embed-submit", corpus(tmp_path, 5, 5), "-o", tmp_path / "out"), *fleet_args(url, queue), "--quiet"
+        )
+    assert (done.returncode, done.stderr) == (3, "")
+
+
+def test_status_shows_jobs_queues_and_workers(tmp_path: Path, url: str, queue: str) -> None:
+    with MiniWorker(url, queue) as worker:
+        run("embed-submit", corpus(tmp_path), "-o", tmp_path / "out", *fleet_args(url, queue))
+        job = job_id(queue, str(tmp_path / "out"))
+        listing = run("embed-status", "--redis", url)
+        assert listing.returncode == 0, listing.stderr
+        assert f"queue {queue}: 1 worker(s)" in listing.stdout
+        assert worker.record.name in listing.stdout
+        assert job in listing.stdout
+        one = run("embed-status", job, "--redis", url, "--watch")
+        assert "completed" in one.stdout
+        assert "50 of 50 rows" in one.stdout
+        as_json = json.loads(run("embed-status", job, "--redis", url, "--json").stdout)
+        assert (as_json["state"], as_json["rows"]) == ("completed", 50)
+        queues = json.loads(run("embed-status", "--redis", url, "--json").stdout)["queues"]
+        assert [q["jobs"][0]["job"] for q in queues if q["queue"] == queue] == [job]
+
+
+@pytest.mark.parametrize("command", ["embed-status", "embed-cancel"])
+def test_an_unknown_job_or_server_is_one_sentence(command: str, url: str) -> None:
+    for args, says in [
+        (["0000000000000000", "--redis", url], "no job 0000000000000000"),
+        (["0000000000000000", "--redis", "redis://127.0.0.1:1"], "cannot be reached"),
+        (["0000000000000000"], "EMBEDSTREAM_REDIS_URL"),
+    ]:
+        done = run(command, *args)
+        assert done.returncode == 2
+        assert says in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_without_model_libraries_the_command_says_what_to_install(tmp_path: Path) -> None:
+    block = "import sys; sys.modules['torch'] = None; sys.argv[0] = 'embed-submit'; "
+    code = block + "from embedstream_producer.submit_cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(corpus(tmp_path))],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    assert "pip install 'embedstream[local]'" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["c.jsonl"]

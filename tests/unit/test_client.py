@@ -1,0 +1,280 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from conftest import RedisServer
+from mini_worker import MiniWorker, vector
+
+from embedstream import (
+    AsyncClient,
+    Client,
+    CorpusChanged,
+    InputError,
+    JobState,
+    JobUnknown,
+    OutputError,
+    RequestError,
+    SpecDiffers,
+    UsageError,
+)
+from embedstream.broker import Broker, job_keys
+from embedstream.record_blocks import Records
+
+RECORDS = [{"id": f"r{i}", "text": f"text number {i}"} for i in range(700)]
+
+
+@pytest.fixture
+def client(redis_server: RedisServer) -> Iterator[Client]:
+    """A client with a queue of its own."""
+    with Client(redis_server.url, queue=f"client-{uuid.uuid4().hex[:8]}") as made:
+        yield made
+
+
+@pytest.fixture
+def worker(client: Client) -> Iterator[MiniWorker]:
+    with MiniWorker(client.url, queue_of(client)) as made:
+        yield made
+
+
+def queue_of(client: Client) -> str:
+    assert client.settings.queue is not None
+    return client.settings.queue
+
+
+def broker_of(client: Client) -> Broker:
+    return Broker(client._redis, queue_of(client))
+
+
+def texts_of(rows: Iterator[pa.RecordBatch]) -> dict[str, str]:
+    return {row["id"]: row["text"] for batch in rows for row in batch.to_pylist()}
+
+
+@pytest.mark.usefixtures("worker")
+def test_records_become_vectors_that_can_be_read(client: Client, tmp_path: Path) -> None:
+    job = client.submit(RECORDS, output=str(tmp_path / "out"))
+    status = job.wait(30)
+    assert (status.state, status.rows, status.failed) == (JobState.COMPLETED, 700, 0)
+    rows = [row for batch in job.results() for row in batch.to_pylist()]
+    assert {row["id"]: row["text"] for row in rows} == {r["id"]: r["text"] for r in RECORDS}
+    assert all(row["embedding"] == vector(row["text"]) for row in rows)
+
+
+@pytest.mark.usefixtures("worker")
+@pytest.mark.parametrize(
+    "records",
+    [
+        pa.table({"id": ["a", "b"], "text": ["x", "yy"]}),
+        pa.table({"id": ["a", "b"], "text": ["x", "yy"]}).to_batches()[0],
+        pa.table({"id": ["a", "b"], "text": ["x", "yy"]}).to_reader(),
+        ({"id": id, "text": text} for id, text in [("a", "x"), ("b", "yy")]),
+    ],
+    ids=["table", "batch", "reader", "generator"],
+)
+def test_records_come_in_any_shape(client: Client, tmp_path: Path, records: Records) -> None:
+    job = client.submit(records, output=str(tmp_path / "out"))
+    assert job.wait(30).rows == 2
+    assert texts_of(job.results()) == {"a": "x", "b": "yy"}
+
+
+@pytest.mark.usefixtures("worker")
+def test_strings_get_their_positions_as_ids(client: Client, tmp_path: Path) -> None:
+    job = client.submit(["x", "yy"], output=str(tmp_path / "out"))
+    job.wait(30)
+    assert texts_of(job.results()) == {"0": "x", "1": "yy"}
+
+
+@pytest.mark.usefixtures("worker")
+def test_bad_and_doubled_records_cost_only_themselves(client: Client, tmp_path: Path) -> None:
+    records = [{"id": "a", "text": "x"}, {"id": "a", "text": "again"}, {"id": "b", "text": " "}, {"id": "c"}]
+    status = client.submit(records, output=str(tmp_path / "out")).wait(30)
+    assert (status.state, status.rows, status.failed) == (JobState.COMPLETED, 1, 3)
+    errors = [json.loads(line) for line in (tmp_path / "out" / "errors.jsonl").read_text().splitlines()]
+    assert [(e["file"], e["line"], e["code"]) for e in errors] == [
+        ("records", 2, "duplicate_id"),
+        ("records", 3, "empty_text"),
+        ("records", 4, "missing_field"),
+    ]
+
+
+@pytest.mark.usefixtures("worker")
+def test_a_finished_submission_is_not_done_again(client: Client, tmp_path: Path) -> None:
+    first = client.submit(RECORDS, output=str(tmp_path / "out"))
+    ended = first.wait(30)
+    again = client.submit(RECORDS, output=str(tmp_path / "out"))
+    assert again.id == first.id
+    assert again.wait(30).ended == ended.ended
+
+
+@pytest.mark.usefixtures("worker")
+def test_another_setting_into_the_same_output_is_refused(client: Client, tmp_path: Path) -> None:
+    client.submit(["x"], output=str(tmp_path / "out")).wait(30)
+    with pytest.raises(SpecDiffers, match="prompt"):
+        client.submit(["x"], output=str(tmp_path / "out"), prompt="query: ")
+
+
+def test_an_unfinished_submission_goes_on_and_other_records_are_refused(client: Client, tmp_path: Path) -> None:
+    job = client.submit(RECORDS, output=str(tmp_path / "out"))
+    assert job.status().state is JobState.RUNNING
+    assert client.submit(RECORDS, output=str(tmp_path / "out")).status().submitted == 700
+    with pytest.raises(CorpusChanged, match="records"):
+        client.submit([{"id": "other", "text": "other"}], output=str(tmp_path / "out"))
+    with MiniWorker(client.url, queue_of(client)):
+        assert job.wait(30).rows == 700
+    assert len(texts_of(job.results())) == 700
+
+
+def test_a_cancelled_job_ends_with_what_it_has_and_can_go_on(client: Client, tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    job = client.submit(RECORDS, output=out)
+    (tmp_path / "out").mkdir()
+    assert job.cancel()
+    assert job.wait(30).state is JobState.CANCELLED
+    with MiniWorker(client.url, queue_of(client)):
+        assert client.submit(RECORDS, output=out).wait(30).state is JobState.COMPLETED
+
+
+@pytest.mark.usefixtures("worker")
+def test_more_errors_than_allowed_fail_the_job(client: Client, tmp_path: Path) -> None:
+    records = [{"id": str(i), "text": "x" if i % 2 else ""} for i in range(20)]
+    status = client.submit(records, output=str(tmp_path / "out"), max_errors="5").wait(30)
+    assert status.state is JobState.FAILED
+    status = client.submit(records, output=str(tmp_path / "out"), max_errors="50%").wait(30)
+    assert status.state is JobState.COMPLETED
+
+
+@pytest.mark.usefixtures("worker")
+def test_an_emptied_redis_is_made_good_from_the_shards(client: Client, tmp_path: Path) -> None:
+    job = client.submit(RECORDS, output=str(tmp_path / "out"))
+    rows = job.wait(30).rows
+    shards = sorted(path.name for path in (tmp_path / "out").glob("part-*"))
+    broker = broker_of(client)
+    client._redis.delete(*job_keys(broker.keys, job.id, 1), broker.keys.recent)
+    with pytest.raises(JobUnknown):
+        job.status()
+    again = client.submit(RECORDS, output=str(tmp_path / "out"))
+    assert again.wait(30).rows == rows == 700
+    assert sorted(path.name for path in (tmp_path / "out").glob("part-*")) == shards
+
+
+def test_a_job_lost_while_it_is_submitted_is_submitted_again(client: Client, tmp_path: Path) -> None:
+    lost: list[int] = []
+
+    class Losing:
+        """Loses the job in Redis in the middle of its first reading."""
+
+        def __iter__(self) -> Iterator[dict[str, object]]:
+            for i, record in enumerate(RECORDS):
+                if i == 600 and not lost:
+                    lost.append(i)
+                    broker = broker_of(client)
+                    (id,) = broker.active_jobs()
+                    client._redis.delete(*job_keys(broker.keys, id, 1), broker.keys.blocks(id), broker.keys.jobs)
+                yield dict(record)
+
+    with MiniWorker(client.url, queue_of(client)):
+        job = client.submit(Losing(), output=str(tmp_path / "out"))
+        assert job.wait(30).rows == 700
+    assert lost
+    assert len(texts_of(job.results())) == 700
+
+
+def test_a_lost_job_of_an_iterator_says_that_it_cannot_be_read_again(client: Client, tmp_path: Path) -> None:
+    def records() -> Iterator[dict[str, str]]:
+        for i, record in enumerate(RECORDS):
+            if i == 600:
+                client._redis.delete(*client._redis.keys(f"embedstream:{{{queue_of(client)}}}*"))
+            yield record
+
+    with pytest.raises(InputError, match="cannot be read again"):
+        client.submit(records(), output=str(tmp_path / "out"))
+
+
+def test_an_output_outside_every_live_workers_roots_is_refused(client: Client, tmp_path: Path) -> None:
+    roots = (str(tmp_path / "allowed"),)
+    with (
+        MiniWorker(client.url, queue_of(client), roots=roots),
+        pytest.raises(OutputError, match=str(tmp_path / "allowed")),
+    ):
+        client.submit(["x"], output=str(tmp_path / "elsewhere"))
+    assert broker_of(client).active_jobs() == []
+
+
+def test_a_job_is_found_by_its_id_on_whichever_queue(client: Client, tmp_path: Path) -> None:
+    job = client.submit(["x"], output=str(tmp_path / "out"))
+    with Client(client.url) as other:
+        assert other.job(job.id).queue == client.settings.queue
+        with pytest.raises(JobUnknown):
+            other.job("0000000000000000")
+
+
+def test_waiting_ends_after_its_timeout(client: Client, tmp_path: Path) -> None:
+    job = client.submit(["x"], output=str(tmp_path / "out"))
+    with pytest.raises(TimeoutError, match="0 of 1 blocks"):
+        job.wait(0.1)
+    with pytest.raises(OutputError, match="wait for its end"):
+        job.results()
+
+
+@pytest.mark.usefixtures("worker")
+def test_a_few_texts_are_embedded_now(client: Client) -> None:
+    vectors = client.embed(["a", "bcd"])
+    assert vectors.dtype == np.float32
+    assert vectors.tolist() == [vector("a"), vector("bcd")]
+    assert client.embed("a", prompt="query: ").tolist() == [vector("query: a")]
+
+
+@pytest.mark.usefixtures("worker")
+def test_a_text_that_cannot_be_embedded_says_why(client: Client) -> None:
+    with pytest.raises(RequestError, match="not_finite"):
+        client.embed(["refuse me"])
+
+
+def test_an_unanswered_request_names_the_command_that_starts_a_worker(client: Client) -> None:
+    with pytest.raises(RequestError, match=f"embed-worker --model .* --queue {client.settings.queue}"):
+        client.embed(["a"], timeout=0.2)
+
+
+def test_without_a_redis_url_the_client_says_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("EMBEDSTREAM_REDIS_URL", raising=False)
+    with pytest.raises(UsageError, match="EMBEDSTREAM_REDIS_URL"):
+        Client()
+
+
+def test_one_record_in_place_of_many_is_refused(client: Client, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="not one record"):
+        client.submit("a text", output=str(tmp_path / "out"))
+
+
+async def test_the_asyncio_client_does_the_same(redis_server: RedisServer, tmp_path: Path) -> None:
+    queue = f"client-{uuid.uuid4().hex[:8]}"
+    with MiniWorker(redis_server.url, queue):
+        async with AsyncClient(redis_server.url, queue) as client:
+            job = await client.submit(iter(RECORDS), output=str(tmp_path / "out"))
+            status = await job.wait(30)
+            assert (status.state, status.rows) == (JobState.COMPLETED, 700)
+            assert (await (await client.job(job.id)).status()).ended == status.ended
+            assert not await job.cancel()
+            read = [row["id"] async for batch in job.results(["id"]) for row in batch.to_pylist()]
+            assert sorted(read) == sorted(record["id"] for record in RECORDS)
+            assert (await client.embed(["a", "bcd"])).tolist() == [vector("a"), vector("bcd")]
+    async with AsyncClient(redis_server.url, queue) as client:
+        with pytest.raises(RequestError, match="embed-worker"):
+            await client.embed(["a"], timeout=0.2)
+
+
+def test_the_package_is_light() -> None:
+    heavy = "torch|transformers|numpy|pyarrow|redis|click|rich"
+    code = f"import sys, embedstream; print([m for m in '{heavy}'.split('|') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+    code = (
+        "import sys, embedstream; embedstream.Client; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
