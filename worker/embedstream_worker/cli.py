@@ -8,18 +8,23 @@ import signal
 import socket
 import sys
 import threading
+import time
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import click
-import redis
 
 from embedstream.broker import Broker
-from embedstream.connection import connect, explain
+from embedstream.connection import check, connect, explaining
 from embedstream.dataset.sink import canonical_output
-from embedstream.errors import EmbedstreamError, UsageError
+from embedstream.errors import EmbedstreamError
 from embedstream.jobs import model_address, queue_name
 from embedstream.settings import ENV_PREFIX, WorkerSettings
+from embedstream_worker.pipeline import Life
+
+if TYPE_CHECKING:
+    from embedstream_worker.engines import EngineName
 
 log = logging.getLogger("embedstream_worker")
 
@@ -52,10 +57,17 @@ DEFAULTS = WorkerSettings()
     "--output-root",
     "output_roots",
     multiple=True,
+    envvar=[f"{ENV_PREFIX}_OUTPUT_ROOT", f"{ENV_PREFIX}_OUTPUT_ROOTS"],
     help="Folder or URL below which jobs may write; repeatable. [default: the current folder, and redis:]",
 )
 @click.option("--burst", is_flag=True, help="Leave when no unfinished job is left on the queue.")
-@click.option("--check", is_flag=True, help="Exit 0 if this machine's worker for the queue is ready, else 1.")
+@click.option(
+    "--check",
+    "only_check",
+    envvar=f"{ENV_PREFIX}_CHECK",
+    is_flag=True,
+    help="Exit 0 if this machine's worker for the queue is ready, else 1.",
+)
 @click.option("--embedded", is_flag=True, hidden=True, help="Belongs to an embed-submit: leave when it is gone.")
 @click.version_option(package_name="embedstream")
 def worker(
@@ -64,20 +76,20 @@ def worker(
     redis_url: str,
     queue: str | None,
     device: str,
-    engine: str,
+    engine: EngineName,
     batch_tokens: int | None,
     window_tokens: int,
     window_ms: int,
     lease_seconds: float,
     output_roots: tuple[str, ...],
     burst: bool,
-    check: bool,
+    only_check: bool,
     embedded: bool,
 ) -> None:
     """Embed the blocks of a queue with one long-lived model."""
     model = model_address(model)
     queue = queue or queue_name(model)
-    if check:
+    if only_check:
         sys.exit(0 if is_ready(redis_url, queue) else 1)
     settings = WorkerSettings(
         batch_tokens=batch_tokens, window_tokens=window_tokens, window_ms=window_ms, lease_seconds=lease_seconds
@@ -92,55 +104,64 @@ def run(
     redis_url: str,
     queue: str,
     device: str,
-    engine: str,
+    engine: EngineName,
     settings: WorkerSettings,
     roots: tuple[str, ...],
     burst: bool,
     embedded: bool,
 ) -> None:
     """Build the worker and run it until it is told to stop."""
+    life, orphaned = Life(), threading.Event()
+    stop_on_signals(life)
+    if embedded:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        threading.Thread(target=leave_with_parent, args=(os.getppid(), life, orphaned), daemon=True).start()
+    check(connect(redis_url, retries=0), redis_url)
     # Here, not above: they take seconds to import, which `--check` and `--help` should not cost.
     from embedstream_worker.engines import make_engine
     from embedstream_worker.jobs import WorkerModel
     from embedstream_worker.worker import Worker, WorkerPlan
 
-    made, source = make_engine(engine, model, revision, device)  # type: ignore[arg-type]
+    made, source = make_engine(engine, model, revision, device)
     log.info("model %s: %s", model, source)
     plan = WorkerPlan(redis_url, queue, WorkerModel(model, revision), roots, settings, burst)
-    the_worker = Worker(plan, made)
+    try:
+        with explaining(redis_url):
+            Worker(plan, made, life=life).run()
+    finally:
+        if orphaned.is_set():
+            connect(redis_url, retries=0).shutdown()
+
+
+def stop_on_signals(life: Life) -> None:
+    """SIGTERM and SIGINT: at the first the worker finishes what is in the model and leaves, at the second at once."""
+
+    asked = threading.Event()
 
     def stop(_signal: int, _frame: FrameType | None) -> None:
-        if the_worker.life.stopping.is_set():
+        if asked.is_set():
             os._exit(1)
-        the_worker.life.stop()
+        asked.set()
+        life.stop()
+        if not life.serving:
+            sys.exit(0)  # nothing is held yet, so loading need not be waited for
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
-    orphaned = threading.Event()
-    if embedded:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        threading.Thread(target=leave_with_parent, args=(the_worker.life.stop, orphaned), daemon=True).start()
-    the_worker.run()
-    if orphaned.is_set():
-        connect(redis_url).shutdown(save=False, nosave=False)
 
 
-def leave_with_parent(stop: object, orphaned: threading.Event) -> None:
+def leave_with_parent(parent: int, life: Life, orphaned: threading.Event) -> None:
     """Wait until the process that started this one is gone; then stop."""
-    parent = os.getppid()
     while os.getppid() == parent:
-        threading.Event().wait(0.5)
+        time.sleep(0.5)
     orphaned.set()
-    assert callable(stop)
-    stop()
+    life.stop()
 
 
 def is_ready(redis_url: str, queue: str) -> bool:
     """Whether a worker of this machine serves the queue and is warm."""
-    try:
+    with explaining(redis_url):
         workers = Broker(connect(redis_url, retries=0), queue).workers()
-    except redis.RedisError as error:
-        raise UsageError(explain(error, redis_url)) from error
     return any(w.host == socket.gethostname() and w.state == "ready" for w in workers)
 
 

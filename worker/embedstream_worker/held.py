@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import redis
 
 from embedstream.blocks import Block
+from embedstream.broker import Broker
 from embedstream_worker.engines.base import Tokens
 from embedstream_worker.jobs import OpenJob
+
+log = logging.getLogger(__name__)
+
+RowErrors = dict[int, tuple[str, str]]
+"""Row of a group -> (code, message)."""
 
 
 @dataclass(frozen=True)
@@ -36,35 +44,40 @@ class Window:
 
 @dataclass(frozen=True)
 class TokenizedGroup:
-    """A window's blocks of one job, their rows in sequence."""
+    """A window's blocks of one job, their rows in sequence. Rows in `errors` have no tokens."""
 
     job: OpenJob
     blocks: list[HeldBlock]
     tokens: Tokens
-    prompt_length: int
     input_hashes: pa.FixedSizeBinaryArray
+    errors: RowErrors = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class EmbeddedGroup:
-    """The same with vectors. Rows in `errors` have none."""
+    """The same with vectors. Rows in `errors` have none; nor have those that are not `done`, as the worker stops."""
 
     tokenized: TokenizedGroup
     vectors: npt.NDArray[np.float32]  # [rows, dim]
     computed: npt.NDArray[np.int64]  # [rows]: tokens that the model computed for the row, padding included
-    errors: dict[int, tuple[str, str]]  # row of the group -> (code, message)
+    done: npt.NDArray[np.bool_]  # [rows]
+    errors: RowErrors
 
 
-@dataclass
 class Held:
-    """The entries that this worker holds, and whether it is getting on with them. Shared between threads."""
+    """The entries that this worker holds, from claiming to the answer to their commit. Shared between threads."""
 
-    _entries: dict[str, set[str]] = field(default_factory=dict)  # stream -> entry ids
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    def __init__(self) -> None:
+        self._entries: dict[str, set[str]] = {}  # stream -> entry ids
+        self._lock = threading.Lock()
 
-    def add(self, stream: str, entries: Iterable[str]) -> None:
+    def add(self, stream: str, entry: str) -> bool:
+        """Whether the entry was not held yet."""
         with self._lock:
-            self._entries.setdefault(stream, set()).update(entries)
+            entries = self._entries.setdefault(stream, set())
+            new = entry not in entries
+            entries.add(entry)
+            return new
 
     def remove(self, stream: str, entries: Iterable[str]) -> None:
         with self._lock:
@@ -73,11 +86,35 @@ class Held:
             if not left:
                 self._entries.pop(stream, None)
 
+    def entries(self, stream: str) -> set[str]:
+        """The entries held of one stream."""
+        with self._lock:
+            return set(self._entries.get(stream, ()))
+
     def snapshot(self) -> dict[str, list[str]]:
         """Entry ids by stream."""
         with self._lock:
             return {stream: sorted(entries) for stream, entries in self._entries.items()}
 
-    def __len__(self) -> int:
-        with self._lock:
-            return sum(len(entries) for entries in self._entries.values())
+
+def release(broker: Broker, consumer: str, held: Held, blocks: Sequence[HeldBlock]) -> None:
+    """Hand blocks back so that others can claim them at once."""
+    streams: dict[str, list[str]] = {}
+    for block in blocks:
+        streams.setdefault(block.stream, []).append(block.entry)
+    for stream, entries in streams.items():
+        held.remove(stream, entries)
+        try:
+            hand_back(broker, stream, consumer, entries)
+        except redis.RedisError as error:
+            log.warning("could not hand %d blocks back (%s): their lease will expire", len(entries), error)
+
+
+def hand_back(broker: Broker, stream: str, consumer: str, entries: Sequence[str]) -> None:
+    """Release entries, so many at once as cost the server some milliseconds. Raises `redis.RedisError`."""
+    for start in range(0, len(entries), ENTRIES_PER_STEP):
+        broker.run(broker.release(stream, consumer, entries[start : start + ENTRIES_PER_STEP]))
+
+
+ENTRIES_PER_STEP = 500
+"""How many entries one script run renews or releases: a few milliseconds of the server's time."""

@@ -28,6 +28,7 @@ class Housekeeping:
         self._redis_url = redis_url
         self._roots = roots
         self._round = 0
+        self._failed: dict[str, str] = {}
 
     def run(self, stopping: Callable[[float], bool]) -> None:
         """`stopping(seconds)` waits and says whether the worker stops."""
@@ -40,15 +41,28 @@ class Housekeeping:
             except redis.RedisError as error:
                 log.warning("housekeeping waits for Redis (%s)", error)
 
+    def hopeless(self) -> frozenset[str]:
+        """Jobs of the outbox that this worker could not finalize when it last tried, or may not."""
+        return frozenset(self._failed)
+
     def finalize(self) -> None:
         """Finalize what waits in the outbox and lies below this worker's roots."""
-        for job in self._broker.outbox():
+        outbox = self._broker.outbox()
+        self._failed = {job: why for job, why in self._failed.items() if job in outbox}
+        for job in outbox:
             try:
                 spec = self._broker.status(job).spec
-                if allows(self._roots, spec.output):
-                    finalize_job(self._broker, job, lambda s: open_sink(s.output, s, self._redis_url))
+                if not allows(self._roots, spec.output):
+                    self._note(job, f"{spec.output} is outside this worker's output roots")
+                elif finalize_job(self._broker, job, lambda s: open_sink(s.output, s, self._redis_url)):
+                    log.info("job %s finalized", job)
             except EmbedstreamError as error:
-                log.warning("job %s could not be finalized here: %s", job, error)
+                self._note(job, str(error))
+
+    def _note(self, job: str, why: str) -> None:
+        if self._failed.get(job) != why:
+            log.warning("job %s cannot be finalized here: %s", job, why)
+        self._failed = self._failed | {job: why}
 
     def _retire(self) -> None:
         living = [worker.name for worker in self._broker.workers()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import time
+from collections.abc import Callable, Container
 
 import redis
 from redis.backoff import ExponentialWithJitterBackoff
@@ -14,14 +15,21 @@ from embedstream.broker import Broker, Claimed, entry_size
 from embedstream.errors import BlockError
 from embedstream.jobs import JobState
 from embedstream.settings import WorkerSettings
-from embedstream_worker.held import Held, HeldBlock, Window
+from embedstream_worker.held import Held, HeldBlock, Window, hand_back, release
 from embedstream_worker.jobs import Jobs, OpenJob
 from embedstream_worker.pipeline import Channel, Closed, Life
+from embedstream_worker.troubles import passes
 
 log = logging.getLogger(__name__)
 
 BYTES_PER_TOKEN = 4
 """English text under a word-piece vocabulary; only the window's size hangs on it."""
+
+OTHER_BYTES_PER_TOKEN = 64
+"""Kept fields cost no model time, but memory: so many bytes of a block count as one token."""
+
+LEAST_BLOCK_TOKENS = 256
+"""What the smallest block counts, one that holds nothing but refused rows: a window is at most some hundred blocks."""
 
 STREAMS_PER_READ = 16
 """Jobs read at once; with more, they take turns."""
@@ -34,7 +42,11 @@ LOOK_AGAIN_MS = 50
 
 
 class Intake:
-    """Forms windows. Owns its connection: its reads block."""
+    """Forms windows. Owns its connection: its reads block.
+
+    That connection must not repeat commands by itself: blocks whose claim was answered into the void would be held by
+    nobody until their lease expires.
+    """
 
     def __init__(
         self,
@@ -45,8 +57,10 @@ class Intake:
         out: Channel[Window],
         consumer: str,
         settings: WorkerSettings,
-        burst: bool,
+        burst: bool = False,
+        hopeless: Callable[[], Container[str]] = frozenset,
     ) -> None:
+        """`hopeless` says which jobs of the outbox this worker cannot finalize: `burst` does not wait for them."""
         self._broker = broker
         self._jobs = jobs
         self._held = held
@@ -55,81 +69,94 @@ class Intake:
         self._consumer = consumer
         self._settings = settings
         self._burst = burst
+        self._hopeless = hopeless
         self._turn = 0
         self._block_tokens = 8192.0  # running estimate of a block's tokens
         self._next_sweep = 0.0
-        self._backoff = ExponentialWithJitterBackoff(base=0.1, cap=5.0)
+        self._unseen = False  # whether a claim may have been answered into the void
 
     def run(self) -> None:
-        """Until told to stop, or in burst mode until no unfinished job is left."""
-        failures = 0
+        """Until told to stop, or in burst mode until no unfinished job is left for this worker."""
+        backoff, failures = ExponentialWithJitterBackoff(base=0.1, cap=5.0), 0
         while not self._life.stopping.is_set():
             try:
-                done = self._step()
+                if self._step():
+                    self._life.stop()
                 failures = 0
-            except (redis.ConnectionError, redis.TimeoutError) as error:
+            except redis.RedisError as error:
+                if not passes(error):
+                    raise
                 failures += 1
-                log.warning("Redis cannot be reached (%s), trying again", error)
-                self._life.stopping.wait(self._backoff.compute(failures))
-                continue
-            if done:
-                return
+                log.warning("Redis cannot be used (%s), trying again", error)
+                self._life.stopping.wait(backoff.compute(failures))
 
     def _step(self) -> bool:
-        jobs = self._jobs.takeable(self._broker.active_jobs())
+        """One window, or one look for work. Whether a burst worker is done."""
+        jobs = self._jobs.takeable()
         if not jobs:
-            if self._burst and not self._broker.unfinished():
-                self._life.stop()
+            if self._burst and self._nothing_left():
                 return True
             self._life.stopping.wait(IDLE_WAIT_MS / 1000)
             return False
-        blocks = self._window(jobs)
-        if not blocks:
-            return False
+        if self._unseen:
+            self._hand_back_unseen(jobs)
+            self._unseen = False
+        blocks: list[HeldBlock] = []
         try:
-            self._out.put(Window(blocks))
-        except Closed:
-            release(self._broker, self._consumer, self._held, blocks)
-            self._life.window_done()
-            raise
+            self._fill(blocks, jobs)
+        except BaseException as error:
+            self._unseen = True
+            if not isinstance(error, redis.RedisError) or not passes(error):
+                release(self._broker, self._consumer, self._held, blocks)
+                raise
+            if not blocks:
+                raise
+            log.warning("Redis cannot be used (%s), going on with what is here", error)
+        if blocks:
+            try:
+                self._out.put(Window(blocks))
+            except Closed:
+                release(self._broker, self._consumer, self._held, blocks)
+                raise
         return False
 
-    def _window(self, jobs: list[OpenJob]) -> list[HeldBlock]:
-        """Claim a window's blocks. The window counts as in flight from its first block on."""
-        blocks: list[HeldBlock] = []
+    def _fill(self, blocks: list[HeldBlock], jobs: list[OpenJob]) -> None:
+        """Claim a window's blocks."""
+        streams = {self._broker.keys.blocks(job.id): job for job in jobs}
         tokens, closes = 0.0, 0.0
         while not self._life.stopping.is_set():
             wanted = max(1, int((self._settings.window_tokens - tokens) / self._block_tokens))
-            try:
-                claimed = self._sweep(jobs, wanted) or self._claim(jobs, wanted, 0)
-                if not claimed:
-                    if blocks and self._nothing_to_come(blocks):
-                        break
-                    left_ms = int((closes - time.monotonic()) * 1000) if blocks else IDLE_WAIT_MS
-                    claimed = self._claim(jobs, wanted, min(max(left_ms, 1), LOOK_AGAIN_MS if blocks else left_ms))
-            except (redis.ConnectionError, redis.TimeoutError) as error:
-                log.warning("Redis cannot be reached (%s), trying again", error)
-                self._hand_back_unseen(jobs)
-                return blocks
-            new = [held for c in claimed if (held := self._decode(c, jobs)) is not None]
-            if new and not blocks:
-                self._life.window_opened()
+            claimed = self._sweep(jobs, wanted) or self._claim(jobs, wanted, 0)
+            if not claimed:
+                if blocks and self._nothing_to_come(blocks):
+                    return
+                left_ms = max(1, int((closes - time.monotonic()) * 1000)) if blocks else IDLE_WAIT_MS
+                claimed = self._claim(jobs, wanted, min(left_ms, LOOK_AGAIN_MS) if blocks else left_ms)
+            # All are held before the first is looked at: what happens there must not lose the others.
+            new = [c for c in claimed if self._held.add(c.stream, c.entry)]
+            decoded = [held for c in new if (held := self._decode(c, streams[c.stream])) is not None]
+            if decoded and not blocks:
+                self._life.progress()
                 closes = time.monotonic() + self._settings.window_ms / 1000
-            blocks += new
-            for held in new:
-                estimate = self._estimate(held)
+            blocks += decoded
+            for held in decoded:
+                estimate = estimate_tokens(held)
                 tokens += estimate
                 self._block_tokens += 0.1 * (estimate - self._block_tokens)
             if not blocks or tokens >= self._settings.window_tokens or time.monotonic() >= closes:
-                break
-        return blocks
+                return
 
     def _claim(self, jobs: list[OpenJob], wanted: int, wait_ms: int) -> list[Claimed]:
         self._turn += 1
         first = self._turn % len(jobs)
         turn = (jobs[first:] + jobs[:first])[:STREAMS_PER_READ]
         ids, each = [job.id for job in turn], max(1, wanted // len(turn))
-        return self._broker.claim(self._consumer, ids, each, wait_ms)
+        begun = time.monotonic()
+        claimed = self._broker.claim(self._consumer, ids, each, wait_ms)
+        if not claimed:
+            # A stream that is gone ends a read at once; without this its job would be asked for in a tight loop.
+            self._life.stopping.wait(max(0.0, begun + wait_ms / 1000 - time.monotonic()))
+        return claimed
 
     def _sweep(self, jobs: list[OpenJob], wanted: int) -> list[Claimed]:
         """Take over expired leases and entries that were handed back, now and then."""
@@ -146,50 +173,48 @@ class Intake:
             self._next_sweep = now
         return found
 
-    def _decode(self, claimed: Claimed, jobs: list[OpenJob]) -> HeldBlock | None:
-        job = next(job for job in jobs if self._broker.keys.blocks(job.id) == claimed.stream)
-        self._held.add(claimed.stream, [claimed.entry])
+    def _decode(self, claimed: Claimed, job: OpenJob) -> HeldBlock | None:
         try:
             block = decode_block(claimed.fields, job.spec.keep)
         except BlockError as error:
             self._jobs.refuse(job.id, str(error))
             self._held.remove(claimed.stream, [claimed.entry])
-            self._broker.run(self._broker.release(claimed.stream, self._consumer, [claimed.entry]))
+            try:
+                hand_back(self._broker, claimed.stream, self._consumer, [claimed.entry])
+            except redis.RedisError as trouble:
+                log.warning("could not hand a block back (%s): its lease will expire", trouble)
             return None
         size = entry_size(claimed.fields)
         return HeldBlock(job, claimed.stream, claimed.entry, size, claimed.deliveries, block)
-
-    def _estimate(self, held: HeldBlock) -> float:
-        text = held.block.rows.column("text").nbytes
-        return text / BYTES_PER_TOKEN + held.block.rows.num_rows
 
     def _nothing_to_come(self, blocks: list[HeldBlock]) -> bool:
         """Whether the producers of all the window's jobs are done."""
         jobs = {held.job.id for held in blocks}
         return all(self._broker.state(job) != JobState.SUBMITTING for job in jobs)
 
+    def _nothing_left(self) -> bool:
+        """Whether no job is left that this worker could work on or finalize."""
+        refused, hopeless = self._jobs.refused(), self._hopeless()
+        active, outbox = self._broker.active_jobs(), self._broker.outbox()
+        if any(job not in refused for job in active) or any(job not in hopeless for job in outbox):
+            return False
+        if active or outbox:
+            log.warning("leaving %d unfinished jobs that are not for this worker", len({*active, *outbox}))
+        return True
+
     def _hand_back_unseen(self, jobs: list[OpenJob]) -> None:
         """After a lost reply: entries that are pending for this consumer, and that it never saw, go back at once."""
         for job in jobs:
             stream = self._broker.keys.blocks(job.id)
-            mine = set(self._held.snapshot().get(stream, ()))
-            try:
-                unseen = [entry for entry in self._broker.pending(stream, self._consumer) if entry not in mine]
-                if unseen:
-                    self._broker.run(self._broker.release(stream, self._consumer, unseen))
-            except redis.RedisError as error:
-                log.warning("Redis is still out of reach (%s): unseen entries come back with their lease", error)
-                return
+            mine = self._held.entries(stream)
+            unseen = [entry for entry in self._broker.pending(stream, self._consumer) if entry not in mine]
+            if unseen:
+                log.info("job %s: %d blocks handed back whose claim was never answered", job.id, len(unseen))
+                hand_back(self._broker, stream, self._consumer, unseen)
 
 
-def release(broker: Broker, consumer: str, held: Held, blocks: list[HeldBlock]) -> None:
-    """Hand blocks back so that others can claim them at once."""
-    streams: dict[str, list[str]] = {}
-    for block in blocks:
-        streams.setdefault(block.stream, []).append(block.entry)
-    for stream, entries in streams.items():
-        held.remove(stream, entries)
-        try:
-            broker.run(broker.release(stream, consumer, entries))
-        except redis.RedisError as error:
-            log.warning("could not hand %d blocks back (%s): their lease will expire", len(entries), error)
+def estimate_tokens(held: HeldBlock) -> float:
+    """What a block counts in a window."""
+    rows = held.block.rows
+    text = rows.column("text").nbytes / BYTES_PER_TOKEN + rows.num_rows
+    return max(LEAST_BLOCK_TOKENS, text, rows.nbytes / OTHER_BYTES_PER_TOKEN)

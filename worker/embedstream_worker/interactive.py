@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 
 import msgspec
 import numpy as np
@@ -10,12 +11,13 @@ import redis
 from redis.backoff import ExponentialWithJitterBackoff
 
 from embedstream.broker import Broker, Claimed
-from embedstream.errors import ModelError
-from embedstream.interactive import EmbedReply, EmbedRequest
+from embedstream.errors import ModelError, UsageError
+from embedstream.interactive import MOST_TEXTS, EmbedReply, EmbedRequest
 from embedstream_worker.engines.base import Engine, TextTokenizer
-from embedstream_worker.held import TokenizedGroup
+from embedstream_worker.held import TokenizedGroup, hand_back
 from embedstream_worker.infer import Urgent
-from embedstream_worker.pipeline import Channel, Life
+from embedstream_worker.pipeline import Channel, Closed, Life
+from embedstream_worker.troubles import passes
 
 log = logging.getLogger(__name__)
 
@@ -25,12 +27,15 @@ REQUESTS_PER_CLAIM = 8
 WAIT_MS = 1000
 """How long one read waits: how late a stop is seen."""
 
+NO_STREAM_SECONDS = 0.1
+"""How often the stream of requests is looked for while nobody ever asked: how late the first one is seen."""
+
 REPLY_KEEP_MS = 60_000
 """How long a reply waits to be read."""
 
 
 class Interactive:
-    """Owns its tokenizer and its connection."""
+    """Owns its tokenizer and its connection, which must not repeat commands by itself (see `Intake`)."""
 
     def __init__(
         self,
@@ -52,42 +57,76 @@ class Interactive:
         self._output = next(iter(engine.info.outputs))
 
     def run(self) -> None:
-        """Until the worker stops."""
+        """Until the worker stops; requests that it has not answered then go back."""
         backoff, failures = ExponentialWithJitterBackoff(base=0.1, cap=5.0), 0
         while not self._life.stopping.is_set():
             try:
-                claimed = self._broker.sweep_requests(self._consumer, self._lease_ms, REQUESTS_PER_CLAIM)
-                claimed = claimed or self._broker.claim_requests(self._consumer, REQUESTS_PER_CLAIM, WAIT_MS)
-                for request in claimed:
+                if failures:
+                    self._hand_all_back()
+                for request in self._claim():
                     self._serve(request)
                 failures = 0
-            except (redis.ConnectionError, redis.TimeoutError) as error:
+            except Closed:
+                break
+            except redis.RedisError as error:
+                if not passes(error):
+                    raise
                 failures += 1
-                log.warning("Redis cannot be reached (%s), trying again", error)
+                log.warning("Redis cannot be used (%s), trying again", error)
                 self._life.stopping.wait(backoff.compute(failures))
+        try:
+            self._hand_all_back()
+        except redis.RedisError as error:
+            log.warning("could not hand requests back (%s): their lease will expire", error)
+
+    def _claim(self) -> list[Claimed]:
+        begun = time.monotonic()
+        claimed = self._broker.sweep_requests(self._consumer, self._lease_ms, REQUESTS_PER_CLAIM)
+        claimed = claimed or self._broker.claim_requests(self._consumer, REQUESTS_PER_CLAIM, WAIT_MS)
+        if not claimed and time.monotonic() - begun < NO_STREAM_SECONDS:
+            self._life.stopping.wait(NO_STREAM_SECONDS)
+        return claimed
+
+    def _hand_all_back(self) -> None:
+        """Whatever is still pending for this worker was claimed and not answered, or its claim was never heard of."""
+        stream = self._broker.keys.interactive
+        hand_back(self._broker, stream, self._consumer, self._broker.pending(stream, self._consumer))
 
     def _serve(self, claimed: Claimed) -> None:
+        """Raises `Closed` if the model's stage has ended."""
         name = claimed.fields.get(b"request", b"").decode("utf-8", "replace")
-        try:
-            reply = self._embed(msgspec.msgpack.decode(claimed.fields.get(b"body", b""), type=EmbedRequest))
-        except (msgspec.MsgspecError, ModelError) as error:
-            reply = EmbedReply(error=str(error))
+        reply = EmbedReply(error="its caller has left")
+        if self._broker.client.exists(self._broker.keys.caller(name)):
+            reply = self._answer(claimed.fields.get(b"body", b""))
         payload = msgspec.msgpack.encode(reply)
         self._broker.run(self._broker.reply(name, claimed.entry, payload, REPLY_KEEP_MS))
 
+    def _answer(self, body: bytes) -> EmbedReply:
+        try:
+            return self._embed(msgspec.msgpack.decode(body, type=EmbedRequest))
+        except (msgspec.MsgspecError, ModelError, UsageError) as error:
+            return EmbedReply(error=str(error))
+        except Closed:
+            raise
+        except Exception as error:  # noqa: BLE001 - a request must not end the worker, nor the next that is asked
+            log.warning("a request could not be embedded: %s: %s", type(error).__name__, error)
+            return EmbedReply(error=f"{type(error).__name__}: {error}")
+
     def _embed(self, request: EmbedRequest) -> EmbedReply:
+        if len(request.texts) > MOST_TEXTS:
+            raise UsageError(f"{len(request.texts)} texts in one request: at most {MOST_TEXTS}, submit more as a job")
+        if request.max_length is not None and request.max_length < 1:
+            raise UsageError(f"max_length {request.max_length}: must be at least 1 token")
         info = self._engine.info
         prompt = self._engine.prompt(request.role, request.prompt, request.prompt_name)
-        max_length = min(request.max_length or info.max_length, info.max_length)
+        max_length = request.max_length or info.max_length
         tokens = self._tokenizer.encode([prompt + text for text in request.texts], max_length)
         prompt_length = self._tokenizer.prompt_length(prompt, max_length) if prompt else 0
         urgent = Urgent(tokens, prompt_length, request.role)
         self._infer.put_first(urgent)
-        while not urgent.done.wait(timeout=1.0):
-            if self._infer.closed:
-                return EmbedReply(error="the worker is leaving; ask again")
-        if urgent.failure is not None or urgent.vectors is None:
-            return EmbedReply(error=f"the model failed: {urgent.failure}")
+        urgent.done.wait()
+        if urgent.vectors is None:
+            raise Closed
         if urgent.errors:
             row, (code, message) = next(iter(urgent.errors.items()))
             return EmbedReply(error=f"text {row}: {code}: {message}")

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import threading
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 
 from embedstream.broker import Broker
 from embedstream.dataset.sink import Sink, open_sink
-from embedstream.errors import EmbedstreamError, JobUnknown
-from embedstream.jobs import JobSpec, queue_name
+from embedstream.errors import EmbedstreamError, JobUnknown, OutputError
+from embedstream.jobs import JobSpec, JobStatus, queue_name
 from embedstream.roots import allows
 from embedstream_worker.engines.base import Engine, EngineInfo
 
 log = logging.getLogger(__name__)
+
+LOOK_AGAIN_SECONDS = 30.0
+"""When a job is looked at again whose output could not be written: disks are emptied and mounted."""
 
 
 @dataclass(frozen=True)
@@ -26,73 +33,125 @@ class WorkerModel:
     revision: str | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class OpenJob:
-    """A job that this worker works on."""
+    """A job that this worker works on. Two of the same id are two lives of it: Redis was emptied between them."""
 
     id: str
     spec: JobSpec
     prompt: str
     """What goes in front of every text."""
+    prompt_length: int
+    """How many leading tokens of a text belong to the prompt."""
     max_length: int
     """Tokens, special tokens included."""
     space: str
     sink: Sink
 
 
+@dataclass(frozen=True)
+class _Refused:
+    why: str
+    until: float
+
+
 class Jobs:
-    """Opens jobs for this worker, once each, and remembers those that are not for it."""
+    """Opens jobs for this worker, once each, and remembers those that are not for it. Shared between threads."""
 
     def __init__(
-        self, broker: Broker, redis_url: str, engine: Engine, model: WorkerModel, roots: tuple[str, ...]
+        self,
+        broker: Broker,
+        redis_url: str,
+        engine: Engine,
+        model: WorkerModel,
+        roots: tuple[str, ...],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._broker = broker
         self._redis_url = redis_url
         self._engine = engine
+        self._tokenizer = engine.tokenizer()
         self._model = model
         self._roots = roots
+        self._clock = clock
+        self._lives: dict[str, float] = {}
         self._open: dict[str, OpenJob] = {}
-        self._refused: dict[str, str] = {}
+        self._refused: dict[str, _Refused] = {}
+        self._lock = threading.Lock()
 
-    def takeable(self, active: list[str]) -> list[OpenJob]:
-        """Those of the active jobs that this worker may work on, in their order."""
-        for known in (self._open, self._refused):
-            for job in [job for job in known if job not in active]:
-                del known[job]
-        for job in active:
-            if job not in self._open and job not in self._refused:
-                self._look_at(job)
-        return [self._open[job] for job in active if job in self._open]
+    def takeable(self) -> list[OpenJob]:
+        """Those of the active jobs that this worker may work on, oldest first. Raises `redis.RedisError`."""
+        client: Any = self._broker.client
+        # The score is when the job was made: another one under the same id means that Redis was emptied meanwhile.
+        listed = client.zrange(self._broker.keys.jobs, 0, -1, withscores=True)
+        active = {job.decode(): made for job, made in listed}
+        with self._lock:
+            for job in [job for job, made in self._lives.items() if active.get(job) != made]:
+                self._lives.pop(job)
+                self._open.pop(job, None)
+                self._refused.pop(job, None)
+            unknown = [job for job in active if job not in self._open and self._may_look(job)]
+        for job in unknown:
+            self._look_at(job)
+        with self._lock:
+            self._lives |= {job: active[job] for job in unknown}
+            return [self._open[job] for job in active if job in self._open]
 
-    def refuse(self, job: str, why: str) -> None:
-        """Take no more of this job."""
-        self._open.pop(job, None)
-        self._refused[job] = why
-        log.warning("job %s is not for this worker: %s", job, why)
+    def refused(self) -> dict[str, str]:
+        """The active jobs that are not for this worker, and why."""
+        with self._lock:
+            return {job: refused.why for job, refused in self._refused.items()}
+
+    def refuse(self, job: str, why: str, seconds: float = float("inf")) -> None:
+        """Take no more of this job, for so long."""
+        with self._lock:
+            before = self._refused.get(job)
+            self._open.pop(job, None)
+            self._refused[job] = _Refused(why, self._clock() + seconds)
+        if before is None or before.why != why:
+            log.warning("job %s is not for this worker: %s", job, why)
+
+    def _may_look(self, job: str) -> bool:
+        refused = self._refused.get(job)
+        return refused is None or self._clock() >= refused.until
 
     def _look_at(self, job: str) -> None:
         try:
             status = self._broker.status(job)
-            spec = status.spec
-            why = self._unfit(spec)
+            why = self._unfit(status.spec)
             if why:
                 self.refuse(job, why)
                 return
-            info = self._engine.info
-            prompt = self._engine.prompt(spec.role, spec.prompt, spec.prompt_name)
-            max_length = min(spec.max_length or info.max_length, info.max_length)
-            space = space_id(info, spec, prompt, max_length)
-            if status.space and status.space != space:
-                self.refuse(job, f"its vectors are of space {status.space}, this worker's would be of {space}")
+            opened = self._opened(job, status)
+            if status.space and status.space != opened.space:
+                self.refuse(job, f"its vectors are of space {status.space}, this worker's would be of {opened.space}")
                 return
-            sink = open_sink(spec.output, spec, self._redis_url)
-            sink.check()
-        except JobUnknown:
-            return
+            opened.sink.check()
+        except (JobUnknown, OutputError) as error:
+            self.refuse(job, str(error), LOOK_AGAIN_SECONDS)
         except EmbedstreamError as error:
             self.refuse(job, str(error))
-            return
-        self._open[job] = OpenJob(job, spec, prompt, max_length, space, sink)
+        else:
+            with self._lock:
+                self._open[job] = opened
+                if self._refused.pop(job, None) is not None:
+                    log.info("job %s can be worked on now", job)
+
+    def _opened(self, job: str, status: JobStatus) -> OpenJob:
+        """Raises `ModelError` if the model cannot serve it."""
+        spec, info = status.spec, self._engine.info
+        prompt = self._engine.prompt(spec.role, spec.prompt, spec.prompt_name)
+        max_length = spec.max_length or info.max_length
+        self._tokenizer.encode([prompt], max_length)  # proves that the length is possible
+        return OpenJob(
+            id=job,
+            spec=spec,
+            prompt=prompt,
+            prompt_length=self._tokenizer.prompt_length(prompt, max_length) if prompt else 0,
+            max_length=max_length,
+            space=space_id(info, spec, prompt, max_length),
+            sink=open_sink(spec.output, spec, self._redis_url),
+        )
 
     def _unfit(self, spec: JobSpec) -> str | None:
         if queue_name(spec.model) != queue_name(self._model.name):
@@ -101,6 +160,14 @@ class Jobs:
             return f"it asks for revision {spec.revision}, this worker serves {self._model.revision or 'the default'}"
         if not allows(self._roots, spec.output):
             return f"{spec.output} is outside this worker's output roots ({', '.join(self._roots)})"
+        for wanted in spec.outputs:
+            given = self._engine.info.outputs.get(wanted.name)
+            if given is None:
+                return f"it asks for output {wanted.name!r}, this model gives {', '.join(self._engine.info.outputs)}"
+            if wanted.dim not in (None, given.dim):
+                return f"it asks for vectors of {wanted.dim} dimensions, this model gives {given.dim}"
+            if wanted.normalized not in (None, given.normalized):
+                return f"it asks for normalized={wanted.normalized}, this model gives normalized={given.normalized}"
         return None
 
 

@@ -10,13 +10,10 @@ import redis
 
 from embedstream.broker import Broker, WorkerRecord
 from embedstream.settings import WorkerSettings
-from embedstream_worker.held import Held
+from embedstream_worker.held import ENTRIES_PER_STEP, Held
 from embedstream_worker.pipeline import Life
 
 log = logging.getLogger(__name__)
-
-ENTRIES_PER_STEP = 500
-"""How many entries one script run renews: a few milliseconds of the server's time."""
 
 
 class Leases:
@@ -37,32 +34,51 @@ class Leases:
         self._life = life
         self._settings = settings
         self._record = record
+        self._stalled = False
 
     def run(self, gone: Callable[[float], bool]) -> None:
         """`gone(seconds)` waits and says whether the worker has ended."""
         next_renewal = next_heartbeat = 0.0
+        said: WorkerRecord | None = None
         while True:
             now = time.monotonic()
-            try:
-                if now >= next_heartbeat:
-                    self._broker.heartbeat(self._record(), 3 * self._settings.heartbeat_seconds)
-                    next_heartbeat = now + self._settings.heartbeat_seconds
-                if now >= next_renewal:
-                    self.renew()
-                    next_renewal = now + self._settings.lease_seconds / 4
-            except redis.RedisError as error:
-                log.warning("leases could not be renewed (%s), trying again", error)
+            # Renewal first, and apart: a full server refuses the heartbeat, which is a write, but not the renewal.
+            if now >= next_renewal and self._try(self.renew):
+                next_renewal = now + self._settings.lease_seconds / 4
+            record = self._record()
+            if (now >= next_heartbeat or said is None or said.state != record.state) and self._try(self.say_alive):
+                next_heartbeat, said = now + self._settings.heartbeat_seconds, record
             if gone(min(1.0, self._settings.lease_seconds / 8)):
                 return
 
+    def say_alive(self) -> None:
+        """Raises `redis.RedisError`."""
+        self._broker.heartbeat(self._record(), 3 * self._settings.heartbeat_seconds)
+
     def renew(self) -> None:
-        """Reset the idle time of everything held, unless the pipeline has got nowhere for long: then others take over."""
-        if self._life.idle_seconds() > self._settings.stall_seconds:
+        """Reset the idle time of everything held, unless the pipeline has got nowhere for long: then others take over.
+
+        Raises:
+            redis.RedisError: some leases could not be renewed.
+        """
+        held = self._held.snapshot()
+        stalled = bool(held) and self._life.idle_seconds() > self._settings.stall_seconds
+        if stalled and not self._stalled:
             log.error("nothing has moved for %d s: leases are no longer renewed", self._settings.stall_seconds)
+        self._stalled = stalled
+        if stalled:
             return
-        for stream, entries in self._held.snapshot().items():
+        for stream, entries in held.items():
             for start in range(0, len(entries), ENTRIES_PER_STEP):
                 some = entries[start : start + ENTRIES_PER_STEP]
                 lost = self._broker.run(self._broker.renew(stream, self._consumer, some))
                 # Committing does not ask who owns an entry: work on lost ones goes on, and counts if it is first.
                 self._held.remove(stream, lost)
+
+    def _try(self, step: Callable[[], None]) -> bool:
+        try:
+            step()
+        except redis.RedisError as error:
+            log.warning("leases could not be renewed or a sign of life given (%s), trying again", error)
+            return False
+        return True

@@ -28,14 +28,16 @@ class Channel(Generic[T]):
         self._closed = False
         self._changed = threading.Condition()
 
-    def put(self, item: T) -> None:
-        """Wait for room. Raises `Closed`."""
+    def put(self, item: T, timeout: float | None = None) -> bool:
+        """Wait for room; False if there was none within `timeout` seconds. Raises `Closed`."""
         with self._changed:
-            self._changed.wait_for(lambda: len(self._items) < self._size or self._closed)
+            room = self._changed.wait_for(lambda: len(self._items) < self._size or self._closed, timeout)
             if self._closed:
                 raise Closed
-            self._items.append(item)
-            self._changed.notify_all()
+            if room:
+                self._items.append(item)
+                self._changed.notify_all()
+            return room
 
     def put_first(self, item: T) -> None:
         """Put an item before all others, without waiting for room. Raises `Closed`."""
@@ -48,9 +50,11 @@ class Channel(Generic[T]):
     def take_first(self, kind: type[U]) -> U | None:
         """The next item if there is one of this kind; never waits."""
         with self._changed:
-            if self._items and isinstance(self._items[0], kind):
-                return cast(U, self._items.popleft())
-            return None
+            if not self._items or not isinstance(self._items[0], kind):
+                return None
+            item = self._items.popleft()
+            self._changed.notify_all()
+            return cast(U, item)
 
     def get(self, timeout: float | None = None) -> T | None:
         """The next item; None after `timeout` seconds. Raises `Closed` when closed and empty."""
@@ -64,11 +68,8 @@ class Channel(Generic[T]):
                 raise Closed
             return None
 
-    @property
-    def closed(self) -> bool:
-        return self._closed
-
     def close(self) -> None:
+        """Twice is harmless."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -80,10 +81,10 @@ class Life:
     def __init__(self) -> None:
         self.stopping = threading.Event()
         """Claim no more; finish what is in the model, hand the rest back."""
+        self.serving = False
+        """Whether the stages have been started: before, a worker that is told to stop has nothing to finish."""
         self.failure: BaseException | None = None
         self._progressed = time.monotonic()
-        self._in_flight = 0
-        self._lock = threading.Lock()
 
     def stop(self) -> None:
         self.stopping.set()
@@ -102,24 +103,12 @@ class Life:
         """How long no stage has finished anything."""
         return time.monotonic() - self._progressed
 
-    def window_opened(self) -> None:
-        self.progress()
-        with self._lock:
-            self._in_flight += 1
-
-    def window_done(self) -> None:
-        with self._lock:
-            self._in_flight -= 1
-
-    @property
-    def windows_in_flight(self) -> int:
-        """Windows between claiming and the writer."""
-        with self._lock:
-            return self._in_flight
-
 
 def start_stage(name: str, life: Life, run: Callable[[], None], channels: Sequence[Channel[Any]]) -> threading.Thread:
-    """Run a stage in its thread. When it ends, for whatever reason, its channels close, so that no neighbour waits."""
+    """Run a stage in its thread. When it ends, for whatever reason, its channels close, so that no neighbour waits.
+
+    What it raises ends the worker, and comes out of `Worker.run`.
+    """
 
     def main() -> None:
         try:
@@ -127,7 +116,7 @@ def start_stage(name: str, life: Life, run: Callable[[], None], channels: Sequen
         except Closed:
             pass
         except BaseException as error:  # noqa: BLE001 - the worker must end, and say why, whatever a stage raised
-            log.exception("stage %s failed", name)
+            log.error("stage %s failed (%s: %s): the worker leaves", name, type(error).__name__, error)
             life.fail(error)
         finally:
             for channel in channels:

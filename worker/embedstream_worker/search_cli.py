@@ -8,6 +8,7 @@ import sys
 
 import click
 import numpy as np
+import numpy.typing as npt
 
 from embedstream.dataset.folder import FolderSink
 from embedstream.dataset.manifest import manifest_spec
@@ -42,7 +43,7 @@ def search_command(folder: str, query: str, k: int) -> None:
             click.echo(f"       {printable(hit.text)}")
 
 
-def embed_query(query: str, manifest: Manifest, spec: JobSpec) -> np.ndarray:
+def embed_query(query: str, manifest: Manifest, spec: JobSpec) -> npt.NDArray[np.float32]:
     """The query's vector [dim], by the dataset's own model and settings, in the role of a query.
 
     Raises:
@@ -55,7 +56,7 @@ def embed_query(query: str, manifest: Manifest, spec: JobSpec) -> np.ndarray:
     engine, _ = make_engine("hashing" if manifest.engines == ("hashing",) else "auto", spec.model, spec.revision)
     engine.start()
     info = engine.info
-    max_length = min(spec.max_length or info.max_length, info.max_length)
+    max_length = spec.max_length or info.max_length
     if space_id(info, spec, engine.prompt(spec.role, spec.prompt, spec.prompt_name), max_length) != manifest.space:
         raise ModelError(f"{spec.model} is no longer the model that made this dataset: its vectors cannot be compared")
     prompt = engine.prompt("query", None, None)
@@ -63,7 +64,8 @@ def embed_query(query: str, manifest: Manifest, spec: JobSpec) -> np.ndarray:
     tokens = tokenizer.encode([prompt + query], max_length)
     prompt_length = tokenizer.prompt_length(prompt, max_length) if prompt else 0
     batch = TokenBatch(tokens.ids, tokens.offsets, len(tokens.ids), prompt_length, "query")
-    return next(iter(engine.embed(batch).values()))[0]
+    vector: npt.NDArray[np.float32] = next(iter(engine.embed(batch).values()))[0]
+    return vector
 
 
 def printable(text: str) -> str:

@@ -15,9 +15,10 @@ import redis
 
 from embedstream.broker import Broker, WorkerRecord
 from embedstream.connection import check, connect
+from embedstream.errors import ModelError
 from embedstream.settings import WorkerSettings
-from embedstream_worker.engines.base import Engine
-from embedstream_worker.held import EmbeddedGroup, Held, TokenizedGroup, Window
+from embedstream_worker.engines.base import Engine, EngineInfo, OutOfMemory
+from embedstream_worker.held import EmbeddedGroup, Held, TokenizedGroup, Window, hand_back
 from embedstream_worker.housekeeping import Housekeeping
 from embedstream_worker.infer import Infer, Urgent
 from embedstream_worker.intake import Intake
@@ -29,6 +30,15 @@ from embedstream_worker.tokenize import Tokenize
 from embedstream_worker.write import Write
 
 log = logging.getLogger(__name__)
+
+Connect = Callable[[str, int], redis.Redis]
+"""(URL, how often a command is repeated after a connection error) -> a client."""
+
+RETRIES = 3
+"""For steps, which are harmless when run twice. Claims are not repeated: their blocks would get lost."""
+
+LEAVE_SECONDS = 5.0
+"""How long a thread that does not hold work is waited for at the end."""
 
 
 @dataclass(frozen=True)
@@ -46,71 +56,98 @@ class WorkerPlan:
 class Worker:
     """Runs in the calling thread until its work is done, a stage fails, or `life.stop()` is called from anywhere."""
 
-    def __init__(self, plan: WorkerPlan, engine: Engine, ready: Callable[[str], None] = log.info) -> None:
+    def __init__(
+        self,
+        plan: WorkerPlan,
+        engine: Engine,
+        ready: Callable[[str], None] = log.info,
+        life: Life | None = None,
+        connect: Connect = connect,
+    ) -> None:
         self._plan = plan
         self._engine = engine
         self._ready = ready
+        self._connect = connect
         self.name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
-        self.life = Life()
+        self.life = life or Life()
         self._held = Held()
         self._state = "starting"
         self._started = time.time()
         self._warm_up_seconds = 0.0
+        self._info: EngineInfo | None = None  # once the model is loaded
         self._write: Write | None = None
 
     def run(self) -> None:
-        """Raises whatever ended a stage."""
-        check(connect(self._plan.redis_url), self._plan.redis_url)
-        self._engine.start()
+        """Raises whatever ended a stage; `BrokerError` or `ModelError` if it cannot even start."""
+        check(self._connect(self._plan.redis_url, 0), self._plan.redis_url)
         gone = threading.Event()
-        leases = Leases(self._broker(), self.name, self._held, self.life, self._plan.settings, self._record)
+        leases = Leases(self._broker(retries=0), self.name, self._held, self.life, self._plan.settings, self._record)
+        signs = start_stage("leases", self.life, lambda: leases.run(gone.wait), [])
         try:
-            signs = threading.Thread(target=leases.run, args=(gone.wait,), name="leases", daemon=True)
-            signs.start()
-            self._serve()
-            self._state = "draining"
+            self._engine.start()
+            self._info = self._engine.info
+            if not self.life.stopping.is_set():
+                batch_tokens = self._warm_up()
+                if not self.life.stopping.is_set():
+                    self._serve(batch_tokens)
         finally:
             gone.set()
-            signs.join(timeout=10)
+            signs.join(LEAVE_SECONDS)
             self._leave()
             self._engine.close()
         if self.life.failure is not None:
             raise self.life.failure
 
-    def _serve(self) -> None:
-        plan, engine, life = self._plan, self._engine, self.life
-        settings = plan.settings
-        batch_tokens = settings.batch_tokens or engine.info.batch_tokens
-        self._warm_up_seconds = engine.warm_up(batch_tokens)
+    def _warm_up(self) -> int:
+        """The token budget of a batch: the largest of those wanted, or a half of it, and so on, that fits."""
+        batch_tokens = self._plan.settings.batch_tokens or self._engine.info.batch_tokens
+        while True:
+            try:
+                self._warm_up_seconds = self._engine.warm_up(batch_tokens)
+                return batch_tokens
+            except OutOfMemory as error:
+                if batch_tokens == 1:
+                    raise ModelError(f"model {self._plan.model.name} does not fit into this device: {error}") from error
+                batch_tokens //= 2
+                log.warning("no memory for a full batch (%s); trying %d tokens", error, batch_tokens)
+
+    def _serve(self, batch_tokens: int) -> None:
+        plan, engine, life, held, name = self._plan, self._engine, self.life, self._held, self.name
+        settings, url = plan.settings, plan.redis_url
         windows: Channel[Window] = Channel(1)
         tokenized: Channel[list[TokenizedGroup] | Urgent] = Channel(1)
         embedded: Channel[list[EmbeddedGroup]] = Channel(1)
-        jobs = Jobs(self._broker(), plan.redis_url, engine, plan.model, plan.roots)
-        intake = Intake(self._broker(), jobs, self._held, life, windows, self.name, settings, plan.burst)
-        tokenize = Tokenize(engine.tokenizer(), self._broker(), self.name, self._held, life, windows, tokenized)
-        infer = Infer(engine, batch_tokens, life, tokenized, embedded)
-        self._write = Write(self._broker(), jobs, engine.info, self.name, self._held, life, embedded, settings)
-        interactive = Interactive(
-            engine, engine.tokenizer(), self._broker(), self.name, life, tokenized, int(settings.lease_seconds * 1000)
+        jobs = Jobs(self._broker(), url, engine, plan.model, plan.roots)
+        housekeeping = Housekeeping(self._broker(), url, plan.roots)
+        intake = Intake(
+            self._broker(retries=0), jobs, held, life, windows, name, settings, plan.burst, housekeeping.hopeless
         )
-        housekeeping = Housekeeping(self._broker(), plan.redis_url, plan.roots)
-        threading.Thread(target=housekeeping.run, args=(life.stopping.wait,), name="housekeeping", daemon=True).start()
+        tokenize = Tokenize(engine.tokenizer(), self._broker(), name, held, life, windows, tokenized)
+        infer = Infer(engine, batch_tokens, life, tokenized, embedded)
+        write = self._write = Write(self._broker(), jobs, engine.info, name, held, life, embedded, settings)
+        lease_ms = int(settings.lease_seconds * 1000)
+        interactive = Interactive(engine, engine.tokenizer(), self._broker(retries=0), name, life, tokenized, lease_ms)
         self._state = "ready"
         self._broker().heartbeat(self._record(), 3 * settings.heartbeat_seconds)
         self._ready(f"ready after {time.time() - self._started:.1f} s (warm-up {self._warm_up_seconds:.1f} s)")
-        asking = start_stage("interactive", life, interactive.run, [])
+        life.serving = True
         stages = [
             start_stage("intake", life, intake.run, [windows]),
             start_stage("tokenize", life, tokenize.run, [windows, tokenized]),
             start_stage("infer", life, infer.run, [tokenized, embedded]),
-            start_stage("write", life, self._write.run, [embedded]),
+            start_stage("write", life, write.run, [embedded]),
+        ]
+        beside = [
+            start_stage("interactive", life, interactive.run, []),
+            start_stage("housekeeping", life, lambda: housekeeping.run(life.stopping.wait), []),
         ]
         for stage in stages:
             stage.join()
-        asking.join(timeout=2)
+        for stage in beside:
+            stage.join(LEAVE_SECONDS)
 
     def _record(self) -> WorkerRecord:
-        info, rows, tokens = self._engine.info, 0, 0
+        info, rows, tokens = self._info, 0, 0
         if self._write is not None:
             rows, tokens = self._write.rows, self._write.tokens
         return WorkerRecord(
@@ -118,10 +155,10 @@ class Worker:
             host=socket.gethostname(),
             pid=os.getpid(),
             model=self._plan.model.name,
-            fingerprint=info.fingerprint,
-            engine=info.engine,
-            device=info.device,
-            dtype=info.dtype,
+            fingerprint=info.fingerprint if info else "",
+            engine=info.engine if info else "",
+            device=info.device if info else "",
+            dtype=info.dtype if info else "",
             roots=self._plan.roots,
             state="draining" if self.life.stopping.is_set() else self._state,
             started=self._started,
@@ -132,16 +169,20 @@ class Worker:
         )
 
     def _leave(self) -> None:
-        """Take this worker off the queue's lists; a consumer that still holds something stays until it is swept."""
-        broker = self._broker()
+        """Take this worker off the queue's lists, and hand back what it may still hold.
+
+        After a failure it keeps that: what it held is the suspect, and a lease that expires is counted as a death.
+        """
+        broker = self._broker(retries=0)
         try:
-            for job in broker.active_jobs():
-                broker.run(broker.retire(broker.keys.blocks(job), self.name))
-            broker.run(broker.retire(broker.keys.interactive, self.name))
+            for stream in (*map(broker.keys.blocks, broker.active_jobs()), broker.keys.interactive):
+                if self.life.failure is None:
+                    hand_back(broker, stream, self.name, broker.pending(stream, self.name))
+                broker.run(broker.retire(stream, self.name))
             broker.leave(self.name)
         except redis.RedisError as error:
             log.warning("could not take leave of Redis (%s): this worker's name expires by itself", error)
 
-    def _broker(self) -> Broker:
+    def _broker(self, retries: int = RETRIES) -> Broker:
         """A broker with a connection of its own: no thread waits for another's reply."""
-        return Broker(connect(self._plan.redis_url), self._plan.queue)
+        return Broker(self._connect(self._plan.redis_url, retries), self._plan.queue)

@@ -3,73 +3,57 @@
 from __future__ import annotations
 
 import logging
-import socket
 import time
 import uuid
 from dataclasses import dataclass, field
 from typing import Any
 
-import msgspec
-import numpy as np
 import pyarrow as pa
 import redis
 from redis.backoff import ExponentialWithJitterBackoff
 
 from embedstream.broker import Broker
-from embedstream.dataset.schema import dataset_schema, errors_schema
-from embedstream.dataset.sink import BlockRecord, ShardContent, ShardRecord
-from embedstream.errors import OutputError
+from embedstream.dataset.schema import errors_schema
+from embedstream.dataset.sink import ShardContent, ShardRecord
+from embedstream.errors import BrokerError, OutputError
 from embedstream.jobs import JobState
+from embedstream.keys import GROUP, RELEASED
 from embedstream.settings import WorkerSettings
-from embedstream.steps import Answer, Code, CommitBlock
+from embedstream.steps import Answer, Code
 from embedstream_worker.engines.base import EngineInfo
-from embedstream_worker.held import EmbeddedGroup, Held, HeldBlock
-from embedstream_worker.intake import release
-from embedstream_worker.jobs import Jobs, OpenJob
+from embedstream_worker.finish import FinishedBlock, finish_blocks
+from embedstream_worker.held import EmbeddedGroup, Held, HeldBlock, release
+from embedstream_worker.jobs import LOOK_AGAIN_SECONDS, Jobs, OpenJob
 from embedstream_worker.pipeline import Channel, Closed, Life
+from embedstream_worker.troubles import passes
 
 log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.05
 """How often a writer that waits for work asks whether a shard should be closed."""
 
+ASK_SECONDS = 0.1
+"""How often Redis is asked, per shard, whether its job has more to come."""
+
 IDLE_SECONDS = 1.0
 """A shard of a job that is still being submitted closes when nothing came for so long."""
 
+OUTPUT_PATIENCE_SECONDS = 60.0
+"""An output that cannot be written for so long is given up for a while: other jobs wait behind it."""
 
-@dataclass(frozen=True)
-class FinishedBlock:
-    """One block with its outcome, ready for a shard."""
-
-    held: HeldBlock
-    data: pa.Table
-    errors: list[dict[str, object]]
-    truncated: int
-    tokens: int
-    computed: int
-
-    def record(self) -> BlockRecord:
-        block = self.held.block
-        return BlockRecord(
-            part=block.part,
-            block=block.number,
-            rows=self.data.num_rows,
-            failed=len(self.errors),
-            skipped=block.skipped,
-            sum=block.sum.hex(),
-        )
-
-    def to_commit(self) -> CommitBlock:
-        held = self.held
-        return CommitBlock(held.block.part, held.block.number, held.block.sum, held.entry, held.size)
+MOST_OPEN_SHARDS = 4
+"""Open shards, of many jobs, take no more memory than so many full ones."""
 
 
-@dataclass
+@dataclass(eq=False)
 class OpenShard:
     """Blocks of one job that wait to be written together."""
 
     job: OpenJob
+    stream: str
     opened: float
+    grown: float
+    asked: float = 0.0
     blocks: dict[tuple[int, int], FinishedBlock] = field(default_factory=dict)
     bytes: int = 0
 
@@ -97,7 +81,6 @@ class Write:
         self._source = source
         self._settings = settings
         self._shards: dict[str, OpenShard] = {}
-        self._worked = time.monotonic()
         self.rows = 0
         self.tokens = 0
 
@@ -106,68 +89,97 @@ class Write:
         try:
             while True:
                 groups = self._source.get(timeout=LOOK_SECONDS if self._shards else None)
-                now = time.monotonic()
-                if groups is not None:
-                    for group in groups:
-                        self._add(group, now)
-                    self._life.window_done()
-                    self._worked = now
-                for shard in list(self._shards.values()):
-                    if self._should_close(shard, now, idle=groups is None):
-                        self._close(shard)
+                for group in groups or ():
+                    self._add(group)
+                for shard in self._to_close():
+                    self._close(shard)
         except Closed:
             for shard in list(self._shards.values()):
                 self._close(shard)
 
-    def _add(self, group: EmbeddedGroup, now: float) -> None:
-        job = group.tokenized.job
-        shard = self._shards.setdefault(job.id, OpenShard(job, now))
-        for block in finish_blocks(group, self._info):
-            key = (block.held.block.part, block.held.block.number)
-            if key in shard.blocks:
-                # Redis was emptied and refilled while this worker held the block: the newer entry is the one to clear.
-                release(self._broker, self._consumer, self._held, [shard.blocks[key].held])
-            else:
+    def _add(self, group: EmbeddedGroup) -> None:
+        blocks, unfinished = finish_blocks(group, self._info)
+        release(self._broker, self._consumer, self._held, unfinished)
+        if not blocks:
+            return
+        job, now = group.tokenized.job, time.monotonic()
+        shard = self._shards.get(job.id)
+        if shard is not None and shard.job is not job:
+            self._close(shard)  # from before Redis was emptied
+            shard = None
+        if shard is None:
+            shard = self._shards[job.id] = OpenShard(job, blocks[0].held.stream, now, now)
+        shard.grown = now
+        for block in blocks:
+            older = shard.blocks.get(block.address)
+            if older is None:
                 shard.bytes += block.data.nbytes
-            shard.blocks[key] = block
+            elif older.held.entry != block.held.entry:
+                # The job was reopened while this worker held the block: the newer entry is the one to clear.
+                self._forget([older.held])
+            shard.blocks[block.address] = block
 
-    def _should_close(self, shard: OpenShard, now: float, idle: bool) -> bool:
+    def _to_close(self) -> list[OpenShard]:
+        shards = sorted(self._shards.values(), key=lambda shard: shard.bytes)
+        closing = [shard for shard in shards if self._should_close(shard)]
+        left = [shard for shard in shards if shard not in closing]
+        while sum(shard.bytes for shard in left) > MOST_OPEN_SHARDS * self._settings.shard_bytes:
+            closing.append(left.pop())
+        return closing
+
+    def _should_close(self, shard: OpenShard) -> bool:
+        now = time.monotonic()
         if shard.bytes >= self._settings.shard_bytes or now - shard.opened >= self._settings.shard_seconds:
             return True
-        if not idle or self._life.windows_in_flight:
+        if self._held.entries(shard.stream) - {block.held.entry for block in shard.blocks.values()}:
+            return False  # more of the job is in the pipeline
+        if now - shard.asked < ASK_SECONDS:
             return False
-        if now - self._worked >= IDLE_SECONDS:
-            return True
+        shard.asked = now
         try:
-            return self._broker.state(shard.job.id) != JobState.SUBMITTING
+            match self._broker.state(shard.job.id):
+                case JobState.SUBMITTING:
+                    return now - shard.grown >= IDLE_SECONDS
+                case JobState.RUNNING:
+                    return not self._is_unclaimed(shard.job.id)
+                case _:
+                    return True
         except redis.RedisError:
             return False
 
+    def _is_unclaimed(self, job: str) -> bool:
+        """Whether blocks of a job are in nobody's hands."""
+        client: Any = self._broker.client
+        pending = client.xpending(self._broker.keys.blocks(job), GROUP)
+        held: int = sum(owner["pending"] for owner in pending["consumers"] or () if owner["name"].decode() != RELEASED)
+        return self._broker.backlog(job) > held
+
     def _close(self, shard: OpenShard) -> None:
         """Write and commit, without the blocks that turn out to be done by others, until nothing is left to try."""
-        del self._shards[shard.job.id]
+        self._shards.pop(shard.job.id, None)
         blocks = shard.blocks
         while blocks:
+            held = [block.held for block in blocks.values()]
             record = self._write(shard.job, list(blocks.values()))
-            if record is None:
-                release(self._broker, self._consumer, self._held, [block.held for block in blocks.values()])
-                return
-            answer = self._commit(record, list(blocks.values()))
-            if answer is None:
+            answer = None if record is None else self._commit(record, list(blocks.values()))
+            if record is None or answer is None:
+                release(self._broker, self._consumer, self._held, held)
                 return
             self._life.progress()
-            if answer.code in (Code.CONFLICT, Code.CHANGED):
-                log.info("job %s: %d blocks were done by others first", shard.job.id, len(answer.blocks))
-                shard.job.sink.discard_shard(record.name)
-                refused = [blocks[key].held for key in answer.blocks]
-                blocks = {key: block for key, block in blocks.items() if key not in answer.blocks}
-                if answer.code is Code.CHANGED:
-                    release(self._broker, self._consumer, self._held, refused)
-                else:
-                    self._forget(refused)
-                continue
-            self._settle(shard.job, record, answer, [block.held for block in blocks.values()])
-            return
+            if answer.code not in (Code.CONFLICT, Code.CHANGED):
+                self._settle(shard.job, record, answer, held)
+                return
+            refused = [blocks[address].held for address in answer.blocks if address in blocks]
+            if not refused:
+                raise BrokerError(f"job {shard.job.id}: Redis answered {answer} to shard {record.name}, which has none")
+            self._discard(shard.job, record.name)
+            blocks = {address: block for address, block in blocks.items() if address not in answer.blocks}
+            if answer.code is Code.CONFLICT:
+                log.info("job %s: %d blocks were done by others first", shard.job.id, len(refused))
+                self._forget(refused)
+            else:
+                log.warning("job %s: %d blocks are of another corpus, dropped", shard.job.id, len(refused))
+                release(self._broker, self._consumer, self._held, refused)
 
     def _settle(self, job: OpenJob, record: ShardRecord, answer: Answer, held: list[HeldBlock]) -> None:
         match answer.code:
@@ -177,45 +189,66 @@ class Write:
                 self._forget(held)
             case Code.DROPPED:
                 log.info("job %s is %s: %d rows dropped", job.id, answer.detail, record.rows)
-                job.sink.discard_shard(record.name)
+                self._discard(job, record.name)
                 self._forget(held)
             case Code.OTHER_SPACE:
-                job.sink.discard_shard(record.name)
+                self._discard(job, record.name)
                 self._jobs.refuse(job.id, f"its vectors are of space {answer.detail}, this worker's of {job.space}")
                 release(self._broker, self._consumer, self._held, held)
-            case _:
+            case Code.UNKNOWN_JOB:
                 log.warning("job %s is unknown to Redis now; shard %s stays to be adopted", job.id, record.name)
                 self._forget(held)
+            case _:
+                raise BrokerError(f"job {job.id}: Redis answered {answer.code} to a shard: is another version at work?")
 
     def _forget(self, held: list[HeldBlock]) -> None:
         for block in held:
             self._held.remove(block.stream, [block.entry])
 
+    def _discard(self, job: OpenJob, name: str) -> None:
+        try:
+            job.sink.discard_shard(name)
+        except OutputError as error:
+            log.warning("%s; it counts for nothing, as no manifest will list it", error)
+
     def _write(self, job: OpenJob, blocks: list[FinishedBlock]) -> ShardRecord | None:
-        """A durable shard; None if the output stayed unwritable until the worker was told to stop."""
+        """A durable shard; None if the output could not be written for long, or until the worker was told to stop."""
         content = self._content(job, blocks)
-        backoff, failures = ExponentialWithJitterBackoff(base=0.5, cap=15.0), 0
+        backoff, failures, begun = ExponentialWithJitterBackoff(base=0.5, cap=15.0), 0, time.monotonic()
         while True:
             try:
                 return job.sink.write_shard(content)
             except OutputError as error:
                 failures += 1
                 log.error("%s; trying again", error)
-                if self._life.stopping.wait(backoff.compute(failures)):
+                given_up = time.monotonic() - begun > OUTPUT_PATIENCE_SECONDS
+                if given_up:
+                    self._jobs.refuse(job.id, str(error), LOOK_AGAIN_SECONDS)
+                if given_up or self._life.stopping.wait(backoff.compute(failures)):
+                    self._discard(job, content.record.name)
                     return None
 
     def _commit(self, record: ShardRecord, blocks: list[FinishedBlock]) -> Answer | None:
-        """The broker's answer; None if Redis stayed away until the worker was told to stop (the shard is adopted)."""
+        """The broker's answer; None if it has none.
+
+        That is when Redis stays away while the worker is told to stop (the shard lies there to be adopted), or refuses
+        for good.
+        """
+        step = self._broker.commit(record, [block.to_commit() for block in blocks])
         backoff, failures = ExponentialWithJitterBackoff(base=0.1, cap=5.0), 0
         while True:
+            last = self._life.stopping.is_set()
             try:
-                return self._broker.run(self._broker.commit(record, [block.to_commit() for block in blocks]))
-            except (redis.ConnectionError, redis.TimeoutError) as error:
-                failures += 1
-                log.warning("Redis cannot be reached (%s); shard %s waits to be committed", error, record.name)
-                if failures > 3 and self._life.stopping.is_set():
+                return self._broker.run(step)
+            except redis.RedisError as error:
+                if not passes(error):
+                    self._jobs.refuse(record.job, f"Redis refuses shard {record.name}: {error}")
                     return None
-                time.sleep(backoff.compute(failures))
+                failures += 1
+                log.warning("Redis cannot be used (%s); shard %s waits to be committed", error, record.name)
+                if last:
+                    return None
+                self._life.stopping.wait(backoff.compute(failures))
 
     def _content(self, job: OpenJob, blocks: list[FinishedBlock]) -> ShardContent:
         output = next(iter(self._info.outputs.values()))
@@ -236,73 +269,6 @@ class Write:
             dtype=self._info.dtype,
             normalized=output.normalized,
             engine=self._info.engine,
-            worker=socket.gethostname(),
+            worker=self._consumer,
         )
         return ShardContent(record, data, pa.Table.from_pylist(errors, schema=errors_schema()))
-
-
-def finish_blocks(group: EmbeddedGroup, info: EngineInfo) -> list[FinishedBlock]:
-    """A group's blocks as dataset rows and error rows. Columns are built once for the whole group, then sliced."""
-    tokenized = group.tokenized
-    spec, tokens = tokenized.job.spec, tokenized.tokens
-    rows = pa.Table.from_batches([held.block.rows for held in tokenized.blocks])
-    parts = np.repeat(
-        [held.block.part for held in tokenized.blocks], [held.block.rows.num_rows for held in tokenized.blocks]
-    )
-    schema = dataset_schema(spec, {name: output.dim for name, output in info.outputs.items()})
-    name = next(iter(info.outputs))
-    columns: dict[str, pa.Array[Any] | pa.ChunkedArray[Any]] = {
-        "part": pa.array(parts, pa.int32()),
-        "n_tokens": pa.array(tokens.lengths, pa.int32()),
-        "truncated": pa.array(tokens.truncated, pa.bool_()),
-        "input_hash": tokenized.input_hashes,
-        name: pa.FixedSizeListArray.from_arrays(pa.array(group.vectors.reshape(-1)), type=schema.field(name).type),
-    }
-    table = pa.table(
-        [columns[f.name] if f.name in columns else rows.column(f.name) for f in schema], schema=schema
-    )
-    good = np.ones(table.num_rows, np.bool_)
-    good[list(group.errors)] = False
-    finished, start = [], 0
-    for held in tokenized.blocks:
-        end = start + held.block.rows.num_rows
-        data, mine = table.slice(start, end - start), good[start:end]
-        errors = [refused_row(held, refusal) for refusal in held.block.refused]
-        if not mine.all():
-            errors += [failed_row(held, row - start, *group.errors[row]) for row in range(start, end) if not good[row]]
-            data = data.filter(pa.array(mine))
-        finished.append(
-            FinishedBlock(
-                held=held,
-                data=data,
-                errors=errors,
-                truncated=int((tokens.truncated[start:end] & mine).sum()),
-                tokens=int(tokens.lengths[start:end][mine].sum()),
-                computed=int(group.computed[start:end][mine].sum()),
-            )
-        )
-        start = end
-    return finished
-
-
-def refused_row(held: HeldBlock, refusal: msgspec.Struct) -> dict[str, object]:
-    """A row that the producer refused, in the errors schema."""
-    return {"part": held.block.part, "chunk": 0, **msgspec.structs.asdict(refusal)}
-
-
-def failed_row(held: HeldBlock, at: int, code: str, message: str) -> dict[str, object]:
-    """A row that failed in the model, in the errors schema."""
-    rows = held.block.rows
-    return {
-        "part": held.block.part,
-        "row": rows.column("row")[at].as_py(),
-        "id": rows.column("id")[at].as_py(),
-        "chunk": rows.column("chunk")[at].as_py(),
-        "code": code,
-        "message": message,
-        "original": rows.column("text")[at].as_py()[:ORIGINAL_CHARACTERS],
-    }
-
-
-ORIGINAL_CHARACTERS = 1000
-"""How much of a failed text its error row keeps."""
