@@ -100,7 +100,7 @@ class Job:
         return open_sink(status.spec.output, status.spec, self._url).read(columns)
 
     def cancel(self) -> bool:
-        """End the job; what is committed stays and the same submission goes on from it. False: it has ended in another way.
+        """End the job; what is committed stays, and the same submission goes on. False: it has ended in another way.
 
         Raises:
             JobUnknown: as `status`.

@@ -13,7 +13,7 @@ from embedstream.broker import Broker, WorkerRecord, job_keys
 from embedstream.dataset.manifest import manifest_spec
 from embedstream.dataset.sink import Manifest, Sink, canonical_output
 from embedstream.errors import BrokerError, OutputError, SpecDiffers
-from embedstream.jobs import JobSpec, JobState, model_address, decode_spec, differing_field, queue_name
+from embedstream.jobs import JobSpec, JobState, decode_spec, differing_field, model_address, queue_name
 from embedstream.plans import Notice, drive, silent
 from embedstream.roots import allows, is_redis
 from embedstream.steps import Code

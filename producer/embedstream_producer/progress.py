@@ -60,6 +60,8 @@ class Progress:
 
     def notice(self, what: str) -> None:
         """What is waited for; empty when it goes on. Shown in the live line, and said once where there is none."""
+        if what == self._notice:
+            return
         self._notice = what
         if self._live is None:
             self.tell(what)

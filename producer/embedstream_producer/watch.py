@@ -45,6 +45,7 @@ class Watch:
         self._thread: threading.Thread | None = None
         self._next_workers = 0.0
         self._next_finalize = 0.0
+        self._unreachable = False
         self._without_worker = False
         self._stalled = False
         self.done = 0
@@ -106,8 +107,12 @@ class Watch:
         except redis.RedisError as error:
             if not is_unreachable(error):
                 raise
+            self._unreachable = True
             self._progress.notice(f"Redis at {mask(self._url)} cannot be reached ({error}), trying again")
             return None
+        if self._unreachable:
+            self._unreachable = False
+            self._progress.notice("")
         self.done = status.done
         self._progress.update(status)
         return status
