@@ -153,11 +153,12 @@ def decode_block(fields: Mapping[bytes, bytes], keep: tuple[str, ...]) -> Block:
         with pa.ipc.open_stream(body) as reader:
             batch = reader.read_next_batch()
         batch.validate(full=True)
+        names = batch.schema.names
         refused = msgspec.json.decode(fields.get(b"refused", b"[]"), type=tuple[Refusal, ...])
-    except (pa.ArrowInvalid, OSError, EOFError, StopIteration, msgspec.MsgspecError) as error:
+    except (pa.ArrowException, OSError, EOFError, StopIteration, UnicodeDecodeError, msgspec.MsgspecError) as error:
         raise BlockError(f"block {part}:{number} cannot be read: {error}") from error
     if not batch.schema.equals(block_schema(keep)):
-        raise BlockError(f"block {part}:{number} has columns {batch.schema.names}, not those of its job")
+        raise BlockError(f"block {part}:{number} has columns {names}, not those of its job")
     if batch.num_rows != count:
         raise BlockError(f"block {part}:{number} says {count} rows and has {batch.num_rows}")
     return Block(part=part, number=number, rows=batch, sum=checksum, refused=refused, skipped=skipped)
