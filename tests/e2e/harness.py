@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+from hashing_reference import reference_vector
 
 from embedstream.broker import Broker
 from embedstream.connection import connect
-from hashing_reference import reference_vector
 
 MODEL = "hashing"
 BIN = Path(sys.executable).parent

@@ -115,14 +115,15 @@ def test_ctrl_c_stops_everything_and_the_same_command_goes_on(tmp_path: Path) ->
 def test_bad_usage_leaves_nothing_half_made(tmp_path: Path) -> None:
     write_corpus(tmp_path / "c.jsonl", 3)
     (tmp_path / "empty.jsonl").write_text("")
-    for args, says in [
+    refused: list[tuple[list[object], str]] = [
         ([tmp_path / "none.jsonl"], "none.jsonl"),
         ([tmp_path / "empty.jsonl"], "empty"),
         ([tmp_path / "c.jsonl", "--model", "no/such-model-anywhere"], "no/such-model-anywhere"),
         ([tmp_path / "c.jsonl", "-o", "/proc/nothing/here"], "/proc/nothing"),
         ([tmp_path / "c.jsonl", "--redis", "redis://127.0.0.1:1"], "127.0.0.1:1"),
         (["-"], "-o"),
-    ]:
+    ]
+    for args, says in refused:
         done = run("embed-submit", *args, EMBEDSTREAM_MODEL="hashing")
         assert done.returncode == 2, (args, done.stderr)
         assert says in done.stderr

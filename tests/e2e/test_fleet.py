@@ -173,5 +173,5 @@ def test_check_says_whether_this_machines_worker_is_ready(workers: Fleet) -> Non
 
 def holds_blocks(workers: Fleet, stream: str) -> bool:
     summary = workers.broker.client.xpending(stream, "workers")
-    owners = {owner["name"].decode() for owner in summary["consumers"] or []}  # type: ignore[index]
+    owners = {owner["name"].decode() for owner in summary["consumers"] or []}
     return bool(owners - {"released"})

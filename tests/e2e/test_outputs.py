@@ -1,0 +1,96 @@
+"""What others do with the vectors: read the Redis sink as RedisVL does, the Parquet as DuckDB and Polars do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import polars
+import pytest
+from hashing_reference import reference_vector
+from redisvl.redis.utils import buffer_to_array
+
+from e2e.harness import Fleet, fleet, run, write_corpus
+from embedstream import AsyncClient, Client
+from embedstream.connection import connect
+
+
+@pytest.fixture
+def workers(redis_url: str, tmp_path: Path) -> Iterator[Fleet]:
+    with fleet(redis_url, tmp_path) as made:
+        yield made
+
+
+def test_the_redis_sink_holds_hashes_as_redisvl_reads_them(workers: Fleet, tmp_path: Path) -> None:
+    path = tmp_path / "c.jsonl"
+    lines = [{"id": f"d{i}", "text": f"text {i}", "year": 2000 + i, "title": "T"} for i in range(300)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    workers.start_worker()
+    output = "redis:?prefix=docs:&ttl=600"
+    args = [path, "-o", output, "--redis", workers.url, "--model", "hashing", "--keep", "year", "--json"]
+    done = run("embed-submit", *args)
+    assert done.returncode == 0, done.stderr
+    client = connect(workers.url)
+    keys = {key.decode() for key in client.scan_iter("docs:*")}
+    assert keys - {"docs:_manifest"} == {f"docs:d{i}" for i in range(300)}
+    for i in (0, 150, 299):
+        found = client.hgetall(f"docs:d{i}")
+        vector = np.array(buffer_to_array(found[b"embedding"], "float32"))
+        np.testing.assert_allclose(vector, reference_vector(f"T text {i}"), atol=1e-6)
+        assert found[b"text"].decode() == f"T text {i}"
+        assert found[b"year"] == str(2000 + i).encode()
+        assert found[b"job"].decode() == json.loads(done.stdout)["job"]
+        assert 0 < client.ttl(f"docs:d{i}") <= 600
+    raw: Any = client.get("docs:_manifest")
+    manifest = json.loads(raw)
+    assert manifest["rows"] == 300
+    again = run("embed-submit", *args)
+    assert (again.returncode, json.loads(again.stdout)["rows"]) == (0, 300)
+
+
+def test_duckdb_and_polars_read_the_dataset_of_a_command(workers: Fleet, tmp_path: Path) -> None:
+    texts = write_corpus(tmp_path / "c.jsonl", 700)
+    workers.start_worker()
+    done = run("embed-submit", tmp_path / "c.jsonl", "--redis", workers.url, "--model", "hashing")
+    assert done.returncode == 0, done.stderr
+    pattern = str(tmp_path / "c.jsonl.vectors" / "part-*.parquet")
+    near: Any = duckdb.sql(
+        f"SELECT id, array_cosine_similarity(embedding::FLOAT[384], $1::FLOAT[384]) AS score "
+        f"FROM '{pattern}' ORDER BY score DESC LIMIT 1",
+        params=[reference_vector(texts["c-42"]).tolist()],
+    )
+    ((id, score),) = near.fetchall()
+    assert id == "c-42"
+    assert score == pytest.approx(1.0, abs=1e-5)
+    frame = polars.read_parquet(pattern)
+    assert frame.schema["embedding"] == polars.Array(polars.Float32, 384)
+    assert set(frame["id"]) == set(texts)
+    assert frame.filter(polars.col("id") == "c-7")["text"].item() == texts["c-7"]
+
+
+def test_the_python_client_submits_waits_reads_and_embeds(workers: Fleet, tmp_path: Path) -> None:
+    workers.start_worker()
+    with Client(workers.url) as client:
+        records = ({"id": str(i), "text": f"text {i}"} for i in range(1000))
+        job = client.submit(records, output=str(tmp_path / "out"), model="hashing")
+        status = job.wait(timeout=60)
+        assert (status.state, status.rows, status.failed) == ("completed", 1000, 0)
+        ids = [id for batch in job.results(["id"]) for id in batch.column("id").to_pylist()]
+        assert sorted(ids, key=str) == sorted(str(i) for i in range(1000))
+        vectors = client.embed(["one text", "another"], model="hashing")
+        assert vectors.dtype == np.float32
+        np.testing.assert_allclose(vectors, [reference_vector("one text"), reference_vector("another")], atol=1e-6)
+
+
+async def test_the_asyncio_client_does_the_same(workers: Fleet, tmp_path: Path) -> None:
+    workers.start_worker()
+    async with AsyncClient(workers.url) as client:
+        job = await client.submit(["a", "b", "c"], output=str(tmp_path / "out"), model="hashing")
+        status = await job.wait(timeout=60)
+        assert (status.state, status.rows) == ("completed", 3)
+        vectors = await client.embed(["one text"], model="hashing")
+        np.testing.assert_allclose(vectors, [reference_vector("one text")], atol=1e-6)
