@@ -34,7 +34,7 @@ def test_the_redis_sink_holds_hashes_as_redisvl_reads_them(workers: Fleet, tmp_p
     args = [path, "-o", output, "--redis", workers.url, "--model", "hashing", "--keep", "year", "--json"]
     done = run("embed-submit", *args)
     assert done.returncode == 0, done.stderr
-    client = connect(workers.url)
+    client: Any = connect(workers.url)
     keys = {key.decode() for key in client.scan_iter("docs:*")}
     assert keys - {"docs:_manifest"} == {f"docs:d{i}" for i in range(300)}
     for i in (0, 150, 299):
