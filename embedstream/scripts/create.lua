@@ -31,12 +31,14 @@ if existing then
   end
   redis.call('HINCRBY', job, 'epoch', 1)
 else
-  -- Epochs start at the time, so that a lease from before Redis was emptied is stale.
+  -- Epochs start at the time in microseconds, so that a lease from before Redis was emptied is stale.
+  local time = redis.call('TIME')
+  local epoch = time[1] .. string.format('%06d', time[2])
   redis.call('UNLINK', shards, suspect)
   for part = 0, parts - 1 do
     redis.call('UNLINK', job .. ':done:' .. part, job .. ':sums:' .. part)
   end
-  redis.call('HSET', job, 'spec', spec, 'parts', parts, 'created', now, 'committed', now, 'space', '', 'epoch', now,
+  redis.call('HSET', job, 'spec', spec, 'parts', parts, 'created', now, 'committed', now, 'space', '', 'epoch', epoch,
     'done', 0, 'rows', 0, 'failed', 0, 'skipped', 0, 'truncated', 0, 'tokens', 0, 'padded', 0)
 end
 redis.call('HSET', job, 'state', 'submitting', 'verdict', '', 'reason', '', 'max_errors', max_errors, 'pushed', now,
