@@ -260,11 +260,19 @@ def test_an_urgent_request_goes_before_the_next_batch() -> None:
 def test_an_urgent_request_does_not_wait_for_a_slow_writer() -> None:
     source: Channel[list[TokenizedGroup] | Urgent] = Channel(1)
     out: Channel[list[EmbeddedGroup]] = Channel(1)
-    life, engine = Life(), FakeEngine()
+    second = threading.Event()
+
+    def before(_: list[int]) -> None:
+        if len(engine.calls) == 2:
+            second.set()
+
+    life, engine = Life(), FakeEngine(before)
     infer = Infer(engine, 64, life, source, out)
     start_stage("infer", life, infer.run, [source, out])
-    for _ in range(3):  # one is with the writer, which is not there; one waits for it; one waits for the model
-        source.put([make_group([1])])
+    source.put([make_group([1])])
+    source.put([make_group([1])])
+    assert second.wait(30)
+    # The first group fills the way to the writer, the second is past its last batch: it can only wait now.
     urgent = Urgent(make_tokens([1]), 0, "query")
     source.put_first(urgent)
     assert urgent.done.wait(30)
