@@ -14,7 +14,7 @@ from typing import Any, TypeVar, cast
 
 import redis
 from redis.backoff import ExponentialWithJitterBackoff
-from redis.exceptions import ReadOnlyError, ResponseError
+from redis.exceptions import OutOfMemoryError, ReadOnlyError, ResponseError
 
 from embedstream.broker import AsyncBroker, Broker
 from embedstream.steps import Answer, Code, Step
@@ -174,7 +174,10 @@ def is_unreachable(error: redis.RedisError) -> bool:
 
 def is_out_of_memory(error: redis.RedisError) -> bool:
     """Whether the server is over its `maxmemory`."""
-    return isinstance(error, ResponseError) and "OOM command not allowed" in str(error)
+    # Redis 7 begins the refusal of a script with its code, from which redis-py makes a type; 6.2 puts it in the middle.
+    return isinstance(error, OutOfMemoryError) or (
+        isinstance(error, ResponseError) and "OOM command not allowed" in str(error)
+    )
 
 
 class _Trouble:

@@ -16,7 +16,7 @@ from worker_lab import WorkerLab, pack, refusal, worker_lab
 
 from embedstream.broker import Broker, WorkerRecord
 from embedstream.connection import connect
-from embedstream.interactive import EmbedRequest
+from embedstream.interactive import EmbedReply, EmbedRequest
 from embedstream.settings import WorkerSettings
 from embedstream_worker.engines.hashing import HashingEngine
 from embedstream_worker.held import Held, HeldBlock, TokenizedGroup, Window, hand_back
@@ -211,9 +211,11 @@ def test_a_stream_that_is_gone_is_not_asked_for_in_a_tight_loop(bench: WorkerLab
     assert rate < 100
 
 
-def make_interactive(bench: WorkerLab, life: Life, channel: Channel[list[TokenizedGroup] | Urgent]) -> Interactive:
+def make_interactive(
+    bench: WorkerLab, life: Life, channel: Channel[list[TokenizedGroup] | Urgent], lease_ms: int = 600_000
+) -> Interactive:
     engine, broker = HashingEngine(), Broker(connect(bench.url, 0), bench.broker.queue)
-    return Interactive(engine, engine.tokenizer(), broker, "w1", life, channel, 600_000)
+    return Interactive(engine, engine.tokenizer(), broker, "w1", life, channel, lease_ms)
 
 
 def reads(client: Any) -> int:
@@ -251,3 +253,18 @@ def test_a_request_whose_worker_leaves_goes_back_at_once(bench: WorkerLab) -> No
     assert life.failure is None
     (again,) = broker.sweep_requests("w2", 3_000_000, 10)
     assert (again.fields[b"request"], again.deliveries) == (b"r", 1)
+
+
+def test_a_request_that_its_workers_died_of_is_not_tried_again(bench: WorkerLab) -> None:
+    life, broker = Life(), bench.broker
+    channel: Channel[list[TokenizedGroup] | Urgent] = Channel(1)
+    broker.run(broker.request("r", msgpack.encode(EmbedRequest(texts=("a",))), 60_000, 10))
+    for dead in ("d1", "d2"):
+        assert broker.sweep_requests(dead, 0, 10) or broker.claim_requests(dead, 10, 0)
+    asking = make_interactive(bench, life, channel, lease_ms=0)
+    thread = start_stage("interactive", life, asking.run, [])
+    client: Any = broker.client
+    (_, raw) = client.blpop([broker.keys.reply("r")], timeout=30)
+    life.stop()
+    thread.join(30)
+    assert "2 workers died" in msgpack.decode(raw, type=EmbedReply).error

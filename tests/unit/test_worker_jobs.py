@@ -8,6 +8,7 @@ from typing import Any
 
 import fakeredis
 import pytest
+import redis
 
 from embedstream.broker import Broker
 from embedstream.jobs import JobSpec, OutputSpec
@@ -155,3 +156,23 @@ def test_another_revision_is_served_by_the_worker_that_has_it(bench: Bench) -> N
     job = bench.create(revision="v2")
     bench.jobs = bench.worker(revision="v2")
     assert bench.taken() == [job]
+
+
+def test_a_look_that_redis_cuts_short_leaves_no_job_behind(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = bench.create(output=str(bench.root / "a")), bench.create(output=str(bench.root / "b"))
+    status = bench.broker.status
+
+    def cut_short(job: str) -> Any:
+        if job == sorted([first, second], key=bench.broker.active_jobs().index)[1]:
+            raise redis.ConnectionError("gone")
+        return status(job)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(bench.broker, "status", cut_short)
+        with pytest.raises(redis.ConnectionError):
+            bench.jobs.takeable()
+    bench.broker.client.flushall()
+    assert bench.taken() == []
+    bench.create(output=str(bench.root / "a"), prompt="another life: ")
+    (opened,) = bench.jobs.takeable()
+    assert opened.prompt == "another life: "

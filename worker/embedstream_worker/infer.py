@@ -13,7 +13,7 @@ import numpy.typing as npt
 from embedstream_worker.batching import batch_cost, cut_batches, gather_batch
 from embedstream_worker.engines.base import Engine, OutOfMemory, Role, Tokens
 from embedstream_worker.held import EmbeddedGroup, RowErrors, TokenizedGroup
-from embedstream_worker.pipeline import Channel, Life
+from embedstream_worker.pipeline import Channel, Closed, Life
 
 log = logging.getLogger(__name__)
 
@@ -86,8 +86,12 @@ class Infer:
                     self._serve(item)
                 elif item is not None:
                     self._hand_on([self._embed_group(group) for group in item])
+        except Closed:
+            raise
+        except BaseException as error:
+            self._life.fail(error)  # before anybody is told that there is no answer
+            raise
         finally:
-            # Nobody may wait for an answer that will not come.
             self._source.close()
             while (request := self._source.take_first(Urgent)) is not None:
                 request.done.set()

@@ -30,6 +30,9 @@ WAIT_MS = 1000
 NO_STREAM_SECONDS = 0.1
 """How often the stream of requests is looked for while nobody ever asked: how late the first one is seen."""
 
+MOST_DELIVERIES = 2
+"""A request that outlived so many workers is not tried again."""
+
 REPLY_KEEP_MS = 60_000
 """How long a reply waits to be read."""
 
@@ -74,6 +77,8 @@ class Interactive:
                 failures += 1
                 log.warning("Redis cannot be used (%s), trying again", error)
                 self._life.stopping.wait(backoff.compute(failures))
+        if self._life.failure is not None:
+            return  # perhaps a request was the cause: it must not be the next worker's at once
         try:
             self._hand_all_back()
         except redis.RedisError as error:
@@ -96,7 +101,9 @@ class Interactive:
         """Raises `Closed` if the model's stage has ended."""
         name = claimed.fields.get(b"request", b"").decode("utf-8", "replace")
         reply = EmbedReply(error="its caller has left")
-        if self._broker.client.exists(self._broker.keys.caller(name)):
+        if claimed.deliveries > MOST_DELIVERIES:
+            reply = EmbedReply(error=f"{claimed.deliveries - 1} workers died of this request, or while they had it")
+        elif self._broker.client.exists(self._broker.keys.caller(name)):
             reply = self._answer(claimed.fields.get(b"body", b""))
         payload = msgspec.msgpack.encode(reply)
         self._broker.run(self._broker.reply(name, claimed.entry, payload, REPLY_KEEP_MS))

@@ -91,10 +91,10 @@ class Jobs:
                 self._open.pop(job, None)
                 self._refused.pop(job, None)
             unknown = [job for job in active if job not in self._open and self._may_look(job)]
+            self._lives |= {job: active[job] for job in unknown}
         for job in unknown:
             self._look_at(job)
         with self._lock:
-            self._lives |= {job: active[job] for job in unknown}
             return [self._open[job] for job in active if job in self._open]
 
     def refused(self) -> dict[str, str]:

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import redis
-from redis import exceptions
+from redis.exceptions import ClusterDownError, TryAgainError
 
-_PASSING = (
-    exceptions.ConnectionError,
-    exceptions.TimeoutError,
-    exceptions.ReadOnlyError,  # a failover
-    exceptions.ClusterDownError,
-    exceptions.TryAgainError,
-    exceptions.OutOfMemoryError,
-)
+from embedstream.plans import is_out_of_memory, is_unreachable
 
-_PASSING_TEXTS = ("OOM command not allowed", "MISCONF", "NOREPLICAS", "BUSY ")
-"""Errors that redis-py has no type for, or whose code comes after a script's own words."""
+_PASSING_CODES = ("MISCONF", "NOREPLICAS", "BUSY ")
+"""Errors for which redis-py has no type."""
 
 
 def passes(error: redis.RedisError) -> bool:
-    """Whether the same command may succeed later: no connection, a restart, a failover, a full server."""
-    if isinstance(error, (exceptions.AuthenticationError, exceptions.AuthorizationError)):
-        return False
-    return isinstance(error, _PASSING) or any(text in str(error) for text in _PASSING_TEXTS)
+    """Whether the same command may succeed later: no connection, a restart, a failover, a full server or disk."""
+    return (
+        is_unreachable(error)
+        or is_out_of_memory(error)
+        or isinstance(error, (ClusterDownError, TryAgainError))
+        or any(code in str(error) for code in _PASSING_CODES)
+    )

@@ -128,7 +128,7 @@ class Worker:
         lease_ms = int(settings.lease_seconds * 1000)
         interactive = Interactive(engine, engine.tokenizer(), self._broker(retries=0), name, life, tokenized, lease_ms)
         self._state = "ready"
-        self._broker().heartbeat(self._record(), 3 * settings.heartbeat_seconds)
+        self._say_ready()
         self._ready(f"ready after {time.time() - self._started:.1f} s (warm-up {self._warm_up_seconds:.1f} s)")
         life.serving = True
         stages = [
@@ -145,6 +145,12 @@ class Worker:
             stage.join()
         for stage in beside:
             stage.join(LEAVE_SECONDS)
+
+    def _say_ready(self) -> None:
+        try:
+            self._broker(retries=0).heartbeat(self._record(), 3 * self._plan.settings.heartbeat_seconds)
+        except redis.RedisError as error:
+            log.warning("could not say that this worker is ready (%s), trying again", error)
 
     def _record(self) -> WorkerRecord:
         info, rows, tokens = self._info, 0, 0
