@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import json
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal, get_args
 
 import torch
 import transformers
@@ -15,6 +17,11 @@ from sentence_transformers.sentence_transformer.modules import Pooling, StaticEm
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
 from tokenizers.models import BPE, Unigram
 from transformers import PreTrainedTokenizerFast
+
+PoolingMode = Literal["cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken"]
+
+Shape = Callable[[Path, Path, list[str]], Path]
+"""(folder to work in, MiniLM's folder, texts to train a tokenizer on) -> the model's folder."""
 
 
 def docstrings() -> list[str]:
@@ -99,6 +106,79 @@ def _minilm_tokenizer(minilm: Path) -> transformers.PreTrainedTokenizerBase:
 def _bert(folder: Path, minilm: Path, seed: int = 0) -> Transformer:
     tokenizer = _minilm_tokenizer(minilm)
     return _transformer(folder, _bert_config(len(tokenizer)), tokenizer, seed)
+
+
+def _bert_pooled(mode: PoolingMode) -> Shape:
+    """All of BERT's texts pooled one way, in the spelling of today."""
+
+    def make(folder: Path, minilm: Path, _: list[str]) -> Path:
+        return _save(
+            folder, SentenceTransformer(modules=[_bert(folder / "base", minilm), Pooling(32, mode)], device="cpu")
+        )
+
+    make.__name__ = f"bert_{mode}"
+    return make
+
+
+def old_pooling_spelling(folder: Path, minilm: Path, texts: list[str]) -> Path:
+    """One boolean for each way of pooling, two of them true."""
+    model = _bert_pooled("mean")(folder, minilm, texts)
+    modes = {f"pooling_mode_{mode}": False for mode in ("cls_token", "mean_sqrt_len_tokens", "weightedmean_tokens")}
+    config = {
+        "word_embedding_dimension": 32,
+        "pooling_mode_mean_tokens": True,
+        "pooling_mode_max_tokens": True,
+        **modes,
+    }
+    (model / "1_Pooling" / "config.json").write_text(json.dumps(config))
+    return model
+
+
+def mpnet(folder: Path, minilm: Path, _: list[str]) -> Path:
+    """Relative positions, and absolute ones that begin after the padding's."""
+    tokenizer = _minilm_tokenizer(minilm)
+    config = transformers.MPNetConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=130,
+    )
+    modules = [_transformer(folder / "base", config, tokenizer), Pooling(32, "mean"), Normalize()]
+    return _save(folder, SentenceTransformer(modules=modules, device="cpu"))
+
+
+def distilbert(folder: Path, minilm: Path, _: list[str]) -> Path:
+    """No token types, and a Dense with its own activation behind the pooling."""
+    tokenizer = _minilm_tokenizer(minilm)
+    config = transformers.DistilBertConfig(
+        vocab_size=len(tokenizer), dim=32, n_layers=2, n_heads=4, hidden_dim=64, max_position_embeddings=128
+    )
+    modules = [_transformer(folder / "base", config, tokenizer), Pooling(32, "mean"), Dense(32, 48)]
+    return _save(folder, SentenceTransformer(modules=modules, device="cpu"))
+
+
+def modernbert(folder: Path, minilm: Path, _: list[str]) -> Path:
+    """Rotary positions, and attention that sees 16 tokens around in all layers but each second."""
+    tokenizer = _minilm_tokenizer(minilm)
+    config = transformers.ModernBertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=128,
+        local_attention=16,
+        layer_types=["full_attention", "sliding_attention", "full_attention"],
+        pad_token_id=0,
+        bos_token_id=101,
+        eos_token_id=102,
+        cls_token_id=101,
+        sep_token_id=102,
+    )
+    modules = [_transformer(folder / "base", config, tokenizer), Pooling(32, "cls"), Normalize()]
+    return _save(folder, SentenceTransformer(modules=modules, device="cpu"))
 
 
 def bert_without_prompt(folder: Path, minilm: Path, _: list[str]) -> Path:
@@ -190,10 +270,15 @@ def _save(folder: Path, model: SentenceTransformer) -> Path:
     return folder / "model"
 
 
-SHAPES: list[Callable[[Path, Path, list[str]], Path]] = [
+SHAPES: list[Shape] = [
+    *map(_bert_pooled, get_args(PoolingMode)),
+    old_pooling_spelling,
     bert_without_prompt,
     bert_mean_without_prompt,
     xlm_roberta,
+    mpnet,
+    distilbert,
+    modernbert,
     decoder,
     plain_transformers,
     truncated_dimensions,

@@ -4,35 +4,20 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pytest
-from engines.model_shapes import SHAPES, bert_mean_without_prompt, docstrings, plain_transformers, router, xlm_roberta
+from engines.embedding import MINILM, Vectors, embed, load_reference, lowest_cosine
+from engines.model_shapes import bert_mean_without_prompt, plain_transformers, router, xlm_roberta
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 
 from embedstream.errors import ModelError
-from embedstream_worker.batching import cut_batches, gather_batch
-from embedstream_worker.engines.base import Role
 from embedstream_worker.engines.torch_engine import TorchEngine
-from embedstream_worker.inputs import model_inputs
 from embedstream_worker.models import resolve_model
-
-Vectors = npt.NDArray[np.float32]
-
-MINILM = "sentence-transformers/all-MiniLM-L6-v2"
-
-
-@pytest.fixture(scope="module")
-def texts() -> list[str]:
-    """520 real texts, 20 of them beyond MiniLM's 256 tokens, and one-token ones."""
-    found = docstrings()
-    by_length = sorted(found, key=len)
-    usual = by_length[: -100 : -(-len(found) // 500)] + by_length[::7]
-    return ["a", "the", "?", *usual[:497], *by_length[-20:]]
 
 
 @pytest.fixture(scope="module")
@@ -48,41 +33,9 @@ def reference() -> SentenceTransformer:
 
 
 def started(model: str | Path) -> TorchEngine:
-    engine = TorchEngine(resolve_model(str(model)), "cpu")
+    engine = TorchEngine(resolve_model(str(model)), "cpu", "float32")
     engine.start()
     return engine
-
-
-def load_reference(folder: Path) -> SentenceTransformer:
-    return SentenceTransformer(str(folder), device="cpu", local_files_only=True)
-
-
-def embed(
-    engine: TorchEngine,
-    texts: list[str],
-    role: Role = "document",
-    prompt: str | None = None,
-    prompt_name: str | None = None,
-    max_length: int | None = None,
-    budget: int = 2048,
-) -> Vectors:
-    """The worker's way from texts to vectors, in one place."""
-    import pyarrow as pa
-
-    limit = max_length or engine.info.max_length
-    chosen = engine.prompt(role, prompt, prompt_name)
-    tokenizer = engine.tokenizer()
-    tokens = tokenizer.encode(model_inputs(pa.array(texts), chosen), limit)
-    prompt_length = tokenizer.prompt_length(chosen, limit)
-    vectors = np.full((len(texts), engine.info.outputs["embedding"].dim), np.nan, np.float32)
-    for rows in cut_batches(tokens.lengths, budget, engine.info.padded):
-        vectors[rows] = engine.embed(gather_batch(tokens, rows, prompt_length, role))["embedding"]
-    return vectors
-
-
-def lowest_cosine(ours: Vectors, theirs: Vectors) -> float:
-    norms = np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1)
-    return float(((ours * theirs).sum(axis=1) / norms).min())
 
 
 def test_documents_equal_sentence_transformers(
@@ -154,24 +107,6 @@ def test_a_max_length_that_the_model_cannot_serve_is_refused(
 ) -> None:
     with pytest.raises(ModelError, match=message):
         minilm.tokenizer().encode(["text"], max_length)
-
-
-@pytest.mark.parametrize("make", SHAPES, ids=lambda make: make.__name__)
-def test_models_of_every_shape_equal_sentence_transformers(
-    make: Callable[[Path, Path, list[str]], Path], tmp_path: Path, texts: list[str]
-) -> None:
-    folder = make(tmp_path, resolve_model(MINILM).path, texts)
-    engine, reference = started(folder), load_reference(folder)
-    some = texts[:40] + texts[-4:]
-    for role, theirs in (("document", reference.encode_document(some)), ("query", reference.encode_query(some))):
-        ours = embed(engine, some, role)  # type: ignore[arg-type]
-        if engine.info.outputs["embedding"].normalized:
-            # What the model cuts to fewer dimensions has to be brought to length 1 again.
-            np.testing.assert_allclose(np.linalg.norm(ours, axis=1), 1, atol=1e-5)
-            theirs = theirs / np.linalg.norm(theirs, axis=1, keepdims=True)
-        assert engine.info.outputs["embedding"].dim == theirs.shape[1]
-        scale = np.abs(theirs).max()
-        np.testing.assert_allclose(ours / scale, theirs / scale, rtol=0, atol=1e-5)
 
 
 def test_a_prompt_that_pooling_leaves_out_changes_only_what_it_should(tmp_path: Path, texts: list[str]) -> None:
@@ -249,7 +184,7 @@ from embedstream_worker.models import resolve_model
 def batch(rows):
     return TokenBatch(np.full(rows * 100, 7, np.int32), np.arange(rows + 1) * 100, 100, 0, "document")
 
-engine = TorchEngine(resolve_model({str(folder)!r}), "cpu")
+engine = TorchEngine(resolve_model({str(folder)!r}), "cpu", "float32")
 engine.start()
 engine.embed(batch(50))
 pages = int(open("/proc/self/statm").read().split()[0])

@@ -6,15 +6,17 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tokenizers
-from transformers import PreTrainedTokenizerBase
 
 from embedstream.errors import ModelError
 from embedstream_worker.engines.base import TextTokenizer, Tokens
 from embedstream_worker.inputs import cut_characters
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 UNLIMITED = 1 << 20
 """Max length of a model without one: no text within a block's bounds has more tokens."""

@@ -2,32 +2,50 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Literal
 
+from embedstream.errors import ModelError
 from embedstream_worker.engines.base import Engine
 from embedstream_worker.engines.hashing import HashingEngine
+from embedstream_worker.engines.precision import Dtype
 
-EngineName = Literal["auto", "torch", "hashing"]
+EngineName = Literal["auto", "torch", "openvino", "hashing"]
 
 HASHING_MODEL = "hashing"
 """The model's name that stands for the hashing engine."""
 
 
 def make_engine(
-    engine: EngineName, model: str, revision: str | None = None, device: str = "auto"
+    engine: EngineName, model: str, revision: str | None = None, device: str = "auto", dtype: Dtype = "auto"
 ) -> tuple[Engine, str]:
     """An engine for a model, not yet started, and where the model comes from, for printing.
 
-    `engine` "auto" is the hashing engine for the model "hashing" and torch for all others.
+    `engine` "auto" is the hashing engine for the model "hashing", and for all others the fastest that gives the right
+    vectors. `dtype` "auto" is the fastest precision that is still called exact: bfloat16 where the device has it.
 
     Raises:
-        ModelError: the model cannot be found or trusted.
+        ModelError: the model cannot be found or trusted, or the engine is not here.
     """
     if engine == "hashing" or (engine == "auto" and model == HASHING_MODEL):
         return HashingEngine(), "computed from the text's bytes, no model"
-    # Imported only here: it takes seconds, and a worker that hashes needs none of it.
-    from embedstream_worker.engines.torch_engine import TorchEngine
     from embedstream_worker.models import resolve_model
 
+    # Engines are imported only when they are wanted: torch alone takes seconds.
+    if engine == "openvino":
+        if device not in ("auto", "cpu"):
+            raise ModelError(f"--device {device}: openvino runs on the CPU; use --device cpu or --engine torch")
+        if importlib.util.find_spec("openvino") is None:
+            raise ModelError("--engine openvino: not installed; pip install 'embedstream[cpu]', or use --engine torch")
+        from embedstream_worker.engines.openvino_engine import OpenVinoEngine
+
+        folder = resolve_model(model, revision)
+        return OpenVinoEngine(folder, dtype), folder.source
     folder = resolve_model(model, revision)
-    return TorchEngine(folder, device), folder.source
+    if engine == "torch":
+        from embedstream_worker.engines.torch_engine import TorchEngine
+
+        return TorchEngine(folder, device, dtype), folder.source
+    from embedstream_worker.engines.auto_engine import AutoEngine
+
+    return AutoEngine(folder, device, dtype), folder.source

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Transformer
 
 from embedstream.errors import ModelError
 from embedstream_worker.engines.base import (
@@ -20,9 +23,14 @@ from embedstream_worker.engines.base import (
     TextTokenizer,
     TokenBatch,
 )
-from embedstream_worker.engines.torch_loading import InputKind, TextInput, is_normalized, load_model, read_input
+from embedstream_worker.engines.checking import CheckFailed, Vectors, check_batches, compare, require
+from embedstream_worker.engines.precision import Dtype, cpu_has_bfloat16
+from embedstream_worker.engines.text_input import ROLE_PROMPTS, InputKind, TextInput, TextModel, warm_up_batches
+from embedstream_worker.engines.torch_loading import excludes_prompt, is_normalized, load_model, read_input
 from embedstream_worker.fingerprint import folder_fingerprint
 from embedstream_worker.models import ModelFolder
+
+log = logging.getLogger(__name__)
 
 CPU_BATCH_TOKENS = 2048
 """MiniLM on 2 cores: 1024 to 4096 are within 10 % of each other, 8192 takes 1.7 times as long (caches)."""
@@ -30,27 +38,22 @@ CPU_BATCH_TOKENS = 2048
 GPU_BATCH_TOKENS = 65_536
 """Enough to fill a large GPU with a small model; on out-of-memory the worker halves it."""
 
-_WARM_ROW_TOKENS = 64  # a usual short text: many rows at once
-
-_ROLE_PROMPTS: dict[Role, tuple[str, ...]] = {
-    "document": ("document", "passage", "corpus"),
-    "query": ("query",),
-}
-"""Names under which `encode_document` and `encode_query` look for their prompt, in their order."""
-
 
 class TorchEngine:
-    """Vectors equal to `encode_document` and `encode_query` of sentence-transformers, in float32."""
+    """Vectors equal to `encode_document` and `encode_query` of sentence-transformers, within the precision.
+
+    In bfloat16 only the transformer computes in it; pooling and what follows stay in float32.
+    """
 
     in_flight = 1
 
-    def __init__(self, folder: ModelFolder, device: str = "auto") -> None:
+    def __init__(self, folder: ModelFolder, device: str = "auto", dtype: Dtype = "auto") -> None:
         self._folder = folder
         self._wanted_device = device
+        self._wanted_dtype = dtype
         self._model: SentenceTransformer | None = None
-        self._input: TextInput | None = None
+        self._text_model: TextModel | None = None
         self._info: EngineInfo | None = None
-        self._roles: dict[Role, int] = {}  # those that the model serves, with the dimensions of their vectors
 
     @property
     def info(self) -> EngineInfo:
@@ -58,75 +61,61 @@ class TorchEngine:
             raise RuntimeError("the engine is not started")
         return self._info
 
+    @property
+    def text_model(self) -> TextModel:
+        """Everything of the started model but its weights."""
+        if self._text_model is None:
+            raise RuntimeError("the engine is not started")
+        return self._text_model
+
+    @property
+    def modules(self) -> SentenceTransformer:
+        """The started model itself."""
+        if self._model is None:
+            raise RuntimeError("the engine is not started")
+        return self._model
+
     def start(self) -> None:
         """Load the model and try it. Raises `ModelError`."""
         device = _pick_device(self._wanted_device)
+        dtype = _pick_dtype(self._wanted_dtype, device)
         # Beside a model on the CPU, tokenizing must not take more than its own thread; a user's own choice stands.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false" if device.type == "cpu" else "true")
-        self._model = load_model(self._folder, device)
-        self._input = read_input(self._model, self._folder.name)
-        self._roles = self._find_roles()
+        self._load(device)
+        if dtype == "bfloat16":
+            dtype = self._lower(device)
+        model = self.text_model
         self._info = EngineInfo(
             engine="torch",
             device=str(device),
-            dtype="float32",
+            dtype=dtype,
             fingerprint=folder_fingerprint(self._folder.path),
-            max_length=self._input.max_length,
-            padded=self._input.kind is InputKind.PADDED,
+            max_length=model.input.max_length,
+            padded=model.input.kind is InputKind.PADDED,
             batch_tokens=CPU_BATCH_TOKENS if device.type == "cpu" else GPU_BATCH_TOKENS,
-            outputs={
-                "embedding": OutputInfo(
-                    kind="dense", dim=self._roles[next(iter(self._roles))], normalized=is_normalized(self._model)
-                )
-            },
+            outputs={"embedding": OutputInfo(kind="dense", dim=model.dim, normalized=model.normalized)},
         )
 
     def warm_up(self, batch_tokens: int) -> float:
         """Run the smallest, the longest and the fullest batch that the budget allows; seconds taken."""
         begun = time.perf_counter()
-        longest = max(1, min(self.info.max_length, batch_tokens))
-        short = min(_WARM_ROW_TOKENS, longest)
-        for rows, tokens in (
-            (1, 1),
-            (max(1, batch_tokens // longest), longest),
-            (max(1, batch_tokens // short), short),
-        ):
-            for role in self._roles:
-                self.embed(self._sample(rows, tokens, role))
+        for batch in warm_up_batches(self.text_model, batch_tokens):
+            self.embed(batch)
         return time.perf_counter() - begun
 
     def tokenizer(self) -> TextTokenizer:
-        return self._started_input.tokenizer()
+        return self.text_model.input.tokenizer()
 
     def prompt(self, role: Role, prompt: str | None, prompt_name: str | None) -> str:
-        """The prompt as sentence-transformers picks it; an explicit empty one is none.
-
-        Order: `prompt`, `prompt_name`, the role's own, the model's default.
-
-        Raises:
-            ModelError: the model has no prompt of that name, or does not serve the role.
-        """
-        model = self._started_model
-        if role not in self._roles:
-            raise ModelError(f"model {self._folder.name} has no route for --role {role}")
-        if prompt is not None:
-            return prompt
-        if prompt_name is not None:
-            if prompt_name not in model.prompts:
-                known = ", ".join(sorted(model.prompts)) or "none"
-                raise ModelError(f"model {self._folder.name} has no prompt {prompt_name!r} (it has: {known})")
-            return str(model.prompts[prompt_name])
-        for name in (*_ROLE_PROMPTS[role], model.default_prompt_name):
-            if name in model.prompts:
-                return str(model.prompts[name])
-        return ""
+        """The prompt as sentence-transformers picks it. Raises `ModelError`: see `TextModel.prompt`."""
+        return self.text_model.prompt(role, prompt, prompt_name)
 
     def embed(self, batch: TokenBatch) -> dict[str, npt.NDArray[np.float32]]:
         """Vectors by output name, [n, dim], in the batch's order. Raises `OutOfMemory`."""
         try:
             return {"embedding": self._forward(batch)}
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         # Out here the error's frames no longer hold the batch's tensors, so its memory can be had again.
@@ -139,56 +128,72 @@ class TorchEngine:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    @property
-    def _started_model(self) -> SentenceTransformer:
-        if self._model is None:
-            raise RuntimeError("the engine is not started")
-        return self._model
+    def _load(self, device: torch.device) -> None:
+        """In float32, and everything that there is to know about it."""
+        self._model = load_model(self._folder, device)
+        text_input = read_input(self._model, self._folder.name)
+        self._text_model = TextModel(
+            name=self._folder.name,
+            input=text_input,
+            prompts={name: str(prompt) for name, prompt in self._model.prompts.items()},
+            default_prompt_name=self._model.default_prompt_name,
+            roles=self._find_roles(text_input),
+            normalized=is_normalized(self._model),
+            excludes_prompt=excludes_prompt(self._model),
+        )
 
-    @property
-    def _started_input(self) -> TextInput:
-        if self._input is None:
-            raise RuntimeError("the engine is not started")
-        return self._input
+    def _lower(self, device: torch.device) -> Dtype:
+        """Let the transformer compute in bfloat16, if its vectors stay what they are; the dtype it is left in."""
+        transformers = [part for part in self.modules.modules() if isinstance(part, Transformer)]
+        if not transformers:
+            return "float32"  # a table of vectors: nothing to compute
+        batches = check_batches(self.text_model)
+        references = self._vectors(batches)
+        for transformer in transformers:
+            transformer.to(torch.bfloat16)
+            transformer.register_forward_hook(_upcast)
+        try:
+            require(compare(self._vectors(batches), references), "bfloat16")
+        except (CheckFailed, RuntimeError) as error:
+            if self._wanted_dtype == "bfloat16":
+                raise ModelError(f"model {self._folder.name} cannot run in bfloat16: {error}; use float32") from error
+            log.warning("model %s runs in float32: %s", self._folder.name, error)
+            self._load(device)
+            return "float32"
+        return "bfloat16"
+
+    def _vectors(self, batches: Sequence[TokenBatch]) -> list[Vectors]:
+        return [self._forward(batch) for batch in batches]
 
     @torch.inference_mode()
     def _forward(self, batch: TokenBatch) -> npt.NDArray[np.float32]:
-        model = self._started_model
-        features = self._features(batch, model.device)
-        vectors: torch.Tensor = model(features, task=batch.role)["sentence_embedding"]
-        if model.truncate_dim is not None:
-            vectors = vectors[:, : model.truncate_dim]
-            if is_normalized(model):
-                vectors = torch.nn.functional.normalize(vectors, dim=1)
-        return vectors.float().cpu().numpy()
+        features = self._features(batch, self.text_model.input, self.modules.device)
+        return sentence_vectors(self.modules, features, batch.role).float().cpu().numpy()
 
-    def _features(self, batch: TokenBatch, device: torch.device) -> dict[str, Any]:
-        kind = self._started_input
-        features: dict[str, Any] = {"modality": "text", "task": batch.role}
+    def _features(self, batch: TokenBatch, kind: TextInput, device: torch.device) -> dict[str, Any]:
+        features: dict[str, Any] = {}
         if kind.kind is InputKind.FLAT:
             features["input_ids"] = _to_device(batch.ids.astype(np.int64), device)
             features["offsets"] = _to_device(batch.offsets[:-1], device)
             return features
-        places = np.arange(batch.longest)
-        lengths = batch.lengths[:, None]
-        mask = places >= batch.longest - lengths if kind.padding_side == "left" else places < lengths
-        ids = np.full(mask.shape, kind.pad_id, np.int64)
-        ids[mask] = batch.ids
+        ids, mask = kind.pad(batch)
         features["input_ids"] = _to_device(ids, device)
-        features["attention_mask"] = _to_device(mask.astype(np.int64), device)
+        features["attention_mask"] = _to_device(mask, device)
         if kind.token_types:
             features["token_type_ids"] = torch.zeros_like(features["input_ids"])
         if batch.prompt_length:
             features["prompt_length"] = batch.prompt_length
         return features
 
-    def _find_roles(self) -> dict[Role, int]:
+    @torch.inference_mode()
+    def _find_roles(self, kind: TextInput) -> dict[Role, int]:
         """The roles that the model serves, with the dimensions of their vectors, from trying each."""
         roles: dict[Role, int] = {}
         refusals: list[str] = []
-        for role in _ROLE_PROMPTS:
+        for role in ROLE_PROMPTS:
+            features = self._features(kind.sample(1, 1, role), kind, self.modules.device)
             try:
-                roles[role] = self._forward(self._sample(1, 1, role)).shape[1]
+                roles[role] = sentence_vectors(self.modules, features, role).shape[1]
             except (ValueError, KeyError, RuntimeError, IndexError, AttributeError, TypeError) as error:
                 refusals.append(f"{type(error).__name__}: {error}")
         if not roles:
@@ -197,12 +202,34 @@ class TorchEngine:
             raise ModelError(f"model {self._folder.name} gives vectors of other dimensions for other roles: {roles}")
         return roles
 
-    def _sample(self, rows: int, tokens: int, role: Role) -> TokenBatch:
-        """Rows of at least one text token, from the model's own tokenizer."""
-        text = self.tokenizer().encode(["a"], self._started_input.max_length).ids
-        tokens = max(tokens, len(text), 1)
-        row = np.resize(text, tokens) if len(text) else np.zeros(tokens, np.int32)
-        return TokenBatch(np.tile(row, rows), np.arange(rows + 1, dtype=np.int64) * tokens, tokens, 0, role)
+
+def sentence_vectors(model: SentenceTransformer, features: dict[str, Any], role: Role) -> torch.Tensor:
+    """All modules of a model, and its own cut to fewer dimensions: vectors [n, dim]."""
+    features = {"modality": "text", "task": role, **features}
+    vectors: torch.Tensor = model(features, task=role)["sentence_embedding"]
+    if model.truncate_dim is not None:
+        vectors = vectors[:, : model.truncate_dim]
+        if is_normalized(model):
+            vectors = torch.nn.functional.normalize(vectors, dim=1)
+    return vectors
+
+
+def _upcast(_module: torch.nn.Module, _inputs: Any, features: dict[str, Any]) -> dict[str, Any]:
+    """What follows the transformer computes in float32."""
+    return {
+        name: value.float() if isinstance(value, torch.Tensor) and value.dtype == torch.bfloat16 else value
+        for name, value in features.items()
+    }
+
+
+def _pick_dtype(wanted: Dtype, device: torch.device) -> Dtype:
+    if wanted == "int8":
+        raise ModelError("--dtype int8: torch does not compute in it; use --engine openvino, or another dtype")
+    if wanted != "auto":
+        return wanted
+    if device.type == "cpu":
+        return "bfloat16" if cpu_has_bfloat16() else "float32"
+    return "float32"  # other devices: float32 until they are measured
 
 
 def _pick_device(wanted: str) -> torch.device:
@@ -230,7 +257,7 @@ def _to_device(array: npt.NDArray[np.int64], device: torch.device) -> torch.Tens
     return torch.from_numpy(array).to(device)
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     # MPS and the CPU's allocator have no exception type of their own.
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
         sign in str(error) for sign in ("out of memory", "can't allocate memory", "not enough memory")

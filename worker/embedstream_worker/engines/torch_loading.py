@@ -2,52 +2,26 @@
 
 from __future__ import annotations
 
-import enum
 import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import tokenizers
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Normalize, Router, Transformer
-from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+from sentence_transformers.sentence_transformer.modules import Pooling, StaticEmbedding
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from embedstream.errors import ModelError
-from embedstream_worker.engines.base import TextTokenizer
+from embedstream_worker.engines.text_input import InputKind, TextInput
 from embedstream_worker.models import ModelFolder
-from embedstream_worker.tokenizing import UNLIMITED, FastTokenizer, Limits, make_tokenizer
+from embedstream_worker.tokenizing import UNLIMITED, Limits
 
 _MISSING = re.compile(r"^(?:\x1b\[[0-9;]*m)*([\w.{}, \-]+?)\s*\|\s*(?:\x1b\[[0-9;]*m)*MISSING", re.MULTILINE)
-
-
-class InputKind(enum.Enum):
-    PADDED = "padded"  # [n, longest] ids and mask
-    FLAT = "flat"  # [total] ids and offsets, for static embeddings
-
-
-@dataclass(frozen=True)
-class TextInput:
-    """How the first module of a model wants its tokens."""
-
-    kind: InputKind
-    source: PreTrainedTokenizerBase | tokenizers.Tokenizer
-    limits: Limits
-    max_length: int
-    pad_id: int = 0
-    padding_side: str = "right"
-    truncation_side: str = "right"
-    token_types: bool = False
-
-    def tokenizer(self) -> TextTokenizer:
-        """A new tokenizer, for one thread."""
-        if isinstance(self.source, PreTrainedTokenizerBase):
-            return make_tokenizer(self.source, self.limits)
-        return FastTokenizer(self.source, self.limits, truncation_side=self.truncation_side, add_special_tokens=False)
 
 
 def load_model(folder: ModelFolder, device: torch.device) -> SentenceTransformer:
@@ -56,7 +30,7 @@ def load_model(folder: ModelFolder, device: torch.device) -> SentenceTransformer
     Raises:
         ModelError: it cannot be loaded, or weights are missing from it.
     """
-    with _quiet() as reports:
+    with quiet() as reports:
         try:  # whatever loading raises, the user gets one sentence
             model = SentenceTransformer(
                 str(folder.path),
@@ -96,6 +70,11 @@ def is_normalized(model: SentenceTransformer) -> bool:
     return all(isinstance(end, Normalize) and end.module_output_name == "sentence_embedding" for end in ends)
 
 
+def excludes_prompt(model: SentenceTransformer) -> bool:
+    """Whether pooling leaves the prompt's tokens out of the vectors."""
+    return any(isinstance(part, Pooling) and not part.include_prompt for part in model.modules())
+
+
 def _read_module(module: torch.nn.Module, name: str) -> TextInput:
     if isinstance(module, StaticEmbedding):
         source = getattr(module.tokenizer, "backend_tokenizer", module.tokenizer)
@@ -105,6 +84,7 @@ def _read_module(module: torch.nn.Module, name: str) -> TextInput:
             source=source,
             limits=Limits(UNLIMITED, 1),
             max_length=int(cut.get("max_length", UNLIMITED)),
+            add_special_tokens=False,
             truncation_side=cut.get("direction", "right"),
         )
     if not isinstance(module, Transformer):
@@ -128,9 +108,10 @@ def _read_module(module: torch.nn.Module, name: str) -> TextInput:
     longest = min(_positions(module), UNLIMITED)
     return TextInput(
         kind=InputKind.PADDED,
-        source=tokenizer,
+        source=tokenizer.backend_tokenizer if tokenizer.is_fast else tokenizer,
         limits=Limits(longest, tokenizer.num_special_tokens_to_add() + 1),
         max_length=min(max_length, longest),
+        special_ids=frozenset(tokenizer.all_special_ids),
         pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
         padding_side=tokenizer.padding_side,
         truncation_side=tokenizer.truncation_side,
@@ -156,8 +137,7 @@ def _differ(one: TextInput, other: TextInput) -> bool:
 
 def _content(text_input: TextInput) -> str:
     source = text_input.source
-    backend = source.backend_tokenizer if isinstance(source, PreTrainedTokenizerBase) and source.is_fast else source
-    return backend.to_str() if isinstance(backend, tokenizers.Tokenizer) else repr(source)
+    return source.to_str() if isinstance(source, tokenizers.Tokenizer) else repr(source)
 
 
 class _Reports(logging.Handler):
@@ -170,7 +150,7 @@ class _Reports(logging.Handler):
 
 
 @contextmanager
-def _quiet() -> Iterator[list[str]]:
+def quiet() -> Iterator[list[str]]:
     """No progress bars and no load reports on standard error; yields what would have been logged."""
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]

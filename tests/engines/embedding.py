@@ -1,0 +1,48 @@
+"""From texts to vectors as the worker goes, and as sentence-transformers does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from sentence_transformers import SentenceTransformer
+
+from embedstream_worker.batching import cut_batches, gather_batch
+from embedstream_worker.engines.base import Engine, Role
+from embedstream_worker.inputs import model_inputs
+
+Vectors = npt.NDArray[np.float32]
+
+MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+
+
+def load_reference(folder: Path) -> SentenceTransformer:
+    return SentenceTransformer(str(folder), device="cpu", local_files_only=True)
+
+
+def embed(
+    engine: Engine,
+    texts: list[str],
+    role: Role = "document",
+    prompt: str | None = None,
+    prompt_name: str | None = None,
+    max_length: int | None = None,
+    budget: int = 2048,
+) -> Vectors:
+    """The worker's way, in one place."""
+    limit = max_length or engine.info.max_length
+    chosen = engine.prompt(role, prompt, prompt_name)
+    tokenizer = engine.tokenizer()
+    tokens = tokenizer.encode(model_inputs(pa.array(texts), chosen), limit)
+    prompt_length = tokenizer.prompt_length(chosen, limit)
+    vectors = np.full((len(texts), engine.info.outputs["embedding"].dim), np.nan, np.float32)
+    for rows in cut_batches(tokens.lengths, budget, engine.info.padded):
+        vectors[rows] = engine.embed(gather_batch(tokens, rows, prompt_length, role))["embedding"]
+    return vectors
+
+
+def lowest_cosine(ours: Vectors, theirs: Vectors) -> float:
+    norms = np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1)
+    return float(((ours * theirs).sum(axis=1) / norms).min())

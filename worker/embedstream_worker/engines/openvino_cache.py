@@ -1,0 +1,254 @@
+"""Converted models on disk: complete or not there, safe for several workers at once."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from uuid import uuid4
+
+import msgspec
+import numpy as np
+import tokenizers
+
+from embedstream_worker.engines.base import Role
+from embedstream_worker.engines.checking import Vectors
+from embedstream_worker.engines.text_input import InputKind, TextInput, TextModel
+from embedstream_worker.tokenizing import Limits
+
+log = logging.getLogger(__name__)
+
+_DESCRIPTION = "model.json"  # written last inside an entry, and says how large the other files are
+_TOKENIZER = "tokenizer.json"
+_REFERENCES = "references.npz"
+_REFUSAL = "refused.txt"
+_STALE_SECONDS = 24 * 3600.0  # what was left half-written for so long belongs to nobody
+
+
+class NotConvertible(Exception):
+    """A model that OpenVINO cannot run; says why."""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A model as OpenVINO runs it."""
+
+    model: TextModel
+    graphs: dict[Role, str]
+    """The name of each role's graph: `<name>.xml` and `<name>.bin`."""
+    references: list[Vectors]
+    """The original's float32 vectors for `checking.check_batches`."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A conversion and the folder that holds its graphs."""
+
+    folder: Path
+    conversion: Conversion
+
+    def graph(self, role: Role) -> Path:
+        return self.folder / f"{self.conversion.graphs[role]}.xml"
+
+
+class _Description(msgspec.Struct, forbid_unknown_fields=True):
+    files: dict[str, int]
+    graphs: dict[Role, str]
+    roles: dict[Role, int]
+    prompts: dict[str, str]
+    default_prompt_name: str | None
+    normalized: bool
+    excludes_prompt: bool
+    limits: Limits
+    max_length: int
+    special_ids: frozenset[int]
+    add_special_tokens: bool
+    encode_special_tokens: bool
+    pad_id: int
+    padding_side: str
+    truncation_side: str
+    token_types: bool
+
+
+class Cache:
+    """Entries in one folder, by what they were made of."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder = folder or _cache_folder()
+        self._temporary: list[tempfile.TemporaryDirectory[str]] = []
+
+    def entry(self, parts: tuple[str, ...], model_name: str, make: Callable[[Path], Conversion]) -> Entry:
+        """The entry for these parts: read, or else made into an empty folder by `make`.
+
+        Where nothing can be kept it lies in a temporary folder, until `close`.
+
+        Raises:
+            NotConvertible: `make` raised it, now or earlier.
+        """
+        key = blake2b("\0".join(parts).encode(), digest_size=16).hexdigest()
+        kept = self._folder / key if self._folder else None
+        if kept and (conversion := _read(kept, model_name)):
+            return Entry(kept, conversion)
+        part = self._part(key)
+        try:
+            conversion = make(part)
+            _write(part, conversion)
+        except NotConvertible as error:
+            (part / _REFUSAL).write_text(str(error), "utf-8")
+            _put(part, kept)
+            raise
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
+        return Entry(_put(part, kept), conversion)
+
+    def close(self) -> None:
+        for folder in self._temporary:
+            folder.cleanup()
+        self._temporary.clear()
+
+    def _part(self, key: str) -> Path:
+        """A new empty folder, on the cache's own file system if that can be written."""
+        if self._folder is not None:
+            try:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                _sweep(self._folder)
+                part = self._folder / f"{key}.tmp-{uuid4().hex}"
+                part.mkdir()
+                return part
+            except OSError as error:
+                log.warning("%s cannot be written (%s): the model is converted at every start", self._folder, error)
+        self._temporary.append(tempfile.TemporaryDirectory(prefix="embedstream-openvino-"))
+        return Path(self._temporary[-1].name)
+
+
+def _put(part: Path, kept: Path | None) -> Path:
+    """Move a complete entry to its place; where another worker was first, that one's stays."""
+    if kept is None or part.parent != kept.parent:
+        return part
+    try:
+        part.rename(kept)
+    except OSError:
+        if not _whole(kept):
+            kept.rename(kept.with_name(f"{kept.name}.tmp-{uuid4().hex}"))
+            part.rename(kept)
+        else:
+            shutil.rmtree(part, ignore_errors=True)
+    return kept
+
+
+def _write(folder: Path, conversion: Conversion) -> None:
+    text_input = conversion.model.input
+    source = text_input.source
+    if not isinstance(source, tokenizers.Tokenizer):
+        raise TypeError("a tokenizer written in Python cannot be kept")
+    (folder / _TOKENIZER).write_text(source.to_str(), "utf-8")
+    arrays = {str(place): vectors for place, vectors in enumerate(conversion.references)}
+    np.savez(folder / _REFERENCES, allow_pickle=False, **arrays)
+    description = _Description(
+        files={path.name: path.stat().st_size for path in folder.iterdir()},
+        graphs=conversion.graphs,
+        roles=conversion.model.roles,
+        prompts=conversion.model.prompts,
+        default_prompt_name=conversion.model.default_prompt_name,
+        normalized=conversion.model.normalized,
+        excludes_prompt=conversion.model.excludes_prompt,
+        limits=text_input.limits,
+        max_length=text_input.max_length,
+        special_ids=text_input.special_ids,
+        add_special_tokens=text_input.add_special_tokens,
+        encode_special_tokens=source.encode_special_tokens,
+        pad_id=text_input.pad_id,
+        padding_side=text_input.padding_side,
+        truncation_side=text_input.truncation_side,
+        token_types=text_input.token_types,
+    )
+    for path in folder.iterdir():
+        _sync(path)
+    (folder / _DESCRIPTION).write_bytes(msgspec.json.encode(description))
+    _sync(folder / _DESCRIPTION)
+
+
+def _read(folder: Path, model_name: str) -> Conversion | None:
+    """An entry's content; None if it is not there, or cannot be used."""
+    if (folder / _REFUSAL).is_file():
+        raise NotConvertible((folder / _REFUSAL).read_text("utf-8"))
+    description = _whole(folder)
+    if description is None:
+        return None
+    try:
+        source = tokenizers.Tokenizer.from_file(str(folder / _TOKENIZER))
+        with np.load(folder / _REFERENCES, allow_pickle=False) as arrays:
+            references = [arrays[str(place)] for place in range(len(arrays.files))]
+    except Exception as error:  # noqa: BLE001 - the tokenizer's loader raises bare Exceptions
+        log.warning("%s cannot be used (%s): the model is converted anew", folder, error)
+        return None
+    source.encode_special_tokens = description.encode_special_tokens
+    text_input = TextInput(
+        kind=InputKind.PADDED,
+        source=source,
+        limits=description.limits,
+        max_length=description.max_length,
+        special_ids=description.special_ids,
+        add_special_tokens=description.add_special_tokens,
+        pad_id=description.pad_id,
+        padding_side=description.padding_side,
+        truncation_side=description.truncation_side,
+        token_types=description.token_types,
+    )
+    model = TextModel(
+        name=model_name,
+        input=text_input,
+        prompts=description.prompts,
+        default_prompt_name=description.default_prompt_name,
+        roles=description.roles,
+        normalized=description.normalized,
+        excludes_prompt=description.excludes_prompt,
+    )
+    return Conversion(model, description.graphs, references)
+
+
+def _whole(folder: Path) -> _Description | None:
+    """What an entry says of itself, if all its files are there in their full size."""
+    try:
+        description = msgspec.json.decode((folder / _DESCRIPTION).read_bytes(), type=_Description)
+        wrong = [name for name, size in description.files.items() if (folder / name).stat().st_size != size]
+    except FileNotFoundError:
+        return None
+    except (OSError, msgspec.MsgspecError) as error:
+        log.warning("%s cannot be used (%s): the model is converted anew", folder, error)
+        return None
+    if wrong:
+        log.warning("%s cannot be used (%s is cut off): the model is converted anew", folder, wrong[0])
+        return None
+    return description
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what died half-written."""
+    for path in folder.glob("*.tmp-*"):
+        try:
+            if time.time() - path.stat().st_mtime > _STALE_SECONDS:
+                shutil.rmtree(path, ignore_errors=True)
+        except FileNotFoundError:
+            continue
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _cache_folder() -> Path | None:
+    if given := os.environ.get("EMBEDSTREAM_CACHE_DIR"):
+        return Path(given) / "openvino"
+    try:
+        return Path.home() / ".cache" / "embedstream" / "openvino"
+    except RuntimeError:  # a user without a home
+        return None

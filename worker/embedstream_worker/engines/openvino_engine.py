@@ -1,0 +1,255 @@
+"""Models converted from torch, on the CPU with OpenVINO: padded batches, several of them at once."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import os
+import time
+from hashlib import blake2b
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import openvino
+
+from embedstream.errors import ModelError
+from embedstream_worker.engines.base import (
+    EngineInfo,
+    OutOfMemory,
+    OutputInfo,
+    Role,
+    TextTokenizer,
+    TokenBatch,
+)
+from embedstream_worker.engines.calibration import calibration_hash, calibration_texts
+from embedstream_worker.engines.checking import Agreement, CheckFailed, Vectors, check_batches, compare, require
+from embedstream_worker.engines.openvino_cache import Cache, Conversion, Entry, NotConvertible
+from embedstream_worker.engines.precision import Dtype, Precision, cpu_cores, cpu_has_bfloat16
+from embedstream_worker.engines.text_input import TextInput, TextModel, warm_up_batches
+from embedstream_worker.fingerprint import folder_fingerprint
+from embedstream_worker.models import ModelFolder
+
+log = logging.getLogger(__name__)
+
+BATCH_TOKENS = 2048
+"""MiniLM on 2 cores: 1024 to 4096 are within 5 % of each other."""
+
+_RECIPE = "1"  # part of every key: to be raised when conversion or calibration change
+_CONVERTERS = ("openvino", "torch", "transformers", "sentence-transformers")
+_CALIBRATORS = ("openvino", "nncf")
+_LONGEST_CALIBRATION_TOKENS = 384
+
+_Slot = dict[Role, Any]  # an openvino.InferRequest for each role
+
+
+class EngineUnfit(ModelError):
+    """This engine cannot run this model rightly on this machine; another may."""
+
+
+class OpenVinoEngine:
+    """Vectors equal to sentence-transformers' own within the precision, several times as fast as its float32.
+
+    `embed` may be called from several threads: each call takes one of `in_flight` requests, and waits for it.
+    """
+
+    in_flight = 1
+
+    def __init__(self, folder: ModelFolder, dtype: Dtype = "auto") -> None:
+        self._folder = folder
+        self._wanted_dtype = dtype
+        self._cache = Cache()
+        self._model: TextModel | None = None
+        self._info: EngineInfo | None = None
+        self._slots: SimpleQueue[_Slot] = SimpleQueue()
+
+    @property
+    def info(self) -> EngineInfo:
+        if self._info is None:
+            raise RuntimeError("the engine is not started")
+        return self._info
+
+    @property
+    def text_model(self) -> TextModel:
+        """Everything of the started model but its weights."""
+        if self._model is None:
+            raise RuntimeError("the engine is not started")
+        return self._model
+
+    def start(self) -> None:
+        """Convert the model, or read what was converted, and prove that its vectors are right.
+
+        Raises:
+            EngineUnfit: it does not convert, or its vectors are wrong.
+            ModelError: the model cannot be loaded.
+        """
+        # Beside a model on the CPU, tokenizing must not take more than its own thread; a user's own choice stands.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        precision: Precision = _pick_precision(self._wanted_dtype)
+        fingerprint = folder_fingerprint(self._folder.path)
+        try:
+            entry = self._cache.entry(_key(fingerprint, "float", _CONVERTERS), self._folder.name, self._convert)
+            if precision == "int8":
+                parts = _key(fingerprint, "int8", (*_CONVERTERS, *_CALIBRATORS))
+                fingerprint = f"{fingerprint}-int8-{_calibration()}"
+                entry = self._cache.entry(parts, self._folder.name, lambda into: _quantize(entry, into))
+            self._compile(entry, precision)
+            agreement = self._check(entry.conversion, precision)
+        except (NotConvertible, CheckFailed) as error:
+            raise EngineUnfit(f"openvino does not run model {self._folder.name}: {error}") from error
+        model = self.text_model
+        log.info(
+            "openvino in %s: cosine to float32 on the check's texts at least %.5f, on average %.5f",
+            *(precision, agreement.lowest, agreement.mean),
+        )
+        self._info = EngineInfo(
+            engine="openvino",
+            device="cpu",
+            dtype=precision,
+            fingerprint=fingerprint,
+            max_length=model.input.max_length,
+            padded=True,
+            batch_tokens=BATCH_TOKENS,
+            outputs={"embedding": OutputInfo(kind="dense", dim=model.dim, normalized=model.normalized)},
+        )
+
+    def warm_up(self, batch_tokens: int) -> float:
+        """Run the smallest, the longest and the fullest batch that the budget allows; seconds taken."""
+        begun = time.perf_counter()
+        for batch in warm_up_batches(self.text_model, batch_tokens):
+            for _ in range(self.in_flight):  # the requests take turns, and each has memory of its own
+                self.embed(batch)
+        return time.perf_counter() - begun
+
+    def tokenizer(self) -> TextTokenizer:
+        return self.text_model.input.tokenizer()
+
+    def prompt(self, role: Role, prompt: str | None, prompt_name: str | None) -> str:
+        """The prompt as sentence-transformers picks it. Raises `ModelError`: see `TextModel.prompt`."""
+        return self.text_model.prompt(role, prompt, prompt_name)
+
+    def embed(self, batch: TokenBatch) -> dict[str, npt.NDArray[np.float32]]:
+        """Vectors by output name, [n, dim], in the batch's order. Raises `OutOfMemory`."""
+        slot = self._slots.get()
+        try:
+            request = slot[batch.role]
+            request.infer(_inputs(self.text_model, batch), share_inputs=True)
+            vectors: Vectors = request.get_output_tensor(0).data.copy()
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+            raise OutOfMemory(f"{len(batch)} texts of up to {batch.longest} tokens: {reason}") from error
+        finally:
+            self._slots.put(slot)
+        return {"embedding": vectors}
+
+    def close(self) -> None:
+        """Give the model's memory back. Calls that are under way end first."""
+        for _ in range(self.in_flight if self._model else 0):
+            self._slots.get()
+        self._model = None
+        self._cache.close()
+
+    def _convert(self, into: Path) -> Conversion:
+        # Imported only here: torch takes seconds, and with a model that was converted before it is not needed.
+        from embedstream_worker.engines.openvino_conversion import convert
+
+        begun = time.perf_counter()
+        conversion = convert(self._folder, into)
+        log.info("converted model %s for openvino in %.0f s", self._folder.name, time.perf_counter() - begun)
+        return conversion
+
+    def _compile(self, entry: Entry, precision: Precision) -> None:
+        streams = streams_for(cpu_cores())
+        settings = {
+            "INFERENCE_PRECISION_HINT": "bf16" if precision == "bfloat16" else "f32",
+            "NUM_STREAMS": streams,
+            "INFERENCE_NUM_THREADS": cpu_cores(),
+        }
+        core = openvino.Core()
+        compiled = {
+            name: core.compile_model(core.read_model(entry.folder / f"{name}.xml"), "CPU", settings)
+            for name in set(entry.conversion.graphs.values())
+        }
+        # One more than streams: while a stream computes, the next batch is already waiting for it.
+        self.in_flight = streams + 1
+        for _ in range(self.in_flight):
+            requests = {name: graph.create_infer_request() for name, graph in compiled.items()}
+            self._slots.put({role: requests[name] for role, name in entry.conversion.graphs.items()})
+        self._model = entry.conversion.model
+
+    def _check(self, conversion: Conversion, precision: Precision) -> Agreement:
+        vectors = [self.embed(batch)["embedding"] for batch in check_batches(conversion.model)]
+        agreement = compare(vectors, conversion.references)
+        require(agreement, precision)
+        return agreement
+
+
+def streams_for(cores: int) -> int:
+    """Batches that are computed at the same moment.
+
+    With 2 cores, one core a batch is 15 % faster than both on one batch: nobody waits for the other half. On large
+    machines 4 cores share a batch, so that its time stays short and the caches hold what is worked on.
+    """
+    return max(min(cores, 2), cores // 4)
+
+
+def _pick_precision(wanted: Dtype) -> Precision:
+    if wanted != "auto":
+        return wanted
+    native = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES") and cpu_has_bfloat16()
+    return "bfloat16" if native else "float32"
+
+
+def _key(fingerprint: str, form: str, packages: tuple[str, ...]) -> tuple[str, ...]:
+    versions = (f"{package} {importlib.metadata.version(package)}" for package in packages)
+    return (_RECIPE, fingerprint, form, calibration_hash(), *versions)
+
+
+def _calibration() -> str:
+    """8 hex digits: equal where int8 gives the same space."""
+    versions = (importlib.metadata.version(package) for package in _CALIBRATORS)
+    return blake2b("\0".join((_RECIPE, calibration_hash(), *versions)).encode(), digest_size=4).hexdigest()
+
+
+def _quantize(source: Entry, into: Path) -> Conversion:
+    from embedstream_worker.engines.openvino_conversion import quantize
+
+    begun = time.perf_counter()
+    model = source.conversion.model
+    tokens = model.input.tokenizer().encode(
+        calibration_texts(), min(model.input.max_length, _LONGEST_CALIBRATION_TOKENS)
+    )
+    for role, name in source.conversion.graphs.items():
+        if (into / f"{name}.xml").exists():
+            continue
+        batches = [
+            TokenBatch(tokens.ids[start:stop], np.array([0, stop - start]), int(stop - start), 0, role)
+            for start, stop in zip(tokens.offsets[:-1], tokens.offsets[1:], strict=True)
+        ]
+        samples = [lambda batch=batch: dict(enumerate(_inputs(model, batch))) for batch in batches]
+        quantize(source.graph(role), into / f"{name}.xml", samples)
+    log.info("calibrated model %s for int8 in %.0f s", model.name, time.perf_counter() - begun)
+    return source.conversion
+
+
+def _inputs(model: TextModel, batch: TokenBatch) -> tuple[npt.NDArray[np.int64], ...]:
+    """A graph's inputs: ids, attention mask, and the mask for pooling if that leaves the prompt out."""
+    ids, mask = model.input.pad(batch)
+    return (ids, mask, _without_prompt(model.input, mask, batch)) if model.excludes_prompt else (ids, mask)
+
+
+def _without_prompt(text_input: TextInput, mask: npt.NDArray[np.int64], batch: TokenBatch) -> npt.NDArray[np.int64]:
+    if not batch.prompt_length:
+        return mask
+    first = batch.longest - batch.lengths if text_input.padding_side == "left" else np.zeros(len(batch), np.int64)
+    return np.where(np.arange(batch.longest) >= first[:, None] + batch.prompt_length, mask, 0)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or any(
+        sign in str(error) for sign in ("bad_alloc", "out of memory", "annot allocate memory", "ould not allocate")
+    )

@@ -1,0 +1,34 @@
+"""In what precision to compute, and which of them this machine's processor has natively."""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+from typing import Literal
+
+Dtype = Literal["auto", "float32", "bfloat16", "int8"]
+Precision = Literal["float32", "bfloat16", "int8"]
+
+_BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})  # x86 (two), Arm
+_CPU_DESCRIPTION = Path("/proc/cpuinfo")
+
+
+@functools.cache
+def cpu_has_bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16 natively; elsewhere it is emulated, and slower than float32.
+
+    Only Linux says; False where it cannot be known.
+    """
+    try:
+        description = _CPU_DESCRIPTION.read_text("utf-8", "replace")
+    except OSError:
+        return False
+    # The same for all cores, so the first line is enough.
+    flags = next((line for line in description.splitlines() if line.startswith(("flags", "Features"))), "")
+    return not _BFLOAT16_FLAGS.isdisjoint(flags.partition(":")[2].split())
+
+
+def cpu_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
