@@ -63,8 +63,8 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
     """How long a window waits to be filled: far below the time a full window takes on any device."""
     lease_seconds: float = 60.0
     """Idle time after which a block is taken over: several renewals, so a pause of one of them costs nothing."""
-    shard_bytes: int = 64 * MIB
-    """A shard closes at this many bytes of vectors and text."""
+    shard_bytes: int = 32 * MIB
+    """A shard closes at this many bytes of vectors and text: a worker holds several times that while it writes one."""
     shard_seconds: float = 30.0
     """... or at this age: what a crash costs at most."""
     heartbeat_seconds: float = 5.0

