@@ -36,6 +36,17 @@ class Claimed:
     """1 at first; more means that earlier holders died with it."""
 
 
+class InHand(msgspec.Struct, frozen=True, array_like=True):
+    """Work that a worker has computed and not committed yet: for showing progress, never for counting."""
+
+    rows: int = 0
+    tokens: int = 0
+    padded: int = 0
+
+    def __add__(self, other: InHand) -> InHand:
+        return InHand(self.rows + other.rows, self.tokens + other.tokens, self.padded + other.padded)
+
+
 class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):
     """What a live worker says of itself."""
 
@@ -54,8 +65,9 @@ class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):
     warm_up_seconds: float = 0.0
     rows: int = 0
     tokens: int = 0
-    tokens_per_second: float = 0.0
     lease_seconds: float = 0.0
+    in_hand: dict[str, InHand] = {}
+    """By job."""
 
 
 class Broker(Steps):
@@ -288,6 +300,10 @@ class Broker(Steps):
         if dead:
             self._raw.zremrangebyscore(self.keys.workers, "-inf", horizon)
         return live
+
+    def in_hand(self, job: str) -> InHand:
+        """What the live workers have computed of a job and not committed yet, as they last said."""
+        return sum((worker.in_hand.get(job, InHand()) for worker in self.workers()), InHand())
 
     def announce(self) -> None:
         """Put the queue on the list of queues."""

@@ -67,8 +67,10 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
     """A shard closes at this many bytes of vectors and text: a worker holds several times that while it writes one."""
     shard_seconds: float = 30.0
     """... or at this age: what a crash costs at most."""
-    heartbeat_seconds: float = 5.0
-    """How often a worker says that it lives; its key expires after three times that."""
+    heartbeat_seconds: float = 2.0
+    """How often a worker says that it lives, and what it has in hand."""
+    expire_seconds: float = 15.0
+    """A worker that said nothing for so long counts as gone: seven heartbeats may get lost."""
     stall_seconds: float = 300.0
     """Lease renewal stops when the pipeline has made no progress for so long, so that others take over."""
 

@@ -8,11 +8,13 @@ import time
 from types import TracebackType
 from typing import Self
 
+import msgspec
 from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
 from rich.text import Text
 
+from embedstream.broker import InHand
 from embedstream.jobs import JobStatus
 from embedstream_producer.report import duration
 
@@ -70,9 +72,10 @@ class Progress:
         """Bytes of a part that are read."""
         self._read[part] = max(read, self._read.get(part, 0))
 
-    def update(self, status: JobStatus) -> None:
-        """A new look at the job."""
+    def update(self, status: JobStatus, in_hand: InHand) -> None:
+        """A new look at the job, and what its workers have in hand."""
         now = time.monotonic()
+        status = with_in_hand(status, in_hand)
         if self._first is None:
             self._first = (now, status.rows + status.failed, status.tokens)
         line = self._line(status, now)
@@ -108,6 +111,16 @@ class Progress:
         if not self._total_bytes or read < self._total_bytes / 100:
             return None
         return status.submitted * max(1.0, self._total_bytes / read)
+
+
+def with_in_hand(status: JobStatus, in_hand: InHand) -> JobStatus:
+    """The status as if what is computed were committed: for showing how a job gets on."""
+    return msgspec.structs.replace(
+        status,
+        rows=status.rows + in_hand.rows,
+        tokens=status.tokens + in_hand.tokens,
+        padded=status.padded + in_hand.padded,
+    )
 
 
 class LogHandler(logging.Handler):

@@ -114,7 +114,7 @@ def worker_line(worker: WorkerRecord) -> str:
     """One worker."""
     return (
         f"worker {worker.name}  {worker.state}  {worker.engine} {worker.dtype} on {worker.device}  "
-        f"{worker.rows:,} rows, {worker.tokens_per_second:,.0f} tokens/s"
+        f"{worker.rows:,} rows, {worker.tokens:,} tokens committed"
     )
 
 

@@ -288,6 +288,8 @@ def show(options: Options, run: Run) -> None:
     assert run.result is not None
     if options.json:
         click.echo(msgspec.json.encode(run.result).decode())
+        if run.reason:
+            click.echo(run.reason, err=True)
         return
     if run.was_finished:
         click.echo(f"{run.result.output} is finished already; nothing was done")

@@ -101,6 +101,7 @@ class Watch:
                 self._next_finalize = now + FINALIZE_TRIES_SECONDS
                 self._progress.tell(f"{error}; leaving the manifest to a worker")
                 status = self._broker.status(self._spec.job)
+            in_hand = self._broker.in_hand(self._spec.job)
             if not self._embedded and now >= self._next_workers and not status.state.ended:
                 self._next_workers = now + WORKERS_SECONDS
                 self._look_at_workers(status)
@@ -114,7 +115,7 @@ class Watch:
             self._unreachable = False
             self._progress.notice("")
         self.done = status.done
-        self._progress.update(status)
+        self._progress.update(status, in_hand)
         return status
 
     def _run(self) -> None:

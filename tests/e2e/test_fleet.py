@@ -175,3 +175,14 @@ def holds_blocks(workers: Fleet, stream: str) -> bool:
     summary = workers.broker.client.xpending(stream, "workers")
     owners = {owner["name"].decode() for owner in summary["consumers"] or []}
     return bool(owners - {"released"})
+
+
+def test_a_job_that_no_worker_of_its_model_can_serve_fails_with_the_reason(workers: Fleet, tmp_path: Path) -> None:
+    write_corpus(tmp_path / "c.jsonl", 10)
+    workers.start_worker()
+    done = run(
+        "embed-submit", *submit_args(workers, tmp_path / "c.jsonl", tmp_path / "out"), "--prompt-name", "nonsense"
+    )
+    assert done.returncode == 1
+    assert "nonsense" in done.stderr + done.stdout
+    assert "Traceback" not in done.stderr

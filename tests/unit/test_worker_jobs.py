@@ -11,7 +11,7 @@ import pytest
 import redis
 
 from embedstream.broker import Broker
-from embedstream.jobs import JobSpec, OutputSpec
+from embedstream.jobs import JobSpec, JobState, OutputSpec
 from embedstream_worker.engines.hashing import HashingEngine
 from embedstream_worker.jobs import LOOK_AGAIN_SECONDS, Jobs, WorkerModel, space_id
 
@@ -66,7 +66,6 @@ def test_a_fitting_job_is_opened_once_with_all_that_its_blocks_need(bench: Bench
         ({"model": "another/model"}, "another/model"),
         ({"revision": "v2"}, "v2"),
         ({"output": "/somewhere/else"}, "output roots"),
-        ({"prompt_name": "query"}, "query"),
         ({"outputs": (OutputSpec(name="sparse"),)}, "sparse"),
         ({"outputs": (OutputSpec(dim=7),)}, "7 dimensions"),
         ({"outputs": (OutputSpec(normalized=False),)}, "normalized"),
@@ -83,6 +82,13 @@ def test_a_job_that_is_not_for_this_worker_is_refused_and_that_is_said_once(
     assert says in message
     assert says in bench.jobs.refused()[job]
     assert not Path("/somewhere/else").exists()
+
+
+def test_a_job_that_no_worker_of_this_model_could_serve_is_ended_with_the_reason(bench: Bench) -> None:
+    job = bench.create(prompt_name="query")
+    assert bench.taken() == []
+    assert bench.broker.state(job) == JobState.FINALIZING
+    assert "query" in bench.broker.status(job).reason
 
 
 def test_a_job_of_another_space_is_refused(bench: Bench) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from embedstream.broker import InHand
 from embedstream_worker.batching import batch_cost, cut_batches, gather_batch
 from embedstream_worker.engines.base import Engine, OutOfMemory, Role, Tokens
 from embedstream_worker.held import EmbeddedGroup, RowErrors, TokenizedGroup
@@ -71,6 +72,12 @@ class Infer:
         self._out = out
         self._name, self._output = next(iter(engine.info.outputs.items()))
         self._padded = engine.info.padded
+        self._in_hand = ("", InHand())
+
+    @property
+    def in_hand(self) -> tuple[str, InHand]:
+        """The job in the model, and what is computed of its part of the window."""
+        return self._in_hand
 
     @property
     def budget(self) -> int:
@@ -86,6 +93,7 @@ class Infer:
                     self._serve(item)
                 elif item is not None:
                     self._hand_on([self._embed_group(group) for group in item])
+                    self._in_hand = ("", InHand())
         except Closed:
             raise
         except BaseException as error:
@@ -121,6 +129,9 @@ class Infer:
             self._serve_urgent()
             self._embed_next(work)
             self._life.progress()
+            done = work.done
+            sums = (done.sum(), work.tokens.lengths[done].sum(), work.computed[done].sum())
+            self._in_hand = (job.id, InHand(*map(int, sums)))
         return EmbeddedGroup(group, work.vectors, work.computed, work.done, work.errors)
 
     def _begin(self, tokens: Tokens, prompt_length: int, role: Role, errors: RowErrors) -> _Work:

@@ -14,8 +14,8 @@ import msgspec
 
 from embedstream.broker import Broker
 from embedstream.dataset.sink import Sink, open_sink
-from embedstream.errors import EmbedstreamError, JobUnknown, OutputError
-from embedstream.jobs import JobSpec, JobStatus, queue_name
+from embedstream.errors import EmbedstreamError, JobUnknown, ModelError, OutputError
+from embedstream.jobs import JobSpec, JobState, JobStatus, queue_name
 from embedstream.roots import allows
 from embedstream_worker.engines.base import Engine, EngineInfo
 
@@ -129,6 +129,10 @@ class Jobs:
             opened.sink.check()
         except (JobUnknown, OutputError) as error:
             self.refuse(job, str(error), LOOK_AGAIN_SECONDS)
+        except ModelError as error:
+            # No worker of this model can ever serve such a job: say so to whoever waits for it.
+            self.refuse(job, str(error))
+            self._broker.run(self._broker.cancel(job, JobState.FAILED, str(error)))
         except EmbedstreamError as error:
             self.refuse(job, str(error))
         else:

@@ -53,7 +53,7 @@ class Leases:
 
     def say_alive(self) -> None:
         """Raises `redis.RedisError`."""
-        self._broker.heartbeat(self._record(), 3 * self._settings.heartbeat_seconds)
+        self._broker.heartbeat(self._record(), self._settings.expire_seconds)
 
     def renew(self) -> None:
         """Reset the idle time of everything held, unless the pipeline has got nowhere for long: then others take over.

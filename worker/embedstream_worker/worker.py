@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import redis
 
-from embedstream.broker import Broker, WorkerRecord
+from embedstream.broker import Broker, InHand, WorkerRecord
 from embedstream.connection import check, connect
 from embedstream.errors import ModelError
 from embedstream.settings import WorkerSettings
@@ -75,6 +75,7 @@ class Worker:
         self._started = time.time()
         self._warm_up_seconds = 0.0
         self._info: EngineInfo | None = None  # once the model is loaded
+        self._infer: Infer | None = None
         self._write: Write | None = None
 
     def run(self) -> None:
@@ -123,7 +124,7 @@ class Worker:
             self._broker(retries=0), jobs, held, life, windows, name, settings, plan.burst, housekeeping.hopeless
         )
         tokenize = Tokenize(engine.tokenizer(), self._broker(), name, held, life, windows, tokenized)
-        infer = Infer(engine, batch_tokens, life, tokenized, embedded)
+        infer = self._infer = Infer(engine, batch_tokens, life, tokenized, embedded)
         write = self._write = Write(self._broker(), jobs, engine.info, name, held, life, embedded, settings)
         lease_ms = int(settings.lease_seconds * 1000)
         interactive = Interactive(engine, engine.tokenizer(), self._broker(retries=0), name, life, tokenized, lease_ms)
@@ -148,14 +149,17 @@ class Worker:
 
     def _say_ready(self) -> None:
         try:
-            self._broker(retries=0).heartbeat(self._record(), 3 * self._plan.settings.heartbeat_seconds)
+            self._broker(retries=0).heartbeat(self._record(), self._plan.settings.expire_seconds)
         except redis.RedisError as error:
             log.warning("could not say that this worker is ready (%s), trying again", error)
 
     def _record(self) -> WorkerRecord:
-        info, rows, tokens = self._info, 0, 0
-        if self._write is not None:
-            rows, tokens = self._write.rows, self._write.tokens
+        info, rows, tokens, in_hand = self._info, 0, 0, {}
+        if self._write is not None and self._infer is not None:
+            rows, tokens, in_hand = self._write.rows, self._write.tokens, self._write.in_hand()
+            job, computed = self._infer.in_hand
+            if job:
+                in_hand[job] = in_hand.get(job, InHand()) + computed
         return WorkerRecord(
             name=self.name,
             host=socket.gethostname(),
@@ -172,6 +176,7 @@ class Worker:
             rows=rows,
             tokens=tokens,
             lease_seconds=self._plan.settings.lease_seconds,
+            in_hand=in_hand,
         )
 
     def _leave(self) -> None:

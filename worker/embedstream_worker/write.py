@@ -12,7 +12,7 @@ import pyarrow as pa
 import redis
 from redis.backoff import ExponentialWithJitterBackoff
 
-from embedstream.broker import Broker
+from embedstream.broker import Broker, InHand
 from embedstream.dataset.schema import errors_schema
 from embedstream.dataset.sink import ShardContent, ShardRecord
 from embedstream.errors import BrokerError, OutputError
@@ -56,6 +56,7 @@ class OpenShard:
     asked: float = 0.0
     blocks: dict[tuple[int, int], FinishedBlock] = field(default_factory=dict)
     bytes: int = 0
+    in_hand: InHand = field(default_factory=InHand)
 
 
 class Write:
@@ -81,6 +82,7 @@ class Write:
         self._source = source
         self._settings = settings
         self._shards: dict[str, OpenShard] = {}
+        self._closing: OpenShard | None = None
         self.rows = 0
         self.tokens = 0
 
@@ -96,6 +98,15 @@ class Write:
         except Closed:
             for shard in list(self._shards.values()):
                 self._close(shard)
+
+    def in_hand(self) -> dict[str, InHand]:
+        """What lies in open shards, by job. Callable from any thread."""
+        closing = self._closing
+        shards = [*self._shards.values(), *([closing] if closing else [])]
+        return {
+            job: sum((shard.in_hand for shard in shards if shard.job.id == job), InHand())
+            for job in {shard.job.id for shard in shards}
+        }
 
     def _add(self, group: EmbeddedGroup) -> None:
         blocks, unfinished = finish_blocks(group, self._info)
@@ -114,6 +125,7 @@ class Write:
             older = shard.blocks.get(block.address)
             if older is None:
                 shard.bytes += block.data.nbytes
+                shard.in_hand += InHand(block.data.num_rows, block.tokens, block.computed)
             elif older.held.entry != block.held.entry:
                 # The job was reopened while this worker held the block: the newer entry is the one to clear.
                 self._forget([older.held])
@@ -156,7 +168,14 @@ class Write:
 
     def _close(self, shard: OpenShard) -> None:
         """Write and commit, without the blocks that turn out to be done by others, until nothing is left to try."""
+        self._closing = shard
         self._shards.pop(shard.job.id, None)
+        try:
+            self._write_and_commit(shard)
+        finally:
+            self._closing = None
+
+    def _write_and_commit(self, shard: OpenShard) -> None:
         blocks = shard.blocks
         while blocks:
             held = [block.held for block in blocks.values()]
