@@ -27,7 +27,6 @@ log = logging.getLogger(__name__)
 _DESCRIPTION = "model.json"  # written last inside an entry, and says how large the other files are
 _TOKENIZER = "tokenizer.json"
 _REFERENCES = "references.npz"
-_REFUSAL = "refused.txt"
 _STALE_SECONDS = 24 * 3600.0  # what was left half-written for so long belongs to nobody
 
 
@@ -77,70 +76,66 @@ class _Description(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Cache:
-    """Entries in one folder, by what they were made of."""
+    """Entries in one folder, by what they were made of; in a temporary one where nothing can be kept."""
 
     def __init__(self, folder: Path | None = None) -> None:
-        self._folder = folder or _cache_folder()
-        self._temporary: list[tempfile.TemporaryDirectory[str]] = []
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        self.folder = folder or _cache_folder()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.folder):
+                pass
+        except OSError as error:
+            log.warning("%s cannot be written (%s): the model is converted at every start", self.folder, error)
+            self._temporary = tempfile.TemporaryDirectory(prefix="embedstream-openvino-")
+            self.folder = Path(self._temporary.name)
 
     def entry(self, parts: tuple[str, ...], model_name: str, make: Callable[[Path], Conversion]) -> Entry:
-        """The entry for these parts: read, or else made into an empty folder by `make`.
-
-        Where nothing can be kept it lies in a temporary folder, until `close`.
-
-        Raises:
-            NotConvertible: `make` raised it, now or earlier.
-        """
-        key = blake2b("\0".join(parts).encode(), digest_size=16).hexdigest()
-        kept = self._folder / key if self._folder else None
-        if kept and (conversion := _read(kept, model_name)):
+        """The entry for these parts: read, or else made into an empty folder by `make`."""
+        kept = self.folder / digest(parts)
+        if conversion := _read(kept, model_name):
             return Entry(kept, conversion)
-        part = self._part(key)
+        part = kept.with_name(f"{kept.name}.tmp-{uuid4().hex}")
+        part.mkdir()
         try:
             conversion = make(part)
             _write(part, conversion)
-        except NotConvertible as error:
-            (part / _REFUSAL).write_text(str(error), "utf-8")
             _put(part, kept)
-            raise
-        except BaseException:
+        finally:
             shutil.rmtree(part, ignore_errors=True)
-            raise
-        return Entry(_put(part, kept), conversion)
+        return Entry(kept, conversion)
+
+    def verdict(self, parts: tuple[str, ...]) -> str | None:
+        """What was remembered for these parts."""
+        try:
+            return (self.folder / f"{digest(parts)}.verdict").read_text("utf-8")
+        except OSError:
+            return None
+
+    def remember(self, parts: tuple[str, ...], verdict: str) -> None:
+        part = self.folder / f"verdict.tmp-{uuid4().hex}"
+        part.write_text(verdict, "utf-8")
+        part.replace(self.folder / f"{digest(parts)}.verdict")
 
     def close(self) -> None:
-        for folder in self._temporary:
-            folder.cleanup()
-        self._temporary.clear()
-
-    def _part(self, key: str) -> Path:
-        """A new empty folder, on the cache's own file system if that can be written."""
-        if self._folder is not None:
-            try:
-                self._folder.mkdir(parents=True, exist_ok=True)
-                _sweep(self._folder)
-                part = self._folder / f"{key}.tmp-{uuid4().hex}"
-                part.mkdir()
-                return part
-            except OSError as error:
-                log.warning("%s cannot be written (%s): the model is converted at every start", self._folder, error)
-        self._temporary.append(tempfile.TemporaryDirectory(prefix="embedstream-openvino-"))
-        return Path(self._temporary[-1].name)
+        _sweep(self.folder)
+        if self._temporary is not None:
+            self._temporary.cleanup()
 
 
-def _put(part: Path, kept: Path | None) -> Path:
+def digest(parts: tuple[str, ...]) -> str:
+    """32 hex digits."""
+    return blake2b("\0".join(parts).encode(), digest_size=16).hexdigest()
+
+
+def _put(part: Path, kept: Path) -> None:
     """Move a complete entry to its place; where another worker was first, that one's stays."""
-    if kept is None or part.parent != kept.parent:
-        return part
     try:
         part.rename(kept)
     except OSError:
-        if not _whole(kept):
+        if _whole(kept) is None:
             kept.rename(kept.with_name(f"{kept.name}.tmp-{uuid4().hex}"))
             part.rename(kept)
-        else:
-            shutil.rmtree(part, ignore_errors=True)
-    return kept
 
 
 def _write(folder: Path, conversion: Conversion) -> None:
@@ -177,8 +172,6 @@ def _write(folder: Path, conversion: Conversion) -> None:
 
 def _read(folder: Path, model_name: str) -> Conversion | None:
     """An entry's content; None if it is not there, or cannot be used."""
-    if (folder / _REFUSAL).is_file():
-        raise NotConvertible((folder / _REFUSAL).read_text("utf-8"))
     description = _whole(folder)
     if description is None:
         return None
@@ -231,13 +224,14 @@ def _whole(folder: Path) -> _Description | None:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what died half-written."""
+    """Remove what died half-written, and what was put aside because it could not be used."""
     for path in folder.glob("*.tmp-*"):
         try:
-            if time.time() - path.stat().st_mtime > _STALE_SECONDS:
-                shutil.rmtree(path, ignore_errors=True)
+            old = time.time() - path.stat().st_mtime > _STALE_SECONDS
         except FileNotFoundError:
             continue
+        if old:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:
@@ -245,10 +239,10 @@ def _sync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _cache_folder() -> Path | None:
+def _cache_folder() -> Path:
     if given := os.environ.get("EMBEDSTREAM_CACHE_DIR"):
         return Path(given) / "openvino"
     try:
         return Path.home() / ".cache" / "embedstream" / "openvino"
     except RuntimeError:  # a user without a home
-        return None
+        return Path(os.devnull) / "openvino"

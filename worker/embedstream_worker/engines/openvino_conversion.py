@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import gc
+import io
 import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Router
 from sentence_transformers.sentence_transformer.modules import Pooling
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from embedstream.errors import ModelError
 from embedstream_worker.engines.base import Role
@@ -67,7 +69,7 @@ def _write_graph(modules: SentenceTransformer, model: TextModel, role: Role, pat
         example.append(example[1].clone())
     graph = _Graph(modules, model, role)
     try:  # whatever a frontend raises, another engine runs the model
-        with _silence(), torch.inference_mode():
+        with _silence(), _finite_attention(), torch.inference_mode():
             converted = openvino.convert_model(graph, example_input=tuple(example))
     except Exception as error:
         if is_out_of_memory(error):
@@ -131,9 +133,30 @@ def quantize(source: Path, into: Path, samples: Sequence[Callable[[], Any]]) -> 
 
 
 @contextmanager
+def _finite_attention() -> Iterator[None]:
+    """Let tokens that may look at nothing look at everything: paddings far from any text, with sliding windows.
+
+    Torch gives them zeros, OpenVINO NaN, which would go from there to all others as 0 x NaN.
+    """
+    original = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
+
+    def masked(*arguments: Any, local_size: int | None = None, **options: Any) -> torch.Tensor | None:
+        mask: torch.Tensor | None = original(*arguments, local_size=local_size, **options)
+        if mask is None or local_size is None:
+            return mask
+        return mask | ~mask.any(dim=-1, keepdim=True)
+
+    ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] = masked
+    try:
+        yield
+    finally:
+        ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] = original
+
+
+@contextmanager
 def _silence() -> Iterator[None]:
     """No reports, no warnings about tracing, nothing sent anywhere."""
-    with quiet(), _no_telemetry(), warnings.catch_warnings():
+    with quiet(), _no_telemetry(), warnings.catch_warnings(), redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         yield
 

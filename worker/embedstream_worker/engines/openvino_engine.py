@@ -27,7 +27,8 @@ from embedstream_worker.engines.base import (
 from embedstream_worker.engines.calibration import calibration_hash, calibration_texts
 from embedstream_worker.engines.checking import Agreement, CheckFailed, Vectors, check_batches, compare, require
 from embedstream_worker.engines.openvino_cache import Cache, Conversion, Entry, NotConvertible
-from embedstream_worker.engines.precision import Dtype, Precision, cpu_cores, cpu_has_bfloat16
+from embedstream_worker.engines.openvino_trial import run_trial
+from embedstream_worker.engines.precision import Dtype, Precision, cpu_cores, cpu_has_bfloat16, cpu_name
 from embedstream_worker.engines.text_input import TextInput, TextModel, warm_up_batches
 from embedstream_worker.fingerprint import folder_fingerprint
 from embedstream_worker.models import ModelFolder
@@ -57,10 +58,10 @@ class OpenVinoEngine:
 
     in_flight = 1
 
-    def __init__(self, folder: ModelFolder, dtype: Dtype = "auto") -> None:
+    def __init__(self, folder: ModelFolder, dtype: Dtype = "auto", cache: Cache | None = None) -> None:
         self._folder = folder
         self._wanted_dtype = dtype
-        self._cache = Cache()
+        self._cache = cache or Cache()
         self._model: TextModel | None = None
         self._info: EngineInfo | None = None
         self._slots: SimpleQueue[_Slot] = SimpleQueue()
@@ -87,23 +88,28 @@ class OpenVinoEngine:
         """
         # Beside a model on the CPU, tokenizing must not take more than its own thread; a user's own choice stands.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        precision: Precision = _pick_precision(self._wanted_dtype)
+        precision = _pick_precision(self._wanted_dtype)
         fingerprint = folder_fingerprint(self._folder.path)
         try:
-            entry = self._cache.entry(_key(fingerprint, "float", _CONVERTERS), self._folder.name, self._convert)
-            if precision == "int8":
-                parts = _key(fingerprint, "int8", (*_CONVERTERS, *_CALIBRATORS))
-                fingerprint = f"{fingerprint}-int8-{_calibration()}"
-                entry = self._cache.entry(parts, self._folder.name, lambda into: _quantize(entry, into))
-            self._compile(entry, precision)
-            agreement = self._check(entry.conversion, precision)
+            self._require_trial(precision, fingerprint)
+            self.open(precision, fingerprint)
         except (NotConvertible, CheckFailed) as error:
             raise EngineUnfit(f"openvino does not run model {self._folder.name}: {error}") from error
-        model = self.text_model
+
+    def open(self, precision: Precision, fingerprint: str) -> None:
+        """`start` without the trial. Raises `NotConvertible`, `CheckFailed`."""
+        entry = self._cache.entry(_key(fingerprint, "float", _CONVERTERS), self._folder.name, self._convert)
+        if precision == "int8":
+            fingerprint = f"{fingerprint}-int8-{_calibration()}"
+            parts = _key(fingerprint, "int8", (*_CONVERTERS, *_CALIBRATORS))
+            entry = self._cache.entry(parts, self._folder.name, lambda into: _quantize(entry, into))
+        self._compile(entry, precision)
+        agreement = self._check(entry.conversion, precision)
         log.info(
             "openvino in %s: cosine to float32 on the check's texts at least %.5f, on average %.5f",
             *(precision, agreement.lowest, agreement.mean),
         )
+        model = entry.conversion.model
         self._info = EngineInfo(
             engine="openvino",
             device="cpu",
@@ -152,6 +158,22 @@ class OpenVinoEngine:
             self._slots.get()
         self._model = None
         self._cache.close()
+
+    def _require_trial(self, precision: Precision, fingerprint: str) -> None:
+        """Raise `NotConvertible` unless the model has passed a trial here, in a process that it may bring down.
+
+        Compilers die of some models, not by raising but by a signal. The trial converts, too: so this process needs
+        no torch, and never holds the original's weights.
+        """
+        parts = _key(fingerprint, f"trial {precision} {cpu_name()}", (*_CONVERTERS, *_CALIBRATORS))
+        verdict = self._cache.verdict(parts)
+        if verdict is None:
+            result = run_trial(self._folder, precision, fingerprint, self._cache.folder)
+            verdict = result.unfit or ""
+            if result.lasting:
+                self._cache.remember(parts, verdict)
+        if verdict:
+            raise NotConvertible(verdict)
 
     def _convert(self, into: Path) -> Conversion:
         # Imported only here: torch takes seconds, and with a model that was converted before it is not needed.
@@ -205,13 +227,20 @@ def _pick_precision(wanted: Dtype) -> Precision:
 
 
 def _key(fingerprint: str, form: str, packages: tuple[str, ...]) -> tuple[str, ...]:
-    versions = (f"{package} {importlib.metadata.version(package)}" for package in packages)
+    versions = (f"{package} {_version(package)}" for package in packages)
     return (_RECIPE, fingerprint, form, calibration_hash(), *versions)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
 
 
 def _calibration() -> str:
     """8 hex digits: equal where int8 gives the same space."""
-    versions = (importlib.metadata.version(package) for package in _CALIBRATORS)
+    versions = map(_version, _CALIBRATORS)
     return blake2b("\0".join((_RECIPE, calibration_hash(), *versions)).encode(), digest_size=4).hexdigest()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import platform
 from pathlib import Path
 from typing import Literal
 
@@ -14,19 +15,28 @@ _BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})  # x86 (two), A
 _CPU_DESCRIPTION = Path("/proc/cpuinfo")
 
 
-@functools.cache
 def cpu_has_bfloat16() -> bool:
     """Whether the processor multiplies bfloat16 natively; elsewhere it is emulated, and slower than float32.
 
     Only Linux says; False where it cannot be known.
     """
+    return not _BFLOAT16_FLAGS.isdisjoint(_describe("flags", "Features").split())
+
+
+def cpu_name() -> str:
+    """What decides how a model is compiled here: the processor's name and what it can do."""
+    return f"{platform.machine()} {_describe('model name')} {_describe('flags', 'Features')}"
+
+
+@functools.cache
+def _describe(*fields: str) -> str:
     try:
         description = _CPU_DESCRIPTION.read_text("utf-8", "replace")
     except OSError:
-        return False
+        return ""
     # The same for all cores, so the first line is enough.
-    flags = next((line for line in description.splitlines() if line.startswith(("flags", "Features"))), "")
-    return not _BFLOAT16_FLAGS.isdisjoint(flags.partition(":")[2].split())
+    line = next((line for line in description.splitlines() if line.startswith(fields)), "")
+    return line.partition(":")[2].strip()
 
 
 def cpu_cores() -> int:
