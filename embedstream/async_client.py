@@ -26,12 +26,12 @@ from embedstream.client import (
 )
 from embedstream.connection import connect, connect_async, explaining
 from embedstream.dataset.sink import open_sink
-from embedstream.duplicates import DuplicateIndex
 from embedstream.errors import OutputError
+from embedstream.input.duplicates import DuplicateIndex
+from embedstream.input.record_blocks import RECORDS, Records, records_part
 from embedstream.jobs import JobState, JobStatus, queue_name
 from embedstream.opening import SpecSettings, make_spec
 from embedstream.plans import drive_async
-from embedstream.record_blocks import RECORDS, Records, records_part
 from embedstream.settings import Settings
 from embedstream.submission import Pushed, push_job
 from embedstream.watching import look

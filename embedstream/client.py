@@ -14,8 +14,9 @@ from embedstream import interactive
 from embedstream.broker import Broker
 from embedstream.connection import connect, explaining
 from embedstream.dataset.sink import Sink, open_sink
-from embedstream.duplicates import DuplicateIndex
 from embedstream.errors import JobUnknown, OutputError, RequestError, UsageError
+from embedstream.input.duplicates import DuplicateIndex
+from embedstream.input.record_blocks import RECORDS, Records, records_part
 from embedstream.interactive import EmbedReply, EmbedRequest
 from embedstream.jobs import JobSpec, JobState, JobStatus, model_address, parse_max_errors, queue_name
 from embedstream.opening import (
@@ -27,7 +28,6 @@ from embedstream.opening import (
     refuse_forbidden,
 )
 from embedstream.plans import drive
-from embedstream.record_blocks import RECORDS, Records, records_part
 from embedstream.settings import Settings
 from embedstream.steps import Answer, Code
 from embedstream.submission import Pushed, push_job

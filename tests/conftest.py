@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import redis
 
-from embedstream.server_programs import find_program
+from embedstream.embedded.programs import find_program
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import cast
 
 from embedstream.blocks import Block, Refusal
-from embedstream.cutting import cut_part
-from embedstream.duplicates import DuplicateIndex
 from embedstream.errors import InputError, UsageError
+from embedstream.input.cutting import cut_part
+from embedstream.input.duplicates import DuplicateIndex
+from embedstream.input.records import Outcome, RecordReader
+from embedstream.input.refusals import Code
 from embedstream.jobs import JobSpec
-from embedstream.records import Outcome, RecordReader
-from embedstream.refusals import Code
 from embedstream_producer.lines import ByteStream, LineStream
 
 STDIN = "-"

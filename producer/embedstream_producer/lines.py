@@ -13,7 +13,7 @@ from typing import BinaryIO, Protocol, Self, cast
 import pyarrow as pa
 
 from embedstream.errors import InputError
-from embedstream.records import LONGEST_LINE_BYTES
+from embedstream.input.records import LONGEST_LINE_BYTES
 
 READ_BYTES = 256 * 1024
 """Read at once: far above the cost of a call, far below what matters in memory."""

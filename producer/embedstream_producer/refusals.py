@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from embedstream.blocks import Refusal
-from embedstream.refusals import printable
+from embedstream.input.refusals import printable
 
 SHOWN_OF_A_KIND = 3
 

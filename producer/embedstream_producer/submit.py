@@ -13,8 +13,8 @@ from embedstream.blocks import Block
 from embedstream.broker import Broker
 from embedstream.connection import check, connect, explaining, mask
 from embedstream.dataset.sink import Manifest, Sink, open_sink
-from embedstream.duplicates import DuplicateIndex
 from embedstream.errors import EmbedstreamError, UsageError
+from embedstream.input.duplicates import DuplicateIndex
 from embedstream.jobs import JobSpec, JobState, JobStatus, parse_max_errors
 from embedstream.opening import (
     Opened,

@@ -26,7 +26,7 @@ from embedstream import (
     UsageError,
 )
 from embedstream.broker import Broker, job_keys
-from embedstream.record_blocks import Records
+from embedstream.input.record_blocks import Records
 
 RECORDS = [{"id": f"r{i}", "text": f"text number {i}"} for i in range(700)]
 

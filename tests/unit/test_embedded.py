@@ -15,18 +15,18 @@ from typing import IO
 import msgspec
 import pytest
 
-from embedstream import server_state
 from embedstream.embedded import OutputLock, PrivateServer, state_folder
+from embedstream.embedded import state as server_state
+from embedstream.embedded.processes import Process, end, identify, is_running, wait_ended
+from embedstream.embedded.programs import Program, fake_program, find_program
+from embedstream.embedded.state import ServerRecord, connect, read_record
 from embedstream.errors import OutputBusy, ServerError
-from embedstream.processes import Process, end, identify, is_running, wait_ended
-from embedstream.server_programs import Program, fake_program, find_program
-from embedstream.server_state import ServerRecord, connect, read_record
 
 HOLDER = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell runs in the background
 from embedstream.embedded import OutputLock, PrivateServer
-from embedstream.server_programs import fake_program, find_program
+from embedstream.embedded.programs import fake_program, find_program
 output, kind, *children = sys.argv[1:]
 lock = OutputLock(output)
 server = PrivateServer.start(lock, program=fake_program() if kind == "fake" else find_program())

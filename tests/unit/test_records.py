@@ -16,8 +16,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from embedstream.blocks import Refusal
-from embedstream.jobs import JobSpec
-from embedstream.records import (
+from embedstream.input.records import (
     ID_FIELDS,
     LONGEST_ID_BYTES,
     LONGEST_KEPT_BYTES,
@@ -27,7 +26,8 @@ from embedstream.records import (
     RecordReader,
     validate_record,
 )
-from embedstream.refusals import ORIGINAL_CHARACTERS, Code, printable
+from embedstream.input.refusals import ORIGINAL_CHARACTERS, Code, printable
+from embedstream.jobs import JobSpec
 from embedstream.settings import BLOCK_LIMITS
 
 

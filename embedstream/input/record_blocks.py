@@ -8,11 +8,11 @@ from typing import TypeAlias
 
 import pyarrow as pa
 
-from embedstream.cutting import cut_part
-from embedstream.duplicates import DuplicateIndex
 from embedstream.errors import InputError, UsageError
+from embedstream.input.cutting import cut_part
+from embedstream.input.duplicates import DuplicateIndex
+from embedstream.input.records import Outcome, RecordReader
 from embedstream.jobs import JobSpec
-from embedstream.records import Outcome, RecordReader
 from embedstream.submission import Part
 
 RECORDS = "records"

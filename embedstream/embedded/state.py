@@ -20,9 +20,9 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from embedstream.embedded.processes import Process, end, is_running, wait_ended
+from embedstream.embedded.programs import Program
 from embedstream.errors import ServerError
-from embedstream.processes import Process, end, is_running, wait_ended
-from embedstream.server_programs import Program
 
 RECORD = "server.json"
 CLAIM = "server.lock"

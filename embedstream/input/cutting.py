@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import PurePath
 
 from embedstream.blocks import Block, Refusal
-from embedstream.duplicates import DuplicateIndex, Position
+from embedstream.input.duplicates import DuplicateIndex, Position
+from embedstream.input.records import Outcome, Record, duplicate_refusal
 from embedstream.jobs import JobSpec
 from embedstream.packing import Packer
-from embedstream.records import Outcome, Record, duplicate_refusal
 
 
 def cut_part(

@@ -1,4 +1,4 @@
-"""The stand-in for a Redis server where none can be had: `python -m embedstream.fake_server FD`.
+"""The stand-in for a Redis server where none can be had: `python -m embedstream.embedded.fake_server FD`.
 
 FD is a listening socket that the starter passed on. It serves until the other end of its standard input is closed,
 which the system does when the starter ends, however it ends; nothing outlives it, as nothing is on disk.

@@ -1,10 +1,4 @@
-"""A private Redis server for one output on one machine: started, stopped, and taken over from a run that was killed.
-
-with OutputLock(output) as lock:
-    with PrivateServer.start(lock) as server:
-        ...                        # server.url; server.record_child(worker.pid)
-    lock.remove_state()            # when the job is complete
-"""
+"""The private server's own life."""
 
 from __future__ import annotations
 
@@ -24,11 +18,10 @@ from urllib.parse import quote
 import msgspec
 import redis
 
-from embedstream.errors import ServerError
-from embedstream.output_lock import OutputLock, state_folder
-from embedstream.processes import identify, is_running
-from embedstream.server_programs import Program, find_program
-from embedstream.server_state import (
+from embedstream.embedded.lock import OutputLock
+from embedstream.embedded.processes import identify, is_running
+from embedstream.embedded.programs import Program, find_program
+from embedstream.embedded.state import (
     SHUTDOWN_SECONDS,
     Say,
     ServerRecord,
@@ -42,8 +35,7 @@ from embedstream.server_state import (
     remove_socket,
     write_record,
 )
-
-__all__ = ["OutputLock", "PrivateServer", "state_folder"]
+from embedstream.errors import ServerError
 
 LONGEST_SOCKET_PATH = 103
 """Bytes: 107 on Linux, 103 on macOS."""

@@ -73,7 +73,7 @@ def find_program() -> Program:
 
 def fake_program() -> Program:
     """The stand-in, which keeps nothing on disk."""
-    return Program(FAKE, version("fakeredis"), (sys.executable, "-m", "embedstream.fake_server"))
+    return Program(FAKE, version("fakeredis"), (sys.executable, "-m", "embedstream.embedded.fake_server"))
 
 
 def ask_version(path: str) -> Program | None:

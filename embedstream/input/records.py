@@ -18,8 +18,8 @@ from typing import Any, TypeAlias, cast
 import msgspec
 
 from embedstream.blocks import Refusal
+from embedstream.input.refusals import Code, RowRefused, printable, refusal
 from embedstream.jobs import JobSpec
-from embedstream.refusals import Code, RowRefused, printable, refusal
 from embedstream.settings import BLOCK_LIMITS, MIB
 
 ID_FIELDS = ("_id", "id", "custom_id", "docid")

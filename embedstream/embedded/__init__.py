@@ -1,0 +1,12 @@
+"""A private Redis server for one output on one machine: started, stopped, and taken over from a run that was killed.
+
+with OutputLock(output) as lock:
+    with PrivateServer.start(lock) as server:
+        ...                        # server.url; server.record_child(worker.pid)
+    lock.remove_state()            # when the job is complete
+"""
+
+from embedstream.embedded.lock import OutputLock, state_folder
+from embedstream.embedded.server import PrivateServer
+
+__all__ = ["OutputLock", "PrivateServer", "state_folder"]
