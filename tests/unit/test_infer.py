@@ -319,3 +319,49 @@ def test_a_worker_that_stops_finishes_the_batch_that_is_in_the_model() -> None:
     assert groups[0].done.tolist() == [True, False, False]
     assert groups[0].vectors[0].tolist() == [0, 4]
     assert engine.calls == [[0]]
+
+
+def test_as_many_batches_are_in_the_model_as_the_engine_wants() -> None:
+    together = threading.Barrier(3, timeout=30)
+
+    def before(_: list[int]) -> None:
+        together.wait()
+
+    engine = FakeEngine(before)
+    engine.in_flight = 3
+    lengths = [4] * 9
+    assert_rows(run(engine, lengths, budget=4), lengths)
+    assert len(engine.calls) == 9
+
+
+def test_the_next_window_enters_the_model_before_the_last_batch_of_this_one_has_left() -> None:
+    together = threading.Barrier(2, timeout=30)
+
+    def before(_: list[int]) -> None:
+        together.wait()
+
+    engine = FakeEngine(before)
+    engine.in_flight = 2
+    source: Channel[list[TokenizedGroup] | Urgent] = Channel(2)
+    out: Channel[list[EmbeddedGroup]] = Channel(2)
+    infer = Infer(engine, 64, Life(), source, out)
+    source.put([make_group([1])])
+    source.put([make_group([2])])
+    source.close()
+    start_stage("infer", Life(), infer.run, [source, out]).join(30)
+    for length in (1, 2):
+        groups = out.get()
+        assert groups is not None
+        assert_rows(groups[0], [length])
+
+
+def test_several_batches_that_fail_at_once_cost_only_their_culprits() -> None:
+    def before(rows: list[int]) -> None:
+        if {3, 17} & set(rows):
+            raise ValueError
+
+    engine = FakeEngine(before)
+    engine.in_flight = 4
+    result = run(engine, [1] * 32, budget=8)
+    assert set(result.errors) == {3, 17}
+    assert_rows(result, [1] * 32)

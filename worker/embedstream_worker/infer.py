@@ -1,27 +1,33 @@
-"""Stage 3: batches of equal work through the model. Interactive requests go before the next batch."""
+"""Stage 3: batches of equal work through the model, as many at once as the engine wants.
+
+Interactive requests go before the next batch. The next window's batches follow the last ones of this window without a
+gap, so that the device never waits.
+"""
 
 from __future__ import annotations
 
 import logging
 import threading
 from collections import deque
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 from embedstream.broker import InHand
-from embedstream_worker.batching import batch_cost, cut_batches, gather_batch
-from embedstream_worker.engines.base import Engine, OutOfMemory, Role, Tokens
+from embedstream_worker.engines.base import Engine, OutOfMemory, Role, TokenBatch, Tokens
 from embedstream_worker.held import EmbeddedGroup, RowErrors, TokenizedGroup
 from embedstream_worker.pipeline import Channel, Closed, Life
+from embedstream_worker.work import Rows, Work
 
 log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.05
-"""How often a stage that waits for a slow writer looks for interactive requests."""
+"""How often a stage that waits for a slow writer, or for a slow batch, looks for more to do."""
 
-Rows = npt.NDArray[np.int64]
+WINDOWS = 2
+"""Windows in this stage: the one whose last batches run, and the one that follows."""
 
 
 @dataclass
@@ -36,26 +42,22 @@ class Urgent:
     done: threading.Event = field(default_factory=threading.Event)
 
 
-@dataclass
-class _Work:
-    """Texts on their way through the model."""
+@dataclass(frozen=True, eq=False)
+class _Window:
+    """A window's groups, each with its work."""
 
-    tokens: Tokens
-    prompt_length: int
-    role: Role
-    vectors: npt.NDArray[np.float32]
-    computed: npt.NDArray[np.int64]
-    done: npt.NDArray[np.bool_]
-    errors: RowErrors
-    todo: deque[Rows]
+    groups: list[tuple[TokenizedGroup, Work]]
 
-    def fail(self, row: int, code: str, message: str) -> None:
-        self.errors[row] = (code, message)
-        self.done[row] = True
+    @property
+    def over(self) -> bool:
+        return all(work.over for _, work in self.groups)
+
+    def embedded(self) -> list[EmbeddedGroup]:
+        return [EmbeddedGroup(group, w.vectors, w.computed, w.done, w.errors) for group, w in self.groups]
 
 
 class Infer:
-    """Owns the engine: only its thread calls `embed`."""
+    """Owns the engine: only its threads call `embed`."""
 
     def __init__(
         self,
@@ -72,12 +74,19 @@ class Infer:
         self._out = out
         self._name, self._output = next(iter(engine.info.outputs.items()))
         self._padded = engine.info.padded
-        self._in_hand = ("", InHand())
+        self._windows: deque[_Window] = deque()
+        self._urgent: deque[tuple[Urgent, Work]] = deque()
+        self._flying: dict[Future[npt.NDArray[np.float32]], tuple[Work, Rows]] = {}
+        self._closed = False
 
     @property
-    def in_hand(self) -> tuple[str, InHand]:
-        """The job in the model, and what is computed of its part of the window."""
-        return self._in_hand
+    def in_hand(self) -> dict[str, InHand]:
+        """What is computed of the windows in this stage, by job. Callable from any thread."""
+        found: dict[str, InHand] = {}
+        for window in list(self._windows):
+            for group, work in window.groups:
+                found[group.job.id] = found.get(group.job.id, InHand()) + work.in_hand
+        return found
 
     @property
     def budget(self) -> int:
@@ -87,97 +96,119 @@ class Infer:
     def run(self) -> None:
         """Until the source closes."""
         try:
-            while True:
-                item = self._source.get()
-                if isinstance(item, Urgent):
-                    self._serve(item)
-                elif item is not None:
-                    self._hand_on([self._embed_group(group) for group in item])
-                    self._in_hand = ("", InHand())
-        except Closed:
-            raise
-        except BaseException as error:
-            self._life.fail(error)  # before anybody is told that there is no answer
-            raise
+            with ThreadPoolExecutor(self._engine.in_flight, "batch") as pool:
+                while self._turn(pool):
+                    pass
         finally:
+            # Nobody may wait for an answer that will not come.
             self._source.close()
             while (request := self._source.take_first(Urgent)) is not None:
                 request.done.set()
+            for request, _ in self._urgent:
+                request.done.set()
 
-    def _hand_on(self, groups: list[EmbeddedGroup]) -> None:
-        while not self._out.put(groups, timeout=LOOK_SECONDS):
-            self._serve_urgent()
+    def _turn(self, pool: ThreadPoolExecutor) -> bool:
+        """Hand on what is over, fill the model, wait for a batch. Whether there is more to do."""
+        if self._life.stopping.is_set():
+            for window in self._windows:
+                for _, work in window.groups:
+                    work.stop()
+        self._hand_on()
+        while len(self._flying) < self._engine.in_flight and (chosen := self._next_work()) is not None:
+            rows, batch = chosen.take()
+            self._flying[pool.submit(self._embed, batch)] = (chosen, rows)
+        if self._flying:
+            free = len(self._flying) < self._engine.in_flight
+            for future in wait(self._flying, LOOK_SECONDS if free else None, FIRST_COMPLETED).done:
+                work, rows = self._flying.pop(future)
+                self._settle(work, rows, future)
+            self._answer()
+        return bool(self._flying or self._windows or self._urgent or not self._closed)
 
-    def _serve_urgent(self) -> None:
+    def _hand_on(self) -> None:
+        """Give the writer the windows that are over; wait for it only when nothing else is to be done."""
+        while self._windows and self._windows[0].over:
+            idle = not self._flying and all(window.over for window in self._windows)
+            if not self._out.put(self._windows[0].embedded(), timeout=LOOK_SECONDS if idle else 0):
+                return
+            self._windows.popleft()
+
+    def _next_work(self) -> Work | None:
+        """What the next batch comes from: requests first, then windows in their order, then a new window."""
         while (request := self._source.take_first(Urgent)) is not None:
-            self._serve(request)
-
-    def _serve(self, request: Urgent) -> None:
+            self._begin_urgent(request)
+        for _, work in self._urgent:
+            if work.waiting:
+                return work
+        for window in self._windows:
+            for _, work in window.groups:
+                if work.waiting:
+                    return work
+        if self._closed or len(self._windows) >= WINDOWS:
+            return None
         try:
-            work = self._begin(request.tokens, request.prompt_length, request.role, {})
-            while work.todo:
-                self._embed_next(work)
+            # With nothing in the model and nothing to hand on there is nothing to do but wait.
+            item = self._source.get(timeout=0 if self._flying or self._windows else None)
+        except Closed:
+            self._closed = True
+            return None
+        if isinstance(item, Urgent):
+            self._begin_urgent(item)
+        elif item is not None:
+            self._windows.append(_Window([(group, self._begin(group)) for group in item]))
+        return None if item is None else self._next_work()
+
+    def _embed(self, batch: TokenBatch) -> npt.NDArray[np.float32]:
+        return self._engine.embed(batch)[self._name]
+
+    def _begin(self, group: TokenizedGroup) -> Work:
+        job = group.job
+        work = Work(group.tokens, job.prompt_length, job.spec.role, self._output.dim, self._padded, group.errors)
+        work.cut(self._budget)
+        if self._life.stopping.is_set():
+            work.stop()
+        return work
+
+    def _begin_urgent(self, request: Urgent) -> None:
+        work = Work(request.tokens, request.prompt_length, request.role, self._output.dim, self._padded, {})
+        work.cut(self._budget)
+        self._urgent.append((request, work))
+        self._answer()  # at once if it has no text
+
+    def _answer(self) -> None:
+        for request, work in [pair for pair in self._urgent if pair[1].over]:
             request.vectors, request.errors = work.vectors, work.errors
-        finally:
+            self._urgent.remove((request, work))
             request.done.set()
 
-    def _embed_group(self, group: TokenizedGroup) -> EmbeddedGroup:
-        """Whole, or up to the batch during which the worker was told to stop."""
-        job = group.job
-        work = self._begin(group.tokens, job.prompt_length, job.spec.role, group.errors)
-        while work.todo and not self._life.stopping.is_set():
-            self._serve_urgent()
-            self._embed_next(work)
+    def _settle(self, work: Work, rows: Rows, future: Future[npt.NDArray[np.float32]]) -> None:
+        """What became of a batch; one that cannot be run is cut smaller, down to the one row that is the culprit."""
+        error = future.exception()
+        if error is None:
+            work.land(rows, future.result())
             self._life.progress()
-            done = work.done
-            sums = (done.sum(), work.tokens.lengths[done].sum(), work.computed[done].sum())
-            self._in_hand = (job.id, InHand(*map(int, sums)))
-        return EmbeddedGroup(group, work.vectors, work.computed, work.done, work.errors)
-
-    def _begin(self, tokens: Tokens, prompt_length: int, role: Role, errors: RowErrors) -> _Work:
-        lengths = tokens.lengths
-        done = np.zeros(len(lengths), np.bool_)
-        done[list(errors)] = True
-        return _Work(
-            tokens=tokens,
-            prompt_length=prompt_length,
-            role=role,
-            vectors=np.zeros((len(lengths), self._output.dim), np.float32),
-            computed=lengths.copy(),
-            done=done,
-            errors=dict(errors),
-            todo=deque(self._cut(np.flatnonzero(~done), lengths)),
-        )
-
-    def _cut(self, rows: Rows, lengths: npt.NDArray[np.int64]) -> list[Rows]:
-        return [rows[batch] for batch in cut_batches(lengths[rows], self._budget, self._padded)]
-
-    def _embed_next(self, work: _Work) -> None:
-        """Run the next batch; what it cannot be run with is cut smaller, down to the one row that is the culprit."""
-        rows = work.todo.popleft()
-        batch = gather_batch(work.tokens, rows, work.prompt_length, work.role)
-        try:
-            result = self._engine.embed(batch)[self._name]
-        except OutOfMemory as error:
-            if len(rows) > 1:
-                self._halve(rows, work, error)
-                return
-            self._prove_alive()
-            work.fail(int(rows[0]), "out_of_memory", f"a text of {batch.longest} tokens does not fit: {error}")
-            return
-        except Exception as error:  # noqa: BLE001 - whatever an engine raises is the fault of one of these texts
-            if len(rows) > 1:
-                work.todo.extendleft((rows[len(rows) // 2 :], rows[: len(rows) // 2]))
-                return
+        elif not isinstance(error, Exception):
+            raise error
+        elif isinstance(error, OutOfMemory):
+            self._out_of_memory(work, rows, error)
+        elif len(rows) > 1:
+            # Whatever an engine raises is the fault of one of these texts.
+            work.again((rows[: len(rows) // 2], rows[len(rows) // 2 :]))
+        else:
             self._prove_alive()
             work.fail(int(rows[0]), "engine_error", f"{type(error).__name__}: {error}")
+
+    def _out_of_memory(self, work: Work, rows: Rows, error: OutOfMemory) -> None:
+        """Halve the budget for good and cut what is left anew; a text that does not fit by itself is an error."""
+        cost = work.cost(rows)
+        if len(rows) == 1:
+            self._prove_alive()
+            work.fail(int(rows[0]), "out_of_memory", f"a text of {cost} tokens does not fit: {error}")
             return
-        work.vectors[rows] = result
-        work.done[rows] = True
-        if self._padded:
-            work.computed[rows] = batch.longest
-        for row in rows[~np.isfinite(result).all(axis=1)].tolist():
-            work.fail(row, "not_finite", "the model gave a vector with NaN or infinity")
+        self._budget = max(1, min(self._budget, cost) // 2)
+        log.warning("no memory for a batch of %d tokens (%s); from now on %d at most", cost, error, self._budget)
+        work.again([rows])
+        work.cut(self._budget)
 
     def _prove_alive(self) -> None:
         """Before a text is blamed: does the engine still work at all? If not, it raises, and the worker leaves.
@@ -185,13 +216,3 @@ class Infer:
         A device that has broken would otherwise turn a whole corpus into error rows, and quickly.
         """
         self._engine.warm_up(1)
-
-    def _halve(self, rows: Rows, work: _Work, error: OutOfMemory) -> None:
-        """Halve the budget for good and cut what is left anew."""
-        lengths = work.tokens.lengths
-        cost = batch_cost(lengths[rows], self._padded)
-        self._budget = max(1, min(self._budget, cost) // 2)
-        log.warning("no memory for a batch of %d tokens (%s); from now on %d at most", cost, error, self._budget)
-        left = np.concatenate([rows, *work.todo])
-        work.todo.clear()
-        work.todo.extend(self._cut(left, lengths))

@@ -157,8 +157,7 @@ class Worker:
         info, rows, tokens, in_hand = self._info, 0, 0, {}
         if self._write is not None and self._infer is not None:
             rows, tokens, in_hand = self._write.rows, self._write.tokens, self._write.in_hand()
-            job, computed = self._infer.in_hand
-            if job:
+            for job, computed in self._infer.in_hand.items():
                 in_hand[job] = in_hand.get(job, InHand()) + computed
         return WorkerRecord(
             name=self.name,

@@ -1,0 +1,95 @@
+"""Texts on their way through the model: what is left to run, what came of what ran. Touches no engine and no thread."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+
+import numpy as np
+import numpy.typing as npt
+
+from embedstream.broker import InHand
+from embedstream_worker.batching import batch_cost, cut_batches, gather_batch
+from embedstream_worker.engines.base import Role, TokenBatch, Tokens
+from embedstream_worker.held import RowErrors
+
+Rows = npt.NDArray[np.int64]
+
+
+class Work:
+    """n texts, cut into batches of equal work; results return to their rows by index."""
+
+    def __init__(
+        self, tokens: Tokens, prompt_length: int, role: Role, dim: int, padded: bool, errors: RowErrors
+    ) -> None:
+        """`padded`: as `EngineInfo.padded`. Rows in `errors` have failed already and do not reach the model."""
+        lengths = tokens.lengths
+        self.tokens = tokens
+        self.vectors: npt.NDArray[np.float32] = np.zeros((len(lengths), dim), np.float32)
+        self.computed: npt.NDArray[np.int64] = lengths.copy()
+        """Tokens that the model computed for a row, padding included, [n]."""
+        self.done: npt.NDArray[np.bool_] = np.zeros(len(lengths), np.bool_)
+        self.errors = dict(errors)
+        self._prompt_length = prompt_length
+        self._role = role
+        self._padded = padded
+        self._lengths = lengths
+        self._todo: deque[Rows] = deque()
+        self._flying = 0
+        self.done[list(errors)] = True
+
+    def cut(self, budget: int) -> None:
+        """Cut what waits for the model (at first: all that has not failed) into batches of at most `budget` tokens."""
+        left = np.concatenate(self._todo) if self._todo else np.flatnonzero(~self.done)
+        self._todo = deque(left[batch] for batch in cut_batches(self._lengths[left], budget, self._padded))
+
+    def take(self) -> tuple[Rows, TokenBatch]:
+        """The next batch, which is in the model until `land`, `again` or `fail` says what became of it."""
+        rows = self._todo.popleft()
+        self._flying += 1
+        return rows, gather_batch(self.tokens, rows, self._prompt_length, self._role)
+
+    def land(self, rows: Rows, vectors: npt.NDArray[np.float32]) -> None:
+        """A batch came back, [len(rows), dim]. A vector that is not finite is an error."""
+        self._flying -= 1
+        self.vectors[rows] = vectors
+        self.done[rows] = True
+        if self._padded:
+            self.computed[rows] = self._lengths[rows].max()
+        for row in rows[~np.isfinite(vectors).all(axis=1)].tolist():
+            self.errors[row] = ("not_finite", "the model gave a vector with NaN or infinity")
+
+    def again(self, pieces: Iterable[Rows]) -> None:
+        """A batch did not come back: its pieces are next."""
+        self._flying -= 1
+        self._todo.extendleft(reversed(list(pieces)))
+
+    def fail(self, row: int, code: str, message: str) -> None:
+        """A batch of one text did not come back, and it is the text's fault."""
+        self._flying -= 1
+        self.errors[row] = (code, message)
+        self.done[row] = True
+
+    def stop(self) -> None:
+        """Leave what is not in the model undone."""
+        self._todo.clear()
+
+    def cost(self, rows: Rows) -> int:
+        """Tokens that the model computes for these rows as one batch."""
+        return batch_cost(self._lengths[rows], self._padded)
+
+    @property
+    def waiting(self) -> bool:
+        """Whether a batch waits to be taken."""
+        return bool(self._todo)
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing is left to run or to come back."""
+        return not self._todo and not self._flying
+
+    @property
+    def in_hand(self) -> InHand:
+        """What is computed so far."""
+        done = self.done
+        return InHand(*map(int, (done.sum(), self._lengths[done].sum(), self.computed[done].sum())))
