@@ -11,11 +11,12 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from engines.embedding import MINILM, Vectors, embed, load_reference, lowest_cosine
-from engines.model_shapes import bert_mean_without_prompt, plain_transformers, router, xlm_roberta
+from engines.model_shapes import bert_mean_without_prompt, nearly_equal_vectors, plain_transformers, router, xlm_roberta
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 
 from embedstream.errors import ModelError
+from embedstream_worker.engines import torch_engine
 from embedstream_worker.engines.torch_engine import TorchEngine
 from embedstream_worker.models import resolve_model
 
@@ -127,6 +128,21 @@ def test_positions_that_begin_after_the_paddings_are_counted_right(tmp_path: Pat
         embed(engine, texts[-3:], max_length=129)
 
 
+def test_a_model_whose_vectors_bfloat16_would_change_runs_in_float32_and_says_so(
+    tmp_path: Path, texts: list[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch_engine, "cpu_has_bfloat16", lambda: True)
+    folder = nearly_equal_vectors(tmp_path, resolve_model(MINILM).path, texts)
+    engine = TorchEngine(resolve_model(str(folder)), "cpu", "auto")
+    engine.start()
+    assert engine.info.dtype == "float32"
+    assert "runs in float32: its vectors in bfloat16 have cosine" in caplog.text
+    scale = np.abs(theirs := load_reference(folder).encode_document(texts[:20])).max()
+    np.testing.assert_allclose(embed(engine, texts[:20]) / scale, theirs / scale, rtol=0, atol=5e-2)
+    with pytest.raises(ModelError, match="cannot run in bfloat16: its vectors in bfloat16 have cosine"):
+        TorchEngine(resolve_model(str(folder)), "cpu", "bfloat16").start()
+
+
 def test_each_role_takes_its_own_route(tmp_path: Path, texts: list[str]) -> None:
     engine = started(router(tmp_path, resolve_model(MINILM).path, texts))
     queries, documents = embed(engine, texts[:5], "query", prompt=""), embed(engine, texts[:5], "document")
@@ -178,6 +194,7 @@ def test_a_batch_that_does_not_fit_is_told_apart_and_a_smaller_one_goes_on(tmp_p
 import resource
 import numpy as np
 from embedstream_worker.engines.base import OutOfMemory, TokenBatch
+from embedstream_worker.engines import torch_engine
 from embedstream_worker.engines.torch_engine import TorchEngine
 from embedstream_worker.models import resolve_model
 

@@ -15,7 +15,7 @@ from embedstream_worker.engines.text_input import TextModel
 
 Vectors = npt.NDArray[np.float32]
 
-LOWEST_COSINE: dict[Precision, float] = {"float32": 0.99999, "bfloat16": 0.999, "int8": 0.9}
+LOWEST_COSINE: dict[Precision, float] = {"float32": 0.99999, "bfloat16": 0.999, "int8": 0.8}
 """What a check text's vector must reach against the padded float32 path. int8 is asked for by name, and its cosine
 shown: its bound only tells a rounded model from a broken one."""
 

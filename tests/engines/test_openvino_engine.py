@@ -1,0 +1,227 @@
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from engines.embedding import MINILM, Vectors, embed, load_reference, lowest_cosine
+from engines.model_shapes import bert_without_prompt, plain_transformers
+
+from embedstream.errors import ModelError
+from embedstream_worker.batching import cut_batches, gather_batch
+from embedstream_worker.engines import make_engine
+from embedstream_worker.engines.auto_engine import AutoEngine
+from embedstream_worker.engines.base import TokenBatch
+from embedstream_worker.engines.openvino_cache import Cache
+from embedstream_worker.engines.openvino_engine import EngineUnfit, OpenVinoEngine, streams_for
+from embedstream_worker.engines.precision import Precision
+from embedstream_worker.fingerprint import folder_fingerprint
+from embedstream_worker.models import ModelFolder, resolve_model
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
+    folder = bert_without_prompt(tmp_path_factory.mktemp("small"), resolve_model(MINILM).path, [])
+    return resolve_model(str(folder))
+
+
+@pytest.fixture(scope="module")
+def minilm() -> Iterator[OpenVinoEngine]:
+    engine = opened(resolve_model(MINILM), "float32")
+    yield engine
+    engine.close()
+
+
+def opened(folder: ModelFolder, precision: Precision, cache: Path | None = None) -> OpenVinoEngine:
+    """Started without a trial, which takes seconds."""
+    engine = OpenVinoEngine(folder, precision, Cache(cache))
+    engine.open(precision, folder_fingerprint(folder.path))
+    return engine
+
+
+def test_a_real_models_vectors_equal_sentence_transformers(minilm: OpenVinoEngine, texts: list[str]) -> None:
+    some = texts[::5] + texts[-5:]
+    theirs = load_reference(resolve_model(MINILM).path).encode_document(some)
+    assert lowest_cosine(embed(minilm, some), theirs) >= 0.99999
+
+
+def test_threads_that_embed_at_once_get_the_vectors_of_one_alone(minilm: OpenVinoEngine, texts: list[str]) -> None:
+    tokens = minilm.tokenizer().encode(texts[:200], 256)
+    batches = [gather_batch(tokens, rows, 0, "document") for rows in cut_batches(tokens.lengths, 512, padded=True)]
+
+    def run(batch: TokenBatch) -> Vectors:
+        return minilm.embed(batch)["embedding"]
+
+    alone = [run(batch) for batch in batches]
+    with ThreadPoolExecutor(2 * minilm.in_flight) as threads:  # more threads than requests: some have to wait
+        together = list(threads.map(run, batches * 3))
+    for ours, theirs in zip(together, alone * 3, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6)
+
+
+def test_vectors_are_the_callers_own(minilm: OpenVinoEngine, texts: list[str]) -> None:
+    first = embed(minilm, texts[:4])
+    kept = first.copy()
+    embed(minilm, texts[4:8])
+    np.testing.assert_array_equal(first, kept)
+
+
+def test_a_worker_needs_no_torch_because_a_process_of_its_own_converts(small: ModelFolder) -> None:
+    program = f"""
+import sys
+from embedstream_worker.engines import make_engine
+
+engine, _ = make_engine("openvino", {str(small.path)!r})
+engine.start()
+engine.warm_up(256)
+print(sorted({{"torch", "transformers", "sentence_transformers", "nncf"}} & set(sys.modules)))
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert run.stdout == "[]\n", run.stderr
+
+
+@pytest.mark.parametrize("damage", ["graph", "description", "missing"])
+def test_a_damaged_cache_is_made_anew(small: ModelFolder, damage: str, tmp_path: Path, texts: list[str]) -> None:
+    before = embed(opened(small, "float32", tmp_path), texts[:5])
+    [entry] = [path for path in tmp_path.iterdir() if path.is_dir()]
+    names = {"graph": "document.bin", "description": "model.json"}
+    if damage == "missing":
+        (entry / "document.xml").unlink()
+    else:
+        path = entry / names[damage]
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    np.testing.assert_array_equal(embed(opened(small, "float32", tmp_path), texts[:5]), before)
+    assert (entry / "document.xml").stat().st_size > 0
+    reopened = (entry / "model.json").stat().st_mtime_ns
+    opened(small, "float32", tmp_path)
+    assert (entry / "model.json").stat().st_mtime_ns == reopened  # whole again, and kept
+
+
+def test_two_workers_may_convert_the_same_model_at_once(small: ModelFolder, tmp_path: Path, texts: list[str]) -> None:
+    program = f"""
+from pathlib import Path
+from embedstream_worker.engines.openvino_cache import Cache
+from embedstream_worker.engines.openvino_engine import OpenVinoEngine
+from embedstream_worker.models import resolve_model
+
+OpenVinoEngine(resolve_model({str(small.path)!r}), "float32", Cache(Path({str(tmp_path)!r}))).open("float32", "0" * 32)
+"""
+    workers = [subprocess.Popen([sys.executable, "-c", program]) for _ in range(2)]
+    assert [worker.wait(120) for worker in workers] == [0, 0]
+    assert [path.name for path in tmp_path.iterdir() if ".tmp-" in path.name] == []
+    assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 1
+    engine = OpenVinoEngine(small, "float32", Cache(tmp_path))
+    engine.open("float32", "0" * 32)
+    assert np.isfinite(embed(engine, texts[:3])).all()
+
+
+def test_a_cache_that_cannot_be_written_costs_time_alone(
+    small: ModelFolder, tmp_path: Path, texts: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    engine = opened(small, "float32", tmp_path / "file" / "cache")
+    assert np.isfinite(embed(engine, texts[:3])).all()
+    assert "cannot be written" in caplog.text
+    engine.close()
+
+
+def test_vectors_that_are_not_the_models_are_refused_and_torch_takes_over(
+    small: ModelFolder, tmp_path: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here the references are swapped: to the check that looks like a graph that computes something else."""
+    monkeypatch.setenv("EMBEDSTREAM_CACHE_DIR", str(tmp_path))
+    opened(small, "float32", tmp_path / "openvino").close()
+    [entry] = [path for path in (tmp_path / "openvino").iterdir() if path.is_dir()]
+    with np.load(entry / "references.npz") as arrays:
+        swapped = {name: np.ascontiguousarray(arrays[name][::-1]) for name in arrays.files}
+    size = (entry / "references.npz").stat().st_size
+    np.savez(entry / "references.npz", allow_pickle=False, **swapped)
+    assert (entry / "references.npz").stat().st_size == size
+    with pytest.raises(EngineUnfit, match=r"vectors in float32 have cosine .* below 0\.99999"):
+        OpenVinoEngine(small, "float32").start()
+    engine = AutoEngine(small, "cpu", "float32")
+    engine.start()
+    assert engine.info.engine == "torch"
+    theirs = load_reference(small.path).encode_document(texts[:9])
+    assert lowest_cosine(embed(engine, texts[:9]), theirs) >= 0.99999
+
+
+def test_a_model_that_cannot_be_loaded_is_one_sentence_and_not_remembered(small: ModelFolder, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(small.path, folder)
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(config.replace('"hidden_size": 32', '"hidden_size": 36'))
+    with pytest.raises(ModelError, match="cannot be loaded") as caught:
+        OpenVinoEngine(resolve_model(str(folder)), "float32", Cache(tmp_path / "cache")).start()
+    assert not isinstance(caught.value, EngineUnfit)
+    assert list((tmp_path / "cache").glob("*.verdict")) == []
+
+
+def test_int8_is_the_same_space_on_every_worker_that_calibrates(
+    small: ModelFolder, tmp_path: Path, texts: list[str]
+) -> None:
+    first, second = opened(small, "int8", tmp_path / "a"), opened(small, "int8", tmp_path / "b")
+    assert first.info.fingerprint == second.info.fingerprint
+    assert first.info.fingerprint.startswith(f"{folder_fingerprint(small.path)}-int8-")
+    ours = embed(first, texts[:60])
+    np.testing.assert_array_equal(ours, embed(second, texts[:60]))
+    theirs = load_reference(small.path).encode_document(texts[:60])
+    assert 0.8 <= lowest_cosine(ours, theirs) < 0.99999
+
+
+def test_int8_of_a_model_that_openvino_does_not_run_is_refused_not_replaced(tmp_path: Path) -> None:
+    folder = plain_transformers(tmp_path, resolve_model(MINILM).path, [])
+    with pytest.raises(ModelError, match="--dtype int8: the device is not a CPU; use another dtype"):
+        AutoEngine(resolve_model(str(folder)), "cuda:0", "int8").start()
+    with pytest.raises(ModelError, match="--dtype int8: torch does not compute in it"):
+        make_engine("torch", str(folder), dtype="int8")[0].start()
+
+
+def test_another_device_than_the_cpu_is_refused_for_openvino() -> None:
+    with pytest.raises(ModelError, match="--device cuda:0: openvino runs on the CPU"):
+        make_engine("openvino", MINILM, device="cuda:0")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="bounds the address space by what /proc says")
+def test_a_batch_that_does_not_fit_is_told_apart_and_a_smaller_one_goes_on(small: ModelFolder) -> None:
+    program = f"""
+import resource
+import numpy as np
+from embedstream_worker.engines.base import OutOfMemory, TokenBatch
+from embedstream_worker.engines.openvino_engine import OpenVinoEngine
+from embedstream_worker.models import resolve_model
+
+def batch(rows):
+    return TokenBatch(np.full(rows * 100, 7, np.int32), np.arange(rows + 1) * 100, 100, 0, "document")
+
+engine = OpenVinoEngine(resolve_model({str(small.path)!r}), "float32")
+engine.start()
+engine.embed(batch(50))
+pages = int(open("/proc/self/statm").read().split()[0])
+limit = pages * resource.getpagesize() + (400 << 20)
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+try:
+    engine.embed(batch(100_000))
+except OutOfMemory as error:
+    print(error)
+print(engine.embed(batch(50))["embedding"].shape)
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert run.stdout.splitlines()[-1:] == ["(50, 24)"], run.stderr
+    assert run.stdout.startswith("100000 texts of up to 100 tokens: ")
+
+
+def test_closing_twice_is_closing_once(small: ModelFolder, tmp_path: Path) -> None:
+    engine = opened(small, "float32", tmp_path)
+    engine.close()
+    engine.close()
+
+
+@pytest.mark.parametrize(("cores", "streams"), [(1, 1), (2, 2), (4, 2), (8, 2), (16, 4), (64, 16)])
+def test_streams_grow_with_the_cores(cores: int, streams: int) -> None:
+    assert streams_for(cores) == streams
