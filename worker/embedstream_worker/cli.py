@@ -26,6 +26,7 @@ from embedstream_worker.pipeline import Life
 
 if TYPE_CHECKING:
     from embedstream_worker.engines import EngineName
+    from embedstream_worker.engines.precision import Dtype
 
 log = logging.getLogger("embedstream_worker")
 
@@ -40,7 +41,13 @@ DEFAULTS = WorkerSettings()
 @click.option("--redis", "redis_url", required=True, help="The fleet's Redis: redis://host:6379/0, rediss://, unix://.")
 @click.option("--queue", help="[default: the model's name]")
 @click.option("--device", default="auto", help="auto, cpu, cuda:N or mps.")
-@click.option("--engine", type=click.Choice(["auto", "torch", "hashing"]), default="auto")
+@click.option("--engine", type=click.Choice(["auto", "torch", "openvino", "hashing"]), default="auto")
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16", "int8"]),
+    default="auto",
+    help="auto: bfloat16 where the device has it. int8 only when asked for: faster, less exact.",
+)
 @click.option("--batch-tokens", type=click.IntRange(min=1), help="Tokens in one batch. [default: by device]")
 @click.option(
     "--window-tokens", type=click.IntRange(min=1), default=DEFAULTS.window_tokens, help="Tokens sorted together."
@@ -78,6 +85,7 @@ def worker(
     queue: str | None,
     device: str,
     engine: EngineName,
+    dtype: Dtype,
     batch_tokens: int | None,
     window_tokens: int,
     window_ms: int,
@@ -96,7 +104,7 @@ def worker(
         batch_tokens=batch_tokens, window_tokens=window_tokens, window_ms=window_ms, lease_seconds=lease_seconds
     )
     roots = tuple(canonical_root(root) for root in output_roots or (str(Path.cwd()), "redis:"))
-    run(model, revision, redis_url, queue, device, engine, settings, roots, burst, embedded)
+    run(model, revision, redis_url, queue, device, engine, dtype, settings, roots, burst, embedded)
 
 
 def run(
@@ -106,6 +114,7 @@ def run(
     queue: str,
     device: str,
     engine: EngineName,
+    dtype: Dtype,
     settings: WorkerSettings,
     roots: tuple[str, ...],
     burst: bool,
@@ -125,7 +134,7 @@ def run(
     from embedstream_worker.jobs import WorkerModel
     from embedstream_worker.worker import Worker, WorkerPlan
 
-    made, source = make_engine(engine, model, revision, device)
+    made, source = make_engine(engine, model, revision, device, dtype)
     log.info("model %s: %s", model, source)
     plan = WorkerPlan(redis_url, queue, WorkerModel(model, revision), roots, settings, burst)
     try:

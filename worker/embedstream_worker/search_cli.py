@@ -49,11 +49,14 @@ def embed_query(query: str, manifest: Manifest, spec: JobSpec) -> npt.NDArray[np
     Raises:
         ModelError: the model is not the one that made the dataset any more.
     """
-    from embedstream_worker.engines import make_engine
+    from embedstream_worker.engines import EngineName, make_engine
     from embedstream_worker.engines.base import TokenBatch
+    from embedstream_worker.engines.precision import Dtype
     from embedstream_worker.jobs import space_id
 
-    engine, _ = make_engine("hashing" if manifest.engines == ("hashing",) else "auto", spec.model, spec.revision)
+    name: EngineName = "hashing" if manifest.engines == ("hashing",) else "auto"
+    dtype: Dtype = "int8" if any(shard.dtype == "int8" for shard in manifest.shards) else "auto"
+    engine, _ = make_engine(name, spec.model, spec.revision, dtype=dtype)
     engine.start()
     info = engine.info
     max_length = spec.max_length or info.max_length
