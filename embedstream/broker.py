@@ -68,6 +68,8 @@ class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):
     lease_seconds: float = 0.0
     in_hand: dict[str, InHand] = {}
     """By job."""
+    refused: dict[str, str] = {}
+    """Jobs that it will never work on, and why."""
 
 
 class Broker(Steps):
@@ -300,10 +302,6 @@ class Broker(Steps):
         if dead:
             self._raw.zremrangebyscore(self.keys.workers, "-inf", horizon)
         return live
-
-    def in_hand(self, job: str) -> InHand:
-        """What the live workers have computed of a job and not committed yet, as they last said."""
-        return sum((worker.in_hand.get(job, InHand()) for worker in self.workers()), InHand())
 
     def announce(self) -> None:
         """Put the queue on the list of queues."""

@@ -64,7 +64,7 @@ class ModelError(EmbedstreamError):
 
 
 class WorkerError(EmbedstreamError):
-    """The worker process of embedded mode keeps dying."""
+    """The worker process of embedded mode keeps dying, or will not take the job."""
 
     exit_code = 1
 

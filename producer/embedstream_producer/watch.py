@@ -10,18 +10,18 @@ from typing import Self
 
 import redis
 
-from embedstream.broker import Broker
+from embedstream.broker import Broker, InHand, WorkerRecord
 from embedstream.client import start_command
 from embedstream.connection import connect, mask
-from embedstream.errors import EmbedstreamError, JobUnknown, OutputError
+from embedstream.errors import EmbedstreamError, JobUnknown, OutputError, WorkerError
 from embedstream.jobs import JobSpec, JobState, JobStatus
 from embedstream.plans import is_unreachable
 from embedstream.settings import Settings
 from embedstream.watching import look
 from embedstream_producer.progress import Progress
 
-WORKERS_SECONDS = 5.0
-"""Between two looks at the fleet: a dead worker's key expires after 15 s, so sooner tells nothing."""
+WORKERS_SECONDS = 2.0
+"""Between two looks at what workers say of themselves, which they say as often."""
 
 FINALIZE_TRIES_SECONDS = 10.0
 """Between two tries at a manifest that could not be written from here; a worker may be able to."""
@@ -48,6 +48,7 @@ class Watch:
         self._unreachable = False
         self._without_worker = False
         self._stalled = False
+        self._refusals: set[str] = set()
         self.done = 0
         """Blocks committed at the last look."""
         self.failure: Exception | None = None
@@ -101,10 +102,10 @@ class Watch:
                 self._next_finalize = now + FINALIZE_TRIES_SECONDS
                 self._progress.tell(f"{error}; leaving the manifest to a worker")
                 status = self._broker.status(self._spec.job)
-            in_hand = self._broker.in_hand(self._spec.job)
-            if not self._embedded and now >= self._next_workers and not status.state.ended:
+            workers = self._broker.workers()
+            if now >= self._next_workers and not status.state.ended:
                 self._next_workers = now + WORKERS_SECONDS
-                self._look_at_workers(status)
+                self._look_at_workers(status, workers)
         except redis.RedisError as error:
             if not is_unreachable(error):
                 raise
@@ -115,6 +116,7 @@ class Watch:
             self._unreachable = False
             self._progress.notice("")
         self.done = status.done
+        in_hand = sum((worker.in_hand.get(self._spec.job, InHand()) for worker in workers), InHand())
         self._progress.update(status, in_hand)
         return status
 
@@ -128,8 +130,16 @@ class Watch:
                 self.failure = error
                 return
 
-    def _look_at_workers(self, status: JobStatus) -> None:
-        workers = self._broker.workers()
+    def _look_at_workers(self, status: JobStatus, workers: list[WorkerRecord]) -> None:
+        refusals = {worker.refused.get(self._spec.job, "") for worker in workers}
+        if refusals and "" not in refusals and refusals != self._refusals:
+            self._refusals = refusals
+            why = "; ".join(sorted(refusals))
+            if self._embedded:
+                raise WorkerError(f"the worker will not take this job: {why}")
+            self._progress.tell(f"no worker of queue {self._spec.queue} will take this job: {why}")
+        if self._embedded:
+            return
         if not workers and status.state is not JobState.FINALIZING:
             if not self._without_worker:
                 self._without_worker = True

@@ -129,3 +129,17 @@ def test_bad_usage_leaves_nothing_half_made(tmp_path: Path) -> None:
         assert says in done.stderr
         assert "Traceback" not in done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c.jsonl", "empty.jsonl"]
+
+
+def test_vectors_of_another_model_are_never_added_to_a_half_done_dataset(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "c.jsonl", 60_000)
+    args = [tmp_path / "c.jsonl", "-o", tmp_path / "out"]
+    first = start_submit(*args, EMBEDSTREAM_ENGINE="hashing")
+    wait_until(lambda: list((tmp_path / "out").glob("part-*.parquet")), "a first shard")
+    first.send_signal(signal.SIGINT)
+    first.communicate(timeout=60)
+    other = run("embed-submit", *args)
+    assert other.returncode == 1
+    assert "space" in other.stderr
+    assert "Traceback" not in other.stderr
+    assert not processes_mentioning(str(tmp_path))

@@ -186,3 +186,14 @@ def test_a_job_that_no_worker_of_its_model_can_serve_fails_with_the_reason(worke
     assert done.returncode == 1
     assert "nonsense" in done.stderr + done.stdout
     assert "Traceback" not in done.stderr
+
+
+def test_a_job_that_every_worker_refuses_is_told_why(workers: Fleet, tmp_path: Path) -> None:
+    write_corpus(tmp_path / "c.jsonl", 10)
+    workers.start_worker("--model", "another-model", "--engine", "hashing", "--queue", "hashing")
+    waiting = start_submit(tmp_path / "c.jsonl", "-o", tmp_path / "out", "--redis", workers.url, "--model", "hashing")
+    assert waiting.stderr is not None
+    lines = iter(waiting.stderr.readline, "")
+    assert any("another-model" in line for line in lines), "it waits in silence"
+    waiting.send_signal(signal.SIGINT)
+    assert waiting.wait(timeout=30) == 130

@@ -25,6 +25,9 @@ LOOK_AGAIN_SECONDS = 30.0
 """When a job is looked at again whose output could not be written: disks are emptied and mounted."""
 
 
+FOR_GOOD = float("inf")
+
+
 @dataclass(frozen=True)
 class WorkerModel:
     """The one model that a worker serves, as it was asked for."""
@@ -102,7 +105,12 @@ class Jobs:
         with self._lock:
             return {job: refused.why for job, refused in self._refused.items()}
 
-    def refuse(self, job: str, why: str, seconds: float = float("inf")) -> None:
+    def refused_for_good(self) -> dict[str, str]:
+        """Those of them that this worker will not look at again."""
+        with self._lock:
+            return {job: refused.why for job, refused in self._refused.items() if refused.until == FOR_GOOD}
+
+    def refuse(self, job: str, why: str, seconds: float = FOR_GOOD) -> None:
         """Take no more of this job, for so long."""
         with self._lock:
             before = self._refused.get(job)

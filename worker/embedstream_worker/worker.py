@@ -75,6 +75,7 @@ class Worker:
         self._started = time.time()
         self._warm_up_seconds = 0.0
         self._info: EngineInfo | None = None  # once the model is loaded
+        self._jobs: Jobs | None = None
         self._infer: Infer | None = None
         self._write: Write | None = None
 
@@ -118,7 +119,7 @@ class Worker:
         windows: Channel[Window] = Channel(1)
         tokenized: Channel[list[TokenizedGroup] | Urgent] = Channel(1)
         embedded: Channel[list[EmbeddedGroup]] = Channel(1)
-        jobs = Jobs(self._broker(), url, engine, plan.model, plan.roots)
+        jobs = self._jobs = Jobs(self._broker(), url, engine, plan.model, plan.roots)
         housekeeping = Housekeeping(self._broker(), url, plan.roots)
         intake = Intake(
             self._broker(retries=0), jobs, held, life, windows, name, settings, plan.burst, housekeeping.hopeless
@@ -176,6 +177,7 @@ class Worker:
             tokens=tokens,
             lease_seconds=self._plan.settings.lease_seconds,
             in_hand=in_hand,
+            refused=self._jobs.refused_for_good() if self._jobs else {},
         )
 
     def _leave(self) -> None:
