@@ -17,6 +17,7 @@ from embedstream.errors import BrokerError, JobUnknown
 from embedstream.jobs import JobState, JobStatus, decode_spec
 from embedstream.keys import GROUP, QUEUES, RELEASED, Keys
 from embedstream.steps import MOST_BLOCKS, CommitBlock, Step, Steps
+from embedstream.workers import WorkerRecord
 
 T = TypeVar("T")
 
@@ -34,42 +35,6 @@ class Claimed:
     fields: Fields
     deliveries: int
     """1 at first; more means that earlier holders died with it."""
-
-
-class InHand(msgspec.Struct, frozen=True, array_like=True):
-    """Work that a worker has computed and not committed yet: for showing progress, never for counting."""
-
-    rows: int = 0
-    tokens: int = 0
-    padded: int = 0
-
-    def __add__(self, other: InHand) -> InHand:
-        return InHand(self.rows + other.rows, self.tokens + other.tokens, self.padded + other.padded)
-
-
-class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """What a live worker says of itself."""
-
-    name: str
-    host: str
-    pid: int
-    model: str
-    fingerprint: str
-    engine: str
-    device: str
-    dtype: str
-    roots: tuple[str, ...]
-    state: str
-    """starting, ready or draining."""
-    started: float
-    warm_up_seconds: float = 0.0
-    rows: int = 0
-    tokens: int = 0
-    lease_seconds: float = 0.0
-    in_hand: dict[str, InHand] = {}
-    """By job."""
-    refused: dict[str, str] = {}
-    """Jobs that it will never work on, and why."""
 
 
 class Broker(Steps):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal, TypedDict
 
 from embedstream.adoption import Adopted, adopt_shards
-from embedstream.broker import Broker, WorkerRecord, job_keys
+from embedstream.broker import Broker, job_keys
 from embedstream.dataset.manifest import manifest_spec
 from embedstream.dataset.sink import Manifest, Sink, canonical_output
 from embedstream.errors import BrokerError, OutputError, SpecDiffers
@@ -17,6 +17,7 @@ from embedstream.jobs import JobSpec, JobState, decode_spec, differing_field, mo
 from embedstream.plans import Notice, drive, silent
 from embedstream.roots import allows, is_redis
 from embedstream.steps import Code
+from embedstream.workers import WorkerRecord
 
 
 class SpecSettings(TypedDict, total=False):

@@ -13,12 +13,13 @@ import msgspec
 import pyarrow as pa
 
 from embedstream.blocks import decode_block
-from embedstream.broker import Broker, Claimed, WorkerRecord, entry_size
+from embedstream.broker import Broker, Claimed, entry_size
 from embedstream.connection import connect
 from embedstream.dataset.schema import dataset_schema, errors_schema
 from embedstream.dataset.sink import BlockRecord, ShardContent, ShardRecord, open_sink
 from embedstream.interactive import EmbedReply, EmbedRequest
 from embedstream.steps import CommitBlock
+from embedstream.workers import WorkerRecord
 
 DIM = 2
 

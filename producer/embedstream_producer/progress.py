@@ -14,8 +14,8 @@ from rich.live import Live
 from rich.markup import escape
 from rich.text import Text
 
-from embedstream.broker import InHand
 from embedstream.jobs import JobStatus
+from embedstream.workers import InHand
 from embedstream_producer.report import duration
 
 PLAIN_SECONDS = 10.0

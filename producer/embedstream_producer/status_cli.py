@@ -10,12 +10,13 @@ from typing import Any
 import click
 import msgspec
 
-from embedstream.broker import Broker, WorkerRecord
+from embedstream.broker import Broker
 from embedstream.client import find_queue
 from embedstream.connection import check, connect, explaining, mask
 from embedstream.errors import JobUnknown, UsageError
 from embedstream.jobs import JobState, JobStatus
 from embedstream.settings import ENV_PREFIX
+from embedstream.workers import WorkerRecord
 from embedstream_producer.commands import run
 from embedstream_producer.report import duration
 

@@ -10,7 +10,7 @@ from typing import Self
 
 import redis
 
-from embedstream.broker import Broker, InHand, WorkerRecord
+from embedstream.broker import Broker
 from embedstream.client import start_command
 from embedstream.connection import connect, mask
 from embedstream.errors import EmbedstreamError, JobUnknown, OutputError, WorkerError
@@ -18,6 +18,7 @@ from embedstream.jobs import JobSpec, JobState, JobStatus
 from embedstream.plans import is_unreachable
 from embedstream.settings import Settings
 from embedstream.watching import look
+from embedstream.workers import InHand, WorkerRecord
 from embedstream_producer.progress import Progress
 
 WORKERS_SECONDS = 2.0

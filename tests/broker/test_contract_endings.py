@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from broker_lab import HOUR_MS, Lab
 
-from embedstream.broker import WorkerRecord
 from embedstream.errors import BrokerError
 from embedstream.jobs import JobState
 from embedstream.steps import Answer, Code, Lease
+from embedstream.workers import WorkerRecord
 
 # cancel
 

@@ -14,10 +14,11 @@ from conftest import RedisServer
 from msgspec import msgpack
 from worker_lab import WorkerLab, pack, refusal, worker_lab
 
-from embedstream.broker import Broker, WorkerRecord
+from embedstream.broker import Broker
 from embedstream.connection import connect
 from embedstream.interactive import EmbedReply, EmbedRequest
 from embedstream.settings import WorkerSettings
+from embedstream.workers import WorkerRecord
 from embedstream_worker.engines.hashing import HashingEngine
 from embedstream_worker.held import Held, HeldBlock, TokenizedGroup, Window, hand_back
 from embedstream_worker.infer import Urgent

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from embedstream.broker import InHand
+from embedstream.workers import InHand
 from embedstream_worker.engines.base import Engine, OutOfMemory, Role, TokenBatch, Tokens
 from embedstream_worker.held import EmbeddedGroup, RowErrors, TokenizedGroup
 from embedstream_worker.pipeline import Channel, Closed, Life

@@ -8,8 +8,9 @@ from collections.abc import Callable
 
 import redis
 
-from embedstream.broker import Broker, WorkerRecord
+from embedstream.broker import Broker
 from embedstream.settings import WorkerSettings
+from embedstream.workers import WorkerRecord
 from embedstream_worker.held import ENTRIES_PER_STEP, Held
 from embedstream_worker.pipeline import Life
 

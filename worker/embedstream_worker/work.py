@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import numpy as np
 import numpy.typing as npt
 
-from embedstream.broker import InHand
+from embedstream.workers import InHand
 from embedstream_worker.batching import batch_cost, cut_batches, gather_batch
 from embedstream_worker.engines.base import Role, TokenBatch, Tokens
 from embedstream_worker.held import RowErrors

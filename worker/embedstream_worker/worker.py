@@ -13,10 +13,11 @@ from dataclasses import dataclass
 
 import redis
 
-from embedstream.broker import Broker, InHand, WorkerRecord
+from embedstream.broker import Broker
 from embedstream.connection import check, connect
 from embedstream.errors import ModelError
 from embedstream.settings import WorkerSettings
+from embedstream.workers import InHand, WorkerRecord
 from embedstream_worker.engines.base import Engine, EngineInfo, OutOfMemory
 from embedstream_worker.held import EmbeddedGroup, Held, TokenizedGroup, Window, hand_back
 from embedstream_worker.housekeeping import Housekeeping

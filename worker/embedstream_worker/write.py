@@ -12,7 +12,7 @@ import pyarrow as pa
 import redis
 from redis.backoff import ExponentialWithJitterBackoff
 
-from embedstream.broker import Broker, InHand
+from embedstream.broker import Broker
 from embedstream.dataset.schema import errors_schema
 from embedstream.dataset.sink import ShardContent, ShardRecord
 from embedstream.errors import BrokerError, OutputError
@@ -20,6 +20,7 @@ from embedstream.jobs import JobState
 from embedstream.keys import GROUP, RELEASED
 from embedstream.settings import WorkerSettings
 from embedstream.steps import Answer, Code
+from embedstream.workers import InHand
 from embedstream_worker.engines.base import EngineInfo
 from embedstream_worker.finish import FinishedBlock, finish_blocks
 from embedstream_worker.held import EmbeddedGroup, Held, HeldBlock, release
