@@ -102,7 +102,7 @@ def test_vectors_equal_sentence_transformers(
 
 
 @pytest.mark.parametrize(
-    "shape", [bert_mean_without_prompt, decoder, python_tokenizer, static_embedding], ids=lambda shape: shape.__name__
+    "shape", [bert_mean_without_prompt, decoder, static_embedding], ids=lambda shape: shape.__name__
 )
 def test_the_engine_that_is_chosen_by_itself_is_right_and_says_why_it_was(
     shape: Shape, sample: Callable[[Shape], Sample], caplog: pytest.LogCaptureFixture
