@@ -10,23 +10,31 @@ from embedstream_worker.engines.base import Engine
 from embedstream_worker.engines.hashing import HashingEngine
 from embedstream_worker.engines.precision import Dtype
 
-EngineName = Literal["auto", "torch", "openvino", "hashing"]
+EngineName = Literal["auto", "torch", "openvino", "onnxruntime", "hashing"]
 
 HASHING_MODEL = "hashing"
 """The model's name that stands for the hashing engine."""
 
 
 def make_engine(
-    engine: EngineName, model: str, revision: str | None = None, device: str = "auto", dtype: Dtype = "auto"
+    engine: EngineName,
+    model: str,
+    revision: str | None = None,
+    device: str = "auto",
+    dtype: Dtype = "auto",
+    threads: int | None = None,
 ) -> tuple[Engine, str]:
     """An engine for a model, not yet started, and where the model comes from, for printing.
 
     `engine` "auto" is the hashing engine for the model "hashing", and for all others the fastest that gives the right
     vectors. `dtype` "auto" is the fastest precision that is still called exact: bfloat16 where the device has it.
+    `threads`: those of one batch, for onnxruntime alone; by default it chooses.
 
     Raises:
         ModelError: the model cannot be found or trusted, or the engine is not here.
     """
+    if threads is not None and engine != "onnxruntime":
+        raise ModelError(f"--threads {threads}: only --engine onnxruntime takes it; the others choose by the cores")
     if engine == "hashing" or (engine == "auto" and model == HASHING_MODEL):
         return HashingEngine(), "computed from the text's bytes, no model"
     from embedstream_worker.models import resolve_model
@@ -41,6 +49,15 @@ def make_engine(
 
         folder = resolve_model(model, revision)
         return OpenVinoEngine(folder, dtype), folder.source
+    if engine == "onnxruntime":
+        if importlib.util.find_spec("onnxruntime") is None:
+            raise ModelError(
+                "--engine onnxruntime: not installed; pip install 'embedstream[onnx]', or use --engine torch"
+            )
+        from embedstream_worker.engines.onnx_engine import OnnxEngine
+
+        folder = resolve_model(model, revision)
+        return OnnxEngine(folder, device, dtype, threads=threads), folder.source
     folder = resolve_model(model, revision)
     if engine == "torch":
         from embedstream_worker.engines.torch_engine import TorchEngine

@@ -1,0 +1,172 @@
+"""From a model folder to ONNX graphs: all of it, or what follows a transformer that the folder carries as ONNX."""
+
+from __future__ import annotations
+
+import gc
+import io
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any, Literal
+
+import tokenizers
+import torch
+from sentence_transformers import SentenceTransformer
+
+from embedstream.errors import ModelError
+from embedstream_worker.engines.base import Role
+from embedstream_worker.engines.checking import Vectors, check_batches
+from embedstream_worker.engines.openvino_cache import Conversion, NotConvertible
+from embedstream_worker.engines.text_input import InputKind, TextModel
+from embedstream_worker.engines.torch_engine import TorchEngine, is_out_of_memory, sentence_vectors
+from embedstream_worker.engines.torch_graph import Graph, finite_attention, graph_example, graph_names
+from embedstream_worker.engines.torch_loading import quiet
+from embedstream_worker.models import ModelFolder
+
+Carried = Literal["token_embeddings", "sentence_embedding"]
+"""What a carried transformer gives: a vector per token, or one per text."""
+
+VECTORS = "embedding"
+"""The output's name in graphs that are written here."""
+
+_OPSET = 18
+_INPUTS = ("input_ids", "attention_mask", "pooling_mask")
+
+
+def convert(folder: ModelFolder, into: Path) -> Conversion:
+    """Write a model's graphs, transformer and tail in one, and embed the check's texts with the original for reference.
+
+    Raises:
+        ModelError: the model cannot be loaded.
+        NotConvertible: the architecture cannot be exported, or there is nothing to gain from it.
+    """
+    return _convert(folder, _write_whole, into)
+
+
+def convert_tail(folder: ModelFolder, given: Carried, into: Path) -> Conversion:
+    """The same for what follows the transformer alone. Raises as `convert`."""
+
+    def write(modules: SentenceTransformer, model: TextModel, role: Role, path: Path) -> None:
+        _write_tail(modules, model, role, given, path)
+
+    return _convert(folder, write, into)
+
+
+_Write = Callable[[SentenceTransformer, TextModel, Role, Path], None]
+
+
+def _convert(folder: ModelFolder, write: _Write, into: Path) -> Conversion:
+    engine = TorchEngine(folder, "cpu", "float32")
+    engine.start()
+    model = engine.text_model
+    if model.input.kind is not InputKind.PADDED:
+        raise NotConvertible("it is a table of vectors, which torch looks up as fast")
+    if not isinstance(model.input.source, tokenizers.Tokenizer):
+        raise NotConvertible("its tokenizer is written in Python, which is the slower half of it")
+    references: list[Vectors] = [engine.embed(batch)["embedding"] for batch in check_batches(model)]
+    graphs = graph_names(engine.modules, model)
+    for role, name in graphs.items():
+        if role == name:
+            write(engine.modules, model, role, into / f"{role}.onnx")
+    engine.close()
+    gc.collect()  # the weights are in the graphs now; the originals' memory is wanted back before those are loaded
+    return Conversion(model, graphs, references)
+
+
+def _write_whole(modules: SentenceTransformer, model: TextModel, role: Role, path: Path) -> None:
+    graph = Graph(modules, model, role)
+    try:
+        _export(graph, dict(zip(_INPUTS, graph_example(model, role), strict=False)), model.name, path)
+    finally:
+        graph.release()
+
+
+def _write_tail(modules: SentenceTransformer, model: TextModel, role: Role, given: Carried, path: Path) -> None:
+    inputs = dict(zip(_INPUTS, graph_example(model, role), strict=False))
+    with torch.no_grad():
+        features = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
+        if model.input.token_types:
+            features["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
+        first = next(modules.children())
+        # A router's transformers lie in folders of their own.
+        tokens = first({"modality": "text", **features}).get("token_embeddings")
+        if tokens is None:
+            raise NotConvertible("its first module is not a transformer")
+        if given == "sentence_embedding":
+            example: dict[str, torch.Tensor] = {given: sentence_vectors(modules, features, role)}
+            _export(_Cut(model), example, model.name, path)
+            return
+    graph = _Tail(modules, model, role)
+    try:
+        _export(graph, {given: tokens, **inputs}, model.name, path)
+    finally:
+        graph.release()
+
+
+class _Tail(Graph):
+    """All modules but the first, whose tokens' vectors are given."""
+
+    def forward(  # type: ignore[override]
+        self,
+        token_embeddings: torch.Tensor,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        pooling_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        self._pooling_mask[:] = [] if pooling_mask is None else [pooling_mask]
+        features = {"token_embeddings": token_embeddings, "input_ids": input_ids, "attention_mask": attention_mask}
+        first = next(self._modules_of_model.children())
+        original = first.forward
+        first.forward = _give_back
+        try:
+            return sentence_vectors(self._modules_of_model, features, self._role)
+        finally:
+            first.forward = original
+
+
+def _give_back(features: dict[str, Any], **_: Any) -> dict[str, Any]:
+    return features
+
+
+class _Cut(torch.nn.Module):
+    """A model's own cut to fewer dimensions, for graphs that do all the rest."""
+
+    def __init__(self, model: TextModel) -> None:
+        super().__init__()
+        self._dim, self._normalized = model.dim, model.normalized
+
+    def forward(self, sentence_embedding: torch.Tensor) -> torch.Tensor:
+        vectors = sentence_embedding[:, : self._dim]
+        return torch.nn.functional.normalize(vectors, dim=1) if self._normalized else vectors.clone()
+
+
+def _export(graph: torch.nn.Module, example: dict[str, torch.Tensor], model_name: str, path: Path) -> None:
+    axes = {name: dict(enumerate(("texts", "tokens")[: tensor.ndim])) for name, tensor in example.items()}
+    if "sentence_embedding" in axes:
+        del axes["sentence_embedding"][1]
+    try:  # whatever the exporter raises, another engine runs the model
+        with _silence(), finite_attention(), torch.no_grad():
+            torch.onnx.export(
+                graph,
+                tuple(example.values()),
+                str(path),
+                input_names=list(example),
+                output_names=[VECTORS],
+                dynamic_axes={**axes, VECTORS: {0: "texts"}},
+                opset_version=_OPSET,
+                dynamo=False,
+            )
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise ModelError(f"no memory to export model {model_name} for onnxruntime; use --engine torch") from error
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise NotConvertible(f"its architecture cannot be exported ({lines[0][:200]})") from error
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """No reports, and no warnings about tracing."""
+    with quiet(), warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield

@@ -1,0 +1,333 @@
+"""Models as ONNX graphs, with ONNX Runtime on the CPU or a CUDA device: padded batches in float32."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+
+from embedstream.errors import ModelError
+from embedstream_worker.engines.base import EngineInfo, OutOfMemory, OutputInfo, Role, TextTokenizer, TokenBatch
+from embedstream_worker.engines.calibration import calibration_hash
+from embedstream_worker.engines.checking import CheckFailed, check_batches, compare, require
+from embedstream_worker.engines.onnx_slot import INPUTS, Slot, Step, Way
+from embedstream_worker.engines.openvino_cache import Cache, Conversion, Entry, NotConvertible
+from embedstream_worker.engines.precision import Dtype, cpu_cores
+from embedstream_worker.engines.text_input import TextModel, warm_up_batches
+from embedstream_worker.fingerprint import file_sha256, folder_fingerprint
+from embedstream_worker.models import ModelFolder
+
+if TYPE_CHECKING:
+    from embedstream_worker.engines.onnx_conversion import Carried
+
+log = logging.getLogger(__name__)
+
+CPU_BATCH_TOKENS = 2048
+"""As for the other engines on the CPU, whose caches set it."""
+
+GPU_BATCH_TOKENS = 65_536
+
+_RECIPE = "1"  # part of every key: to be raised when the export changes
+_EXPORTERS = ("torch", "transformers", "sentence-transformers")
+_TOKEN_OUTPUTS = ("last_hidden_state", "token_embeddings")
+_TEXT_OUTPUT = "sentence_embedding"
+
+
+class OnnxEngine:
+    """Vectors equal to sentence-transformers' own in float32, without torch once the graphs are in the cache.
+
+    A folder's own `onnx/model.onnx` is used as it is, followed by the folder's tail; else, or if its vectors are wrong,
+    both are exported from torch and kept. `embed` may be called from several threads: each call takes one of
+    `in_flight` slots, and waits for it.
+
+    `--engine auto` never takes it: on the CPU it is as fast as torch in float32 and slower than OpenVINO, and on CUDA
+    torch runs in bfloat16.
+    """
+
+    in_flight = 1
+
+    def __init__(
+        self,
+        folder: ModelFolder,
+        device: str = "auto",
+        dtype: Dtype = "auto",
+        cache: Cache | None = None,
+        threads: int | None = None,
+        runs: int | None = None,
+        affinity: Sequence[int] = (),
+    ) -> None:
+        """`threads`: those of one run; `runs`: how many runs at once. Both are chosen from the cores if None.
+
+        `affinity`: the processors, numbered from 0, on which a run's further threads stay; the first thread of a run is
+        the caller's own. Give one fewer than `threads`.
+        """
+        if dtype not in ("auto", "float32"):
+            raise ModelError(
+                f"--dtype {dtype}: onnxruntime computes in float32; use another engine, or --dtype float32"
+            )
+        self._folder = folder
+        self._wanted_device = device
+        self._given_cache = cache
+        self._wanted_threads = threads
+        self._wanted_runs = runs
+        self._affinity = tuple(affinity)
+        self._device = ("cpu", 0)
+        self._cache: Cache | None = None
+        self._model: TextModel | None = None
+        self._info: EngineInfo | None = None
+        self._slots: SimpleQueue[Slot] = SimpleQueue()
+
+    @property
+    def info(self) -> EngineInfo:
+        if self._info is None:
+            raise RuntimeError("the engine is not started")
+        return self._info
+
+    @property
+    def text_model(self) -> TextModel:
+        """Everything of the started model but its weights."""
+        if self._model is None:
+            raise RuntimeError("the engine is not started")
+        return self._model
+
+    @property
+    def held_bytes(self) -> int:
+        """What the buffers of all slots that are not at work hold."""
+        held = 0
+        for _ in range(self._slots.qsize()):
+            slot = self._slots.get()
+            held += slot.held_bytes
+            self._slots.put(slot)
+        return held
+
+    def start(self) -> None:
+        """Export the model, or read what was exported, and prove that its vectors are right.
+
+        Raises:
+            ModelError: the model or the device cannot be had, it cannot be exported, or its vectors are wrong.
+        """
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        self._device = _pick_device(self._wanted_device)
+        self._cache = self._given_cache or Cache(_cache_folder())
+        fingerprint = folder_fingerprint(self._folder.path)
+        try:
+            model = self._open(fingerprint, self._cache)
+        except (NotConvertible, CheckFailed) as error:
+            raise ModelError(
+                f"onnxruntime does not run model {self._folder.name} ({error}); use --engine torch"
+            ) from error
+        kind, number = self._device
+        self._info = EngineInfo(
+            engine="onnxruntime",
+            device=kind if kind == "cpu" else f"{kind}:{number}",
+            dtype="float32",
+            fingerprint=fingerprint,
+            max_length=model.input.max_length,
+            padded=True,
+            batch_tokens=CPU_BATCH_TOKENS if kind == "cpu" else GPU_BATCH_TOKENS,
+            outputs={"embedding": OutputInfo(kind="dense", dim=model.dim, normalized=model.normalized)},
+        )
+
+    def warm_up(self, batch_tokens: int) -> float:
+        """Run the smallest, the longest and the fullest batch that the budget allows; seconds taken."""
+        begun = time.perf_counter()
+        for batch in warm_up_batches(self.text_model, batch_tokens):
+            for _ in range(self.in_flight):  # the slots take turns, and each has memory of its own
+                self.embed(batch)
+        return time.perf_counter() - begun
+
+    def tokenizer(self) -> TextTokenizer:
+        return self.text_model.input.tokenizer()
+
+    def prompt(self, role: Role, prompt: str | None, prompt_name: str | None) -> str:
+        """The prompt as sentence-transformers picks it. Raises `ModelError`: see `TextModel.prompt`."""
+        return self.text_model.prompt(role, prompt, prompt_name)
+
+    def embed(self, batch: TokenBatch) -> dict[str, npt.NDArray[np.float32]]:
+        """Vectors by output name, [n, dim], in the batch's order. Raises `OutOfMemory`."""
+        slot = self._slots.get()
+        try:
+            return {"embedding": slot.run(batch)}
+        except Exception as error:
+            if not _is_out_of_memory(error):
+                raise
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+            raise OutOfMemory(f"{len(batch)} texts of up to {batch.longest} tokens: {reason}") from error
+        finally:
+            self._slots.put(slot)
+
+    def embed_exact(self, batch: TokenBatch) -> dict[str, npt.NDArray[np.float32]]:
+        """`embed`, which is in float32 anyway."""
+        return self.embed(batch)
+
+    def close(self) -> None:
+        """Give the model's memory back. Calls that are under way end first."""
+        self._drop_slots()
+        self._model = None
+        if self._cache is not None:
+            self._cache.close()
+
+    def _drop_slots(self) -> None:
+        for _ in range(self.in_flight if self._model else 0):
+            self._slots.get()
+
+    def _open(self, fingerprint: str, cache: Cache) -> TextModel:
+        """Raises `NotConvertible`, `CheckFailed`."""
+        carried = _carried_graph(self._folder.path)
+        if carried is not None:
+            try:
+                return self._open_carried(carried, fingerprint, cache)
+            except (NotConvertible, CheckFailed) as error:
+                log.warning("%s is not used, the model is exported anew: %s", carried, error)
+                self._drop_slots()
+                self._model = None
+        entry = cache.entry(_key(fingerprint, "whole"), self._folder.name, self._convert)
+        steps = {name: self._step(_graph(entry, name), None) for name in set(entry.conversion.graphs.values())}
+        self._use({role: (steps[name],) for role, name in entry.conversion.graphs.items()}, entry.conversion)
+        log.info("onnxruntime: model %s as exported from torch", self._folder.name)
+        return entry.conversion.model
+
+    def _open_carried(self, carried: Path, fingerprint: str, cache: Cache) -> TextModel:
+        transformer = self._step(carried, None)
+        given: Carried = "sentence_embedding" if transformer.output == _TEXT_OUTPUT else "token_embeddings"
+
+        def convert(into: Path) -> Conversion:
+            from embedstream_worker.engines.onnx_conversion import convert_tail
+
+            return convert_tail(self._folder, given, into)
+
+        key = _key(fingerprint, f"behind {given} {file_sha256(carried)}")
+        entry = cache.entry(key, self._folder.name, convert)
+        tails = {name: self._step(_graph(entry, name), given) for name in set(entry.conversion.graphs.values())}
+        ways: dict[Role, Way] = {role: (transformer, tails[name]) for role, name in entry.conversion.graphs.items()}
+        self._use(ways, entry.conversion)
+        log.info("onnxruntime: %s as it is, followed by the model's own tail", carried)
+        return entry.conversion.model
+
+    def _convert(self, into: Path) -> Conversion:
+        # Imported only here: torch takes seconds, and with a model that was exported before it is not needed.
+        from embedstream_worker.engines.onnx_conversion import convert
+
+        begun = time.perf_counter()
+        conversion = convert(self._folder, into)
+        log.info("exported model %s for onnxruntime in %.0f s", self._folder.name, time.perf_counter() - begun)
+        return conversion
+
+    def _step(self, path: Path, joint: str | None) -> Step:
+        """A session over a graph. Raises `NotConvertible` if it cannot run, or not as a text model's."""
+        kind, number = self._device
+        providers: list[Any] = ["CPUExecutionProvider"]
+        if kind == "cuda":
+            providers.insert(0, ("CUDAExecutionProvider", {"device_id": number, "use_tf32": 0}))
+        try:  # whatever it raises, another engine runs the model
+            session = onnxruntime.InferenceSession(str(path), self._options(), providers=providers)
+        except Exception as error:
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            raise NotConvertible(f"its graph cannot be loaded ({lines[0][:200]})") from error
+        if kind == "cuda" and session.get_providers()[0] != "CUDAExecutionProvider":
+            raise ModelError(f"--device cuda:{number}: onnxruntime cannot use CUDA here; see its own log, or use cpu")
+        types = {value.name: value.type for value in session.get_inputs()}
+        wanted = {name: "tensor(float)" if name == joint else "tensor(int64)" for name in types}
+        known = {*INPUTS, joint}
+        if strange := [f"{name}: {kind}" for name, kind in types.items() if name not in known or wanted[name] != kind]:
+            raise NotConvertible(f"its graph has inputs that are not known here ({', '.join(strange[:3])})")
+        return Step(session, tuple(name for name in types if name != joint), joint, _pick_output(session))
+
+    def _options(self) -> Any:
+        threads = self._threads
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4  # what goes wrong is raised, too
+        options.enable_mem_pattern = False  # plans memory for one shape, and batches have many
+        options.inter_op_num_threads = 1
+        options.intra_op_num_threads = threads
+        if self._affinity and threads > 1:
+            processors = ";".join(str(processor + 1) for processor in self._affinity)  # counted from 1 there
+            options.add_session_config_entry("session.intra_op_thread_affinities", processors)
+        return options
+
+    @property
+    def _threads(self) -> int:
+        return self._wanted_threads or 1
+
+    def _use(self, ways: dict[Role, Way], conversion: Conversion) -> None:
+        """Make slots, and prove that what comes out of them is the model. Raises `CheckFailed`."""
+        model = conversion.model
+        self.in_flight = self._wanted_runs or max(1, cpu_cores() // self._threads)
+        self._model = model
+        for _ in range(self.in_flight):
+            self._slots.put(Slot(ways, model, self._device))
+        try:
+            vectors = [self.embed(batch)["embedding"] for batch in check_batches(model)]
+        except Exception as error:
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            raise CheckFailed(f"its graph does not run: {lines[0][:200]}") from error
+        require(compare(vectors, conversion.references), "float32")
+
+
+def _graph(entry: Entry, name: str) -> Path:
+    return entry.folder / f"{name}.onnx"
+
+
+def _pick_output(session: Any) -> str:
+    types = {value.name: value.type for value in session.get_outputs()}
+    # Vectors of tokens first: the folder's own tail is the truth about pooling.
+    known = (*_TOKEN_OUTPUTS, _TEXT_OUTPUT, "embedding")
+    found = next((name for name in known if types.get(name) == "tensor(float)"), None)
+    if found is None:
+        given = ", ".join(f"{name}: {kind}" for name, kind in types.items())
+        raise NotConvertible(f"its graph has none of the outputs {', '.join(known[:3])} in float32 (it has: {given})")
+    return found
+
+
+def _carried_graph(folder: Path) -> Path | None:
+    """The transformer that a folder carries as ONNX, beside its weights."""
+    first = ""
+    listing = folder / "modules.json"
+    if listing.is_file():
+        first = json.loads(listing.read_text("utf-8"))[0]["path"]
+    graph = folder / first / "onnx" / "model.onnx"
+    return graph if graph.is_file() else None
+
+
+def _pick_device(wanted: str) -> tuple[str, int]:
+    has_cuda = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+    kind, _, number = wanted.partition(":")
+    if kind == "auto":
+        return ("cuda", 0) if has_cuda else ("cpu", 0)
+    if kind not in ("cpu", "cuda") or (number and not number.isdecimal()):
+        raise ModelError(f"--device {wanted}: onnxruntime runs on cpu or cuda:N; use one of them, or --engine torch")
+    if kind == "cuda" and not has_cuda:
+        raise ModelError(
+            f"--device {wanted}: onnxruntime is installed without CUDA; install onnxruntime-gpu in its place"
+        )
+    return kind, int(number or 0)
+
+
+def _key(fingerprint: str, form: str) -> tuple[str, ...]:
+    versions = (f"{package} {importlib.metadata.version(package)}" for package in _EXPORTERS)
+    return (_RECIPE, fingerprint, form, calibration_hash(), *versions)
+
+
+def _cache_folder() -> Path:
+    if given := os.environ.get("EMBEDSTREAM_CACHE_DIR"):
+        return Path(given) / "onnx"
+    try:
+        return Path.home() / ".cache" / "embedstream" / "onnx"
+    except RuntimeError:  # a user without a home
+        return Path(os.devnull) / "onnx"
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or any(
+        sign in str(error) for sign in ("bad_alloc", "out of memory", "annot allocate memory", "ailed to allocate")
+    )
