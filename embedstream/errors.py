@@ -30,10 +30,16 @@ class SpecDiffers(EmbedstreamError):
 
     def __init__(self, output: str, field: str, existing: object, wanted: object) -> None:
         super().__init__(
-            f"{output} was made with {field}={existing!r}, this command says {field}={wanted!r}: "
-            f"use the same setting, or another output (-o)"
+            f"{output} was made with {field}={_shown(existing)}, this command says {field}={_shown(wanted)}: "
+            f"use the same setting, another output (-o), or delete the old one"
         )
         self.field = field
+
+
+def _shown(value: object) -> str:
+    if value is None:
+        return "(default)"
+    return (", ".join(map(str, value)) or "(none)") if isinstance(value, tuple) else repr(value)
 
 
 class CorpusChanged(EmbedstreamError):

@@ -129,7 +129,8 @@ def queue_name(model: str) -> str:
 
 def differing_field(existing: JobSpec, wanted: JobSpec) -> str | None:
     """The first setting in which two specs differ, as the user spells it; None if they are equal."""
-    for name in JobSpec.__struct_fields__:
+    # The model first: the queue is named after it, and whoever changes the one thinks of it, not of the other.
+    for name in ("model", *JobSpec.__struct_fields__):
         if getattr(existing, name) != getattr(wanted, name):
             return {"parts": "corpus", "text": "no_text"}.get(name, name).replace("_", "-")
     return None

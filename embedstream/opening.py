@@ -10,10 +10,11 @@ from typing import Literal, TypedDict
 
 from embedstream.adoption import Adopted, adopt_shards
 from embedstream.broker import Broker, job_keys
-from embedstream.dataset.manifest import manifest_spec
+from embedstream.connection import mask
+from embedstream.dataset.manifest import manifest_spec, refuse_other_spec
 from embedstream.dataset.sink import Manifest, Sink, canonical_output
-from embedstream.errors import BrokerError, OutputError, SpecDiffers
-from embedstream.jobs import JobSpec, JobState, decode_spec, differing_field, model_address, queue_name
+from embedstream.errors import BrokerError, OutputError
+from embedstream.jobs import JobSpec, JobState, decode_spec, model_address, queue_name
 from embedstream.plans import Notice, drive, silent
 from embedstream.roots import allows, is_redis
 from embedstream.steps import Code
@@ -64,7 +65,7 @@ def finished_manifest(sink: Sink, spec: JobSpec) -> Manifest | None:
     manifest = sink.read_manifest()
     if manifest is None:
         return None
-    _refuse_other(manifest_spec(manifest), spec)
+    refuse_other_spec(spec.output, manifest_spec(manifest), spec)
     return manifest if manifest.state == JobState.COMPLETED else None
 
 
@@ -72,9 +73,9 @@ def refuse_forbidden(workers: Iterable[WorkerRecord], output: str) -> None:
     """Raise `OutputError` if workers live and none of them may write to the output."""
     roots = [worker.roots for worker in workers]
     if roots and not any(allows(each, output) for each in roots):
-        named = ", ".join(sorted({root for each in roots for root in each})) or "none"
+        named = ", ".join(sorted({mask(root) for each in roots for root in each})) or "none"
         raise OutputError(
-            f"{output}: no live worker may write there (their output roots: {named}): "
+            f"{mask(output)}: no live worker may write there (their output roots: {named}): "
             f"choose an output below one of them (-o), or start a worker with --output-root"
         )
 
@@ -124,7 +125,7 @@ def open_job(
         forget_job(broker, spec)
         answer = broker.run(broker.create(spec, max_errors))
     if answer.code is Code.DIFFERS:
-        _refuse_other(decode_spec(answer.detail), spec)
+        refuse_other_spec(spec.output, decode_spec(answer.detail), spec)
         raise BrokerError(f"job {spec.job} was made by another version of embedstream: use that, or another output")
     broker.announce()
     fresh = answer.code in (Code.CREATED, Code.REOPENED)
@@ -140,10 +141,3 @@ def forget_job(broker: Broker, spec: JobSpec) -> None:
     job = spec.job
     broker.client.unlink(*job_keys(broker.keys, job, len(spec.parts)), broker.keys.blocks(job))
     broker.client.zrem(broker.keys.recent, job)
-
-
-def _refuse_other(existing: JobSpec, wanted: JobSpec) -> None:
-    field = differing_field(existing, wanted)
-    if field is not None:
-        name = {"corpus": "parts", "no-text": "text"}.get(field, field).replace("-", "_")
-        raise SpecDiffers(wanted.output, field, getattr(existing, name), getattr(wanted, name))

@@ -49,7 +49,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         try:
             return msgspec.convert(values, cls, strict=False)
         except msgspec.ValidationError as error:
-            raise UsageError(f"settings: {error}") from error
+            what, _, name = str(error).partition(" - at `$.")
+            name = name.rstrip("`")
+            variable = f"{ENV_PREFIX}_{name.upper()}"
+            raise UsageError(f"setting {name} ({variable}) is {values.get(name)!r}: {what}") from error
 
 
 class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):

@@ -19,6 +19,13 @@ def too_many_errors(status: JobStatus) -> str:
     return ""
 
 
+def why_ended(status: JobStatus) -> str:
+    """Why an ended job is not complete; empty for a complete one, and for one that was cancelled without a word."""
+    if status.reason or status.state is not JobState.FAILED:
+        return status.reason
+    return too_many_errors(status) or "every row failed"
+
+
 def look(broker: Broker, job: str, redis_url: str, settings: Settings, *, may_finalize: bool = True) -> JobStatus:
     """One look at a job: ends it if too many rows failed, finalizes it if it waits for that and its output is here.
 

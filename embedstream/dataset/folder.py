@@ -177,6 +177,8 @@ class FolderSink:
     def finalize(self, manifest: Manifest, sources: Sequence[str]) -> None:
         """Write `errors.jsonl` if a row failed (or one is there already), then the manifest.
 
+        A job that ended before its first shard may have no folder yet, and gets one.
+
         Raises:
             OutputError: a listed shard is not there, or a file cannot be written.
         """
@@ -188,6 +190,11 @@ class FolderSink:
                 raise cannot("list this shard in the manifest", path, error) from error
             if size != shard.bytes:
                 raise OutputError(f"{path}: has {size} bytes, was committed with {shard.bytes}: restore the file")
+        if not manifest.shards:
+            try:
+                self._folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise cannot("write", self._folder, error) from error
         errors = self._folder / ERRORS
         if manifest.failed or errors.exists():
             lines = (msgspec.json.encode(row) + b"\n" for row in self._error_rows(manifest, sources))

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import msgspec
 
+from embedstream.connection import mask
 from embedstream.dataset.sink import (
     BlockRecord,
     Manifest,
@@ -114,8 +115,11 @@ def refuse_other_spec(output: str, made: JobSpec, wanted: JobSpec) -> None:
     field = differing_field(made, wanted)
     if field is None:
         return
+    output = mask(output)
     if field == "no-text":
         raise SpecDiffers(output, field, not made.text, not wanted.text)
+    if field == "output":
+        raise SpecDiffers(output, field, mask(made.output), mask(wanted.output))
     name = {"corpus": "parts"}.get(field, field.replace("-", "_"))
     raise SpecDiffers(output, field, getattr(made, name), getattr(wanted, name))
 

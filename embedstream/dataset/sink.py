@@ -203,7 +203,7 @@ def open_sink(output: str, spec: JobSpec | None = None, queue_url: str | None = 
     address = parse_address(canonical)
     server = address.server or queue_url
     if server is None:
-        raise UsageError(f"output {output}: means the queue's own server, and there is none: give --redis")
+        raise UsageError(f"output {output} means the queue's own server, and there is none: give --redis")
     return RedisSink(address, server, spec)
 
 

@@ -20,7 +20,8 @@ def cancel(job: str, redis_url: str | None) -> None:
         raise UsageError("no Redis: give --redis URL, or set EMBEDSTREAM_REDIS_URL")
     with Client(redis_url) as client:
         found = client.job(job)
-        if found.cancel():
+        ended = found.status().state.ended
+        if found.cancel() and not ended:
             click.echo(f"job {job} is cancelled; its manifest is written by the next idle worker or waiting producer")
         else:
             click.echo(f"job {job} is {found.status().state} already")

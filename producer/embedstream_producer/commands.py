@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from typing import NoReturn
@@ -10,11 +11,22 @@ import click
 
 from embedstream.errors import EmbedstreamError
 
+INTERRUPTED = 130
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
 
 def run(command: click.Command) -> NoReturn:
     """Run a command; every error on purpose is one sentence on standard error, and its own exit code."""
     try:
-        command()
+        # Not standalone: click would end an interrupted command with 1, which here means a failed job.
+        code = command.main(standalone_mode=False)
+    except click.Abort:
+        click.echo("interrupted", err=True)
+        sys.exit(INTERRUPTED)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
     except EmbedstreamError as error:
         click.echo(f"Error: {error}", err=True)
         sys.exit(error.exit_code)
@@ -22,4 +34,9 @@ def run(command: click.Command) -> NoReturn:
         # Whoever read our output has left: nothing more can be said, not even by the interpreter's own flush.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    sys.exit(0)
+    except OSError as error:
+        if error.filename is not None or error.errno not in _FULL:
+            raise
+        click.echo(f"Error: standard output cannot be written: {error.strerror}; the work itself is done", err=True)
+        sys.exit(1)
+    sys.exit(code if isinstance(code, int) else 0)

@@ -80,7 +80,8 @@ class Progress:
             self._first = (now, status.rows + status.failed, status.tokens)
         line = self._line(status, now)
         if self._live is not None:
-            self._live.update(Text(f"{line}  {self._notice}".rstrip(), overflow="ellipsis", no_wrap=True))
+            # Wrapped where the terminal is narrow: what is waited for and the time left stand at the end.
+            self._live.update(Text(f"{line}  {self._notice}".rstrip()))
         elif now - self._printed >= PLAIN_SECONDS:
             self._printed = now
             self.tell(line)
@@ -114,10 +115,14 @@ class Progress:
 
 
 def with_in_hand(status: JobStatus, in_hand: InHand) -> JobStatus:
-    """The status as if what is computed were committed: for showing how a job gets on."""
+    """The status as if what is computed were committed: for showing how a job gets on.
+
+    What a worker had in hand when it last spoke may be committed by now, or lost with it: never more than all.
+    """
+    left = max(0, status.submitted - status.failed - status.rows)
     return msgspec.structs.replace(
         status,
-        rows=status.rows + in_hand.rows,
+        rows=status.rows + min(in_hand.rows, left),
         tokens=status.tokens + in_hand.tokens,
         padded=status.padded + in_hand.padded,
     )

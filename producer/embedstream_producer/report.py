@@ -5,10 +5,12 @@ from __future__ import annotations
 import msgspec
 
 from embedstream.connection import mask
+from embedstream.dataset.address import parse_address
 from embedstream.dataset.manifest import manifest_spec
 from embedstream.dataset.sink import Manifest, Sink
 from embedstream.errors import JobCancelled, JobFailed
 from embedstream.jobs import JobState, JobStatus, MaxErrors
+from embedstream.roots import is_redis
 
 SOME_ROWS_FAILED = 3
 
@@ -69,14 +71,18 @@ def from_status(status: JobStatus) -> Report:
 
 
 def exit_code(report: Report, max_errors: MaxErrors) -> int:
-    """0 all written, or failures within an explicit bound; 1 failed; 3 some rows failed; 4 cancelled."""
+    """0 all written, or failures within an explicit bound; 1 failed; 3 some rows failed; 4 cancelled.
+
+    The bound is this command's: a finished output may have been made with another.
+    """
     match JobState(report.state):
         case JobState.FAILED:
             return JobFailed.exit_code
         case JobState.CANCELLED:
             return JobCancelled.exit_code
-        case JobState.COMPLETED if report.failed and not str(max_errors):
-            return SOME_ROWS_FAILED
+        case JobState.COMPLETED if report.failed:
+            within = str(max_errors) and not max_errors.exceeded(report.failed, report.rows + report.failed)
+            return 0 if within else SOME_ROWS_FAILED
         case _:
             return 0
 
@@ -89,17 +95,22 @@ def lines(report: Report, sink: Sink, reason: str = "") -> list[str]:
         + (f" ({reason})" if reason else "")
     ]
     if report.failed:
-        said.append(f"{report.failed:,} ROWS FAILED: see errors.jsonl")
+        said.append(f"{report.failed:,} ROW{'' if report.failed == 1 else 'S'} FAILED: see {errors_of(report.output)}")
     if report.truncated:
         said.append(f"{report.truncated:,} texts were longer than the model takes and were truncated")
     said.append(
         f"{report.rows / seconds:,.0f} rows/s, {report.tokens / seconds:,.0f} tokens/s, "
         f"padding {100 * report.padding:.1f} %"
     )
-    said.append(f"vectors: {report.output}" + (f" ({report.dim} dimensions)" if report.dim else ""))
     if report.rows:
+        said.append(f"vectors: {report.output}" + (f" ({report.dim} dimensions)" if report.dim else ""))
         said.append(f"read them: {sink.describe()}")
     return said
+
+
+def errors_of(output: str) -> str:
+    """Where the rows that failed are listed."""
+    return f"the hash {parse_address(output).prefix}_errors" if is_redis(output) else f"{output}/errors.jsonl"
 
 
 def duration(seconds: float) -> str:

@@ -16,6 +16,7 @@ from embedstream.connection import check, connect, explaining, mask
 from embedstream.errors import JobUnknown, UsageError
 from embedstream.jobs import JobState, JobStatus
 from embedstream.settings import ENV_PREFIX
+from embedstream.watching import why_ended
 from embedstream.workers import WorkerRecord
 from embedstream_producer.commands import run
 from embedstream_producer.report import duration
@@ -77,11 +78,16 @@ def fleet_object(broker: Broker) -> dict[str, Any]:
             {
                 "queue": each.queue,
                 "jobs": [job_object(status) for status in jobs_of(each)],
-                "workers": msgspec.to_builtins(each.workers()),
+                "workers": [worker_object(worker) for worker in each.workers()],
             }
             for each in queues_of(broker)
         ]
     }
+
+
+def worker_object(worker: WorkerRecord) -> dict[str, Any]:
+    """A worker for scripts."""
+    return {**msgspec.to_builtins(worker), "roots": [mask(root) for root in worker.roots]}
 
 
 def queues_of(broker: Broker) -> list[Broker]:
@@ -142,8 +148,9 @@ def job_lines(status: JobStatus) -> Iterator[str]:
         if status.ended is None
         else f"  took {duration(status.seconds)}"
     )
-    if status.reason:
-        yield f"  {status.reason}"
+    why = why_ended(status)
+    if why:
+        yield f"  {why}"
     if status.stalled:
         yield f"  {_stalled(status)}"
 

@@ -28,6 +28,7 @@ from embedstream.opening import (
 from embedstream.plans import drive
 from embedstream.settings import Settings
 from embedstream.submission import Part, Pushed, push_job
+from embedstream.watching import why_ended
 from embedstream_producer import report
 from embedstream_producer.corpus import STDIN, FilePart, check_sources, total_bytes
 from embedstream_producer.embedded_run import Embedded, check_installed, made_folders
@@ -251,7 +252,7 @@ class Run:
 
     def _end(self, status: JobStatus) -> int:
         manifest = self._read_manifest(status)
-        self.reason = status.reason
+        self.reason = why_ended(status)
         return self._finish(report.from_status(status) if manifest is None else report.from_manifest(manifest))
 
     def _read_manifest(self, status: JobStatus) -> Manifest | None:

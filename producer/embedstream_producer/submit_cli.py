@@ -12,7 +12,6 @@ import click
 from embedstream.jobs import DEFAULT_MODEL
 from embedstream.settings import ENV_PREFIX
 from embedstream_producer.commands import run
-from embedstream_producer.submit import Options, submit
 
 
 @click.command(context_settings={"auto_envvar_prefix": ENV_PREFIX, "show_default": True})
@@ -71,6 +70,9 @@ def embed_submit(
     but some rows failed; 4 cancelled; 130 detached by Ctrl-C.
     """
     signal.signal(signal.SIGTERM, _interrupt)
+    # Not at the top: loading it takes a while, in which Ctrl-C shall end this command as at any other time.
+    from embedstream_producer.submit import Options, submit
+
     options = Options(
         corpus=corpus,
         output=output or None,

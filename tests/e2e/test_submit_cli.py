@@ -145,6 +145,24 @@ def test_exit_codes_say_how_the_job_ended_and_the_same_command_says_it_again(
             assert "Traceback" not in done.stderr
 
 
+def test_too_many_errors_are_the_reason_from_the_first_run_on(tmp_path: Path, url: str, queue: str) -> None:
+    command = [corpus(tmp_path, 5, 2), "-o", tmp_path / "out", *fleet_args(url, queue), "--max-errors", "1"]
+    with MiniWorker(url, queue):
+        for _ in range(2):
+            done = run("embed-submit", *command)
+            assert done.returncode == 1
+            assert "2 rows failed, more than the 1 that --max-errors allows" in done.stdout
+            assert f"2 ROWS FAILED: see {tmp_path / 'out' / 'errors.jsonl'}" in done.stdout
+
+
+def test_a_finished_output_is_judged_by_the_bound_of_this_command(tmp_path: Path, url: str, queue: str) -> None:
+    command = [corpus(tmp_path, 5, 2), "-o", tmp_path / "out", *fleet_args(url, queue)]
+    with MiniWorker(url, queue):
+        codes = [run("embed-submit", *command, *more).returncode for more in ([], ["--max-errors", "2"])]
+        codes.append(run("embed-submit", *command, "--max-errors", "1").returncode)
+    assert codes == [3, 0, 3]
+
+
 def test_refused_rows_are_shown_three_of_a_kind_and_then_counted(tmp_path: Path, url: str, queue: str) -> None:
     with MiniWorker(url, queue):
         done = run("embed-submit", corpus(tmp_path, 5, 10), "-o", tmp_path / "out", *fleet_args(url, queue))
@@ -216,6 +234,7 @@ def test_a_cancelled_job_ends_the_one_who_waits_with_4(tmp_path: Path, url: str,
     out, err = submit.communicate(timeout=30)
     assert submit.returncode == 4, err
     assert json.loads(out)["state"] == "cancelled"
+    assert run("embed-cancel", job, "--redis", url).stdout == f"job {job} is cancelled already\n"
     assert read_manifest(tmp_path / "out")["partial"]
 
 

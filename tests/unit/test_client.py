@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -26,7 +27,11 @@ from embedstream import (
     UsageError,
 )
 from embedstream.broker import Broker, job_keys
+from embedstream.dataset.manifest import refuse_other_spec
+from embedstream.dataset.sink import open_sink
+from embedstream.finalizing import finalize_job
 from embedstream.input.record_blocks import Records
+from embedstream.opening import make_spec, refuse_forbidden
 
 RECORDS = [{"id": f"r{i}", "text": f"text number {i}"} for i in range(700)]
 
@@ -235,6 +240,45 @@ def test_a_few_texts_are_embedded_now(client: Client) -> None:
 def test_a_text_that_cannot_be_embedded_says_why(client: Client) -> None:
     with pytest.raises(RequestError, match="not_finite"):
         client.embed(["refuse me"])
+
+
+def test_half_a_surrogate_pair_is_refused_by_its_place(client: Client) -> None:
+    with pytest.raises(UsageError, match=r"text 1 .*surrogate pair \(character 2\)"):
+        client.embed(["fine", "no\ud800"])
+
+
+@pytest.mark.parametrize("folder", [True, False])
+def test_a_job_without_a_single_record_ends(client: Client, worker: MiniWorker, tmp_path: Path, folder: bool) -> None:
+    output = tmp_path / "deep" / "out"
+    if folder:
+        output.mkdir(parents=True)
+    job = client.submit([], output=str(output), model="mini")
+    finalize_job(worker.broker, job.id, lambda spec: open_sink(spec.output, spec, client.url))
+    assert job.wait(timeout=10).state is JobState.COMPLETED
+    assert list(job.results()) == []
+
+
+def test_another_output_of_the_text_column_is_said_the_right_way_round(client: Client, tmp_path: Path) -> None:
+    client.submit(RECORDS[:3], output=str(tmp_path / "out"))
+    with pytest.raises(SpecDiffers, match="made with no-text=False, this command says no-text=True"):
+        client.submit(RECORDS[:3], output=str(tmp_path / "out"), text=False)
+
+
+def test_no_password_is_in_a_refusal(client: Client) -> None:
+    output = "redis://:secret@127.0.0.1:1/0?prefix=x:"
+    with (
+        MiniWorker(client.url, queue_of(client), roots=("redis://:geheim@other:1/0",)),
+        pytest.raises(OutputError, match="no live worker may write there") as caught,
+    ):
+        refuse_forbidden(broker_of(client).workers(), output)
+    assert "secret" not in str(caught.value)
+    assert "geheim" not in str(caught.value)
+    spec = make_spec(queue="q", output=output, model="mini", revision=None, parts=("-",), settings={})
+    moved = msgspec.structs.replace(spec, output=output.replace("secret", "geheim"))
+    with pytest.raises(SpecDiffers) as differs:
+        refuse_other_spec(output, spec, moved)
+    assert "secret" not in str(differs.value)
+    assert "geheim" not in str(differs.value)
 
 
 def test_an_unanswered_request_names_the_command_that_starts_a_worker(client: Client) -> None:

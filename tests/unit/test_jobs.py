@@ -72,6 +72,7 @@ def test_settings_that_cannot_run_are_refused(change: dict[str, object], message
     [
         ({}, None),
         ({"model": "other"}, "model"),
+        ({"model": "other", "queue": "other"}, "model"),
         ({"parts": ("/a.jsonl",)}, "corpus"),
         ({"text": False}, "no-text"),
         ({"max_length": 5}, "max-length"),

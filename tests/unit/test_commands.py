@@ -1,0 +1,88 @@
+"""How a command ends when nobody listens, nobody waits, or nothing can be said any more; and its live line."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+
+import click
+import msgspec
+import pytest
+from rich.console import Console
+
+from embedstream.errors import UsageError
+from embedstream.jobs import JobSpec, JobState, JobStatus
+from embedstream.settings import Settings
+from embedstream.workers import InHand
+from embedstream_producer.commands import run
+from embedstream_producer.progress import Progress, with_in_hand
+from embedstream_producer.report import errors_of
+
+STATUS = JobStatus(
+    job="0123456789abcdef", state=JobState.RUNNING,
+    spec=JobSpec(queue="q", output="/out", model="m", parts=("c.jsonl",)),
+    created=0.0, ended=None, now=100.0, pushed=0.0, committed=0.0, submitted=300_000, rows=299_000, failed=500,
+    skipped=0, truncated=0, tokens=10_000_000, padded=10_000_000, blocks=1200, done=1100, queued_bytes=0, sealed=True, space="",
+    max_errors="",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "says"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (UsageError("no such thing: use another"), 2, "Error: no such thing: use another"),
+        (click.UsageError("what?"), 2, "what?"),
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), 1, "standard output cannot be written: No space left"),
+    ],
+)
+def test_every_ending_has_its_code_and_one_sentence(
+    raised: BaseException, code: int, says: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @click.command()
+    def command() -> None:
+        raise raised
+
+    monkeypatch.setattr("sys.argv", ["embed-test"])
+    with pytest.raises(SystemExit) as ended:
+        run(command)
+    assert ended.value.code == code
+    assert says in capsys.readouterr().err
+
+
+def test_a_file_that_fails_is_not_taken_for_standard_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    @click.command()
+    def command() -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/somewhere")
+
+    monkeypatch.setattr("sys.argv", ["embed-test"])
+    with pytest.raises(OSError, match="/somewhere"):
+        run(command)
+
+
+def test_what_is_in_hand_is_never_more_than_what_is_left() -> None:
+    assert with_in_hand(STATUS, InHand(200, 6000, 6000)).rows == 299_200
+    assert with_in_hand(STATUS, InHand(20_000, 600_000, 600_000)).rows == 299_500
+
+
+def test_a_narrow_terminal_shows_the_time_left_and_all_that_is_waited_for() -> None:
+    said = io.StringIO()
+    console = Console(file=said, force_terminal=True, width=80)
+    with Progress(quiet=False, total_bytes=None, console=console) as progress:
+        progress.update(STATUS, InHand())
+        progress.notice("waiting for a worker: start one with `embed-worker --model m --redis redis://h:6379/0`")
+        progress.update(msgspec.structs.replace(STATUS, rows=299_100), InHand())
+    shown = " ".join(said.getvalue().split())
+    assert " left" in shown
+    assert "redis://h:6379/0`" in shown
+
+
+def test_a_variable_that_cannot_be_read_is_named() -> None:
+    with pytest.raises(UsageError, match=r"EMBEDSTREAM_QUEUE_BYTES.*'abc'"):
+        Settings.from_environment({"EMBEDSTREAM_QUEUE_BYTES": "abc"})
+
+
+def test_where_the_errors_are_is_said_for_each_kind_of_output() -> None:
+    assert errors_of("/data/out") == "/data/out/errors.jsonl"
+    assert errors_of("redis:?prefix=docs:&ttl=60") == "the hash docs:_errors"
