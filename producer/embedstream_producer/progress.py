@@ -28,7 +28,7 @@ class Progress:
     def __init__(self, quiet: bool, total_bytes: int | None, console: Console | None = None) -> None:
         """`total_bytes`: of all input files; None if one of them is a stream."""
         self._quiet = quiet
-        self._console = console or Console(stderr=True, highlight=False, soft_wrap=True)
+        self._console = console or Console(stderr=True, highlight=False)
         self._total_bytes = total_bytes
         self._live: Live | None = None
         self._lock = threading.Lock()
@@ -53,7 +53,7 @@ class Progress:
     def say(self, line: str) -> None:
         """A line of its own, whatever the kind of terminal."""
         with self._lock:
-            self._console.print(escape(line))
+            self._console.print(escape(line), soft_wrap=True)
 
     def tell(self, line: str) -> None:
         """The same, unless quiet."""

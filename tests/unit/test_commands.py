@@ -23,8 +23,8 @@ STATUS = JobStatus(
     job="0123456789abcdef", state=JobState.RUNNING,
     spec=JobSpec(queue="q", output="/out", model="m", parts=("c.jsonl",)),
     created=0.0, ended=None, now=100.0, pushed=0.0, committed=0.0, submitted=300_000, rows=299_000, failed=500,
-    skipped=0, truncated=0, tokens=10_000_000, padded=10_000_000, blocks=1200, done=1100, queued_bytes=0, sealed=True, space="",
-    max_errors="",
+    skipped=0, truncated=0, tokens=10_000_000, padded=10_000_000, blocks=1200, done=1100, queued_bytes=0, sealed=True,
+    space="", max_errors="",
 )  # fmt: skip
 
 
