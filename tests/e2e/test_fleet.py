@@ -197,3 +197,8 @@ def test_a_job_that_every_worker_refuses_is_told_why(workers: Fleet, tmp_path: P
     assert any("another-model" in line for line in lines), "it waits in silence"
     waiting.send_signal(signal.SIGINT)
     assert waiting.wait(timeout=30) == 130
+
+
+def test_a_worker_that_is_told_so_does_not_warm_up(workers: Fleet) -> None:
+    workers.start_worker("--no-warmup")
+    assert [worker.warm_up_seconds for worker in workers.broker.workers()] == [0.0]

@@ -41,7 +41,7 @@ DEFAULTS = WorkerSettings()
 @click.option("--redis", "redis_url", required=True, help="The fleet's Redis: redis://host:6379/0, rediss://, unix://.")
 @click.option("--queue", help="[default: the model's name]")
 @click.option("--device", default="auto", help="auto, cpu, cuda:N or mps.")
-@click.option("--engine", type=click.Choice(["auto", "torch", "openvino", "hashing"]), default="auto")
+@click.option("--engine", type=click.Choice(["auto", "torch", "openvino", "onnxruntime", "hashing"]), default="auto")
 @click.option(
     "--dtype",
     type=click.Choice(["auto", "float32", "bfloat16", "int8"]),
@@ -68,6 +68,7 @@ DEFAULTS = WorkerSettings()
     envvar=[f"{ENV_PREFIX}_OUTPUT_ROOT", f"{ENV_PREFIX}_OUTPUT_ROOTS"],
     help="Folder or URL below which jobs may write; repeatable. [default: the current folder, and redis:]",
 )
+@click.option("--no-warmup", is_flag=True, help="Be ready as soon as the model is loaded; the first batches are slow.")
 @click.option("--burst", is_flag=True, help="Leave when no unfinished job is left on the queue.")
 @click.option(
     "--check",
@@ -91,6 +92,7 @@ def worker(
     window_ms: int,
     lease_seconds: float,
     output_roots: tuple[str, ...],
+    no_warmup: bool,
     burst: bool,
     only_check: bool,
     embedded: bool,
@@ -104,7 +106,7 @@ def worker(
         batch_tokens=batch_tokens, window_tokens=window_tokens, window_ms=window_ms, lease_seconds=lease_seconds
     )
     roots = tuple(canonical_root(root) for root in output_roots or (str(Path.cwd()), "redis:"))
-    run(model, revision, redis_url, queue, device, engine, dtype, settings, roots, burst, embedded)
+    run(model, revision, redis_url, queue, device, engine, dtype, settings, roots, burst, not no_warmup, embedded)
 
 
 def run(
@@ -118,6 +120,7 @@ def run(
     settings: WorkerSettings,
     roots: tuple[str, ...],
     burst: bool,
+    warm_up: bool,
     embedded: bool,
 ) -> None:
     """Build the worker and run it until it is told to stop."""
@@ -136,7 +139,7 @@ def run(
 
     made, source = make_engine(engine, model, revision, device, dtype)
     log.info("model %s: %s", model, source)
-    plan = WorkerPlan(redis_url, queue, WorkerModel(model, revision), roots, settings, burst)
+    plan = WorkerPlan(redis_url, queue, WorkerModel(model, revision), roots, settings, burst, warm_up)
     try:
         with explaining(redis_url):
             Worker(plan, made, life=life).run()

@@ -52,6 +52,8 @@ class WorkerPlan:
     roots: tuple[str, ...]
     settings: WorkerSettings
     burst: bool = False
+    warm_up: bool = True
+    """Whether the smallest, longest and fullest batches run before the worker says that it is ready."""
 
 
 class Worker:
@@ -104,6 +106,8 @@ class Worker:
     def _warm_up(self) -> int:
         """The token budget of a batch: the largest of those wanted, or a half of it, and so on, that fits."""
         batch_tokens = self._plan.settings.batch_tokens or self._engine.info.batch_tokens
+        if not self._plan.warm_up:
+            return batch_tokens
         while True:
             try:
                 self._warm_up_seconds = self._engine.warm_up(batch_tokens)
