@@ -27,6 +27,7 @@ from embedstream_worker.interactive import Interactive
 from embedstream_worker.jobs import Jobs, WorkerModel
 from embedstream_worker.lease import Leases
 from embedstream_worker.pipeline import Channel, Life, start_stage
+from embedstream_worker.probe import best_budget
 from embedstream_worker.tokenize import Tokenize
 from embedstream_worker.write import Write
 
@@ -111,12 +112,15 @@ class Worker:
         while True:
             try:
                 self._warm_up_seconds = self._engine.warm_up(batch_tokens)
-                return batch_tokens
+                break
             except OutOfMemory as error:
                 if batch_tokens == 1:
                     raise ModelError(f"model {self._plan.model.name} does not fit into this device: {error}") from error
                 batch_tokens //= 2
                 log.warning("no memory for a full batch (%s); trying %d tokens", error, batch_tokens)
+        if self._plan.settings.batch_tokens is None and self._engine.info.device == "cpu":
+            return best_budget(self._engine)
+        return batch_tokens
 
     def _serve(self, batch_tokens: int) -> None:
         plan, engine, life, held, name = self._plan, self._engine, self.life, self._held, self.name
