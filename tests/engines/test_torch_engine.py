@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 
 from embedstream.errors import ModelError
-from embedstream_worker.engines import torch_engine
+from embedstream_worker.engines import torch_device
 from embedstream_worker.engines.torch_engine import TorchEngine
 from embedstream_worker.models import resolve_model
 
@@ -131,7 +131,7 @@ def test_positions_that_begin_after_the_paddings_are_counted_right(tmp_path: Pat
 def test_a_model_whose_vectors_bfloat16_would_change_runs_in_float32_and_says_so(
     tmp_path: Path, texts: list[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch_engine, "cpu_has_bfloat16", lambda: True)
+    monkeypatch.setattr(torch_device, "cpu_has_bfloat16", lambda: True)
     folder = nearly_equal_vectors(tmp_path, resolve_model(MINILM).path, texts)
     engine = TorchEngine(resolve_model(str(folder)), "cpu", "auto")
     engine.start()
@@ -194,7 +194,6 @@ def test_a_batch_that_does_not_fit_is_told_apart_and_a_smaller_one_goes_on(tmp_p
 import resource
 import numpy as np
 from embedstream_worker.engines.base import OutOfMemory, TokenBatch
-from embedstream_worker.engines import torch_engine
 from embedstream_worker.engines.torch_engine import TorchEngine
 from embedstream_worker.models import resolve_model
 

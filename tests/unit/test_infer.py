@@ -44,6 +44,9 @@ class FakeEngine:
         self.calls: list[list[int]] = []
         self.costs: list[int] = []
         self.nan: set[int] = set()
+        self.nan_in_float32: set[int] = set()
+        self.exact_calls: list[int] = []
+        self.exact_errors: dict[int, Exception] = {}
         self.alive = True
         self._before = before
 
@@ -55,6 +58,14 @@ class FakeEngine:
         vectors = np.stack([first, batch.lengths], axis=1).astype(np.float32)
         vectors[[int(row) in self.nan for row in first]] = np.nan
         return {"embedding": vectors}
+
+    def embed_exact(self, batch: TokenBatch) -> dict[str, npt.NDArray[np.float32]]:
+        [row] = batch.ids[batch.offsets[:-1]].tolist()
+        self.exact_calls.append(row)
+        if row in self.exact_errors:
+            raise self.exact_errors[row]
+        vector = [np.nan if row in self.nan_in_float32 else row, batch.longest]
+        return {"embedding": np.array([vector], np.float32)}
 
     def warm_up(self, batch_tokens: int) -> float:  # noqa: ARG002 - as the protocol has it
         if not self.alive:
@@ -212,12 +223,35 @@ def test_a_lone_text_that_does_not_fit_is_an_error() -> None:
     assert_rows(result, [4, 50, 4])
 
 
-def test_a_vector_that_is_not_finite_is_an_error_and_its_neighbours_are_not() -> None:
+def test_a_vector_that_is_not_finite_is_computed_again_alone_in_float32() -> None:
     engine = FakeEngine()
-    engine.nan = {2}
-    result = run(engine, [1] * 8)
+    engine.nan = {2, 5}
+    result = run(engine, [3] * 8)
+    assert not result.errors
+    assert_rows(result, [3] * 8)
+    assert (engine.exact_calls, len(engine.calls)) == ([2, 5], 1)
+    assert result.computed.tolist() == [3, 3, 6, 3, 3, 6, 3, 3]
+
+
+def test_a_vector_that_is_not_finite_in_float32_either_is_an_error_and_its_neighbours_are_not() -> None:
+    engine = FakeEngine()
+    engine.nan, engine.nan_in_float32 = {1, 2}, {2}
+    result = run(engine, [3] * 4)
     assert {row: code for row, (code, _) in result.errors.items()} == {2: "not_finite"}
-    assert_rows(result, [1] * 8)
+    assert_rows(result, [3] * 4)
+    assert engine.exact_calls == [1, 2]
+
+
+@pytest.mark.parametrize("error", [OutOfMemory("none left"), RuntimeError("none left")])
+def test_a_text_that_cannot_be_run_in_float32_keeps_its_error_and_the_budget(error: Exception) -> None:
+    engine = FakeEngine()
+    engine.nan, engine.exact_errors = {0}, {0: error}
+    result = run(engine, [3] * 4)
+    [(row, (code, message))] = result.errors.items()
+    assert (row, code) == (0, "not_finite")
+    assert message.endswith(f"{type(error).__name__}: none left")
+    assert_rows(result, [3] * 4)
+    assert engine.costs == [12]
 
 
 def test_rows_that_failed_before_do_not_reach_the_model() -> None:

@@ -16,10 +16,10 @@ import numpy as np
 import numpy.typing as npt
 
 from embedstream.workers import InHand
-from embedstream_worker.engines.base import Engine, OutOfMemory, Role, TokenBatch, Tokens
+from embedstream_worker.engines.base import Engine, OutOfMemory, Role, Tokens
 from embedstream_worker.held import EmbeddedGroup, RowErrors, TokenizedGroup
 from embedstream_worker.pipeline import Channel, Closed, Life
-from embedstream_worker.work import Rows, Work
+from embedstream_worker.work import Taken, Work
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ class Infer:
         self._padded = engine.info.padded
         self._windows: deque[_Window] = deque()
         self._urgent: deque[tuple[Urgent, Work]] = deque()
-        self._flying: dict[Future[npt.NDArray[np.float32]], tuple[Work, Rows]] = {}
+        self._flying: dict[Future[npt.NDArray[np.float32]], tuple[Work, Taken]] = {}
         self._closed = False
 
     @property
@@ -115,13 +115,13 @@ class Infer:
                     work.stop()
         self._hand_on()
         while len(self._flying) < self._engine.in_flight and (chosen := self._next_work()) is not None:
-            rows, batch = chosen.take()
-            self._flying[pool.submit(self._embed, batch)] = (chosen, rows)
+            taken = chosen.take()
+            self._flying[pool.submit(self._embed, taken)] = (chosen, taken)
         if self._flying:
             free = len(self._flying) < self._engine.in_flight
             for future in wait(self._flying, LOOK_SECONDS if free else None, FIRST_COMPLETED).done:
-                work, rows = self._flying.pop(future)
-                self._settle(work, rows, future)
+                work, taken = self._flying.pop(future)
+                self._settle(work, taken, future)
             self._answer()
         return bool(self._flying or self._windows or self._urgent or not self._closed)
 
@@ -158,8 +158,9 @@ class Infer:
             self._windows.append(_Window([(group, self._begin(group)) for group in item]))
         return None if item is None else self._next_work()
 
-    def _embed(self, batch: TokenBatch) -> npt.NDArray[np.float32]:
-        return self._engine.embed(batch)[self._name]
+    def _embed(self, taken: Taken) -> npt.NDArray[np.float32]:
+        run = self._engine.embed_exact if taken.exact else self._engine.embed
+        return run(taken.batch)[self._name]
 
     def _begin(self, group: TokenizedGroup) -> Work:
         job = group.job
@@ -181,16 +182,19 @@ class Infer:
             self._urgent.remove((request, work))
             request.done.set()
 
-    def _settle(self, work: Work, rows: Rows, future: Future[npt.NDArray[np.float32]]) -> None:
+    def _settle(self, work: Work, taken: Taken, future: Future[npt.NDArray[np.float32]]) -> None:
         """What became of a batch; one that cannot be run is cut smaller, down to the one row that is the culprit."""
-        error = future.exception()
+        error, rows = future.exception(), taken.rows
         if error is None:
-            work.land(rows, future.result())
+            work.land(taken, future.result())
             self._life.progress()
         elif not isinstance(error, Exception):
             raise error
+        elif taken.exact:
+            why = f"{type(error).__name__}: {error}"
+            work.fail(int(rows[0]), "not_finite", f"a vector with NaN or infinity, and none in float32: {why}")
         elif isinstance(error, OutOfMemory):
-            self._out_of_memory(work, rows, error)
+            self._out_of_memory(work, taken, error)
         elif len(rows) > 1:
             # Whatever an engine raises is the fault of one of these texts.
             work.again((rows[: len(rows) // 2], rows[len(rows) // 2 :]))
@@ -198,8 +202,9 @@ class Infer:
             self._prove_alive()
             work.fail(int(rows[0]), "engine_error", f"{type(error).__name__}: {error}")
 
-    def _out_of_memory(self, work: Work, rows: Rows, error: OutOfMemory) -> None:
+    def _out_of_memory(self, work: Work, taken: Taken, error: OutOfMemory) -> None:
         """Halve the budget for good and cut what is left anew; a text that does not fit by itself is an error."""
+        rows = taken.rows
         cost = work.cost(rows)
         if len(rows) == 1:
             self._prove_alive()

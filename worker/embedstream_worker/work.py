@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,15 @@ from embedstream_worker.engines.base import Role, TokenBatch, Tokens
 from embedstream_worker.held import RowErrors
 
 Rows = npt.NDArray[np.int64]
+
+
+class Taken(NamedTuple):
+    """A batch on its way into the model."""
+
+    rows: Rows
+    batch: TokenBatch
+    exact: bool
+    """Whether it is one text whose vector was not finite: alone, and in float32."""
 
 
 class Work:
@@ -35,6 +45,7 @@ class Work:
         self._padded = padded
         self._lengths = lengths
         self._todo: deque[Rows] = deque()
+        self._not_finite: deque[int] = deque()
         self._flying = 0
         self.done[list(errors)] = True
 
@@ -43,21 +54,30 @@ class Work:
         left = np.concatenate(self._todo) if self._todo else np.flatnonzero(~self.done)
         self._todo = deque(left[batch] for batch in cut_batches(self._lengths[left], budget, self._padded))
 
-    def take(self) -> tuple[Rows, TokenBatch]:
+    def take(self) -> Taken:
         """The next batch, which is in the model until `land`, `again` or `fail` says what became of it."""
-        rows = self._todo.popleft()
+        exact = bool(self._not_finite)
+        rows = np.array([self._not_finite.popleft()]) if exact else self._todo.popleft()
         self._flying += 1
-        return rows, gather_batch(self.tokens, rows, self._prompt_length, self._role)
+        return Taken(rows, gather_batch(self.tokens, rows, self._prompt_length, self._role), exact)
 
-    def land(self, rows: Rows, vectors: npt.NDArray[np.float32]) -> None:
-        """A batch came back, [len(rows), dim]. A vector that is not finite is an error."""
+    def land(self, taken: Taken, vectors: npt.NDArray[np.float32]) -> None:
+        """A batch came back, [n, dim]. A vector that is not finite is computed again, and is then an error."""
+        rows = taken.rows
+        finite = np.isfinite(vectors).all(axis=1)
+        if taken.exact:
+            self.computed[rows] += self._lengths[rows]
+        elif self._padded:
+            self.computed[rows] = self._lengths[rows].max()
         self._flying -= 1
         self.vectors[rows] = vectors
+        if not finite.all():
+            if taken.exact:
+                self.errors[int(rows[0])] = ("not_finite", "the model gave a vector with NaN or infinity")
+            else:
+                self._not_finite.extend(rows[~finite].tolist())
+                rows = rows[finite]
         self.done[rows] = True
-        if self._padded:
-            self.computed[rows] = self._lengths[rows].max()
-        for row in rows[~np.isfinite(vectors).all(axis=1)].tolist():
-            self.errors[row] = ("not_finite", "the model gave a vector with NaN or infinity")
 
     def again(self, pieces: Iterable[Rows]) -> None:
         """A batch did not come back: its pieces are next."""
@@ -73,6 +93,7 @@ class Work:
     def stop(self) -> None:
         """Leave what is not in the model undone."""
         self._todo.clear()
+        self._not_finite.clear()
 
     def cost(self, rows: Rows) -> int:
         """Tokens that the model computes for these rows as one batch."""
@@ -81,12 +102,12 @@ class Work:
     @property
     def waiting(self) -> bool:
         """Whether a batch waits to be taken."""
-        return bool(self._todo)
+        return bool(self._todo or self._not_finite)
 
     @property
     def over(self) -> bool:
         """Whether nothing is left to run or to come back."""
-        return not self._todo and not self._flying
+        return not self.waiting and not self._flying
 
     @property
     def in_hand(self) -> InHand:

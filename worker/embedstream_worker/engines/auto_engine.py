@@ -59,6 +59,9 @@ class AutoEngine:
     def embed(self, batch: TokenBatch) -> dict[str, npt.NDArray[np.float32]]:
         return self._started.embed(batch)
 
+    def embed_exact(self, batch: TokenBatch) -> dict[str, npt.NDArray[np.float32]]:
+        return self._started.embed_exact(batch)
+
     def close(self) -> None:
         if self._engine is not None:
             self._engine.close()

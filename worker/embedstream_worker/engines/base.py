@@ -107,6 +107,9 @@ class Engine(Protocol):
             Exception: anything else is the fault of some text in the batch.
         """
 
+    def embed_exact(self, batch: TokenBatch) -> dict[str, npt.NDArray[np.float32]]:
+        """The same in float32, however slow: for a text whose vector had NaN or infinity. Raises as `embed` does."""
+
     def close(self) -> None: ...
 
 

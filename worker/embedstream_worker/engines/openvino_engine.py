@@ -27,9 +27,10 @@ from embedstream_worker.engines.base import (
 )
 from embedstream_worker.engines.calibration import calibration_hash, calibration_texts
 from embedstream_worker.engines.checking import Agreement, CheckFailed, Vectors, check_batches, compare, require
+from embedstream_worker.engines.exact import ExactModel
 from embedstream_worker.engines.openvino_cache import Cache, Conversion, Entry, NotConvertible
 from embedstream_worker.engines.openvino_trial import run_trial
-from embedstream_worker.engines.precision import Dtype, Precision, cpu_cores, cpu_has_bfloat16, cpu_name
+from embedstream_worker.engines.precision import Dtype, Precision, cpu_cores, cpu_has_bfloat16, cpu_name, streams_for
 from embedstream_worker.engines.text_input import TextInput, TextModel, warm_up_batches
 from embedstream_worker.fingerprint import folder_fingerprint
 from embedstream_worker.models import ModelFolder
@@ -66,6 +67,7 @@ class OpenVinoEngine:
         self._model: TextModel | None = None
         self._info: EngineInfo | None = None
         self._slots: SimpleQueue[_Slot] = SimpleQueue()
+        self._exact = ExactModel(folder)
 
     @property
     def info(self) -> EngineInfo:
@@ -153,8 +155,13 @@ class OpenVinoEngine:
             self._slots.put(slot)
         return {"embedding": vectors}
 
+    def embed_exact(self, batch: TokenBatch) -> dict[str, npt.NDArray[np.float32]]:
+        """As `embed`, in float32. Raises `OutOfMemory`."""
+        return self.embed(batch) if self.info.dtype == "float32" else self._exact.embed(batch)
+
     def close(self) -> None:
         """Give the model's memory back. Calls that are under way end first."""
+        self._exact.close()
         for _ in range(self.in_flight if self._model else 0):
             self._slots.get()
         self._model = None
@@ -211,15 +218,6 @@ class OpenVinoEngine:
         agreement = compare(vectors, conversion.references)
         require(agreement, precision)
         return agreement
-
-
-def streams_for(cores: int) -> int:
-    """Batches that are computed at the same moment.
-
-    With 2 cores, one core a batch is 15 % faster than both on one batch: nobody waits for the other half. On large
-    machines 4 cores share a batch, so that its time stays short and the caches hold what is worked on.
-    """
-    return max(min(cores, 2), cores // 4)
 
 
 def _pick_precision(wanted: Dtype) -> Precision:

@@ -1,4 +1,4 @@
-"""Sentence-transformers' own modules in torch, on padded batches."""
+"""Sentence-transformers' own modules in torch: on GPUs in packed batches where a model can, else in padded ones."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import logging
 import os
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.modules import Transformer
 
 from embedstream.errors import ModelError
 from embedstream_worker.engines.base import (
@@ -23,9 +22,23 @@ from embedstream_worker.engines.base import (
     TextTokenizer,
     TokenBatch,
 )
+from embedstream_worker.engines.batch_budget import Probe, find_budget
 from embedstream_worker.engines.checking import CheckFailed, Vectors, check_batches, compare, require
-from embedstream_worker.engines.precision import Dtype, cpu_has_bfloat16
+from embedstream_worker.engines.exact import ExactModel
+from embedstream_worker.engines.lanes import CudaLanes, DirectLanes, Lanes
+from embedstream_worker.engines.packed_attention import CannotPack
+from embedstream_worker.engines.precision import Dtype, Precision
 from embedstream_worker.engines.text_input import ROLE_PROMPTS, InputKind, TextInput, TextModel, warm_up_batches
+from embedstream_worker.engines.torch_device import pick_device, pick_dtype
+from embedstream_worker.engines.torch_features import (
+    Packing,
+    first_position,
+    flat_features,
+    packed_features,
+    padded_features,
+    transformers_of,
+    vocabulary_size,
+)
 from embedstream_worker.engines.torch_loading import excludes_prompt, is_normalized, load_model, read_input
 from embedstream_worker.fingerprint import folder_fingerprint
 from embedstream_worker.models import ModelFolder
@@ -36,24 +49,40 @@ CPU_BATCH_TOKENS = 2048
 """MiniLM on 2 cores: 1024 to 4096 are within 10 % of each other, 8192 takes 1.7 times as long (caches)."""
 
 GPU_BATCH_TOKENS = 65_536
-"""Enough to fill a large GPU with a small model; on out-of-memory the worker halves it."""
+"""Enough to fill a large GPU with a small model, where it is not measured; on out-of-memory the worker halves it."""
+
+Batches = Literal["auto", "packed", "padded"]
+
+_REFUSALS = (ValueError, KeyError, RuntimeError, IndexError, AttributeError, TypeError)
+"""What models raise at input that they were not made for."""
+
+_PROBE_ROW_TOKENS = 128  # the time of a batch hangs on its tokens, and hardly on how many texts they make
+_PROBE_RUNS = 3
 
 
 class TorchEngine:
     """Vectors equal to `encode_document` and `encode_query` of sentence-transformers, within the precision.
 
-    In bfloat16 only the transformer computes in it; pooling and what follows stay in float32.
+    In bfloat16 only the transformer computes in it; pooling and what follows stay in float32. `batches` "auto" packs
+    texts without padding on CUDA in bfloat16, if the model's vectors stay what they are. `embed` may be called from
+    several threads.
     """
 
     in_flight = 1
 
-    def __init__(self, folder: ModelFolder, device: str = "auto", dtype: Dtype = "auto") -> None:
+    def __init__(
+        self, folder: ModelFolder, device: str = "auto", dtype: Dtype = "auto", batches: Batches = "auto"
+    ) -> None:
         self._folder = folder
         self._wanted_device = device
         self._wanted_dtype = dtype
+        self._wanted_batches = batches
         self._model: SentenceTransformer | None = None
         self._text_model: TextModel | None = None
         self._info: EngineInfo | None = None
+        self._lanes: Lanes = DirectLanes(torch.device("cpu"))
+        self._packed = False
+        self._exact = ExactModel(folder)
 
     @property
     def info(self) -> EngineInfo:
@@ -77,13 +106,19 @@ class TorchEngine:
 
     def start(self) -> None:
         """Load the model and try it. Raises `ModelError`."""
-        device = _pick_device(self._wanted_device)
-        dtype = _pick_dtype(self._wanted_dtype, device)
+        device = pick_device(self._wanted_device)
+        dtype = pick_dtype(self._wanted_dtype, device)
         # Beside a model on the CPU, tokenizing must not take more than its own thread; a user's own choice stands.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false" if device.type == "cpu" else "true")
-        self._load(device)
-        if dtype == "bfloat16":
-            dtype = self._lower(device)
+        packs = self._wanted_batches == "packed" or (
+            self._wanted_batches == "auto" and device.type == "cuda" and dtype == "bfloat16"
+        )
+        self._load(torch.device("cpu"))
+        packs = packs and self._can_pack()
+        self._lanes = CudaLanes(device) if device.type == "cuda" else DirectLanes(device)
+        self._place(device)
+        dtype = self._speed_up(dtype, packs)
+        self.in_flight = self._lanes.count
         model = self.text_model
         self._info = EngineInfo(
             engine="torch",
@@ -91,8 +126,8 @@ class TorchEngine:
             dtype=dtype,
             fingerprint=folder_fingerprint(self._folder.path),
             max_length=model.input.max_length,
-            padded=model.input.kind is InputKind.PADDED,
-            batch_tokens=CPU_BATCH_TOKENS if device.type == "cpu" else GPU_BATCH_TOKENS,
+            padded=model.input.kind is InputKind.PADDED and not self._packed,
+            batch_tokens=self._batch_tokens(device),
             outputs={"embedding": OutputInfo(kind="dense", dim=model.dim, normalized=model.normalized)},
         )
 
@@ -100,7 +135,8 @@ class TorchEngine:
         """Run the smallest, the longest and the fullest batch that the budget allows; seconds taken."""
         begun = time.perf_counter()
         for batch in warm_up_batches(self.text_model, batch_tokens):
-            self.embed(batch)
+            for _ in range(self.in_flight):  # the lanes take turns, and each has memory of its own
+                self.embed(batch)
         return time.perf_counter() - begun
 
     def tokenizer(self) -> TextTokenizer:
@@ -113,7 +149,7 @@ class TorchEngine:
     def embed(self, batch: TokenBatch) -> dict[str, npt.NDArray[np.float32]]:
         """Vectors by output name, [n, dim], in the batch's order. Raises `OutOfMemory`."""
         try:
-            return {"embedding": self._forward(batch)}
+            return {"embedding": self._run(batch)}
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -123,14 +159,24 @@ class TorchEngine:
             torch.cuda.empty_cache()
         raise OutOfMemory(f"{len(batch)} texts of up to {batch.longest} tokens: {reason}")
 
+    def embed_exact(self, batch: TokenBatch) -> dict[str, npt.NDArray[np.float32]]:
+        """As `embed`, in float32. Raises `OutOfMemory`."""
+        return self.embed(batch) if self.info.dtype == "float32" else self._exact.embed(batch)
+
     def close(self) -> None:
+        """Give the model's memory back."""
         self._model = None
+        self._exact.close()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
     def _load(self, device: torch.device) -> None:
         """In float32, and everything that there is to know about it."""
         self._model = load_model(self._folder, device)
+        self._packed = False
+        self._packing = Packing(self._model)
+        self._first_position = first_position(self._model)
+        self._vocabulary = vocabulary_size(self._model)
         text_input = read_input(self._model, self._folder.name)
         self._text_model = TextModel(
             name=self._folder.name,
@@ -142,65 +188,172 @@ class TorchEngine:
             excludes_prompt=excludes_prompt(self._model),
         )
 
-    def _lower(self, device: torch.device) -> Dtype:
-        """Let the transformer compute in bfloat16, if its vectors stay what they are; the dtype it is left in."""
-        transformers = [part for part in self.modules.modules() if isinstance(part, Transformer)]
-        if not transformers:
+    def _place(self, device: torch.device) -> None:
+        try:
+            self.modules.to(device)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise ModelError(f"model {self._folder.name} does not fit into {device}: {error}") from error
+
+    def _can_pack(self) -> bool:
+        """Whether packing leaves a few short texts their vectors: on the CPU, where a model that reads beyond its
+        tables raises an error. On a GPU that would end the process.
+        """
+        model = self.text_model
+        if model.input.kind is not InputKind.PADDED:
+            return False
+        batches = [_few_texts(model, role) for role in model.roles]
+        references = self._vectors(batches)
+        failure = self._try_packed(batches, references, "float32")
+        self._pack(on=False)
+        if failure:
+            log.warning("model %s runs in padded batches, as it cannot be packed: %s", self._folder.name, failure)
+        return failure is None
+
+    def _speed_up(self, dtype: Dtype, packs: bool) -> Dtype:
+        """Pack, and let the transformer compute in bfloat16, if its vectors stay what they are; the dtype it is in."""
+        if dtype == "float32" and not packs:
+            return dtype
+        if not transformers_of(self.modules):
             return "float32"  # a table of vectors: nothing to compute
         batches = check_batches(self.text_model)
         references = self._vectors(batches)
-        for transformer in transformers:
-            transformer.to(torch.bfloat16)
+        if packs and (failure := self._try_packed(batches, references, "float32")):
+            packs = False
+            self._pack(on=False)
+            log.warning("model %s runs in padded batches, as packed ones fail: %s", self._folder.name, failure)
+        return self._lower(batches, references) if dtype == "bfloat16" else dtype
+
+    def _lower(self, batches: Sequence[TokenBatch], references: Sequence[Vectors]) -> Dtype:
+        device, packed = self.modules.device, self._packed
+        for transformer in transformers_of(self.modules):
+            _to_bfloat16(transformer)
             transformer.register_forward_hook(_upcast)
+        failure = self._try(batches, references, "bfloat16")
+        if failure and packed:
+            self._pack(on=False)
+            log.warning("model %s runs in padded batches, as packed ones fail: %s", self._folder.name, failure)
+            failure = self._try(batches, references, "bfloat16")
+        if failure is None:
+            return "bfloat16"
+        if self._wanted_dtype == "bfloat16":
+            raise ModelError(f"model {self._folder.name} cannot run in bfloat16: {failure}; use float32")
+        log.warning("model %s runs in float32: %s", self._folder.name, failure)
+        self._load(torch.device("cpu"))
+        self._place(device)
+        return "float32"
+
+    def _try_packed(
+        self, batches: Sequence[TokenBatch], references: Sequence[Vectors], precision: Precision
+    ) -> str | None:
         try:
-            require(compare(self._vectors(batches), references), "bfloat16")
-        except (CheckFailed, RuntimeError) as error:
-            if self._wanted_dtype == "bfloat16":
-                raise ModelError(f"model {self._folder.name} cannot run in bfloat16: {error}; use float32") from error
-            log.warning("model %s runs in float32: %s", self._folder.name, error)
-            self._load(device)
-            return "float32"
-        return "bfloat16"
+            self._pack(on=True)
+        except CannotPack as error:
+            return str(error)
+        return self._try(batches, references, precision)
+
+    def _try(self, batches: Sequence[TokenBatch], references: Sequence[Vectors], precision: Precision) -> str | None:
+        """What is wrong with its vectors now, if anything."""
+        try:
+            require(compare(self._vectors(batches), references), precision)
+        except (CheckFailed, CannotPack) as error:
+            return str(error)
+        except _REFUSALS as error:
+            return f"{type(error).__name__}: {error}"
+        return None
+
+    def _pack(self, *, on: bool) -> None:
+        if on:
+            self._packing.on()
+        elif self._packed:
+            self._packing.off()
+        self._packed = on
+
+    def _batch_tokens(self, device: torch.device) -> int:
+        if device.type == "cuda" and self.text_model.input.kind is InputKind.PADDED:
+            free, _ = torch.cuda.mem_get_info(device)
+            return find_budget(lambda tokens: self._probe(tokens, device), free)
+        return CPU_BATCH_TOKENS if device.type == "cpu" else GPU_BATCH_TOKENS
+
+    def _probe(self, tokens: int, device: torch.device) -> Probe:
+        """Seconds of a full batch of usual texts, and the most memory that one of these or of the longest takes."""
+        usual, longest = (
+            self.text_model.input.sample(max(1, tokens // row), row, next(iter(self.text_model.roles)))
+            for row in (min(_PROBE_ROW_TOKENS, self.text_model.input.max_length), self._longest(tokens))
+        )
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        self.embed(longest)
+        seconds = []
+        for _ in range(_PROBE_RUNS):
+            begun = time.perf_counter()
+            self.embed(usual)
+            seconds.append(time.perf_counter() - begun)
+        return Probe(min(seconds), torch.cuda.max_memory_allocated(device) - before)
+
+    def _longest(self, tokens: int) -> int:
+        return max(1, min(self.text_model.input.max_length, tokens))
 
     def _vectors(self, batches: Sequence[TokenBatch]) -> list[Vectors]:
-        return [self._forward(batch) for batch in batches]
+        return [self._run(batch) for batch in batches]
+
+    def _run(self, batch: TokenBatch) -> Vectors:
+        if self._vocabulary is not None and len(batch.ids) and int(batch.ids.max()) >= self._vocabulary:
+            # On a GPU this would end the process.
+            raise ValueError(f"token {batch.ids.max()} is beyond the model's vocabulary of {self._vocabulary}")
+        return self._lanes.run(batch, lambda ids, starts: self._forward(batch, ids, starts))
 
     @torch.inference_mode()
-    def _forward(self, batch: TokenBatch) -> npt.NDArray[np.float32]:
-        features = self._features(batch, self.text_model.input, self.modules.device)
-        return sentence_vectors(self.modules, features, batch.role).float().cpu().numpy()
+    def _forward(self, batch: TokenBatch, ids: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+        features = self._features(batch, self.text_model.input, ids, starts)
+        return sentence_vectors(self.modules, features, batch.role).float()
 
-    def _features(self, batch: TokenBatch, kind: TextInput, device: torch.device) -> dict[str, Any]:
-        features: dict[str, Any] = {}
-        if kind.kind is InputKind.FLAT:
-            features["input_ids"] = _to_device(batch.ids.astype(np.int64), device)
-            features["offsets"] = _to_device(batch.offsets[:-1], device)
-            return features
-        ids, mask = kind.pad(batch)
-        features["input_ids"] = _to_device(ids, device)
-        features["attention_mask"] = _to_device(mask, device)
-        if kind.token_types:
-            features["token_type_ids"] = torch.zeros_like(features["input_ids"])
-        if batch.prompt_length:
-            features["prompt_length"] = batch.prompt_length
-        return features
+    def _features(
+        self, batch: TokenBatch, text_input: TextInput, ids: torch.Tensor, starts: torch.Tensor
+    ) -> dict[str, Any]:
+        if text_input.kind is InputKind.FLAT:
+            return flat_features(ids, starts)
+        if self._packed:
+            return packed_features(text_input, batch, ids, starts, self._first_position)
+        return padded_features(text_input, batch, ids, starts)
 
     @torch.inference_mode()
-    def _find_roles(self, kind: TextInput) -> dict[Role, int]:
+    def _find_roles(self, text_input: TextInput) -> dict[Role, int]:
         """The roles that the model serves, with the dimensions of their vectors, from trying each."""
         roles: dict[Role, int] = {}
         refusals: list[str] = []
         for role in ROLE_PROMPTS:
-            features = self._features(kind.sample(1, 1, role), kind, self.modules.device)
+            sample = text_input.sample(1, 1, role)
+            ids, starts = torch.from_numpy(sample.ids), torch.from_numpy(sample.offsets)
             try:
+                features = self._features(sample, text_input, ids, starts)
                 roles[role] = sentence_vectors(self.modules, features, role).shape[1]
-            except (ValueError, KeyError, RuntimeError, IndexError, AttributeError, TypeError) as error:
+            except _REFUSALS as error:
                 refusals.append(f"{type(error).__name__}: {error}")
         if not roles:
             raise ModelError(f"model {self._folder.name} cannot run: {refusals[0]}")
         if len(set(roles.values())) > 1:
             raise ModelError(f"model {self._folder.name} gives vectors of other dimensions for other roles: {roles}")
         return roles
+
+
+def _few_texts(model: TextModel, role: Role) -> TokenBatch:
+    """Texts of different tokens and lengths."""
+    limit = min(model.input.max_length, 24)
+    tokens = model.input.tokenizer().encode(["one two three four five", "a", "seven, eight and nine"], limit)
+    return TokenBatch(tokens.ids, tokens.offsets, int(tokens.lengths.max()), 0, role)
+
+
+def _to_bfloat16(transformer: torch.nn.Module) -> None:
+    """All but the frequencies that positions are made from: rounded, they would misplace the tokens of long texts."""
+    kept = {
+        name: buffer for name, buffer in transformer.named_buffers() if name.rpartition(".")[2].endswith("inv_freq")
+    }
+    transformer.to(torch.bfloat16)
+    for name, buffer in kept.items():
+        owner, _, own_name = name.rpartition(".")
+        setattr(transformer.get_submodule(owner), own_name, buffer)
 
 
 def sentence_vectors(model: SentenceTransformer, features: dict[str, Any], role: Role) -> torch.Tensor:
@@ -220,41 +373,6 @@ def _upcast(_module: torch.nn.Module, _inputs: Any, features: dict[str, Any]) ->
         name: value.float() if isinstance(value, torch.Tensor) and value.dtype == torch.bfloat16 else value
         for name, value in features.items()
     }
-
-
-def _pick_dtype(wanted: Dtype, device: torch.device) -> Dtype:
-    if wanted == "int8":
-        raise ModelError("--dtype int8: torch does not compute in it; use --engine openvino, or another dtype")
-    if wanted != "auto":
-        return wanted
-    if device.type == "cpu":
-        return "bfloat16" if cpu_has_bfloat16() else "float32"
-    return "float32"  # other devices: float32 until they are measured
-
-
-def _pick_device(wanted: str) -> torch.device:
-    if wanted == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda:0")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(wanted)
-    except RuntimeError as error:
-        raise ModelError(f"--device {wanted}: use auto, cpu, cuda:N or mps") from error
-    if device.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) >= count:
-            raise ModelError(f"--device {wanted}: torch sees {count} CUDA devices here; use auto or cpu")
-        return torch.device("cuda", device.index or 0)
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ModelError(f"--device {wanted}: torch sees no Apple GPU here; use auto or cpu")
-    if device.type not in ("cpu", "mps"):
-        raise ModelError(f"--device {wanted}: use auto, cpu, cuda:N or mps")
-    return device
-
-
-def _to_device(array: npt.NDArray[np.int64], device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(array).to(device)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

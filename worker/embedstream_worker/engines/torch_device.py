@@ -1,0 +1,43 @@
+"""On which device torch computes, and in what precision."""
+
+from __future__ import annotations
+
+import torch
+
+from embedstream.errors import ModelError
+from embedstream_worker.engines.precision import Dtype, cpu_has_bfloat16
+
+
+def pick_dtype(wanted: Dtype, device: torch.device) -> Dtype:
+    """The precision to compute in: where the device has it, bfloat16. Raises `ModelError` for int8."""
+    if wanted == "int8":
+        raise ModelError("--dtype int8: torch does not compute in it; use --engine openvino, or another dtype")
+    if wanted != "auto":
+        return wanted
+    if device.type == "cpu":
+        return "bfloat16" if cpu_has_bfloat16() else "float32"
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bfloat16"  # not float16, in which some models overflow
+    return "float32"
+
+
+def pick_device(wanted: str) -> torch.device:
+    """The device of that name, or the best one here. Raises `ModelError` for one that is not here."""
+    if wanted == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda:0")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(wanted)
+    except RuntimeError as error:
+        raise ModelError(f"--device {wanted}: use auto, cpu, cuda:N or mps") from error
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise ModelError(f"--device {wanted}: torch sees {count} CUDA devices here; use auto or cpu")
+        return torch.device("cuda", device.index or 0)
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ModelError(f"--device {wanted}: torch sees no Apple GPU here; use auto or cpu")
+    if device.type not in ("cpu", "mps"):
+        raise ModelError(f"--device {wanted}: use auto, cpu, cuda:N or mps")
+    return device

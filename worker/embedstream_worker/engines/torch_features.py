@@ -1,0 +1,126 @@
+"""From a batch's flat token ids to what a model's modules take, on the device; and models that take it packed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Transformer
+from transformers import PreTrainedModel
+
+from embedstream_worker.engines.base import TokenBatch
+from embedstream_worker.engines.packed_attention import NAME, CannotPack
+from embedstream_worker.engines.text_input import TextInput
+from embedstream_worker.engines.torch_loading import quiet
+
+Features = dict[str, Any]
+
+_PACKED_ARGUMENTS = frozenset({"position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"})
+
+
+def flat_features(ids: torch.Tensor, starts: torch.Tensor) -> Features:
+    """For static embeddings."""
+    return {"input_ids": ids.long(), "offsets": starts[:-1].long()}
+
+
+def padded_features(text_input: TextInput, batch: TokenBatch, ids: torch.Tensor, starts: torch.Tensor) -> Features:
+    """Ids and attention mask, [n, longest] each, from flat ids, int [total], and where texts begin, int [n + 1].
+
+    Waits for nothing on the device.
+    """
+    lengths = (starts[1:] - starts[:-1]).unsqueeze(1)
+    place = torch.arange(batch.longest, device=ids.device)
+    if text_input.padding_side == "left":
+        place = place - (batch.longest - lengths)
+    mask = (place >= 0) & (place < lengths)
+    source = (starts[:-1].unsqueeze(1) + place).clamp_(0, max(len(batch.ids) - 1, 0)).long()
+    padded = torch.where(mask, ids[source], text_input.pad_id).long()
+    return _with_extras(text_input, batch, {"input_ids": padded, "attention_mask": mask.long()})
+
+
+def packed_features(
+    text_input: TextInput, batch: TokenBatch, ids: torch.Tensor, starts: torch.Tensor, first_position: int
+) -> Features:
+    """Texts behind each other as one row: ids and positions [1, total], and where texts begin, int32 [n + 1].
+
+    Waits for nothing on the device. `first_position`: what models call a text's first token.
+
+    Raises:
+        ValueError: a text has no token. A padded model has a place for its vector, a packed one has not.
+    """
+    if not batch.lengths.all():
+        raise ValueError("the text has no token")
+    total = len(batch.ids)
+    text = torch.repeat_interleave(
+        torch.arange(len(batch), device=ids.device), (starts[1:] - starts[:-1]).long(), output_size=total
+    )
+    positions = torch.arange(first_position, first_position + total, device=ids.device) - starts[:-1].long()[text]
+    features: Features = {
+        "input_ids": ids.long().unsqueeze(0),
+        "position_ids": positions.unsqueeze(0),
+        "seq_idx": text.unsqueeze(0),
+        "cu_seq_lens_q": starts,
+        "cu_seq_lens_k": starts,
+        "max_length_q": batch.longest,
+        "max_length_k": batch.longest,
+    }
+    return _with_extras(text_input, batch, features)
+
+
+def _with_extras(text_input: TextInput, batch: TokenBatch, features: Features) -> Features:
+    if text_input.token_types:
+        features["token_type_ids"] = torch.zeros_like(features["input_ids"])
+    if batch.prompt_length:
+        features["prompt_length"] = batch.prompt_length
+    return features
+
+
+def transformers_of(model: SentenceTransformer) -> list[Transformer]:
+    """The transformers of a model: none, one, or one for each role."""
+    return [part for part in model.modules() if isinstance(part, Transformer)]
+
+
+def vocabulary_size(model: SentenceTransformer) -> int | None:
+    """Ids that the model has vectors for; None if it does not say."""
+    tables = [transformer.model.get_input_embeddings() for transformer in transformers_of(model)]
+    sizes = [table.num_embeddings for table in tables if isinstance(table, torch.nn.Embedding)]
+    return min(sizes) if len(sizes) == len(tables) and sizes else None
+
+
+def first_position(model: SentenceTransformer) -> int:
+    """What its transformers call the place of a text's first token: RoBERTa and its kin count from the padding's on."""
+    for part in model.modules():
+        padding = getattr(part, "padding_idx", None)
+        if isinstance(padding, int) and isinstance(getattr(part, "position_embeddings", None), torch.nn.Embedding):
+            return padding + 1
+    return 0
+
+
+class Packing:
+    """Switches a model's transformers between packed and padded attention."""
+
+    def __init__(self, model: SentenceTransformer) -> None:
+        self._transformers = transformers_of(model)
+        self._padded = [part.model.config._attn_implementation for part in self._transformers]
+
+    def on(self) -> None:
+        """Packed batches from now on. Raises `CannotPack` for a model that has its own attention."""
+        if not self._transformers:
+            raise CannotPack("it has no transformer")
+        if not all(isinstance(part.model, PreTrainedModel) for part in self._transformers):
+            raise CannotPack("it is no model of transformers' own")
+        with quiet():
+            for part in self._transformers:
+                part.model.set_attn_implementation(NAME)
+                if part.model_forward_params is not None:
+                    part.model_forward_params |= _PACKED_ARGUMENTS
+        if any(part.model.config._attn_implementation != NAME for part in self._transformers):
+            self.off()
+            raise CannotPack("its attention is its own")
+
+    def off(self) -> None:
+        """Padded batches from now on."""
+        with quiet():
+            for part, name in zip(self._transformers, self._padded, strict=True):
+                part.model.set_attn_implementation(name)
