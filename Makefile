@@ -3,17 +3,21 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 TEST_ARGS ?=
+BENCH_ARGS ?=
 export Q
 
 QUESTIONS := "how do I parse a date?" "read a file that is compressed" "wait for several threads to finish"
 
-.PHONY: help .venv demo test check scale clean
+.PHONY: help .venv demo test check scale bench bench-pipeline bench-latency clean
 
 help:
 	@echo 'make demo [Q="a question"]   embed the standard library'"'"'s docstrings, then search them'
 	@echo 'make test [TEST_ARGS=...]    every test but those of scale'
 	@echo 'make check                   lint, format, types, import rules'
 	@echo 'make scale                   memory and throughput on large corpora: takes minutes'
+	@echo 'make bench                   against sentence-transformers, Infinity, ONNX Runtime: 12 minutes'
+	@echo 'make bench-pipeline          everything but the model, with the hashing engine'
+	@echo 'make bench-latency           one text now, beside a bulk job; one text in embedded mode'
 	@echo 'make clean                   remove .venv, the demo and caches'
 
 .venv: .venv/.installed
@@ -42,6 +46,15 @@ check: .venv/.installed
 
 scale: .venv/.installed
 	$(BIN)/pytest -m scale --timeout 0 $(TEST_ARGS)
+
+bench: .venv/.installed
+	$(BIN)/python bench/compare.py $(BENCH_ARGS)
+
+bench-pipeline: .venv/.installed
+	$(BIN)/python bench/pipeline.py --profile $(BENCH_ARGS)
+
+bench-latency: .venv/.installed
+	$(BIN)/python bench/latency.py $(BENCH_ARGS)
 
 clean:
 	rm -rf .venv demo dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
