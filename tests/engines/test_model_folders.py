@@ -6,6 +6,7 @@ import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 import pytest
@@ -19,8 +20,10 @@ from engines.model_shapes import (
     static_embedding,
 )
 
+from embedstream.errors import ModelError
 from embedstream_worker.engines.auto_engine import AutoEngine
 from embedstream_worker.engines.base import Engine, Role
+from embedstream_worker.engines.onnx_engine import OnnxEngine
 from embedstream_worker.engines.openvino_cache import NotConvertible
 from embedstream_worker.engines.openvino_engine import EngineUnfit, OpenVinoEngine
 from embedstream_worker.engines.precision import Precision
@@ -75,6 +78,13 @@ def started(engine_name: str, folder: ModelFolder, dtype: Precision, shape: Shap
         torch_engine = TorchEngine(folder, "cpu", dtype)
         torch_engine.start()
         return torch_engine
+    if engine_name == "onnxruntime":
+        onnx_engine = OnnxEngine(folder, "cpu", dtype)
+        try:
+            onnx_engine.start()
+        except ModelError as error:
+            raise NotConvertible(str(error)) from error
+        return onnx_engine
     engine = OpenVinoEngine(folder, dtype)
     if shape is decoder:  # compiling this one may end the process: with a trial
         engine.start()
@@ -83,8 +93,10 @@ def started(engine_name: str, folder: ModelFolder, dtype: Precision, shape: Shap
     return engine
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("engine_name", ["torch", "openvino"])
+@pytest.mark.parametrize(
+    ("engine_name", "dtype"),
+    [*product(["torch", "openvino"], ["float32", "bfloat16"]), ("onnxruntime", "float32")],
+)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.__name__)
 def test_vectors_equal_sentence_transformers(
     shape: Shape, engine_name: str, dtype: Precision, sample: Callable[[Shape], Sample]

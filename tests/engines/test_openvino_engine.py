@@ -18,8 +18,8 @@ from embedstream_worker.engines import make_engine
 from embedstream_worker.engines.auto_engine import AutoEngine
 from embedstream_worker.engines.base import TokenBatch
 from embedstream_worker.engines.openvino_cache import Cache
-from embedstream_worker.engines.openvino_engine import EngineUnfit, OpenVinoEngine, streams_for
-from embedstream_worker.engines.precision import Precision
+from embedstream_worker.engines.openvino_engine import EngineUnfit, OpenVinoEngine
+from embedstream_worker.engines.precision import Precision, streams_for
 from embedstream_worker.fingerprint import folder_fingerprint
 from embedstream_worker.models import ModelFolder, resolve_model
 

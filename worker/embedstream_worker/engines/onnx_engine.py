@@ -22,7 +22,7 @@ from embedstream_worker.engines.calibration import calibration_hash
 from embedstream_worker.engines.checking import CheckFailed, check_batches, compare, require
 from embedstream_worker.engines.onnx_slot import INPUTS, Slot, Step, Way
 from embedstream_worker.engines.openvino_cache import Cache, Conversion, Entry, NotConvertible
-from embedstream_worker.engines.precision import Dtype, cpu_cores
+from embedstream_worker.engines.precision import Dtype, cpu_cores, streams_for
 from embedstream_worker.engines.text_input import TextModel, warm_up_batches
 from embedstream_worker.fingerprint import file_sha256, folder_fingerprint
 from embedstream_worker.models import ModelFolder
@@ -69,8 +69,12 @@ class OnnxEngine:
         """`threads`: those of one run; `runs`: how many runs at once. Both are chosen from the cores if None.
 
         `affinity`: the processors, numbered from 0, on which a run's further threads stay; the first thread of a run is
-        the caller's own. Give one fewer than `threads`.
+        the caller's own. One for each, so one fewer than `threads`.
         """
+        if threads is not None and len(affinity) not in (0, threads - 1):
+            raise ModelError(
+                f"{len(affinity)} processors for the {threads - 1} further threads of a run; give one each"
+            )
         if dtype not in ("auto", "float32"):
             raise ModelError(
                 f"--dtype {dtype}: onnxruntime computes in float32; use another engine, or --dtype float32"
@@ -78,8 +82,9 @@ class OnnxEngine:
         self._folder = folder
         self._wanted_device = device
         self._given_cache = cache
-        self._wanted_threads = threads
-        self._wanted_runs = runs
+        runs_of_cores = streams_for(cpu_cores())
+        self._threads = threads or max(1, cpu_cores() // (runs or runs_of_cores))
+        self._runs = runs or (max(1, cpu_cores() // threads) if threads else runs_of_cores)
         self._affinity = tuple(affinity)
         self._device = ("cpu", 0)
         self._cache: Cache | None = None
@@ -244,25 +249,22 @@ class OnnxEngine:
         return Step(session, tuple(name for name in types if name != joint), joint, _pick_output(session))
 
     def _options(self) -> Any:
-        threads = self._threads
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # what goes wrong is raised, too
         options.enable_mem_pattern = False  # plans memory for one shape, and batches have many
         options.inter_op_num_threads = 1
-        options.intra_op_num_threads = threads
-        if self._affinity and threads > 1:
+        options.intra_op_num_threads = self._threads
+        # Threads that spin while they wait take the processor from tokenizing and from the other runs.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        if self._affinity:
             processors = ";".join(str(processor + 1) for processor in self._affinity)  # counted from 1 there
             options.add_session_config_entry("session.intra_op_thread_affinities", processors)
         return options
 
-    @property
-    def _threads(self) -> int:
-        return self._wanted_threads or 1
-
     def _use(self, ways: dict[Role, Way], conversion: Conversion) -> None:
         """Make slots, and prove that what comes out of them is the model. Raises `CheckFailed`."""
         model = conversion.model
-        self.in_flight = self._wanted_runs or max(1, cpu_cores() // self._threads)
+        self.in_flight = self._runs if self._device[0] == "cpu" else 1
         self._model = model
         for _ in range(self.in_flight):
             self._slots.put(Slot(ways, model, self._device))

