@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -19,8 +20,6 @@ from peers.protocol import peak_mib
 
 Settings = dict[str, Any]
 Vectors = npt.NDArray[np.float32]
-
-PEERS = Path(__file__).parent / "peers"
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,8 @@ class Peer:
         self._log = task.work / f"{self._script}.log"
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                [str(python), str(PEERS / f"{self._script}.py"), str(task.folder), *graph, str(task.texts)],
+                [str(python), "-m", f"peers.{self._script}", str(task.folder), *graph, str(task.texts)],
+                env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -151,7 +151,8 @@ class EndToEnd:
         manifest = json.loads((self._output / "_manifest.json").read_text())
         paths = [self._output / f"part-{shard['name']}.parquet" for shard in manifest["shards"]]
         rows = pq.read_table(paths, columns=["row", "embedding"])
-        vectors: Vectors = rows["embedding"].combine_chunks().flatten().to_numpy().reshape(len(rows), -1)
+        embedded: Any = rows["embedding"].combine_chunks()
+        vectors: Vectors = embedded.flatten().to_numpy().reshape(len(rows), -1)
         order = np.argsort(rows["row"].to_numpy())
         shutil.rmtree(self._output)
         return vectors[order], peak

@@ -76,7 +76,7 @@ def random_model(place: Path, like: Path, positions: int) -> Path:
     config = AutoConfig.from_pretrained(str(like))
     config.max_position_embeddings = positions
     torch.manual_seed(0)
-    BertModel(config, add_pooling_layer=False).save_pretrained(str(unfinished))  # type: ignore[no-untyped-call]
+    BertModel(config, add_pooling_layer=False).save_pretrained(str(unfinished))
     settings = unfinished / "sentence_bert_config.json"
     settings.write_text(json.dumps({**json.loads(settings.read_text()), "max_seq_length": positions}))
     tokenizer = unfinished / "tokenizer_config.json"

@@ -25,8 +25,8 @@ def python_of(name: str) -> Path:
         return python
     print(f"installing {', '.join(wanted.split())} into {folder} ...", file=sys.stderr)
     shutil.rmtree(folder, ignore_errors=True)
-    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-    command = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *wanted.split()]
+    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *wanted.split()]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise NotInstalled((done.stderr.strip().splitlines() or ["pip said nothing"])[-1])

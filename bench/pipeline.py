@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import corpora
+from environments import PLACE, python_of
 from fleet import BIN, Server, Worker, environment, serve_redis, submit
 from measure import machine, table
 from peers.protocol import peak_mib
@@ -41,15 +43,17 @@ def end_to_end(server: Server, place: Path, chunks: int, profile: Path | None) -
     try:
         submit(server, warm_corpus(place), place / f"warm-{chunks}", MODEL, worker.queue)
         if profile is not None:
-            record = ["record", "--pid", str(worker.pid), "--format", "raw", "--threads", "--output", str(profile)]
-            recorder = subprocess.Popen([str(BIN / "py-spy"), *record, "--rate", "200"], stderr=subprocess.DEVNULL)
+            program = python_of("profile").with_name("py-spy")
+            record = [str(program), "record", "--pid", str(worker.pid), "--format", "raw", "--threads", "--rate", "100"]
+            recorder = subprocess.Popen([*record, "--output", str(profile)], stdout=subprocess.DEVNULL)
+            time.sleep(1.0)  # it looks around first
         before = cpu_seconds(worker.pid), cpu_seconds(server.pid)
         report = submit(server, corpus, place / f"{chunks}", MODEL, worker.queue)
         used = cpu_seconds(worker.pid) - before[0], cpu_seconds(server.pid) - before[1]
         peak = peak_mib(worker.pid)
     finally:
         if recorder is not None:
-            recorder.terminate()
+            recorder.send_signal(signal.SIGINT)
             recorder.wait()
         worker.stop()
     if report["rows"] != chunks:
@@ -121,6 +125,7 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="also run py-spy over the worker (last size)")
     parser.add_argument("--output", type=Path, help="also write the report to this file")
     chosen = parser.parse_args()
+    PLACE.mkdir(parents=True, exist_ok=True)
     report: list[Any] = [f"{machine()}. Texts of {CHARACTERS} characters.\n"]
     with tempfile.TemporaryDirectory(prefix="embedstream-bench-") as folder, serve_redis() as server:
         place = Path(folder)

@@ -14,7 +14,7 @@ os.environ.update(DO_NOT_TRACK="1", INFINITY_ANONYMOUS_USAGE_STATS="0", HF_HUB_O
 import numpy as np
 import torch
 from infinity_emb import AsyncEmbeddingEngine, EngineArgs
-from protocol import serve
+from peers.protocol import serve
 from sentence_transformers import SentenceTransformer
 
 

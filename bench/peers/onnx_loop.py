@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import torch
-from protocol import serve
+from peers.protocol import serve
 from sentence_transformers import SentenceTransformer
 
 Array = np.ndarray[Any, Any]

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-from protocol import serve
+from peers.protocol import serve
 
 from embedstream_worker.batching import cut_batches, gather_batch
 from embedstream_worker.engines import make_engine

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from protocol import serve
+from peers.protocol import serve
 from sentence_transformers import SentenceTransformer
 
 
@@ -34,7 +34,7 @@ class Encode:
             order = np.argsort(-np.array(lengths), kind="stable")
         # encode_document, as a corpus is what is embedded; it also puts a model's own prompt in front.
         found = self._model.encode_document(
-            [texts[row] for row in order], batch_size=self._batch, show_progress_bar=False
+            [texts[row] for row in order.tolist()], batch_size=self._batch, show_progress_bar=False
         )
         vectors = np.empty_like(found)
         vectors[order] = found
