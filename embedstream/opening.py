@@ -59,14 +59,19 @@ def finished_manifest(sink: Sink, spec: JobSpec) -> Manifest | None:
     """The manifest if the output holds this very job, completed: it outranks what Redis says.
 
     Raises:
-        SpecDiffers: the output holds another job, or this one with other settings.
+        SpecDiffers: the output holds another job, or this one with other settings, unless that ended without a row.
         OutputError: a manifest that cannot be read.
     """
     manifest = sink.read_manifest()
-    if manifest is None:
+    if manifest is None or is_fruitless(manifest):
         return None
     refuse_other_spec(spec.output, manifest_spec(manifest), spec)
     return manifest if manifest.state == JobState.COMPLETED else None
+
+
+def is_fruitless(manifest: Manifest) -> bool:
+    """Whether the job ended early without a single row: such a one holds its output no longer."""
+    return manifest.rows == 0 and manifest.state != JobState.COMPLETED
 
 
 def refuse_forbidden(workers: Iterable[WorkerRecord], output: str) -> None:
@@ -128,12 +133,22 @@ def open_job(
         refuse_other_spec(spec.output, decode_spec(answer.detail), spec)
         raise BrokerError(f"job {spec.job} was made by another version of embedstream: use that, or another output")
     broker.announce()
+    if answer.code is Code.CREATED and visible:
+        _clear_fruitless(sink, spec)
     fresh = answer.code in (Code.CREATED, Code.REOPENED)
     state = JobState.SUBMITTING if fresh else answer.state
     adopted = Adopted()
     if fresh or (always_adopt and state in (JobState.SUBMITTING, JobState.RUNNING)):
         adopted = drive(adopt_shards(broker, spec.job, sink.find_shards()), broker, notice)
     return Opened(state, adopted, resumed=answer.code is not Code.CREATED)
+
+
+def _clear_fruitless(sink: Sink, spec: JobSpec) -> None:
+    """Remove the shards, without rows, of a job of another spec; its manifest goes when ours is written."""
+    manifest = sink.read_manifest()
+    if manifest is not None and is_fruitless(manifest) and manifest_spec(manifest) != spec:
+        for shard in manifest.shards:
+            sink.discard_shard(shard.name)
 
 
 def forget_job(broker: Broker, spec: JobSpec) -> None:

@@ -44,7 +44,7 @@ class Code(enum.StrEnum):
     COMMITTED = "COMMITTED"
     ALREADY = "ALREADY"  # this very shard is recorded
     CONFLICT = "CONFLICT"  # others committed some of its blocks first; blocks says which
-    DROPPED = "DROPPED"  # the job has ended; detail: its state
+    DROPPED = "DROPPED"  # the job has ended, or another took its place; detail: its state, or `replaced`
     OTHER_SPACE = "OTHER_SPACE"  # the job's vectors are of another space; detail: which
     UNKNOWN_JOB = "UNKNOWN_JOB"
     TAKEN = "TAKEN"
@@ -112,7 +112,10 @@ class Steps:
         self.keys = Keys(queue)
 
     def create(self, spec: JobSpec, max_errors: str = "") -> Step[Answer]:
-        """Make a job, find it, or reopen it: CREATED, REOPENED, EXISTS(state), DIFFERS(spec)."""
+        """Make a job, find it, or reopen it: CREATED, REOPENED, EXISTS(state), DIFFERS(spec).
+
+        A job of another spec that was cancelled or failed before it had a row is forgotten: CREATED.
+        """
         keys, job = self.keys, spec.job
         return Step(
             "create",
@@ -151,9 +154,12 @@ class Steps:
         args = [item for b in blocks for item in (b.part, b.block, b.entry, b.size)]
         return Step("drop", (keys.job(job), keys.blocks(job), keys.bytes), tuple(args), _answer)
 
-    def commit(self, record: ShardRecord, blocks: Iterable[CommitBlock]) -> Step[Answer]:
+    def commit(self, record: ShardRecord, blocks: Iterable[CommitBlock], spec: JobSpec | None = None) -> Step[Answer]:
         """Commit a durable shard, or adopt one found on disk (blocks without entries): COMMITTED, ALREADY,
-        CONFLICT(blocks), CHANGED(blocks), DROPPED(state), OTHER_SPACE(space), UNKNOWN_JOB."""
+        CONFLICT(blocks), CHANGED(blocks), DROPPED(state), OTHER_SPACE(space), UNKNOWN_JOB.
+
+        `spec`: what the shard was made by; if the job has another by now, that is DROPPED.
+        """
         keys, job = self.keys, record.job
         groups = [item for b in blocks for item in (b.part, b.block, b.sum, b.entry, b.size)]
         r = record
@@ -179,6 +185,7 @@ class Steps:
                 r.truncated,
                 r.tokens,
                 r.padded,
+                spec.encode() if spec else "",
                 *groups,
             ),
             _answer,

@@ -112,8 +112,12 @@ class Lab:
         blocks = [to_commit(c) for c in claimed]
         return self.commit_blocks(job, blocks, name, space)
 
-    def commit_blocks(self, job: str, blocks: Sequence[CommitBlock], name: str = "", space: str = "space") -> Answer:
-        record = make_record(job, name or f"s{next(self._names)}", [(b.part, b.block) for b in blocks], space)
+    def commit_blocks(
+        self, job: str, blocks: Sequence[CommitBlock], name: str = "", space: str = "space", **changed: int
+    ) -> Answer:
+        record = make_record(
+            job, name or f"s{next(self._names)}", [(b.part, b.block) for b in blocks], space, **changed
+        )
         return self.broker.run(self.broker.commit(record, blocks))
 
     def adopt(self, job: str, blocks: Sequence[tuple[int, int]], name: str = "", space: str = "space") -> Answer:

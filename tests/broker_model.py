@@ -24,6 +24,7 @@ class JobModel:
     """One job. `entries` and `pending` are of its present life only."""
 
     parts: int
+    other: bool = False  # whether it was made by the other spec
     state: JobState = JobState.SUBMITTING
     verdict: str = ""
     space: str = ""
@@ -121,9 +122,13 @@ class QueueModel:
         if job is None:
             self.jobs[n] = JobModel(parts)
             return Answer(Code.CREATED)
-        if other:
-            return Answer(Code.DIFFERS)
-        if job.state not in (JobState.CANCELLED, JobState.FAILED):
+        ended_early = job.state in (JobState.CANCELLED, JobState.FAILED)
+        if other is not job.other:
+            if job.done or not ended_early:
+                return Answer(Code.DIFFERS)
+            self.jobs[n] = JobModel(parts, other)
+            return Answer(Code.CREATED)
+        if not ended_early:
             return Answer(Code.EXISTS, detail=job.state)
         job.state, job.verdict, job.epoch = JobState.SUBMITTING, "", job.epoch + 1
         job.next, job.sealed, job.added, job.submitted, job.suspects = [0] * parts, {}, 0, 0, set()

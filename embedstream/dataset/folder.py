@@ -52,7 +52,7 @@ class FolderSink:
 
         Raises:
             OutputError: it cannot, or the folder holds something else than a dataset.
-            SpecDiffers: it holds shards of a job with other settings (if the sink has a spec).
+            SpecDiffers: it holds rows of a job with other settings (if the sink has a spec).
         """
         if self._folder.exists() and not self._folder.is_dir():
             raise OutputError(f"{self._folder}: is a file, not a folder: choose another output (-o)")
@@ -116,7 +116,7 @@ class FolderSink:
         """Whole shards of this job, in name order; hashes every file. Others are left alone, with a warning.
 
         Raises:
-            SpecDiffers: a shard was made by a job with other settings (checked if the sink has a spec).
+            SpecDiffers: a shard with rows was made by a job with other settings (checked if the sink has a spec).
             OutputError: the folder cannot be read.
         """
         for path, record in list(self._footers()):
@@ -138,7 +138,10 @@ class FolderSink:
                 log.warning("ignored: %s", error)
                 continue
             if self._spec is not None:
-                refuse_other_spec(self.output, footer.job_spec(), self._spec)
+                made = footer.job_spec()
+                if not footer.shard.rows and made != self._spec:
+                    continue  # of a job that failed; what has no row cannot be mixed up with ours
+                refuse_other_spec(self.output, made, self._spec)
             yield path, footer.shard
 
     def _part_files(self) -> list[Path]:

@@ -147,7 +147,7 @@ class Sink(Protocol):
         """This job's whole shards that lie in the output, listed or not, in name order (none for sinks without files).
 
         Raises:
-            SpecDiffers: shards of a job with another spec lie there.
+            SpecDiffers: rows of a job with another spec lie there.
         """
 
     def read_manifest(self) -> Manifest | None:

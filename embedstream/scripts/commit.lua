@@ -4,10 +4,12 @@
 -- KEYS 1 job hash, 2 blocks stream, 3 shards, 4 jobs, 5 bytes, 6 finalize, 7 suspect   (derived: <job>:done:<part>,
 --      <job>:sums:<part>)
 -- ARGV 1 job id, 2 shard name, 3 shard record (JSON), 4 space, 5 rows, 6 failed, 7 skipped, 8 truncated, 9 tokens,
---      10 padded, 11... groups of 5: part, block, sum (8 bytes), entry id or '', size
+--      10 padded, 11 the spec that the shard was made by, or '', 12... groups of 5: part, block, sum (8 bytes),
+--      entry id or '', size
 -- Answers {COMMITTED} | {ALREADY} (this shard is recorded) | {CONFLICT, part, block, ...} (blocks done by others:
 --         their entries are cleared, nothing else is written) | {CHANGED, part, block, ...} (blocks whose content is
---         not the corpus's, or that it does not have: the shard is of no use) | {DROPPED, state} | {OTHER_SPACE, space} | {UNKNOWN_JOB}
+--         not the corpus's, or that it does not have: the shard is of no use) | {DROPPED, state} (or 'replaced', by a job of
+--         another spec) | {OTHER_SPACE, space} | {UNKNOWN_JOB}
 -- Twice: the second run answers ALREADY; after CONFLICT, CONFLICT again.
 -- An entry id from an earlier life of the job (reopened, or Redis emptied) names nothing: ids are times, lives follow
 -- each other.
@@ -20,12 +22,13 @@ local state = redis.call('HGET', job, 'state')
 if not state then return {'UNKNOWN_JOB'} end
 if redis.call('HEXISTS', shards, name) == 1 then return {'ALREADY'} end
 if not is_open(state) then return {'DROPPED', state} end
+if ARGV[11] ~= '' and redis.call('HGET', job, 'spec') ~= ARGV[11] then return {'DROPPED', 'replaced'} end
 
 local pinned = redis.call('HGET', job, 'space')
 if pinned ~= '' and pinned ~= space then return {'OTHER_SPACE', pinned} end
 
 local conflict, changed, cleared, seen = {'CONFLICT'}, {'CHANGED'}, {}, {}
-for i = 11, #ARGV, 5 do
+for i = 12, #ARGV, 5 do
   local part, block, sum = ARGV[i], tonumber(ARGV[i + 1]), ARGV[i + 2]
   local wrong = impossible_block(job, part, block)
   if wrong then return wrong end
@@ -51,16 +54,16 @@ end
 if #changed > 1 then return changed end
 
 -- Freeing comes before taking, so that a full server drains.
-for i = 11, #ARGV, 5 do
+for i = 12, #ARGV, 5 do
   if ARGV[i + 3] ~= '' then clear_entry(stream, job, bytes, ARGV[i + 3], ARGV[i + 4]) end
   redis.call('HDEL', suspect, ARGV[i] .. ':' .. ARGV[i + 1])
 end
-for i = 11, #ARGV, 5 do
+for i = 12, #ARGV, 5 do
   redis.call('SETBIT', job .. ':done:' .. ARGV[i], ARGV[i + 1], 1)
   redis.call('SETRANGE', job .. ':sums:' .. ARGV[i], ARGV[i + 1] * 8, ARGV[i + 2])
 end
 redis.call('HSET', shards, name, record)
-redis.call('HINCRBY', job, 'done', (#ARGV - 10) / 5)
+redis.call('HINCRBY', job, 'done', (#ARGV - 11) / 5)
 for i, counter in ipairs({'rows', 'failed', 'skipped', 'truncated', 'tokens', 'padded'}) do
   redis.call('HINCRBY', job, counter, ARGV[4 + i])
 end

@@ -1,4 +1,5 @@
--- Make a job, find it, or reopen one that was cancelled or failed.
+-- Make a job, find it, or reopen one that was cancelled or failed. One that was cancelled or failed before it had a
+-- single row holds its output no longer: another spec takes its place.
 --
 -- KEYS 1 job hash, 2 jobs, 3 blocks stream, 4 shards, 5 suspect, 6 recent
 --      (derived: <job>:done:<part>, <job>:sums:<part>)
@@ -11,7 +12,15 @@ local id, spec, max_errors, parts = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
 
 local existing = redis.call('HGET', job, 'spec')
 local state = redis.call('HGET', job, 'state')
-if existing and existing ~= spec then return {'DIFFERS', existing} end
+if existing and existing ~= spec then
+  local fruitless = (state == 'cancelled' or state == 'failed') and number(job, 'rows') == 0
+  if not fruitless then return {'DIFFERS', existing} end
+  for part = 0, number(job, 'parts') - 1 do
+    redis.call('UNLINK', job .. ':done:' .. part, job .. ':sums:' .. part)
+  end
+  redis.call('UNLINK', job)
+  existing = false
+end
 if existing and state ~= 'cancelled' and state ~= 'failed' then
   if is_open(state) then redis.call('HSET', job, 'max_errors', max_errors) end
   return {'EXISTS', state}

@@ -13,7 +13,7 @@ from embedstream.blocks import Block
 from embedstream.broker import Broker
 from embedstream.connection import check, connect, explaining, mask
 from embedstream.dataset.sink import Manifest, Sink, open_sink
-from embedstream.errors import EmbedstreamError, UsageError
+from embedstream.errors import EmbedstreamError, ModelError, UsageError
 from embedstream.input.duplicates import DuplicateIndex
 from embedstream.jobs import JobSpec, JobState, JobStatus, parse_max_errors
 from embedstream.opening import (
@@ -189,10 +189,9 @@ class Run:
                     embedded.remove_state()
                 raise
             assert status is not None, "embedded mode never detaches"
-            code = self._end(status)
-            if status.state is JobState.COMPLETED:
+            if status.state is JobState.COMPLETED or not status.rows:
                 embedded.remove_state()
-        return code
+            return self._end(status)
 
     _fresh = False
 
@@ -251,6 +250,8 @@ class Run:
         )
 
     def _end(self, status: JobStatus) -> int:
+        if status.state is JobState.FAILED and status.reason and not status.done:
+            raise ModelError(status.reason)  # before the first row, only a model that cannot serve the job fails it
         manifest = self._read_manifest(status)
         self.reason = why_ended(status)
         return self._finish(report.from_status(status) if manifest is None else report.from_manifest(manifest))
@@ -268,7 +269,7 @@ class Run:
         adopted = opened.adopted
         if opened.resumed and opened.state is JobState.SUBMITTING:
             self._progress.tell(f"job {self.spec.job} goes on where it was")
-        if adopted.shards:
+        if adopted.rows:
             self._progress.tell(f"adopted {adopted.rows:,} rows that lay in the output already")
         if adopted.refused:
             self._progress.tell(f"{adopted.refused} shards in the output overlap others and will not be listed")

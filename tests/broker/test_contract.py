@@ -40,6 +40,50 @@ def test_create_refuses_another_spec_for_the_same_output_and_shows_the_existing_
     assert decode_spec(answer.detail) == lab.spec()
 
 
+@pytest.mark.parametrize("verdict", [JobState.CANCELLED, JobState.FAILED])
+def test_a_job_that_ended_without_a_row_gives_way_to_another_spec(lab: Lab, verdict: JobState) -> None:
+    job = lab.create(parts=2)
+    lab.fill(job, 3, part=1)
+    lab.commit_blocks(job, [CommitBlock(1, 0, make_entry(1, 0).sum)], rows=0)
+    lab.broker.run(lab.broker.cancel(job, verdict))
+    wanted = lab.spec(model="other")
+    assert lab.broker.run(lab.broker.create(wanted)).code is Code.DIFFERS  # not before its end
+    lab.finalize(job, verdict)
+    assert lab.broker.run(lab.broker.create(wanted)) == Answer(Code.CREATED)
+    status = lab.broker.status(job)
+    assert (status.state, status.spec, status.done, status.failed) == (JobState.SUBMITTING, wanted, 0, 0)
+    assert (lab.broker.active_jobs(), lab.broker.recent_jobs(), lab.left_behind()) == ([job], [], [])
+    lab.fill(job, 1)
+    lab.seal(job, 0, 1)
+    assert lab.commit(job, lab.claim(job)).code is Code.COMMITTED
+
+
+def test_a_job_that_ended_early_with_rows_holds_its_output(lab: Lab) -> None:
+    job = lab.create()
+    lab.fill(job, 2)
+    lab.commit(job, lab.claim(job)[:1])
+    lab.broker.run(lab.broker.cancel(job))
+    lab.finalize(job, JobState.CANCELLED)
+    assert lab.broker.run(lab.broker.create(lab.spec(model="other"))).code is Code.DIFFERS
+
+
+def test_what_was_computed_for_a_replaced_job_is_dropped(lab: Lab) -> None:
+    job = lab.create()
+    lab.fill(job, 1)
+    (late,) = lab.claim(job)
+    lab.broker.run(lab.broker.cancel(job))
+    lab.finalize(job, JobState.CANCELLED)
+    wanted = lab.spec(model="other")
+    lab.broker.run(lab.broker.create(wanted))
+    lab.fill(job, 1)
+    record = make_record(job, "late", [(0, 0)], "old")
+    step = lab.broker.commit(record, [to_commit(late)], lab.spec())
+    assert lab.broker.run(step) == Answer(Code.DROPPED, detail="replaced")
+    assert lab.broker.status(job).done == 0
+    step = lab.broker.commit(record, [to_commit(c) for c in lab.claim(job)], wanted)
+    assert lab.broker.run(step) == Answer(Code.COMMITTED)
+
+
 def test_a_completed_job_is_found_and_not_reopened(lab: Lab) -> None:
     job = lab.sealed_job(1)
     lab.commit(job, lab.claim(job))

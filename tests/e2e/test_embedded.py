@@ -6,10 +6,13 @@ import json
 import signal
 from pathlib import Path
 
+import pytest
+
 from e2e.harness import (
     assert_exact,
     assert_no_leftovers,
     processes_mentioning,
+    read_manifest,
     run,
     start_submit,
     wait_until,
@@ -46,6 +49,29 @@ def test_another_setting_into_the_same_output_is_refused(tmp_path: Path) -> None
     assert other.returncode == 2
     assert "prompt" in other.stderr
     assert "Traceback" not in other.stderr
+
+
+@pytest.mark.parametrize(
+    ("wrong", "code", "says"),
+    [
+        (["--prompt-name", "nosuch"], 2, "Error: --prompt-name nosuch: the hashing engine has no prompts"),
+        (["--text-field", "body"], 1, "every row failed"),
+    ],
+)
+def test_a_job_that_failed_without_a_row_makes_way_for_the_right_command(
+    tmp_path: Path, wrong: list[str], code: int, says: str
+) -> None:
+    texts = write_corpus(tmp_path / "c.jsonl", 300)
+    command = [tmp_path / "c.jsonl", "-o", tmp_path / "out", "--model", "hashing"]
+    for _ in range(2):
+        failed = run("embed-submit", *command, *wrong)
+        assert failed.returncode == code, failed.stderr
+        assert says in failed.stdout + failed.stderr
+        assert_no_leftovers(tmp_path / "out")
+    done = run("embed-submit", *command)
+    assert done.returncode == 0, done.stderr
+    assert_exact(tmp_path / "out", texts)
+    assert len(list((tmp_path / "out").glob("part-*"))) == len(read_manifest(tmp_path / "out")["shards"])
 
 
 def test_killed_and_run_again_it_goes_on_and_doubles_nothing(tmp_path: Path) -> None:

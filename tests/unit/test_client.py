@@ -125,6 +125,20 @@ def test_another_setting_into_the_same_output_is_refused(client: Client, tmp_pat
         client.submit(["x"], output=str(tmp_path / "out"), prompt="query: ")
 
 
+@pytest.mark.usefixtures("worker")
+def test_a_job_that_failed_without_a_row_does_not_hold_its_output(client: Client, tmp_path: Path) -> None:
+    records, out = [{"id": "a", "body": "x"}, {"id": "b", "body": "yy"}], tmp_path / "out"
+    failed = client.submit(records, output=str(out), keep=["id2"])
+    assert failed.wait(30).state is JobState.FAILED
+    assert list(out.glob("part-*"))
+    job = client.submit(records, output=str(out), text_field="body")
+    status = job.wait(30)
+    assert (status.state, status.rows, status.failed) == (JobState.COMPLETED, 2, 0)
+    assert texts_of(job.results()) == {"a": "x", "b": "yy"}
+    assert (out / "errors.jsonl").read_text() == ""
+    assert len(list(out.glob("part-*"))) == len(list(out.glob("*.parquet"))) == 1  # nothing of the failed job is left
+
+
 def test_an_unfinished_submission_goes_on_and_other_records_are_refused(client: Client, tmp_path: Path) -> None:
     job = client.submit(RECORDS, output=str(tmp_path / "out"))
     assert job.status().state is JobState.RUNNING

@@ -181,7 +181,7 @@ class Write:
         while blocks:
             held = [block.held for block in blocks.values()]
             record = self._write(shard.job, list(blocks.values()))
-            answer = None if record is None else self._commit(record, list(blocks.values()))
+            answer = None if record is None else self._commit(shard.job, record, list(blocks.values()))
             if record is None or answer is None:
                 release(self._broker, self._consumer, self._held, held)
                 return
@@ -248,13 +248,13 @@ class Write:
                     self._discard(job, content.record.name)
                     return None
 
-    def _commit(self, record: ShardRecord, blocks: list[FinishedBlock]) -> Answer | None:
+    def _commit(self, job: OpenJob, record: ShardRecord, blocks: list[FinishedBlock]) -> Answer | None:
         """The broker's answer; None if it has none.
 
         That is when Redis stays away while the worker is told to stop (the shard lies there to be adopted), or refuses
         for good.
         """
-        step = self._broker.commit(record, [block.to_commit() for block in blocks])
+        step = self._broker.commit(record, [block.to_commit() for block in blocks], job.spec)
         backoff, failures = ExponentialWithJitterBackoff(base=0.1, cap=5.0), 0
         while True:
             last = self._life.stopping.is_set()
