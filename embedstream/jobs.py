@@ -11,6 +11,7 @@ from typing import Literal
 
 import msgspec
 
+from embedstream.connection import without_credentials
 from embedstream.errors import UsageError
 
 FORMAT_VERSION = 1
@@ -103,9 +104,14 @@ def decode_spec(data: bytes | str) -> JobSpec:
     return spec
 
 
+def public_spec(spec: JobSpec) -> JobSpec:
+    """The spec as readers may see it: no credentials in the output's URL."""
+    return msgspec.structs.replace(spec, output=without_credentials(spec.output))
+
+
 def job_id(queue: str, output: str) -> str:
-    """16 hex digits from queue and output."""
-    return hashlib.blake2b(f"{queue}\0{output}".encode(), digest_size=8).hexdigest()
+    """16 hex digits from queue and output; who may log in there does not matter."""
+    return hashlib.blake2b(f"{queue}\0{without_credentials(output)}".encode(), digest_size=8).hexdigest()
 
 
 def model_folder(model: str) -> Path | None:
@@ -128,7 +134,8 @@ def queue_name(model: str) -> str:
 
 
 def differing_field(existing: JobSpec, wanted: JobSpec) -> str | None:
-    """The first setting in which two specs differ, as the user spells it; None if they are equal."""
+    """The first setting in which two specs differ, as the user spells it, credentials aside; None if there is none."""
+    existing, wanted = public_spec(existing), public_spec(wanted)
     # The model first: the queue is named after it, and whoever changes the one thinks of it, not of the other.
     for name in ("model", *JobSpec.__struct_fields__):
         if getattr(existing, name) != getattr(wanted, name):

@@ -130,7 +130,10 @@ def open_job(
         forget_job(broker, spec)
         answer = broker.run(broker.create(spec, max_errors))
     if answer.code is Code.DIFFERS:
-        refuse_other_spec(spec.output, decode_spec(answer.detail), spec)
+        made = decode_spec(answer.detail)
+        refuse_other_spec(spec.output, made, spec)
+        if made.output != spec.output:
+            raise OutputError(f"job {spec.job} was made with another user or password for its output: use the same")
         raise BrokerError(f"job {spec.job} was made by another version of embedstream: use that, or another output")
     broker.announce()
     if answer.code is Code.CREATED and visible:

@@ -17,7 +17,7 @@ from embedstream.dataset.sink import (
     ShardRecord,
 )
 from embedstream.errors import OutputError, SpecDiffers, UsageError
-from embedstream.jobs import FORMAT_VERSION, JobSpec, JobState, JobStatus, decode_spec, differing_field
+from embedstream.jobs import FORMAT_VERSION, JobSpec, JobState, JobStatus, decode_spec, differing_field, public_spec
 
 
 def build_manifest(status: JobStatus, shards: Sequence[ShardRecord], state: JobState, ended: float) -> Manifest:
@@ -43,7 +43,7 @@ def build_manifest(status: JobStatus, shards: Sequence[ShardRecord], state: JobS
         job=status.job,
         state=state.value,
         partial=partial,
-        spec=msgspec.Raw(status.spec.encode()),
+        spec=msgspec.Raw(public_spec(status.spec).encode()),
         space=status.space or next((s.space for s in shards), ""),
         outputs=_outputs(status.spec, shards),
         parts=_parts(status, blocks, whole=not partial),
@@ -106,7 +106,7 @@ def decode_manifest(data: bytes | str, where: str) -> Manifest:
 
 
 def manifest_spec(manifest: Manifest) -> JobSpec:
-    """The spec of the manifest's job."""
+    """The spec of the manifest's job, without credentials in its output."""
     return decode_spec(bytes(manifest.spec))
 
 

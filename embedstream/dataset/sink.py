@@ -91,7 +91,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     partial: bool
     """Whether blocks are missing."""
     spec: msgspec.Raw
-    """The `JobSpec`."""
+    """The `JobSpec`, without credentials in its output."""
     space: str
     outputs: tuple[ManifestOutput, ...]
     parts: tuple[ManifestPart, ...]

@@ -6,6 +6,7 @@ import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -261,6 +262,27 @@ def test_half_a_surrogate_pair_is_refused_by_its_place(client: Client) -> None:
         client.embed(["fine", "no\ud800"])
 
 
+def test_a_password_in_an_output_is_for_the_workers_alone(client: Client) -> None:
+    socket, prefix = client.url.removeprefix("unix://"), f"{queue_of(client)}:"
+
+    def output(user: str) -> str:
+        return f"unix://{user}:secret@{socket}?prefix={prefix}"
+
+    redis_server: Any = client._redis
+    for user in ("first-reader", "other-reader"):
+        redis_server.execute_command("ACL", "SETUSER", user, "reset", "on", ">secret", "~*", "+@all")
+    with MiniWorker(client.url, queue_of(client), roots=(client.url,)):
+        job = client.submit(["x"], output=output("first-reader"))
+        assert job.wait(30).rows == 1
+    assert b"secret" not in (client._redis.get(f"{prefix}_manifest") or b"secret")
+    assert "secret" not in job.status().manifest
+    assert (
+        client.submit(["x"], output=output("first-reader")).id
+        == client.submit(["x"], output=output("other-reader")).id
+        == job.id
+    )
+
+
 @pytest.mark.parametrize("folder", [True, False])
 def test_a_job_without_a_single_record_ends(client: Client, worker: MiniWorker, tmp_path: Path, folder: bool) -> None:
     output = tmp_path / "deep" / "out"
@@ -288,7 +310,7 @@ def test_no_password_is_in_a_refusal(client: Client) -> None:
     assert "secret" not in str(caught.value)
     assert "geheim" not in str(caught.value)
     spec = make_spec(queue="q", output=output, model="mini", revision=None, parts=("-",), settings={})
-    moved = msgspec.structs.replace(spec, output=output.replace("secret", "geheim"))
+    moved = msgspec.structs.replace(spec, output="redis://:geheim@127.0.0.1:2/0?prefix=x:")
     with pytest.raises(SpecDiffers) as differs:
         refuse_other_spec(output, spec, moved)
     assert "secret" not in str(differs.value)

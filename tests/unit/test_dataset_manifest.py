@@ -11,9 +11,16 @@ from dataset_lab import DIM, make_content, make_error, make_spec, make_status
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedstream.dataset.manifest import block_runs, build_manifest, decode_manifest, encode_manifest, manifest_spec
+from embedstream.dataset.manifest import (
+    block_runs,
+    build_manifest,
+    decode_manifest,
+    encode_manifest,
+    manifest_spec,
+    refuse_other_spec,
+)
 from embedstream.dataset.sink import BlockRecord, ShardRecord
-from embedstream.errors import OutputError
+from embedstream.errors import OutputError, SpecDiffers
 from embedstream.jobs import JobState
 
 SPEC = make_spec("/out")
@@ -51,6 +58,15 @@ def test_a_manifest_reads_back_as_it_was() -> None:
     assert decode_manifest(encode_manifest(manifest), "x") == manifest
     spaced = msgspec.json.format(encode_manifest(manifest), indent=2)
     assert decode_manifest(spaced, "x") == manifest
+
+
+def test_a_manifest_holds_no_password_and_still_fits_its_job() -> None:
+    spec = make_spec("redis://me:secret@host:6379/0?prefix=d:")
+    manifest = build_manifest(make_status(spec, 0), [], JobState.COMPLETED, 1010.5)
+    assert b"secret" not in encode_manifest(manifest)
+    refuse_other_spec(spec.output, manifest_spec(manifest), spec)
+    with pytest.raises(SpecDiffers, match="prompt"):
+        refuse_other_spec(spec.output, manifest_spec(manifest), msgspec.structs.replace(spec, prompt="q: "))
 
 
 def test_a_manifest_of_a_newer_format_is_not_guessed_at() -> None:

@@ -16,6 +16,7 @@ from embedstream.jobs import (
     differing_field,
     job_id,
     parse_max_errors,
+    public_spec,
     queue_name,
     verdict,
 )
@@ -88,6 +89,23 @@ def test_a_jobs_id_hangs_on_queue_and_output_alone() -> None:
     assert len({job_id("q", "/out"), job_id("q", "/out2"), job_id("q/", "out"), job_id("q2", "/out")}) == 4
     assert len(SPEC.job) == 16
     assert int(SPEC.job, 16) >= 0
+
+
+@pytest.mark.parametrize(
+    ("url", "public"),
+    [
+        ("redis://me:secret@host:6379/0?prefix=a@b:", "redis://host:6379/0?prefix=a@b:"),
+        ("rediss://:secret@host:6379/0?prefix=d:", "rediss://host:6379/0?prefix=d:"),
+        ("unix://me:secret@/run/redis.sock?db=0&prefix=d:", "unix:///run/redis.sock?db=0&prefix=d:"),
+        ("redis:?prefix=me@d:", "redis:?prefix=me@d:"),
+        ("/data/redis://me:secret@host", "/data/redis://me:secret@host"),
+    ],
+)
+def test_credentials_neither_show_nor_make_another_job(url: str, public: str) -> None:
+    spec = msgspec.structs.replace(SPEC, output=url)
+    assert public_spec(spec).output == public
+    assert spec.job == public_spec(spec).job
+    assert differing_field(spec, public_spec(spec)) is None
 
 
 def test_a_queue_is_named_after_its_model() -> None:

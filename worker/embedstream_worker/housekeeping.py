@@ -9,6 +9,7 @@ from collections.abc import Callable
 import redis
 
 from embedstream.broker import Broker
+from embedstream.connection import mask
 from embedstream.dataset.sink import open_sink
 from embedstream.errors import EmbedstreamError
 from embedstream.finalizing import finalize_job
@@ -53,7 +54,7 @@ class Housekeeping:
             try:
                 spec = self._broker.status(job).spec
                 if not allows(self._roots, spec.output):
-                    self._note(job, f"{spec.output} is outside this worker's output roots")
+                    self._note(job, f"{mask(spec.output)} is outside this worker's output roots")
                 elif finalize_job(self._broker, job, lambda s: open_sink(s.output, s, self._redis_url)):
                     log.info("job %s finalized", job)
             except EmbedstreamError as error:

@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from embedstream.broker import Broker
+from embedstream.connection import mask
 from embedstream.dataset.sink import Sink, open_sink
 from embedstream.errors import EmbedstreamError, JobUnknown, ModelError, OutputError
 from embedstream.jobs import JobSpec, JobState, JobStatus, queue_name
@@ -171,7 +172,8 @@ class Jobs:
         if spec.revision is not None and spec.revision != self._model.revision:
             return f"it asks for revision {spec.revision}, this worker serves {self._model.revision or 'the default'}"
         if not allows(self._roots, spec.output):
-            return f"{spec.output} is outside this worker's output roots ({', '.join(self._roots)})"
+            roots = ", ".join(map(mask, self._roots))
+            return f"{mask(spec.output)} is outside this worker's output roots ({roots})"
         for wanted in spec.outputs:
             given = self._engine.info.outputs.get(wanted.name)
             if given is None:
