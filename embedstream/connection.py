@@ -101,8 +101,3 @@ def mask(url: str) -> str:
         parts = parts._replace(netloc=f"{parts.username or ''}:***@{host}")
     # urlunsplit drops the slashes of unix:///path.
     return urlunsplit(parts).replace("unix:/", "unix:///", 1) if url.startswith("unix:///") else urlunsplit(parts)
-
-
-def without_credentials(url: str) -> str:
-    """The URL without user and password; anything else as it is."""
-    return re.sub(r"^(rediss?|unix)://[^/?#]*@", r"\1://", url)

@@ -11,7 +11,6 @@ from typing import Literal
 
 import msgspec
 
-from embedstream.connection import without_credentials
 from embedstream.errors import UsageError
 
 FORMAT_VERSION = 1
@@ -106,12 +105,16 @@ def decode_spec(data: bytes | str) -> JobSpec:
 
 def public_spec(spec: JobSpec) -> JobSpec:
     """The spec as readers may see it: no credentials in the output's URL."""
-    return msgspec.structs.replace(spec, output=without_credentials(spec.output))
+    return msgspec.structs.replace(spec, output=_without_credentials(spec.output))
 
 
 def job_id(queue: str, output: str) -> str:
     """16 hex digits from queue and output; who may log in there does not matter."""
-    return hashlib.blake2b(f"{queue}\0{without_credentials(output)}".encode(), digest_size=8).hexdigest()
+    return hashlib.blake2b(f"{queue}\0{_without_credentials(output)}".encode(), digest_size=8).hexdigest()
+
+
+def _without_credentials(output: str) -> str:
+    return re.sub(r"^(rediss?|unix)://[^/?#]*@", r"\1://", output)
 
 
 def model_folder(model: str) -> Path | None:

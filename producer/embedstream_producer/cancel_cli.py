@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import click
 
-from embedstream.client import Client
+from embedstream.commands import run
 from embedstream.errors import UsageError
 from embedstream.settings import ENV_PREFIX
-from embedstream_producer.commands import run
 
 
 @click.command(context_settings={"auto_envvar_prefix": ENV_PREFIX})
@@ -18,6 +17,9 @@ def cancel(job: str, redis_url: str | None) -> None:
     """End JOB early. What is written stays, and the same embed-submit goes on from there."""
     if not redis_url:
         raise UsageError("no Redis: give --redis URL, or set EMBEDSTREAM_REDIS_URL")
+    # Not at the top: loading it takes a while, in which Ctrl-C shall end this command as at any other time.
+    from embedstream.client import Client
+
     with Client(redis_url) as client:
         found = client.job(job)
         ended = found.status().state.ended

@@ -9,9 +9,9 @@ from typing import Literal
 
 import click
 
+from embedstream.commands import run
 from embedstream.jobs import DEFAULT_MODEL
 from embedstream.settings import ENV_PREFIX
-from embedstream_producer.commands import run
 
 
 @click.command(context_settings={"auto_envvar_prefix": ENV_PREFIX, "show_default": True})

@@ -202,7 +202,7 @@ def test_the_first_signal_lets_the_worker_finish_and_the_second_ends_it_at_once(
 def signals_in_a_process(code: str) -> int:
     """The exit code of a process that has the worker's signal handlers and then does this."""
     setup = (
-        "import signal, sys, time\nfrom embedstream_worker.cli import stop_on_signals\n"
+        "import signal, sys, time\nfrom embedstream_worker.serving import stop_on_signals\n"
         "from embedstream_worker.pipeline import Life\nlife = Life()\nstop_on_signals(life)\n"
     )
     return subprocess.run([sys.executable, "-c", setup + code], timeout=30, check=False).returncode

@@ -5,17 +5,20 @@ from __future__ import annotations
 import errno
 import io
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import click
 import msgspec
 import pytest
 from rich.console import Console
 
+from embedstream.commands import run
 from embedstream.errors import UsageError
 from embedstream.jobs import JobSpec, JobState, JobStatus
 from embedstream.settings import Settings
 from embedstream.workers import InHand
-from embedstream_producer.commands import run
 from embedstream_producer.progress import Progress, with_in_hand
 from embedstream_producer.report import errors_of
 
@@ -49,6 +52,46 @@ def test_every_ending_has_its_code_and_one_sentence(
         run(command)
     assert ended.value.code == code
     assert says in capsys.readouterr().err
+
+
+COMMANDS = {
+    "embed-submit": ("embedstream_producer.submit_cli", ["c.jsonl"]),
+    "embed-status": ("embedstream_producer.status_cli", ["--redis", "redis://127.0.0.1:1"]),
+    "embed-cancel": ("embedstream_producer.cancel_cli", ["0123456789abcdef", "--redis", "redis://127.0.0.1:1"]),
+    "embed-worker": ("embedstream_worker.cli", ["--model", "hashing", "--redis", "redis://127.0.0.1:1"]),
+    "embed-search": ("embedstream_worker.search_cli", ["dataset", "a query"]),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_that_is_interrupted_while_it_loads_says_so_and_no_more(command: str) -> None:
+    module, args = COMMANDS[command]
+    code = (
+        "import sys\n"
+        "class Interrupt:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name in ('redis', 'pyarrow', 'numpy'):\n"
+        "            raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupt())\n"
+        f"sys.argv = {[command, *args]!r}\n"
+        f"from {module} import main\n"
+        "main()"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stderr.strip()) == (130, "interrupted")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_output_that_takes_nothing_is_one_sentence(command: str) -> None:
+    module, _ = COMMANDS[command]
+    code = f"import sys; sys.argv = [{command!r}, '--help']; from {module} import main; main()"
+    with Path("/dev/full").open("w") as full:
+        ended = subprocess.run(
+            [sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert ended.returncode == 1
+    assert "standard output cannot be written: No space left on device" in ended.stderr
+    assert "Traceback" not in ended.stderr
 
 
 def test_a_file_that_fails_is_not_taken_for_standard_output(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,32 +3,19 @@
 from __future__ import annotations
 
 import logging
-import os
-import signal
 import socket
 import sys
-import threading
-import time
-from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
 import click
-import pyarrow as pa
 
-from embedstream.broker import Broker
-from embedstream.connection import check, connect, explaining
-from embedstream.dataset.sink import canonical_output
-from embedstream.errors import EmbedstreamError
+from embedstream.commands import run
 from embedstream.jobs import model_address, queue_name
 from embedstream.settings import ENV_PREFIX, WorkerSettings
-from embedstream_worker.pipeline import Life
 
 if TYPE_CHECKING:
     from embedstream_worker.engines import EngineName
     from embedstream_worker.engines.precision import Dtype
-
-log = logging.getLogger("embedstream_worker")
 
 DEFAULTS = WorkerSettings()
 
@@ -105,93 +92,27 @@ def worker(
     settings = WorkerSettings(
         batch_tokens=batch_tokens, window_tokens=window_tokens, window_ms=window_ms, lease_seconds=lease_seconds
     )
-    roots = tuple(canonical_root(root) for root in output_roots or (str(Path.cwd()), "redis:"))
-    run(model, revision, redis_url, queue, device, engine, dtype, settings, roots, burst, not no_warmup, embedded)
+    # Not at the top: loading it takes a while, in which Ctrl-C shall end this command as at any other time.
+    from embedstream_worker.serving import serve
 
-
-def run(
-    model: str,
-    revision: str | None,
-    redis_url: str,
-    queue: str,
-    device: str,
-    engine: EngineName,
-    dtype: Dtype,
-    settings: WorkerSettings,
-    roots: tuple[str, ...],
-    burst: bool,
-    warm_up: bool,
-    embedded: bool,
-) -> None:
-    """Build the worker and run it until it is told to stop."""
-    life, orphaned = Life(), threading.Event()
-    stop_on_signals(life)
-    if embedded:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        threading.Thread(target=leave_with_parent, args=(os.getppid(), life, orphaned), daemon=True).start()
-    check(connect(redis_url, retries=0), redis_url)
-    # Arrow's own allocators keep what a shard needed and are no faster here: a third more memory for nothing.
-    pa.set_memory_pool(pa.system_memory_pool())
-    # Here, not above: they take seconds to import, which `--check` and `--help` should not cost.
-    from embedstream_worker.engines import make_engine
-    from embedstream_worker.jobs import WorkerModel
-    from embedstream_worker.worker import Worker, WorkerPlan
-
-    made, source = make_engine(engine, model, revision, device, dtype)
-    log.info("model %s: %s", model, source)
-    plan = WorkerPlan(redis_url, queue, WorkerModel(model, revision), roots, settings, burst, warm_up)
-    try:
-        with explaining(redis_url):
-            Worker(plan, made, life=life).run()
-    finally:
-        if orphaned.is_set():
-            connect(redis_url, retries=0).shutdown()
-
-
-def stop_on_signals(life: Life) -> None:
-    """SIGTERM and SIGINT: at the first the worker finishes what is in the model and leaves, at the second at once."""
-
-    asked = threading.Event()
-
-    def stop(_signal: int, _frame: FrameType | None) -> None:
-        if asked.is_set():
-            os._exit(1)
-        asked.set()
-        life.stop()
-        if not life.serving:
-            sys.exit(0)  # nothing is held yet, so loading need not be waited for
-
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
-
-
-def leave_with_parent(parent: int, life: Life, orphaned: threading.Event) -> None:
-    """Wait until the process that started this one is gone; then stop."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    orphaned.set()
-    life.stop()
+    serve(
+        model, revision, redis_url, queue, device, engine, dtype, settings, output_roots, burst, not no_warmup, embedded
+    )
 
 
 def is_ready(redis_url: str, queue: str) -> bool:
     """Whether a worker of this machine serves the queue and is warm."""
+    from embedstream.broker import Broker
+    from embedstream.connection import connect, explaining
+
     with explaining(redis_url):
         workers = Broker(connect(redis_url, retries=0), queue).workers()
     return any(w.host == socket.gethostname() and w.state == "ready" for w in workers)
 
 
-def canonical_root(root: str) -> str:
-    """An output root as `roots.allows` compares it."""
-    return root if root.startswith(("redis:", "rediss:", "unix:")) else canonical_output(root)
-
-
 def main() -> None:
-    """Entry point: every error on purpose is one sentence on standard error."""
+    """Entry point."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING, stream=sys.stderr)
     logging.getLogger("embedstream").setLevel(logging.INFO)
     logging.getLogger("embedstream_worker").setLevel(logging.INFO)
-    try:
-        worker()
-    except EmbedstreamError as error:
-        click.echo(f"Error: {error}", err=True)
-        sys.exit(error.exit_code)
+    run(worker)

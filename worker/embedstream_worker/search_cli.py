@@ -1,24 +1,14 @@
-"""embed-search: brute force over a dataset, the query embedded as the dataset was."""
+"""embed-search."""
 
 from __future__ import annotations
 
 import logging
-import re
 import sys
 
 import click
-import numpy as np
-import numpy.typing as npt
 
-from embedstream.dataset.folder import FolderSink
-from embedstream.dataset.manifest import manifest_spec
-from embedstream.dataset.sink import Manifest, canonical_output
-from embedstream.errors import EmbedstreamError, ModelError, OutputError
-from embedstream.jobs import JobSpec
+from embedstream.commands import run
 from embedstream.settings import ENV_PREFIX
-
-TEXT_WIDTH = 200
-"""Characters of a text that are shown."""
 
 
 @click.command(context_settings={"auto_envvar_prefix": ENV_PREFIX, "show_default": True})
@@ -28,60 +18,13 @@ TEXT_WIDTH = 200
 @click.version_option(package_name="embedstream")
 def search_command(folder: str, query: str, k: int) -> None:
     """Show the chunks of the dataset in DIR that are nearest to QUERY."""
-    from embedstream.dataset.search import search
+    # Not at the top: loading it takes a while, in which Ctrl-C shall end this command as at any other time.
+    from embedstream_worker.searching import show_nearest
 
-    sink = FolderSink(canonical_output(folder))
-    manifest = sink.read_manifest()
-    if manifest is None:
-        raise OutputError(f"{folder}: no manifest: not a dataset, or its job has not ended yet")
-    if not manifest.rows:
-        raise OutputError(f"{folder}: the dataset is empty")
-    vector = embed_query(query, manifest, manifest_spec(manifest))
-    for hit in search(folder, vector, k):
-        click.echo(f"{hit.score:.3f}  {printable(hit.id)}")
-        if hit.text is not None:
-            click.echo(f"       {printable(hit.text)}")
-
-
-def embed_query(query: str, manifest: Manifest, spec: JobSpec) -> npt.NDArray[np.float32]:
-    """The query's vector [dim], by the dataset's own model and settings, in the role of a query.
-
-    Raises:
-        ModelError: the model is not the one that made the dataset any more.
-    """
-    from embedstream_worker.engines import EngineName, make_engine
-    from embedstream_worker.engines.base import TokenBatch
-    from embedstream_worker.engines.precision import Dtype
-    from embedstream_worker.jobs import space_id
-
-    name: EngineName = "hashing" if manifest.engines == ("hashing",) else "auto"
-    dtype: Dtype = "int8" if any(shard.dtype == "int8" for shard in manifest.shards) else "auto"
-    engine, _ = make_engine(name, spec.model, spec.revision, dtype=dtype)
-    engine.start()
-    info = engine.info
-    max_length = spec.max_length or info.max_length
-    if space_id(info, spec, engine.prompt(spec.role, spec.prompt, spec.prompt_name), max_length) != manifest.space:
-        raise ModelError(f"{spec.model} is no longer the model that made this dataset: its vectors cannot be compared")
-    prompt = engine.prompt("query", None, None)
-    tokenizer = engine.tokenizer()
-    tokens = tokenizer.encode([prompt + query], max_length)
-    prompt_length = tokenizer.prompt_length(prompt, max_length) if prompt else 0
-    batch = TokenBatch(tokens.ids, tokens.offsets, len(tokens.ids), prompt_length, "query")
-    vector: npt.NDArray[np.float32] = next(iter(engine.embed(batch).values()))[0]
-    return vector
-
-
-def printable(text: str) -> str:
-    """One line of visible characters, cut at `TEXT_WIDTH`."""
-    line = "".join(c if c.isprintable() else " " for c in re.sub(r"\s+", " ", text[: 4 * TEXT_WIDTH])).strip()
-    return line if len(line) <= TEXT_WIDTH else line[: TEXT_WIDTH - 1] + "…"
+    show_nearest(folder, query, k)
 
 
 def main() -> None:
-    """Entry point: every error on purpose is one sentence on standard error."""
+    """Entry point."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
-    try:
-        search_command()
-    except EmbedstreamError as error:
-        click.echo(f"Error: {error}", err=True)
-        sys.exit(error.exit_code)
+    run(search_command)

@@ -1,4 +1,4 @@
-"""What the three commands have in common: how they end."""
+"""What all commands have in common: how they end."""
 
 from __future__ import annotations
 

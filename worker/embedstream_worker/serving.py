@@ -1,0 +1,90 @@
+"""One worker process: its signals, its parent, and its end."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+
+import pyarrow as pa
+
+from embedstream.connection import check, connect, explaining
+from embedstream.dataset.sink import canonical_output
+from embedstream.settings import WorkerSettings
+from embedstream_worker.engines import EngineName, make_engine
+from embedstream_worker.engines.precision import Dtype
+from embedstream_worker.jobs import WorkerModel
+from embedstream_worker.pipeline import Life
+from embedstream_worker.worker import Worker, WorkerPlan
+
+log = logging.getLogger(__name__)
+
+
+def serve(
+    model: str,
+    revision: str | None,
+    redis_url: str,
+    queue: str,
+    device: str,
+    engine: EngineName,
+    dtype: Dtype,
+    settings: WorkerSettings,
+    output_roots: tuple[str, ...],
+    burst: bool,
+    warm_up: bool,
+    embedded: bool,
+) -> None:
+    """Build the worker and run it until it is told to stop. No output root: the current folder, and `redis:`."""
+    roots = tuple(canonical_root(root) for root in output_roots or (str(Path.cwd()), "redis:"))
+    life, orphaned = Life(), threading.Event()
+    stop_on_signals(life)
+    if embedded:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        threading.Thread(target=leave_with_parent, args=(os.getppid(), life, orphaned), daemon=True).start()
+    check(connect(redis_url, retries=0), redis_url)
+    # Arrow's own allocators keep what a shard needed and are no faster here: a third more memory for nothing.
+    pa.set_memory_pool(pa.system_memory_pool())
+    made, source = make_engine(engine, model, revision, device, dtype)
+    log.info("model %s: %s", model, source)
+    plan = WorkerPlan(redis_url, queue, WorkerModel(model, revision), roots, settings, burst, warm_up)
+    try:
+        with explaining(redis_url):
+            Worker(plan, made, life=life).run()
+    finally:
+        if orphaned.is_set():
+            connect(redis_url, retries=0).shutdown()
+
+
+def stop_on_signals(life: Life) -> None:
+    """SIGTERM and SIGINT: at the first the worker finishes what is in the model and leaves, at the second at once."""
+
+    asked = threading.Event()
+
+    def stop(_signal: int, _frame: FrameType | None) -> None:
+        if asked.is_set():
+            os._exit(1)
+        asked.set()
+        life.stop()
+        if not life.serving:
+            sys.exit(0)  # nothing is held yet, so loading need not be waited for
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+
+
+def leave_with_parent(parent: int, life: Life, orphaned: threading.Event) -> None:
+    """Wait until the process that started this one is gone; then stop."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    orphaned.set()
+    life.stop()
+
+
+def canonical_root(root: str) -> str:
+    """An output root as `roots.allows` compares it."""
+    return root if root.startswith(("redis:", "rediss:", "unix:")) else canonical_output(root)
