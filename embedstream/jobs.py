@@ -118,7 +118,13 @@ def _without_credentials(output: str) -> str:
 
 
 def model_folder(model: str) -> Path | None:
-    """The folder that a model's name means, if it means one: an existing folder, or what is written as a path."""
+    """The folder that a model's name means, if it means one: an existing folder, or what is written as a path.
+
+    Raises:
+        UsageError: the name is empty.
+    """
+    if not model.strip():
+        raise UsageError("the model's name is empty: give a folder or a Hugging Face id (--model)")
     path = Path(model).expanduser()
     return path if path.is_dir() or model.startswith(("/", "./", "../", "~")) or model in (".", "..") else None
 

@@ -67,6 +67,8 @@ def test_defaults_and_exit_codes_are_in_the_help() -> None:
         (["c.jsonl", "--max-errors", "many"], "--max-errors many"),
         (["c.jsonl", "--prompt", "x", "--prompt-name", "query"], "exclude"),
         (["c.jsonl", "--keep", "text"], "--keep text"),
+        (["c.jsonl", "--model", ""], "--model"),
+        (["c.jsonl", "--revision", "x"], "--revision x"),
         (["c.jsonl", "--detach"], "--detach needs --redis"),
         (["c.jsonl", "--redis", "redis://127.0.0.1:1"], "127.0.0.1:1"),
         (["c.jsonl", "--redis", "http://127.0.0.1"], "redis://"),

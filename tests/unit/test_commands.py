@@ -21,6 +21,7 @@ from embedstream.settings import Settings
 from embedstream.workers import InHand
 from embedstream_producer.progress import Progress, with_in_hand
 from embedstream_producer.report import errors_of
+from embedstream_worker.cli import worker
 
 STATUS = JobStatus(
     job="0123456789abcdef", state=JobState.RUNNING,
@@ -92,6 +93,21 @@ def test_an_output_that_takes_nothing_is_one_sentence(command: str) -> None:
     assert ended.returncode == 1
     assert "standard output cannot be written: No space left on device" in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["--model", ""], "the model's name is empty"),
+        (["--model", "hashing", "--device", "banana"], "--device banana: use auto, cpu, cuda:N or mps"),
+        (["--model", "hashing", "--device", "cuda:"], "--device cuda:"),
+        (["--model", "hashing", "--revision", "x"], "--revision x"),
+    ],
+)
+def test_a_worker_refuses_what_it_cannot_run(args: list[str], says: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        worker.main([*args, "--redis", "redis://127.0.0.1:1"], standalone_mode=False)
+    assert says in str(refused.value)
 
 
 def test_a_file_that_fails_is_not_taken_for_standard_output(monkeypatch: pytest.MonkeyPatch) -> None:

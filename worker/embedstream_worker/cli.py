@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import socket
 import sys
 from typing import TYPE_CHECKING
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from embedstream.commands import run
+from embedstream.errors import UsageError
 from embedstream.jobs import model_address, queue_name
 from embedstream.settings import ENV_PREFIX, WorkerSettings
 
@@ -19,6 +21,16 @@ if TYPE_CHECKING:
 
 DEFAULTS = WorkerSettings()
 
+HASHING = "hashing"
+"""The model of tests and measurements."""
+
+
+def usable_device(name: str) -> str:
+    """The name if a device can have it. Raises `UsageError`."""
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name):
+        raise UsageError(f"--device {name}: use auto, cpu, cuda:N or mps")
+    return name
+
 
 @click.command(context_settings={"auto_envvar_prefix": ENV_PREFIX, "show_default": True})
 @click.option(
@@ -27,7 +39,12 @@ DEFAULTS = WorkerSettings()
 @click.option("--revision", help="Commit, tag or branch of a Hugging Face id.")
 @click.option("--redis", "redis_url", required=True, help="The fleet's Redis: redis://host:6379/0, rediss://, unix://.")
 @click.option("--queue", help="[default: the model's name]")
-@click.option("--device", default="auto", help="auto, cpu, cuda:N or mps.")
+@click.option(
+    "--device",
+    default="auto",
+    callback=lambda _context, _option, name: usable_device(name),
+    help="auto, cpu, cuda:N or mps.",
+)
 @click.option("--engine", type=click.Choice(["auto", "torch", "openvino", "onnxruntime", "hashing"]), default="auto")
 @click.option(
     "--dtype",
@@ -85,6 +102,8 @@ def worker(
     embedded: bool,
 ) -> None:
     """Embed the blocks of a queue with one long-lived model."""
+    if revision and model == HASHING:
+        raise UsageError(f"--revision {revision}: the model {HASHING} has none; leave it out")
     model = model_address(model)
     queue = queue or queue_name(model)
     if only_check:
