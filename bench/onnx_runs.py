@@ -9,10 +9,12 @@ All settings take turns, round after round, on the same batches. Tokenizing is d
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import corpora
 from measure import machine, quantile, spread, table
@@ -33,16 +35,19 @@ class Setting:
     engine: OnnxEngine
     texts_per_second: list[float] = field(default_factory=list)
     cores_busy: list[float] = field(default_factory=list)
+    cores_of_others: list[float] = field(default_factory=list)
     batch_ms: list[float] = field(default_factory=list)
     text_ms: list[float] = field(default_factory=list)
 
     def measure(self, batches: list[TokenBatch], alone: list[TokenBatch]) -> None:
         """One round: all batches, then single texts one after the other."""
-        begun, cpu = time.perf_counter(), time.process_time()
+        begun, cpu, machine_cpu = time.perf_counter(), time.process_time(), machine_cpu_seconds()
         with ThreadPoolExecutor(self.runs) as threads:
             self.batch_ms += threads.map(self._timed, batches)
         wall = time.perf_counter() - begun
-        self.cores_busy.append((time.process_time() - cpu) / wall)
+        own = time.process_time() - cpu
+        self.cores_busy.append(own / wall)
+        self.cores_of_others.append(max(0.0, machine_cpu_seconds() - machine_cpu - own) / wall)
         self.texts_per_second.append(sum(map(len, batches)) / wall)
         self.text_ms += [self._timed(batch) for batch in alone]
 
@@ -60,10 +65,28 @@ class Setting:
             f"{quantile(self.batch_ms, 0.95):.0f}",
             f"{statistics.median(self.text_ms):.1f}",
             f"{statistics.median(self.cores_busy):.2f}",
+            f"{statistics.median(self.cores_of_others):.2f}",
         ]
 
 
-HEAD = ["runs", "threads each", "texts/s", "batch p50 ms", "batch p95 ms", "one text p50 ms", "cores busy"]
+def machine_cpu_seconds() -> float:
+    """Processor time of all programs since the machine started: what others took makes a round worthless."""
+    user, nice, system, _idle, _iowait, irq, softirq, *_ = map(
+        int, Path("/proc/stat").read_text().splitlines()[0].split()[1:]
+    )
+    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
+
+
+HEAD = [
+    "runs",
+    "threads each",
+    "texts/s",
+    "batch p50 ms",
+    "batch p95 ms",
+    "one text p50 ms",
+    "cores busy",
+    "cores of others",
+]
 
 
 def main() -> None:
