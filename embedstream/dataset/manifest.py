@@ -97,7 +97,10 @@ def decode_manifest(data: bytes | str, where: str) -> Manifest:
         manifest = msgspec.json.decode(data, type=Manifest)
         spec = decode_spec(bytes(manifest.spec))
     except (msgspec.MsgspecError, UsageError) as error:
-        raise OutputError(f"{where}: the manifest cannot be read ({error})") from error
+        raise OutputError(
+            f"{where}: the manifest cannot be read ({error}): restore it, or remove it and run the same embed-submit "
+            f"again, which takes over what lies there"
+        ) from error
     if manifest.v != FORMAT_VERSION:
         raise OutputError(
             f"{where}: manifest of format {manifest.v}, this embedstream reads {FORMAT_VERSION}: upgrade it"

@@ -347,5 +347,8 @@ def test_a_manifest_never_lists_a_shard_that_is_not_there_whole(dataset: Dataset
 @pytest.mark.parametrize("text", ["", "{}", '{"v": 1', "[]"])
 def test_a_damaged_manifest_is_said_to_be_one(dataset: Dataset, text: str) -> None:
     (folder_of(dataset) / "_manifest.json").write_text(text)
-    with pytest.raises(OutputError, match=r"_manifest.json: the manifest cannot be read"):
+    with pytest.raises(
+        OutputError,
+        match=r"_manifest.json: the manifest cannot be read .*remove it and run the same embed-submit again",
+    ):
         dataset.sink.read_manifest()
