@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Self, Unpack
 
@@ -28,7 +28,7 @@ from embedstream.connection import connect, connect_async, explaining
 from embedstream.dataset.sink import open_sink
 from embedstream.errors import OutputError
 from embedstream.input.duplicates import DuplicateIndex
-from embedstream.input.record_blocks import RECORDS, Records, records_part
+from embedstream.input.record_blocks import AT_ONCE, RECORDS, Records, records_part
 from embedstream.jobs import JobState, JobStatus, queue_name
 from embedstream.opening import SpecSettings, make_spec
 from embedstream.plans import drive_async
@@ -117,7 +117,7 @@ class AsyncClient:
 
     async def submit(
         self,
-        records: Records,
+        records: Records | AsyncIterable[Mapping[str, object] | str],
         *,
         output: str,
         model: str | None = None,
@@ -125,7 +125,9 @@ class AsyncClient:
         max_errors: str = "",
         **settings: Unpack[SpecSettings],
     ) -> AsyncJob:
-        """As `Client.submit`. The records are read in a thread."""
+        """As `Client.submit`. The records are read in a thread; those of an asynchronous iterable, on this loop."""
+        if isinstance(records, AsyncIterable):
+            records = _drawn(records, asyncio.get_running_loop())
         spec = make_spec(
             queue=self.settings.queue,
             output=output,
@@ -173,3 +175,21 @@ class AsyncClient:
                 files = Broker(self._files, broker.queue)
                 raise await asyncio.to_thread(unanswered, files, timeout, model or self.settings.model, self.url)
         return interactive.vectors(reply, len(request.texts))
+
+
+def _drawn(
+    records: AsyncIterable[Mapping[str, object] | str], loop: asyncio.AbstractEventLoop
+) -> Iterator[Mapping[str, object] | str]:
+    """The records, for a thread beside the loop."""
+    stream = aiter(records)
+
+    async def take() -> list[Mapping[str, object] | str]:
+        taken: list[Mapping[str, object] | str] = []
+        async for record in stream:
+            taken.append(record)
+            if len(taken) == AT_ONCE:
+                break
+        return taken
+
+    while batch := asyncio.run_coroutine_threadsafe(take(), loop).result():
+        yield from batch

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -348,6 +349,26 @@ async def test_the_asyncio_client_does_the_same(redis_server: RedisServer, tmp_p
     async with AsyncClient(redis_server.url, queue) as client:
         with pytest.raises(RequestError, match="embed-worker"):
             await client.embed(["a"], timeout=0.2)
+
+
+async def test_the_asyncio_client_takes_an_asynchronous_stream(redis_server: RedisServer, tmp_path: Path) -> None:
+    async def records() -> AsyncIterator[dict[str, str]]:
+        for record in RECORDS:
+            await asyncio.sleep(0)
+            yield record
+
+    async def broken() -> AsyncIterator[str]:
+        yield "x"
+        raise ValueError("the source broke")
+
+    queue = f"client-{uuid.uuid4().hex[:8]}"
+    with MiniWorker(redis_server.url, queue):
+        async with AsyncClient(redis_server.url, queue) as client:
+            job = await client.submit(records(), output=str(tmp_path / "out"))
+            assert (await job.wait(30)).rows == 700
+            assert (await client.submit(records(), output=str(tmp_path / "out"))).id == job.id
+            with pytest.raises(ValueError, match="the source broke"):
+                await client.submit(broken(), output=str(tmp_path / "broken"))
 
 
 def test_the_package_is_light() -> None:
