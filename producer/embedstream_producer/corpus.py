@@ -16,7 +16,7 @@ from embedstream.blocks import Block, Refusal
 from embedstream.errors import InputError, UsageError
 from embedstream.input.cutting import cut_part
 from embedstream.input.duplicates import DuplicateIndex
-from embedstream.input.records import Outcome, RecordReader
+from embedstream.input.records import Outcome, Record, RecordReader
 from embedstream.input.refusals import Code
 from embedstream.jobs import JobSpec
 from embedstream_producer.lines import ByteStream, LineStream
@@ -80,7 +80,9 @@ class FilePart:
             self._close(head)
 
     def hint(self, spec: JobSpec) -> str | None:
-        """A sentence of advice if the first rows are all refused because fields or format are not the expected ones."""
+        """A sentence of advice from the first rows: all are refused because fields or format are not the expected ones,
+        or none has a field that the job keeps.
+        """
         if self._head is not None:
             head = self._head
         else:
@@ -89,12 +91,21 @@ class FilePart:
         outcomes = list(islice(_judge(RecordReader(spec), head.row, head.lines), SAMPLE_ROWS))
         refusals = [outcome for outcome in outcomes if isinstance(outcome, Refusal) and outcome.code in _HOPELESS]
         if len(refusals) < len(outcomes) or not refusals:
-            return None
+            return self._keep_hint(spec, [outcome for outcome in outcomes if isinstance(outcome, Record)])
         code, _ = Counter(refusal.code for refusal in refusals).most_common(1)[0]
         first = next(refusal for refusal in refusals if refusal.code == code)
         which = f"the first {len(refusals)} rows are all" if len(refusals) > 1 else "the first row is"
         more = "" if code in (Code.MISSING_ID, Code.MISSING_FIELD) else "; a corpus has one JSON object per line"
         return f"{self.label}: {which} refused: line {first.row + 1}: {first.message}{more}"
+
+    def _keep_hint(self, spec: JobSpec, records: Sequence[Record]) -> str | None:
+        absent = [name for at, name in enumerate(spec.keep) if all(record.kept[at] is None for record in records)]
+        if not absent or not records:
+            return None
+        which = f"none of the first {len(records)} rows" if len(records) > 1 else "the first row does not"
+        return (
+            f"{self.label}: {which} {'has' if len(records) > 1 else 'have'} {' or '.join(absent)}, which --keep names"
+        )
 
     def _open(self) -> _Head:
         if self.size is not None:

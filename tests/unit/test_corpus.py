@@ -300,3 +300,15 @@ def test_a_file_that_is_no_json_gets_a_hint(tmp_path: Path) -> None:
 def test_one_good_row_is_enough_for_no_hint(tmp_path: Path) -> None:
     parts = check_sources([write(tmp_path / "c.jsonl", "oops", {"id": 1, "text": "x"})])
     assert parts[0].hint(make_spec(parts)) is None
+
+
+def test_a_kept_field_that_no_row_has_gets_a_hint(tmp_path: Path) -> None:
+    path = write(tmp_path / "c.jsonl", *({"id": i, "text": "x", "lang": "en", "null": None} for i in range(300)))
+    parts = check_sources([path])
+    hint = parts[0].hint(make_spec(parts, keep=("lang", "land", "null")))
+    assert hint == f"{path}: none of the first 100 rows has land or null, which --keep names"
+    assert parts[0].hint(make_spec(parts, keep=("lang",))) is None
+    alone = check_sources([write(tmp_path / "one.jsonl", {"id": 1, "text": "x"})])
+    assert str(alone[0].hint(make_spec(alone, keep=("lang",)))).endswith(
+        "the first row does not have lang, which --keep names"
+    )
