@@ -45,7 +45,7 @@ GRIDS: dict[str, list[Settings]] = {
 }
 """Settings of which the fastest on a sample is what a peer runs with."""
 
-SAMPLE = 256
+SAMPLE = 128
 """Texts on which the settings of a grid are compared."""
 
 
@@ -211,7 +211,9 @@ def long_texts(
     server: Server, folder: Path, place: Path, tokens: int, count: int, rounds: int, title: str
 ) -> list[str]:
     """Every text the same length: batching alone gains nothing."""
-    task = make_task(place / f"long-{folder.name}-{tokens}", folder, corpora.equal_texts(folder, tokens, count))
+    task = make_task(
+        place / f"long-{folder.name}-{tokens}", folder, corpora.equal_texts(folder, max(tokens, 512), count)
+    )
     best: Settings = {**AS_IT_COMES, "dtype": "bfloat16", "batch": 8}
     contenders = [
         Peer("sentence-transformers `encode` as it comes (float32, batch 32)", "st_encode", "encode", AS_IT_COMES),
@@ -231,26 +233,30 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="also write the report to this file")
     chosen = parser.parse_args()
     PLACE.mkdir(parents=True, exist_ok=True)
-    report = [f"{machine()}; {chosen.rounds} rounds, alternating.\n"]
-    folder = resolve_model("all-MiniLM-L6-v2").path
-    with tempfile.TemporaryDirectory(prefix="embedstream-bench-") as place, serve_redis() as server:
-        report.insert(1, f"{server.product}, append-only file on.\n")
-        report += short_texts(server, folder, Path(place), chosen.texts, chosen.rounds)
-        if chosen.long:
-            report += long_texts(
-                server, folder, Path(place), 256, chosen.long, chosen.rounds,
-                f"Texts of equal length: {chosen.long} of 512 tokens, of which all-MiniLM-L6-v2 takes 256",
-            )  # fmt: skip
-            for tokens in (512, 1024):
-                count = max(16, chosen.long * 256 // tokens // 2)
-                random = corpora.random_model(PLACE, folder, tokens)
-                report += long_texts(
-                    server, random, Path(place), tokens, count, chosen.rounds,
-                    f"Texts of equal length: {count} of {tokens} tokens, random weights of MiniLM's shape",
-                )  # fmt: skip
-    print("\n".join(report))
     if chosen.output:
-        chosen.output.write_text("\n".join(report) + "\n", "utf-8")
+        chosen.output.write_text("", "utf-8")
+
+    def show(lines: Sequence[str]) -> None:
+        text = "\n".join([*lines, ""])
+        print(text, flush=True)
+        if chosen.output:
+            with chosen.output.open("a", encoding="utf-8") as file:
+                file.write(text + "\n")
+
+    folder = resolve_model("all-MiniLM-L6-v2").path
+    with tempfile.TemporaryDirectory(prefix="embedstream-bench-") as name, serve_redis() as server:
+        place = Path(name)
+        show([f"{machine()}; {server.product}, append-only file on; {chosen.rounds} rounds, alternating."])
+        show(short_texts(server, folder, place, chosen.texts, chosen.rounds))
+        if not chosen.long:
+            return
+        title = f"Texts of equal length: {chosen.long} of 512 tokens, of which all-MiniLM-L6-v2 takes 256"
+        show(long_texts(server, folder, place, 256, chosen.long, chosen.rounds, title))
+        for tokens in (512, 1024):
+            count = max(16, chosen.long * 256 // tokens)
+            title = f"Texts of equal length: {count} of {tokens} tokens, random weights of MiniLM's shape"
+            model = corpora.random_model(PLACE, folder, tokens)
+            show(long_texts(server, model, place, tokens, count, chosen.rounds, title))
 
 
 if __name__ == "__main__":

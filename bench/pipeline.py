@@ -31,6 +31,7 @@ from embedstream.connection import connect
 
 MODEL = "hashing"
 CHARACTERS = 500
+WAITING = ("Condition.wait ", "_worker (concurrent", "Thread._wait_for_tstate_lock", "Event.wait ")
 PRODUCER_BYTES = str(8 * 2**30)
 """A bound that the producer alone does not meet."""
 
@@ -103,16 +104,16 @@ def producer_alone(server: Server, place: Path, chunks: int, number: int) -> lis
     return [f"{chunks:,}", f"{pushing:.2f}", f"{chunks / pushing:,.0f}", f"{whole:.2f}", f"{chunks / whole:,.0f}"]
 
 
-def hot_lines(profile: Path, count: int = 12) -> str:
-    """The functions in which the worker's threads spend their time, by thread, from py-spy's raw format."""
+def hot_lines(profile: Path, count: int = 20) -> str:
+    """The lines on which the worker's threads spend their time, from py-spy's raw format; waiting is left out."""
     found: dict[tuple[str, str], int] = {}
-    total = 0
     for line in profile.read_text().splitlines():
         stack, _, samples = line.rpartition(" ")
         frames = stack.split(";")
-        total += int(samples)
-        key = (frames[0].partition(" (")[0].replace("thread", "").strip(), frames[-1])
-        found[key] = found.get(key, 0) + int(samples)
+        if not frames[-1].startswith(WAITING):
+            key = (frames[0].partition("): ")[2], frames[-1])
+            found[key] = found.get(key, 0) + int(samples)
+    total = sum(found.values())
     ordered = sorted(found.items(), key=lambda item: -item[1])[:count]
     rows = [[f"`{frame}`", thread, f"{100 * samples / total:.1f}"] for (thread, frame), samples in ordered]
     return table(["where", "thread", "% of samples"], rows)
@@ -142,7 +143,7 @@ def main() -> None:
         if chosen.profile:
             profile = place / "profile.txt"
             end_to_end(server, place, chosen.chunks[-1], profile)
-            report += ["## Profile of the worker\n", hot_lines(profile, 30), ""]
+            report += ["## Profile of the worker\n", hot_lines(profile), ""]
     print("\n".join(report))
     if chosen.output:
         chosen.output.write_text("\n".join(report) + "\n", "utf-8")
