@@ -56,4 +56,8 @@ def _where(position: Position, part: int, spec: JobSpec) -> str:
     if source == "records":
         return f"record {position.row}"
     line = f"line {position.row + 1}"
-    return line if position.part == part else f"{PurePath(source).name or source}, {line}"
+    if position.part == part:
+        return line
+    name = PurePath(source).name or source
+    shared = any(other != source and other.endswith(f"/{name}") for other in spec.parts)
+    return f"{source if shared else name}, {line}"

@@ -102,10 +102,8 @@ class FilePart:
         absent = [name for at, name in enumerate(spec.keep) if all(record.kept[at] is None for record in records)]
         if not absent or not records:
             return None
-        which = f"none of the first {len(records)} rows" if len(records) > 1 else "the first row does not"
-        return (
-            f"{self.label}: {which} {'has' if len(records) > 1 else 'have'} {' or '.join(absent)}, which --keep names"
-        )
+        which = f"none of the first {len(records)} rows has" if len(records) > 1 else "the first row does not have"
+        return f"{self.label}: {which} {' or '.join(absent)}, which --keep names"
 
     def _open(self) -> _Head:
         if self.size is not None:

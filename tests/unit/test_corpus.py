@@ -81,6 +81,15 @@ def test_an_id_of_an_earlier_part_is_a_duplicate(tmp_path: Path, index: Duplicat
     assert blocks[1].refused[0].message == "id 7 was used before, in first.jsonl, line 2"
 
 
+def test_a_duplicate_names_the_whole_path_where_files_share_a_name(tmp_path: Path, index: DuplicateIndex) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+    sources = [write(tmp_path / folder / "c.jsonl", {"id": 7, "text": "x"}) for folder in ("a", "b")]
+    parts = check_sources(sources)
+    blocks = [block for part in parts for block in part.blocks(make_spec(parts), index)]
+    assert blocks[1].refused[0].message == f"id 7 was used before, in {sources[0]}, line 1"
+
+
 def test_a_refused_or_skipped_row_does_not_take_its_id(tmp_path: Path, index: DuplicateIndex) -> None:
     path = write(tmp_path / "c.jsonl", {"id": 1, "text": 5}, {"id": 1, "text": " "}, {"id": 1, "text": "x"})
     parts = check_sources([path])
