@@ -306,7 +306,7 @@ def test_what_it_cannot_do_is_one_sentence(small: ModelFolder) -> None:
         make_engine("onnxruntime", str(small.path), device="mps")[0].start()
     with pytest.raises(ModelError, match="--threads 2: only --engine onnxruntime takes it"):
         make_engine("torch", str(small.path), threads=2)
-    with pytest.raises(ModelError, match="3 processors for 1 further threads of a run"):
+    with pytest.raises(ModelError, match="3 processors for the 1 further threads of a run"):
         OnnxEngine(small, "cpu", threads=2, affinity=(0, 1, 2))
 
 
