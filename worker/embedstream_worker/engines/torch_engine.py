@@ -130,6 +130,9 @@ class TorchEngine:
             batch_tokens=self._batch_tokens(device),
             outputs={"embedding": OutputInfo(kind="dense", dim=model.dim, normalized=model.normalized)},
         )
+        if device.type == "cuda":
+            how = "padded" if self._info.padded else "packed without padding"
+            log.info("torch in %s on %s: batches of %d tokens, %s", dtype, device, self._info.batch_tokens, how)
 
     def warm_up(self, batch_tokens: int) -> float:
         """Run the smallest, the longest and the fullest batch that the budget allows; seconds taken."""
@@ -195,6 +198,7 @@ class TorchEngine:
             if not is_out_of_memory(error):
                 raise
             raise ModelError(f"model {self._folder.name} does not fit into {device}: {error}") from error
+        _wait_for(device)
 
     def _can_pack(self) -> bool:
         """Whether packing leaves a few short texts their vectors: on the CPU, where a model that reads beyond its
@@ -226,10 +230,11 @@ class TorchEngine:
         return self._lower(batches, references) if dtype == "bfloat16" else dtype
 
     def _lower(self, batches: Sequence[TokenBatch], references: Sequence[Vectors]) -> Dtype:
-        device, packed = self.modules.device, self._packed
+        device, packed = torch.device(self.modules.device), self._packed
         for transformer in transformers_of(self.modules):
             _to_bfloat16(transformer)
             transformer.register_forward_hook(_upcast)
+        _wait_for(device)
         failure = self._try(batches, references, "bfloat16")
         if failure and packed:
             self._pack(on=False)
@@ -272,6 +277,7 @@ class TorchEngine:
 
     def _batch_tokens(self, device: torch.device) -> int:
         if device.type == "cuda" and self.text_model.input.kind is InputKind.PADDED:
+            torch.cuda.empty_cache()  # what loading and checking left would count as taken
             free, _ = torch.cuda.mem_get_info(device)
             return find_budget(lambda tokens: self._probe(tokens, device), free)
         return CPU_BATCH_TOKENS if device.type == "cpu" else GPU_BATCH_TOKENS
@@ -336,6 +342,12 @@ class TorchEngine:
         if len(set(roles.values())) > 1:
             raise ModelError(f"model {self._folder.name} gives vectors of other dimensions for other roles: {roles}")
         return roles
+
+
+def _wait_for(device: torch.device) -> None:
+    """Until weights are where, and what, they should be: batches compute on another stream than these changes."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _few_texts(model: TextModel, role: Role) -> TokenBatch:
