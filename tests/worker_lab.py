@@ -178,13 +178,13 @@ class WorkerLab:
         roots: Sequence[str] = (),
         **settings: Any,
     ) -> Running:
-        """A worker whose leases outlast the test, unless it says otherwise."""
+        """A worker whose leases outlast the test and whose engine meets no trial texts, unless it says otherwise."""
         plan = WorkerPlan(
             redis_url=self.url,
             queue=self.broker.queue,
             model=model or WorkerModel("hashing", None),
             roots=tuple(roots) or (str(self.folder),),
-            settings=WorkerSettings(**{"lease_seconds": 600.0, "window_ms": 20, **settings}),
+            settings=WorkerSettings(**{"lease_seconds": 600.0, "window_ms": 20, "batch_tokens": 65_536, **settings}),
             burst=burst,
         )
         running = Running(Worker(plan, engine or HashingEngine(), connect=connect))
