@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from pathlib import Path
 
@@ -116,7 +117,8 @@ def test_a_second_run_at_the_same_time_is_told_who_holds_the_output(tmp_path: Pa
     args = [tmp_path / "c.jsonl", "-o", tmp_path / "out", "--model", "hashing"]
     first = start_submit(*args)
     wait_until(lambda: (tmp_path / "out" / ".embedstream").exists(), "the first run's state")
-    wait_until(lambda: processes_mentioning("embedstream_worker"), "the first run's worker")
+    started = f"embedstream_worker --redis .*--output-root {tmp_path / 'out'}"
+    wait_until(lambda: re.search(started, "\n".join(processes_mentioning(str(tmp_path)))), "the first run's worker")
     second = run("embed-submit", *args)
     assert second.returncode == 2
     assert str(first.pid) in second.stderr
