@@ -185,9 +185,11 @@ def targets(entries: Sequence[Entry]) -> str:
             ("the bare loop", by_name[f"bare loop of the same engine, {dtype}"], 0.95),
         ):
             reached = ratio(ours, other)
+            best = min(run.seconds for run in other.runs) / min(run.seconds for run in ours.runs)
             verdict = "yes" if reached >= bound else "no"
-            rows.append([f"end to end, {dtype}, to {what}", f"{bound}x", f"{reached:.2f}x", verdict])
-    return table(["ratio (median over rounds)", "at least", "measured", "reached"], rows)
+            rows.append([f"end to end, {dtype}, to {what}", f"{bound}x", f"{reached:.2f}x", verdict, f"{best:.2f}x"])
+    # On a machine that others use, the best rounds are those in which they used it least.
+    return table(["ratio", "at least", "measured: median over rounds", "reached", "best round to best round"], rows)
 
 
 def short_texts(server: Server, folder: Path, place: Path, count: int | None, rounds: int) -> list[str]:
