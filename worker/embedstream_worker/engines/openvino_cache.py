@@ -31,7 +31,7 @@ _STALE_SECONDS = 24 * 3600.0  # what was left half-written for so long belongs t
 
 
 class NotConvertible(Exception):
-    """A model that OpenVINO cannot run; says why."""
+    """A model that a converter or its runtime cannot run; says why."""
 
 
 @dataclass(frozen=True)
