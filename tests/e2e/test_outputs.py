@@ -58,10 +58,10 @@ def test_duckdb_and_polars_read_the_dataset_of_a_command(workers: Fleet, tmp_pat
     done = run("embed-submit", tmp_path / "c.jsonl", "--redis", workers.url, "--model", "hashing")
     assert done.returncode == 0, done.stderr
     pattern = str(tmp_path / "c.jsonl.vectors" / "part-*.parquet")
-    near: Any = duckdb.sql(
+    near: Any = duckdb.connect().execute(
         f"SELECT id, array_cosine_similarity(embedding::FLOAT[384], $1::FLOAT[384]) AS score "
         f"FROM '{pattern}' ORDER BY score DESC LIMIT 1",
-        params=[reference_vector(texts["c-42"]).tolist()],
+        [reference_vector(texts["c-42"]).tolist()],
     )
     ((id, score),) = near.fetchall()
     assert id == "c-42"

@@ -74,13 +74,14 @@ def test_rows_are_grouped_by_about_a_hundred_megabytes(dataset: Dataset) -> None
 
 
 def test_duckdb_reads_vectors_as_float_lists_and_computes_with_them(dataset: Dataset) -> None:
-    described = duckdb.execute("DESCRIBE SELECT * FROM read_parquet($1)", [path_of(dataset)]).fetchall()
+    connection = duckdb.connect()
+    described = connection.execute("DESCRIBE SELECT * FROM read_parquet($1)", [path_of(dataset)]).fetchall()
     assert {column[0]: column[1] for column in described}["embedding"] == "FLOAT[]"
     query = f"SELECT id, array_cosine_similarity(embedding::FLOAT[{DIM}], $2::FLOAT[{DIM}]) s FROM read_parquet($1)"
-    best = duckdb.execute(f"{query} ORDER BY s DESC LIMIT 1", [path_of(dataset), MATRIX[7].tolist()]).fetchone()
-    assert best is not None
-    assert best[0] == "0-7"
-    assert best[1] == pytest.approx(1.0, abs=1e-6)
+    best = connection.execute(f"{query} ORDER BY s DESC LIMIT 1", [path_of(dataset), MATRIX[7].tolist()]).fetchall()
+    ((id, score),) = best
+    assert id == "0-7"
+    assert score == pytest.approx(1.0, abs=1e-6)
 
 
 def test_polars_reads_vectors_as_arrays(dataset: Dataset) -> None:
