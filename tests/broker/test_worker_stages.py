@@ -22,7 +22,7 @@ from embedstream.workers import WorkerRecord
 from embedstream_worker.engines.hashing import HashingEngine
 from embedstream_worker.held import Held, HeldBlock, TokenizedGroup, Window, hand_back
 from embedstream_worker.infer import Urgent
-from embedstream_worker.intake import LEAST_BLOCK_TOKENS, Intake
+from embedstream_worker.intake import FIRST_WINDOW_TOKENS, LEAST_BLOCK_TOKENS, Intake
 from embedstream_worker.interactive import Interactive
 from embedstream_worker.jobs import Jobs, WorkerModel
 from embedstream_worker.lease import Leases
@@ -121,14 +121,14 @@ def test_handing_back_does_not_count_as_a_delivery(bench: WorkerLab) -> None:
 class Taking:
     """An intake in its thread, and the windows that it forms."""
 
-    def __init__(self, bench: WorkerLab, room: int = 1000, **settings: Any) -> None:
+    def __init__(self, bench: WorkerLab, room: int = 1000, window_tokens: int = 131_072, **settings: Any) -> None:
         self.life, self.held = Life(), Held()
         self.windows: Channel[Window] = Channel(room)
         broker = Broker(connect(bench.url, 0), bench.broker.queue)
         model = WorkerModel("hashing", None)
         self.jobs = Jobs(broker, bench.url, HashingEngine(), model, (str(bench.folder),))
         chosen = WorkerSettings(**{"window_ms": 20, "lease_seconds": 600.0, **settings})
-        intake = Intake(broker, self.jobs, self.held, self.life, self.windows, "w1", chosen)
+        intake = Intake(broker, self.jobs, self.held, self.life, self.windows, "w1", chosen, window_tokens)
         self.thread = start_stage("intake", self.life, intake.run, [self.windows])
 
     def next(self) -> list[HeldBlock]:
@@ -149,6 +149,17 @@ def test_windows_hold_about_as_many_tokens_as_they_should(bench: WorkerLab) -> N
     windows = [taking.next() for _ in range(3)]
     taking.stop()
     assert all(1 <= len(blocks) <= 8 for blocks in windows), [len(blocks) for blocks in windows]
+
+
+def test_windows_grow_from_a_small_one_for_which_the_model_does_not_wait_long(bench: WorkerLab) -> None:
+    bench.job(["x" * 4000] * 600, rows_per_block=1)  # of about a thousand tokens each
+    taking = Taking(bench)
+    sizes = [len(taking.next()) for _ in range(4)]
+    taking.stop()
+    assert sizes[0] <= FIRST_WINDOW_TOKENS / 1000 + 1
+    assert sizes[1] > 1.5 * sizes[0]
+    assert sizes[2] > 1.5 * sizes[1]
+    assert sizes[3] <= 131_072 / 1000 + 1
 
 
 def test_blocks_without_a_text_do_not_make_windows_without_end(bench: WorkerLab) -> None:

@@ -54,7 +54,7 @@ def usable_device(name: str) -> str:
 )
 @click.option("--batch-tokens", type=click.IntRange(min=1), help="Tokens in one batch. [default: by device]")
 @click.option(
-    "--window-tokens", type=click.IntRange(min=1), default=DEFAULTS.window_tokens, help="Tokens sorted together."
+    "--window-tokens", type=click.IntRange(min=1), help="Tokens sorted together [default: dozens of batches]."
 )
 @click.option(
     "--window-ms", type=click.IntRange(min=0), default=DEFAULTS.window_ms, help="Longest wait for a full window."
@@ -92,7 +92,7 @@ def worker(
     engine: EngineName,
     dtype: Dtype,
     batch_tokens: int | None,
-    window_tokens: int,
+    window_tokens: int | None,
     window_ms: int,
     lease_seconds: float,
     output_roots: tuple[str, ...],

@@ -31,6 +31,10 @@ OTHER_BYTES_PER_TOKEN = 64
 LEAST_BLOCK_TOKENS = 256
 """What the smallest block counts, one that holds nothing but refused rows: a window is at most some hundred blocks."""
 
+FIRST_WINDOW_TOKENS = 32_768
+"""What the first window after idleness holds; each that follows holds twice as much, up to a full one. The model waits
+for the first: not until a full window is tokenized."""
+
 STREAMS_PER_READ = 16
 """Jobs read at once; with more, they take turns."""
 
@@ -57,6 +61,7 @@ class Intake:
         out: Channel[Window],
         consumer: str,
         settings: WorkerSettings,
+        window_tokens: int,
         burst: bool = False,
         hopeless: Callable[[], Container[str]] = frozenset,
     ) -> None:
@@ -68,6 +73,8 @@ class Intake:
         self._out = out
         self._consumer = consumer
         self._settings = settings
+        self._window_tokens = window_tokens
+        self._wanted_tokens = 0  # the next window's
         self._burst = burst
         self._hopeless = hopeless
         self._turn = 0
@@ -124,8 +131,9 @@ class Intake:
         """Claim a window's blocks."""
         streams = {self._broker.keys.blocks(job.id): job for job in jobs}
         tokens, closes = 0.0, 0.0
+        self._wanted_tokens = min(self._window_tokens, max(2 * self._wanted_tokens, FIRST_WINDOW_TOKENS))
         while not self._life.stopping.is_set():
-            wanted = max(1, int((self._settings.window_tokens - tokens) / self._block_tokens))
+            wanted = max(1, int((self._wanted_tokens - tokens) / self._block_tokens))
             claimed = self._sweep(jobs, wanted) or self._claim(jobs, wanted, 0)
             if not claimed:
                 if blocks and self._nothing_to_come(blocks):
@@ -143,7 +151,10 @@ class Intake:
                 estimate = estimate_tokens(held)
                 tokens += estimate
                 self._block_tokens += 0.1 * (estimate - self._block_tokens)
-            if not blocks or tokens >= self._settings.window_tokens or time.monotonic() >= closes:
+            if not blocks:
+                self._wanted_tokens = 0
+                return
+            if tokens >= self._wanted_tokens or time.monotonic() >= closes:
                 return
 
     def _claim(self, jobs: list[OpenJob], wanted: int, wait_ms: int) -> list[Claimed]:

@@ -1,9 +1,10 @@
-"""Stage 2: texts to token ids, a window at a time."""
+"""Stage 2: texts to token ids, a window at a time, its blocks in several threads."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
 
 import numpy as np
 import pyarrow as pa
@@ -21,11 +22,12 @@ _NO_TOKENS = Tokens(np.empty(0, np.int32), np.zeros(2, np.int64), np.zeros(1, np
 
 
 class Tokenize:
-    """Owns its tokenizer: one is not safe to share."""
+    """Owns its tokenizers, one for each thread: they are not safe to share."""
 
     def __init__(
         self,
-        tokenizer: TextTokenizer,
+        make_tokenizer: Callable[[], TextTokenizer],
+        threads: int,
         broker: Broker,
         consumer: str,
         held: Held,
@@ -33,7 +35,10 @@ class Tokenize:
         source: Channel[Window],
         out: Channel[list[TokenizedGroup] | Urgent],
     ) -> None:
-        self._tokenizer = tokenizer
+        self._threads = threads
+        self._tokenizers: SimpleQueue[TextTokenizer] = SimpleQueue()
+        for _ in range(threads):
+            self._tokenizers.put(make_tokenizer())
         self._broker = broker
         self._consumer = consumer
         self._held = held
@@ -43,20 +48,33 @@ class Tokenize:
 
     def run(self) -> None:
         """Until the source closes. A worker that stops hands untouched windows back."""
-        while True:
-            window = self._source.get()
-            assert window is not None
-            if self._life.stopping.is_set():
-                release(self._broker, self._consumer, self._held, window.blocks)
-                continue
-            self._out.put([self._group(job, blocks) for job, blocks in by_job(window.blocks)])
-            self._life.progress()
+        with ThreadPoolExecutor(self._threads, "tokenize") as pool:
+            while True:
+                window = self._source.get()
+                assert window is not None
+                if self._life.stopping.is_set():
+                    release(self._broker, self._consumer, self._held, window.blocks)
+                    continue
+                self._out.put([self._group(pool, job, blocks) for job, blocks in by_job(window.blocks)])
+                self._life.progress()
 
-    def _group(self, job: OpenJob, blocks: list[HeldBlock]) -> TokenizedGroup:
-        column: Any = pa.chunked_array([held.block.rows.column("text") for held in blocks])
-        inputs = model_inputs(column, job.prompt)
-        tokens, errors = encode_rows(self._tokenizer, inputs, job.max_length)
-        return TokenizedGroup(job, blocks, tokens, input_hashes(inputs), errors)
+    def _group(self, pool: ThreadPoolExecutor, job: OpenJob, blocks: list[HeldBlock]) -> TokenizedGroup:
+        pieces = list(pool.map(lambda held: self._encode(job, held), blocks))
+        errors, first = RowErrors(), 0
+        for tokens, _, failed in pieces:
+            errors |= {first + row: error for row, error in failed.items()}
+            first += len(tokens.truncated)
+        hashes = pa.concat_arrays([hashes for _, hashes, _ in pieces])
+        return TokenizedGroup(job, blocks, join_tokens([tokens for tokens, _, _ in pieces]), hashes, errors)
+
+    def _encode(self, job: OpenJob, held: HeldBlock) -> tuple[Tokens, pa.FixedSizeBinaryArray, RowErrors]:
+        inputs = model_inputs(held.block.rows.column("text"), job.prompt)
+        tokenizer = self._tokenizers.get()
+        try:
+            tokens, errors = encode_rows(tokenizer, inputs, job.max_length)
+        finally:
+            self._tokenizers.put(tokenizer)
+        return tokens, input_hashes(inputs), errors
 
 
 def by_job(blocks: list[HeldBlock]) -> list[tuple[OpenJob, list[HeldBlock]]]:

@@ -19,6 +19,7 @@ from embedstream.errors import ModelError
 from embedstream.settings import WorkerSettings
 from embedstream.workers import InHand, WorkerRecord
 from embedstream_worker.engines.base import Engine, EngineInfo, OutOfMemory
+from embedstream_worker.engines.precision import cpu_cores
 from embedstream_worker.held import EmbeddedGroup, Held, TokenizedGroup, Window, hand_back
 from embedstream_worker.housekeeping import Housekeeping
 from embedstream_worker.infer import Infer, Urgent
@@ -38,6 +39,13 @@ Connect = Callable[[str, int], redis.Redis]
 
 RETRIES = 3
 """For steps, which are harmless when run twice. Claims are not repeated: their blocks would get lost."""
+
+TOKENIZER_THREADS = min(8, cpu_cores())
+"""One of them makes some hundred thousand tokens a second, a GPU takes millions."""
+
+LEAST_WINDOW_TOKENS = 131_072
+BATCHES_PER_WINDOW = 8
+"""Sorted by length, the texts of so many batches need few percent of padding, or none at all on a GPU."""
 
 LEAVE_SECONDS = 5.0
 """How long a thread that does not hold work is waited for at the end."""
@@ -130,10 +138,20 @@ class Worker:
         embedded: Channel[list[EmbeddedGroup]] = Channel(1)
         jobs = self._jobs = Jobs(self._broker(), url, engine, plan.model, plan.roots)
         housekeeping = Housekeeping(self._broker(), url, plan.roots)
+        window_tokens = settings.window_tokens or max(LEAST_WINDOW_TOKENS, BATCHES_PER_WINDOW * batch_tokens)
         intake = Intake(
-            self._broker(retries=0), jobs, held, life, windows, name, settings, plan.burst, housekeeping.hopeless
+            self._broker(retries=0),
+            jobs,
+            held,
+            life,
+            windows,
+            name,
+            settings,
+            window_tokens,
+            plan.burst,
+            housekeeping.hopeless,
         )
-        tokenize = Tokenize(engine.tokenizer(), self._broker(), name, held, life, windows, tokenized)
+        tokenize = Tokenize(engine.tokenizer, TOKENIZER_THREADS, self._broker(), name, held, life, windows, tokenized)
         infer = self._infer = Infer(engine, batch_tokens, life, tokenized, embedded)
         write = self._write = Write(self._broker(), jobs, engine.info, name, held, life, embedded, settings)
         lease_ms = int(settings.lease_seconds * 1000)
