@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embedstream.dataset.content import check_content, in_order
-from embedstream.dataset.files import cannot, sync_folder, write_durable
+from embedstream.dataset.files import cannot, file_checksum, sync_folder, write_durable
 from embedstream.dataset.manifest import decode_manifest, encode_manifest, manifest_spec, refuse_other_spec
 from embedstream.dataset.parquet import Footer, encode_data, encode_errors, read_footer
 from embedstream.dataset.schema import ErrorRow, error_rows
@@ -91,12 +91,15 @@ class FolderSink:
             raise ValueError("a sink without a job's spec is for reading only")
         check_content(content, spec)
         footer = Footer(shard=record, spec=msgspec.Raw(spec.encode()))
+        errors_checksum = ""
         if record.failed:
-            write_durable(self._errors(record.name), [encode_errors(in_order(content.errors), footer)])
+            errors = encode_errors(in_order(content.errors), footer)
+            write_durable(self._errors(record.name), [errors])
+            errors_checksum = f"sha256:{hashlib.sha256(errors).hexdigest()}"
         encoded = encode_data(in_order(content.data), footer)
         write_durable(self._part(record.name), [encoded])
-        checksum = hashlib.sha256(encoded).hexdigest()
-        return msgspec.structs.replace(record, bytes=encoded.size, checksum=f"sha256:{checksum}")
+        checksum = f"sha256:{hashlib.sha256(encoded).hexdigest()}"
+        return msgspec.structs.replace(record, bytes=encoded.size, checksum=checksum, errors_checksum=errors_checksum)
 
     def discard_shard(self, name: str) -> None:
         """Remove a shard's files; from the first removal on it is no shard any more.
@@ -154,17 +157,14 @@ class FolderSink:
         return [path for path in paths if path.name.startswith("part-") and path.name.endswith(".parquet")]
 
     def _whole_shard(self, path: Path, record: ShardRecord) -> ShardRecord:
+        errors_checksum = ""
         if record.failed:
             errors, failed = read_footer(self._errors(record.name))
             if errors.shard.name != record.name or failed != record.failed:
                 raise OutputError(f"{path}: its error rows are not those of {self._errors(record.name).name}")
-        try:
-            with path.open("rb") as file:
-                checksum = hashlib.file_digest(file, "sha256").hexdigest()
-                size = file.tell()
-        except OSError as error:
-            raise cannot("read", path, error) from error
-        return msgspec.structs.replace(record, bytes=size, checksum=f"sha256:{checksum}")
+            _, errors_checksum = file_checksum(self._errors(record.name))
+        size, checksum = file_checksum(path)
+        return msgspec.structs.replace(record, bytes=size, checksum=checksum, errors_checksum=errors_checksum)
 
     def read_manifest(self) -> Manifest | None:
         """The manifest; None before the job's end. Raises `OutputError` for one that cannot be read."""

@@ -45,6 +45,7 @@ def build_manifest(status: JobStatus, shards: Sequence[ShardRecord], state: JobS
         partial=partial,
         spec=msgspec.Raw(public_spec(status.spec).encode()),
         space=status.space or next((s.space for s in shards), ""),
+        prompt=next((s.prompt for s in shards), ""),
         outputs=_outputs(status.spec, shards),
         parts=_parts(status, blocks, whole=not partial),
         rows=rows,
@@ -65,6 +66,7 @@ def build_manifest(status: JobStatus, shards: Sequence[ShardRecord], state: JobS
                 checksum=s.checksum,
                 dtype=s.dtype,
                 blocks=block_runs(s.blocks),
+                errors_checksum=s.errors_checksum,
             )
             for s in shards
         ),

@@ -53,10 +53,14 @@ class ShardRecord(msgspec.Struct, frozen=True, kw_only=True):
     normalized: bool
     engine: str
     worker: str
+    prompt: str = ""
+    """What entered the model in front of every text; `input_hash` is over both."""
     bytes: int = 0
     """Size of the data file; 0 until it is written."""
     checksum: str = ""
     """`sha256:<hex>` of the data file; empty until it is written, and for sinks without files."""
+    errors_checksum: str = ""
+    """The same of the file of error rows; empty if no row failed."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,8 @@ class ManifestShard(msgspec.Struct, frozen=True):
     dtype: str
     blocks: tuple[tuple[int, int, int], ...]
     """Runs of blocks: (part, first, last)."""
+    errors_checksum: str = ""
+    """Of the file of error rows; empty if there is none."""
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
@@ -93,6 +99,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     spec: msgspec.Raw
     """The `JobSpec`, without credentials in its output."""
     space: str
+    prompt: str = ""
+    """What entered the model in front of every text; part of the space."""
     outputs: tuple[ManifestOutput, ...]
     parts: tuple[ManifestPart, ...]
     rows: int

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embedstream.dataset.folder import FolderSink
+from embedstream.dataset.hashing import input_hashes
 from embedstream.jobs import JobSpec
 from embedstream_worker.engines.base import (
     EngineInfo,
@@ -25,7 +26,6 @@ from embedstream_worker.engines.base import (
 )
 from embedstream_worker.held import EmbeddedGroup, TokenizedGroup
 from embedstream_worker.infer import Infer, Urgent
-from embedstream_worker.inputs import input_hashes
 from embedstream_worker.jobs import OpenJob
 from embedstream_worker.pipeline import Channel, Closed, Life, start_stage
 

@@ -13,6 +13,7 @@ import pytest
 
 from embedstream.blocks import Block, Refusal, decode_block, encode_block
 from embedstream.dataset.folder import FolderSink
+from embedstream.dataset.hashing import input_hashes
 from embedstream.dataset.schema import dataset_schema, errors_schema
 from embedstream.dataset.sink import ShardContent, ShardRecord
 from embedstream.jobs import JobSpec
@@ -22,7 +23,6 @@ from embedstream_worker.engines.base import EngineInfo, OutputInfo
 from embedstream_worker.engines.hashing import HashingTokenizer
 from embedstream_worker.finish import FinishedBlock, finish_blocks
 from embedstream_worker.held import EmbeddedGroup, HeldBlock, TokenizedGroup
-from embedstream_worker.inputs import input_hashes
 from embedstream_worker.jobs import OpenJob
 from embedstream_worker.tokenize import encode_rows
 

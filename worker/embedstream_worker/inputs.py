@@ -1,28 +1,17 @@
-"""From a text to what enters the model: the prompt in front, the hash of exactly that, and a cut by characters."""
+"""From a text to what enters the model: the prompt in front, and a cut by characters."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from hashlib import blake2b
 from typing import Any, cast
 
 import pyarrow as pa
-
-HASH_BYTES = 16
 
 
 def model_inputs(texts: pa.Array[Any], prompt: str) -> list[str]:
     """The exact texts that enter the model. `texts`: string array without nulls; an empty prompt adds nothing."""
     strings = cast("list[str]", texts.to_pylist())
     return [prompt + text for text in strings] if prompt else strings
-
-
-def input_hashes(inputs: Sequence[str]) -> pa.FixedSizeBinaryArray:
-    """BLAKE2b of 16 bytes over the UTF-8 of each text that enters the model, prompt included, [n]."""
-    digests = b"".join([blake2b(text.encode(), digest_size=HASH_BYTES).digest() for text in inputs])
-    array = pa.FixedSizeBinaryArray.from_buffers(pa.binary(HASH_BYTES), len(inputs), [None, pa.py_buffer(digests)])
-    assert isinstance(array, pa.FixedSizeBinaryArray)
-    return array
 
 
 def cut_characters(texts: Sequence[str], most: int, keep_end: bool = False) -> tuple[list[str], list[int]]:

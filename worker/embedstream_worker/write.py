@@ -290,5 +290,6 @@ class Write:
             normalized=output.normalized,
             engine=self._info.engine,
             worker=self._consumer,
+            prompt=job.prompt,
         )
         return ShardContent(record, data, pa.Table.from_pylist(errors, schema=errors_schema()))
