@@ -14,6 +14,7 @@ from redis.exceptions import NoScriptError, ResponseError
 
 from embedstream import scripts
 from embedstream.errors import BrokerError, JobUnknown
+from embedstream.failpoints import reach
 from embedstream.jobs import JobState, JobStatus, decode_spec
 from embedstream.keys import GROUP, QUEUES, RELEASED, Keys
 from embedstream.steps import MOST_BLOCKS, CommitBlock, Step, Steps
@@ -49,10 +50,12 @@ class Broker(Steps):
     def run(self, step: Step[T]) -> T:
         """Run a step. Raises `redis.RedisError` as redis-py does."""
         script, count = scripts.load(step.script), len(step.keys)
+        reach(f"{step.script}.before")
         try:
             raw = self.client.evalsha(script.sha, count, *step.keys, *step.args)
         except NoScriptError:
             raw = self.client.eval(script.body, count, *step.keys, *step.args)
+        reach(f"{step.script}.after")
         return step.parse(raw)
 
     # Claiming
@@ -82,6 +85,7 @@ class Broker(Steps):
         return self._auto_claim(self.keys.interactive, consumer, idle_ms, count)
 
     def _read_group(self, consumer: str, streams: list[str], count: int, block_ms: int) -> list[Claimed]:
+        reach("claim.before")
         try:
             raw = self._raw.xreadgroup(
                 GROUP, consumer, dict.fromkeys(streams, ">"), count=count, block=block_ms or None
@@ -90,6 +94,8 @@ class Broker(Steps):
             if not _stream_gone(error):
                 raise
             return []  # a job ended between the listing and the read; the caller lists again
+        if raw:
+            reach("claim.after")
         return [
             Claimed(stream.decode(), entry.decode(), fields, 1)
             for stream, entries in raw or ()
@@ -99,6 +105,7 @@ class Broker(Steps):
     def _auto_claim(self, stream: str, consumer: str, idle_ms: int, count: int) -> list[Claimed]:
         found: list[tuple[str, Fields]] = []
         cursor, deleted = "0-0", False
+        reach("sweep.before")
         try:
             while len(found) < count:
                 raw = self._raw.xautoclaim(stream, GROUP, consumer, idle_ms, cursor, count=count - len(found))
@@ -118,6 +125,7 @@ class Broker(Steps):
             return []
         if not found:
             return []
+        reach("sweep.after")
         with self._raw.pipeline(transaction=False) as pipe:
             for entry, _ in found:
                 pipe.xpending_range(stream, GROUP, entry, entry, 1)
@@ -303,10 +311,12 @@ class AsyncBroker(Steps):
     async def run(self, step: Step[T]) -> T:
         """Run a step. Raises `redis.RedisError` as redis-py does."""
         script, count = scripts.load(step.script), len(step.keys)
+        reach(f"{step.script}.before")
         try:
             raw = await self.client.evalsha(script.sha, count, *step.keys, *step.args)
         except NoScriptError:
             raw = await self.client.eval(script.body, count, *step.keys, *step.args)
+        reach(f"{step.script}.after")
         return step.parse(raw)
 
     async def status(self, job: str) -> JobStatus:

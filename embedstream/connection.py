@@ -16,6 +16,7 @@ from redis.backoff import ExponentialWithJitterBackoff
 from redis.retry import Retry
 
 from embedstream.errors import BrokerError, UsageError
+from embedstream.failpoints import breakable
 
 TIMEOUT_SECONDS = 15.0
 """Above any blocking read (2 s at most) by far, below what a person waits."""
@@ -37,7 +38,7 @@ def connect(url: str, retries: int = 3) -> redis.Redis:
     """A client with its own pool. Raises `UsageError` for a URL that is none; connects at the first command."""
     try:
         retry = Retry(ExponentialWithJitterBackoff(base=0.05, cap=1.0), retries)
-        return redis.Redis.from_url(url, retry=retry, **_options(url))
+        return breakable(redis.Redis.from_url(url, retry=retry, **_options(url)))
     except ValueError as error:
         raise UsageError(f"Redis URL {mask(url)!r}: {error}") from error
 

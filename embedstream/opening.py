@@ -14,6 +14,7 @@ from embedstream.connection import mask
 from embedstream.dataset.manifest import manifest_spec, refuse_other_spec
 from embedstream.dataset.sink import Manifest, Sink, canonical_output
 from embedstream.errors import BrokerError, OutputError
+from embedstream.failpoints import reach
 from embedstream.jobs import JobSpec, JobState, decode_spec, model_address, queue_name
 from embedstream.plans import Notice, drive, silent
 from embedstream.roots import allows, is_redis
@@ -158,4 +159,5 @@ def forget_job(broker: Broker, spec: JobSpec) -> None:
     """Remove an ended job from Redis."""
     job = spec.job
     broker.client.unlink(*job_keys(broker.keys, job, len(spec.parts)), broker.keys.blocks(job))
+    reach("forget.half")
     broker.client.zrem(broker.keys.recent, job)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from embedstream.errors import OutputError
+from embedstream.failpoints import reach
 
 _ADVICE = {
     errno.ENOSPC: "no space left on the device: free some",
@@ -48,7 +49,9 @@ def write_durable(path: Path, pieces: Iterable[Readable]) -> None:
                     file.write(piece)
                 file.flush()
                 os.fsync(file.fileno())
+            reach("file.written")
             temporary.replace(path)
+            reach("file.renamed")
         except BaseException:
             remove(temporary)
             raise

@@ -20,6 +20,7 @@ from embedstream.dataset.parquet import Footer, encode_data, encode_errors, read
 from embedstream.dataset.schema import ErrorRow, error_rows
 from embedstream.dataset.sink import Manifest, ShardContent, ShardRecord
 from embedstream.errors import OutputError
+from embedstream.failpoints import reach
 from embedstream.jobs import JobSpec
 
 log = logging.getLogger(__name__)
@@ -109,9 +110,11 @@ class FolderSink:
         """
         part = self._part(name)
         try:
+            reach("shard.discarding")
             for path in (part, self._errors(name)):
                 path.unlink(missing_ok=True)
             sync_folder(self._folder)
+            reach("shard.discarded")
         except OSError as error:
             raise cannot("remove", part, error) from error
 

@@ -22,6 +22,7 @@ from embedstream.dataset.manifest import decode_manifest, encode_manifest, manif
 from embedstream.dataset.schema import ErrorRow, error_rows, vector_type
 from embedstream.dataset.sink import Manifest, ShardContent, ShardRecord
 from embedstream.errors import OutputError, UsageError
+from embedstream.failpoints import reach
 from embedstream.jobs import JobSpec
 
 T = TypeVar("T")
@@ -115,6 +116,7 @@ class RedisSink:
                 self._run(pipe)
                 size = 0
         self._run(pipe)
+        reach("hashes.written")
 
     def _write_errors(self, batch: pa.RecordBatch, spec: JobSpec) -> None:
         fields = {
