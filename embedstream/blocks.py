@@ -63,6 +63,15 @@ class Block:
         """Rows that must come out of this block: written or as errors."""
         return self.rows.num_rows + len(self.refused)
 
+    @property
+    def span(self) -> tuple[int, int] | None:
+        """Its first and last row; None for one in which all rows were skipped."""
+        ends = [refusal.row for refusal in (*self.refused[:1], *self.refused[-1:])]
+        if self.rows.num_rows:
+            row = self.rows.column("row")
+            ends += [row[0].as_py(), row[-1].as_py()]
+        return (min(ends), max(ends)) if ends else None
+
 
 def content_sum(rows: pa.RecordBatch, refused: tuple[Refusal, ...], skipped: int) -> bytes:
     """8 bytes over the uncompressed content of freshly built columns: equal for equal rows, whatever the compressor."""

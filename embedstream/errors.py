@@ -45,10 +45,13 @@ def _shown(value: object) -> str:
 class CorpusChanged(EmbedstreamError):
     """The corpus is not the one that the unfinished job began with."""
 
-    def __init__(self, source: str, block: int) -> None:
+    def __init__(self, source: str, block: int, rows: tuple[int, int] | None = None) -> None:
+        """`block`: the first one that differs; `rows`: its first and last row, None if it is missing or empty now."""
+        where = f"block {block} is missing now"
+        if rows is not None:
+            where = f"block {block} differs, lines {rows[0] + 1} to {rows[1] + 1}"
         super().__init__(
-            f"{source}: changed since this job began (block {block} differs): "
-            f"restore the file, or write to another output (-o)"
+            f"{source}: changed since this job began ({where}): restore it as it was, or write to another output (-o)"
         )
         self.block = block
 

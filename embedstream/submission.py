@@ -36,6 +36,8 @@ class Part:
     blocks: Callable[[], Iterable[Block]]
     """Reads the part from its beginning each time it is called. A source that can be read only once raises
     `InputError` at the second call."""
+    once: bool = False
+    """Whether it is such a source."""
 
 
 class _GoBack(Exception):
@@ -63,10 +65,43 @@ def push_job(
     """
     try:
         for number, part in enumerate(parts):
+            if not part.once and (yield from _has_holes(job, number)):
+                yield from _compare(job, number, part)
+        for number, part in enumerate(parts):
             yield from _push_part(steps, job, number, part, bound, jitter)
     except _Stop as stop:
         return stop.pushed
     return Pushed.SEALED
+
+
+def _has_holes(job: str, number: int) -> Plan[bool]:
+    """Whether blocks are known behind others that are not, as after adoption."""
+    first = 0
+    while known := (yield Sums(job, number, first, SUMS_AT_ONCE)):
+        if any(not any(known[at : at + 8]) for at in range(0, len(known), 8)):
+            return True
+        first += SUMS_AT_ONCE
+    return False
+
+
+def _compare(job: str, number: int, part: Part) -> Plan[None]:
+    """Refuse a part that changed before any of it is submitted.
+
+    Were the blocks in the holes submitted as they are now, the corpus that was there before could not come back.
+    """
+    known, first, past, count = b"", 0, False, 0
+    for block in part.blocks():
+        count = block.number + 1
+        at = (block.number - first) * 8
+        if at >= len(known) and not past:
+            first, at = block.number, 0
+            known = yield Sums(job, number, first, SUMS_AT_ONCE)
+            past = not known
+        there = known[at : at + 8]
+        if any(there) and there != block.sum:
+            raise CorpusChanged(part.source, block.number, block.span)
+    if (yield Sums(job, number, count, 1)):
+        raise CorpusChanged(part.source, count)
 
 
 def _push_part(steps: Steps, job: str, number: int, part: Part, bound: int, jitter: Callable[[], float]) -> Plan[None]:
@@ -96,7 +131,7 @@ def _push_blocks(
                 if len(known) < 8:
                     raise _Stop(Pushed.LOST)
             if known[at : at + 8] != block.sum:
-                raise CorpusChanged(part.source, block.number)
+                raise CorpusChanged(part.source, block.number, block.span)
             continue
         yield from _submit(steps, job, part, block, bound, jitter)
     if count < have:
@@ -117,7 +152,7 @@ def _submit(steps: Steps, job: str, part: Part, block: Block, bound: int, jitter
             case Code.GAP:
                 raise _GoBack(answer.number)
             case Code.CHANGED:
-                raise CorpusChanged(part.source, block.number)
+                raise CorpusChanged(part.source, block.number, block.span)
             case _:
                 raise _stopped(answer)
 

@@ -27,7 +27,7 @@ Records: TypeAlias = "Iterable[Mapping[str, object] | str] | pa.Table | pa.Recor
 def records_part(records: Records, spec: JobSpec, index: DuplicateIndex) -> Part:
     """The one part of a job over Python records. An iterator can be read only once; anything else again and again."""
     source = _source(records)
-    return Part(RECORDS, lambda: cut_part(0, _judged(source(), spec), spec, index))
+    return Part(RECORDS, lambda: cut_part(0, _judged(source(), spec), spec, index), isinstance(source, _Once))
 
 
 def _judged(records: Iterable[object], spec: JobSpec) -> Iterator[list[Outcome]]:

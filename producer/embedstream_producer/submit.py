@@ -222,9 +222,14 @@ class Run:
         """Push and wait, from the beginning whenever Redis lost the job; None if detached."""
         bound = broker.memory_bound(self._settings.queue_bytes)
         with DuplicateIndex() as index:
-            parts = [Part(part.label, self._reader(part, index)) for part in self._parts]
+            parts = [Part(part.label, self._reader(part, index), part.size is None) for part in self._parts]
             while True:
                 opened = open_it()
+                if opened.state is JobState.FINALIZING:
+                    # Perhaps of a cancelled job, whose manifest is not written yet: it goes on after that.
+                    ended = watch.wait(check_all)
+                    if ended is None or ended.state is not JobState.COMPLETED:
+                        opened = open_it()
                 if not opened.state.ended:
                     with watch:
                         plan = push_job(broker, self.spec.job, parts, bound)

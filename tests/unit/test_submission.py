@@ -31,6 +31,7 @@ class Server:
         self.sums: dict[int, list[bytes]] = {}
         for block in blocks:
             self.sums.setdefault(block.part, []).append(block.sum)
+        self.adopted: dict[int, list[bytes]] = {}
         self.sealed: dict[int, int] = {}
         self.sent: list[tuple[int, int]] = []
         self.pauses: list[float] = []
@@ -53,7 +54,8 @@ class Server:
             case NextBlock(_, part):
                 return len(self.sums.get(part, []))
             case Sums(_, part, first, count):
-                return b"".join(self.sums.get(part, [])[first : first + count])
+                known = self.sums.get(part, [])
+                return b"".join([*known, *self.adopted.get(part, [])[len(known) :]][first : first + count])
             case Step(script=script, args=args):
                 for odd in self.odd:
                     said = odd(script)
@@ -112,15 +114,35 @@ def test_blocks_that_redis_has_are_not_sent_again() -> None:
 
 def test_a_corpus_that_changed_below_the_next_block_is_refused() -> None:
     server = Server(blocks_of(3))
-    with pytest.raises(CorpusChanged, match=r"corpus\.jsonl: changed since this job began \(block 0 differs\)"):
+    with pytest.raises(CorpusChanged, match=r"corpus\.jsonl: changed .*block 0 differs, lines 1 to 1.*-o"):
         push(server, part_of(blocks_of(3, text="other")))
     assert server.sent == []
 
 
 def test_a_corpus_that_became_shorter_is_refused() -> None:
     blocks = blocks_of(3)
-    with pytest.raises(CorpusChanged):
+    with pytest.raises(CorpusChanged, match="block 2 is missing"):
         push(Server(blocks), part_of(blocks[:2]))
+
+
+@pytest.mark.parametrize("changed", [2, 4])
+def test_a_corpus_that_changed_in_an_adopted_block_is_refused_before_the_holes_are_filled(changed: int) -> None:
+    blocks, others = blocks_of(5), blocks_of(5, text="other")
+    server = Server()
+    server.adopted = {0: [b"\0" * 8, b"\0" * 8, blocks[2].sum, b"\0" * 8, blocks[4].sum]}
+    with pytest.raises(CorpusChanged) as refused:
+        push(server, part_of([*blocks[:changed], others[changed], *blocks[changed + 1 :]]))
+    assert refused.value.block == changed
+    assert server.sent == []
+
+
+def test_a_corpus_that_became_shorter_than_what_was_adopted_is_refused_before_the_holes_are_filled() -> None:
+    blocks = blocks_of(5)
+    server = Server()
+    server.adopted = {0: [b"\0" * 8, *(block.sum for block in blocks[1:])]}
+    with pytest.raises(CorpusChanged):
+        push(server, part_of(blocks[:3]))
+    assert server.sent == []
 
 
 def test_a_gap_sends_the_producer_back_to_the_block_that_redis_lost() -> None:
@@ -193,7 +215,8 @@ def test_a_job_forgotten_while_its_sums_are_compared_is_lost() -> None:
     blocks = blocks_of(3)
     server = Server(blocks)
     plan = push_job(Steps("queue"), JOB, [part_of(blocks)], 1 << 20)
-    assert server.answer(plan.send(None)) == 3
+    assert server.answer(plan.send(None)) == b"".join(block.sum for block in blocks)
+    assert isinstance(plan.send(b""), NextBlock)
     assert isinstance(plan.send(3), Sums)
     with pytest.raises(StopIteration) as end:
         plan.send(b"")
