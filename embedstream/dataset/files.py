@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import uuid
 from collections.abc import Iterable
@@ -58,16 +57,6 @@ def write_durable(path: Path, pieces: Iterable[Readable]) -> None:
         sync_folder(path.parent)
     except OSError as error:
         raise cannot("write", path, error) from error
-
-
-def file_checksum(path: Path) -> tuple[int, str]:
-    """Bytes of a file, and `sha256:<hex>` over them. Raises `OutputError`."""
-    try:
-        with path.open("rb") as file:
-            checksum = hashlib.file_digest(file, "sha256").hexdigest()
-            return file.tell(), f"sha256:{checksum}"
-    except OSError as error:
-        raise cannot("read", path, error) from error
 
 
 def remove(path: Path) -> None:

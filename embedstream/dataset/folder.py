@@ -1,11 +1,10 @@
-"""A dataset in a folder: Parquet shards, `errors.jsonl`, and `_manifest.json`, which says which shards count."""
+"""A dataset in files: Parquet shards, `errors.jsonl`, and `_manifest.json`, which says which shards count."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
 import re
-import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -13,14 +12,14 @@ import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from embedstream.connection import mask
 from embedstream.dataset.content import check_content, in_order
-from embedstream.dataset.files import cannot, file_checksum, sync_folder, write_durable
 from embedstream.dataset.manifest import decode_manifest, encode_manifest, manifest_spec, refuse_other_spec
 from embedstream.dataset.parquet import Footer, encode_data, encode_errors, read_footer
 from embedstream.dataset.schema import ErrorRow, error_rows
 from embedstream.dataset.sink import Manifest, ShardContent, ShardRecord
+from embedstream.dataset.storage import Folder, Storage
 from embedstream.errors import OutputError
-from embedstream.failpoints import reach
 from embedstream.jobs import JobSpec
 
 log = logging.getLogger(__name__)
@@ -38,14 +37,15 @@ ERROR_ROWS = 1024
 
 
 class FolderSink:
-    """A folder of Parquet shards. Needs no lock: shards have names of their own, the manifest replaces itself whole.
+    """A folder of Parquet shards, on a disk or in a bucket. Needs no lock: shards have names of their own, the manifest
+    replaces itself whole.
 
     `spec` may be left out for reading a dataset that has its manifest.
     """
 
     def __init__(self, output: str, spec: JobSpec | None = None) -> None:
         self.output = output
-        self._folder = Path(output)
+        self._files: Storage = Folder(Path(output))
         self._spec = spec
 
     def check(self) -> None:
@@ -55,18 +55,11 @@ class FolderSink:
             OutputError: it cannot, or the folder holds something else than a dataset.
             SpecDiffers: it holds rows of a job with other settings (if the sink has a spec).
         """
-        if self._folder.exists() and not self._folder.is_dir():
-            raise OutputError(f"{self._folder}: is a file, not a folder: choose another output (-o)")
-        probe = self._folder / f".probe-{uuid.uuid4().hex}"
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            names = [path.name for path in self._folder.iterdir()]
-            if not any(name.startswith(OURS) for name in names):
-                self._refuse_foreign(names)
-            probe.touch(exist_ok=False)
-            probe.unlink()
-        except OSError as error:
-            raise cannot("write", self._folder, error) from error
+        self._files.prepare()
+        names = self._files.names()
+        if not any(name.startswith(OURS) for name in names):
+            self._refuse_foreign(names)
+        self._files.prove_writable()
         # One shard speaks for all: whoever wrote the others has passed here too.
         next(self._footers(), None)
 
@@ -75,7 +68,7 @@ class FolderSink:
         foreign = sorted(name for name in names if not name.startswith(".") and name != "lost+found")
         if foreign:
             raise OutputError(
-                f"{self._folder}: not empty and not a dataset (it holds {foreign[0]}): choose another output (-o)"
+                f"{mask(self.output)}: not empty and not a dataset (it holds {foreign[0]}): choose another output (-o)"
             )
 
     def write_shard(self, content: ShardContent) -> ShardRecord:
@@ -95,10 +88,10 @@ class FolderSink:
         errors_checksum = ""
         if record.failed:
             errors = encode_errors(in_order(content.errors), footer)
-            write_durable(self._errors(record.name), [errors])
+            self._files.write(self._errors(record.name), [errors])
             errors_checksum = f"sha256:{hashlib.sha256(errors).hexdigest()}"
         encoded = encode_data(in_order(content.data), footer)
-        write_durable(self._part(record.name), [encoded])
+        self._files.write(self._part(record.name), [encoded])
         checksum = f"sha256:{hashlib.sha256(encoded).hexdigest()}"
         return msgspec.structs.replace(record, bytes=encoded.size, checksum=checksum, errors_checksum=errors_checksum)
 
@@ -108,15 +101,7 @@ class FolderSink:
         Raises:
             OutputError: they cannot be removed.
         """
-        part = self._part(name)
-        try:
-            reach("shard.discarding")
-            for path in (part, self._errors(name)):
-                path.unlink(missing_ok=True)
-            sync_folder(self._folder)
-            reach("shard.discarded")
-        except OSError as error:
-            raise cannot("remove", part, error) from error
+        self._files.remove([self._part(name), self._errors(name)])
 
     def find_shards(self) -> Iterator[ShardRecord]:
         """Whole shards of this job, in name order; hashes every file. Others are left alone, with a warning.
@@ -125,21 +110,23 @@ class FolderSink:
             SpecDiffers: a shard with rows was made by a job with other settings (checked if the sink has a spec).
             OutputError: the folder cannot be read.
         """
-        for path, record in list(self._footers()):
+        for record in list(self._footers()):
             try:
-                found = self._whole_shard(path, record)
+                found = self._whole_shard(record)
             except OutputError as error:
                 log.warning("ignored: %s", error)
                 continue
             yield found
 
-    def _footers(self) -> Iterator[tuple[Path, ShardRecord]]:
+    def _footers(self) -> Iterator[ShardRecord]:
         """Each readable shard and what it says of itself, in name order."""
-        for path in self._part_files():
+        for name in self._part_files():
             try:
-                footer, rows = read_footer(path)
-                if self._part(footer.shard.name) != path or rows != footer.shard.rows:
-                    raise OutputError(f"{path}: says it is shard {footer.shard.name}, with {footer.shard.rows} rows")
+                footer, rows = self._footer(name)
+                if self._part(footer.shard.name) != name or rows != footer.shard.rows:
+                    raise OutputError(
+                        f"{self._files.path(name)}: says it is shard {footer.shard.name}, with {footer.shard.rows} rows"
+                    )
             except OutputError as error:
                 log.warning("ignored: %s", error)
                 continue
@@ -148,37 +135,30 @@ class FolderSink:
                 if not footer.shard.rows and made != self._spec:
                     continue  # of a job that failed; what has no row cannot be mixed up with ours
                 refuse_other_spec(self.output, made, self._spec)
-            yield path, footer.shard
+            yield footer.shard
 
-    def _part_files(self) -> list[Path]:
-        try:
-            paths = sorted(self._folder.iterdir())
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            raise cannot("read", self._folder, error) from error
-        return [path for path in paths if path.name.startswith("part-") and path.name.endswith(".parquet")]
+    def _footer(self, name: str) -> tuple[Footer, int]:
+        with self._files.open(name) as file:
+            return read_footer(file, self._files.path(name))
 
-    def _whole_shard(self, path: Path, record: ShardRecord) -> ShardRecord:
-        errors_checksum = ""
+    def _part_files(self) -> list[str]:
+        return [name for name in self._files.names() if name.startswith("part-") and name.endswith(".parquet")]
+
+    def _whole_shard(self, record: ShardRecord) -> ShardRecord:
+        part, errors_checksum = self._part(record.name), ""
         if record.failed:
-            errors, failed = read_footer(self._errors(record.name))
+            name = self._errors(record.name)
+            errors, failed = self._footer(name)
             if errors.shard.name != record.name or failed != record.failed:
-                raise OutputError(f"{path}: its error rows are not those of {self._errors(record.name).name}")
-            _, errors_checksum = file_checksum(self._errors(record.name))
-        size, checksum = file_checksum(path)
+                raise OutputError(f"{self._files.path(part)}: its error rows are not those of {name}")
+            _, errors_checksum = self._files.checksum(name)
+        size, checksum = self._files.checksum(part)
         return msgspec.structs.replace(record, bytes=size, checksum=checksum, errors_checksum=errors_checksum)
 
     def read_manifest(self) -> Manifest | None:
         """The manifest; None before the job's end. Raises `OutputError` for one that cannot be read."""
-        path = self._folder / MANIFEST
-        try:
-            data = path.read_bytes()
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except OSError as error:
-            raise cannot("read", path, error) from error
-        return decode_manifest(data, str(path))
+        data = self._files.read(MANIFEST)
+        return None if data is None else decode_manifest(data, self._files.path(MANIFEST))
 
     def finalize(self, manifest: Manifest, sources: Sequence[str]) -> None:
         """Write `errors.jsonl` if a row failed (or one is there already), then the manifest.
@@ -189,28 +169,23 @@ class FolderSink:
             OutputError: a listed shard is not there, or a file cannot be written.
         """
         for shard in manifest.shards:
-            path = self._part(shard.name)
-            try:
-                size = path.stat().st_size
-            except OSError as error:
-                raise cannot("list this shard in the manifest", path, error) from error
+            name = self._part(shard.name)
+            size = self._files.size(name)
             if size != shard.bytes:
-                raise OutputError(f"{path}: has {size} bytes, was committed with {shard.bytes}: restore the file")
+                raise OutputError(
+                    f"{self._files.path(name)}: has {size} bytes, was committed with {shard.bytes}: restore the file"
+                )
         if not manifest.shards:
-            try:
-                self._folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise cannot("write", self._folder, error) from error
-        errors = self._folder / ERRORS
-        if manifest.failed or errors.exists():
+            self._files.prepare()
+        if manifest.failed or ERRORS in self._files.names():
             lines = (msgspec.json.encode(row) + b"\n" for row in self._error_rows(manifest, sources))
-            write_durable(errors, lines)
-        write_durable(self._folder / MANIFEST, [encode_manifest(manifest)])
+            self._files.write(ERRORS, lines)
+        self._files.write(MANIFEST, [encode_manifest(manifest)])
 
     def _error_rows(self, manifest: Manifest, sources: Sequence[str]) -> Iterator[ErrorRow]:
         for shard in manifest.shards:
             if shard.failed:
-                for batch in _batches(self._errors(shard.name), None, ERROR_ROWS):
+                for batch in self._batches(self._errors(shard.name), None, ERROR_ROWS):
                     yield from error_rows(batch, sources)
 
     def read(self, columns: Iterable[str] | None = None) -> Iterator[pa.RecordBatch]:
@@ -222,7 +197,7 @@ class FolderSink:
         manifest = self._listed()
         names = None if columns is None else list(columns)
         for shard in manifest.shards:
-            yield from _batches(self._part(shard.name), names, BATCH_ROWS)
+            yield from self._batches(self._part(shard.name), names, BATCH_ROWS)
 
     def read_errors(self) -> Iterator[ErrorRow]:
         """The listed shards' error rows. Raises as `read` does."""
@@ -232,7 +207,7 @@ class FolderSink:
     def _listed(self) -> Manifest:
         manifest = self.read_manifest()
         if manifest is None:
-            raise OutputError(f"{self._folder}: no {MANIFEST}: not a dataset, or its job has not ended yet")
+            raise OutputError(f"{mask(self.output)}: no {MANIFEST}: not a dataset, or its job has not ended yet")
         return manifest
 
     def describe(self) -> str:
@@ -242,40 +217,40 @@ class FolderSink:
         columns = "*" if spec is None else ", ".join(["id", *(_identifier(o.name) for o in spec.outputs)])
         listed = None if manifest is None else {self._part(shard.name) for shard in manifest.shards}
         if listed is None or listed.issuperset(self._part_files()):
-            return _shell(f"SELECT {columns} FROM {_literal(self._folder / 'part-*.parquet')} LIMIT 5")
-        prefix, path = _literal(self._folder / "part-"), _literal(self._folder / MANIFEST)
+            return _shell(f"{self._files.sql}SELECT {columns} FROM {self._literal('part-*.parquet')} LIMIT 5")
+        prefix, path = self._literal("part-"), self._literal(MANIFEST)
         return _shell(
-            f"SET VARIABLE shards = (SELECT list({prefix} || s.name || '.parquet') "
+            f"{self._files.sql}SET VARIABLE shards = (SELECT list({prefix} || s.name || '.parquet') "
             f"FROM (SELECT unnest(shards) AS s FROM {path})); "
             f"SELECT {columns} FROM read_parquet(getvariable('shards')) LIMIT 5"
         )
 
-    def _part(self, name: str) -> Path:
-        return self._folder / f"part-{name}.parquet"
+    def _batches(self, name: str, columns: list[str] | None, rows: int) -> Iterator[pa.RecordBatch]:
+        path = self._files.path(name)
+        try:
+            with self._files.open(name) as source, pq.ParquetFile(source) as file:
+                there = file.schema_arrow.names
+                unknown = set(columns or ()) - set(there)
+                if unknown:
+                    raise OutputError(f"{path}: no column {min(unknown)} (there are: {', '.join(there)})")
+                yield from file.iter_batches(batch_size=rows, columns=columns)
+        except pa.ArrowInvalid as error:
+            raise OutputError(f"{path}: damaged ({error}): restore the file") from error
+        except OSError as error:
+            raise self._files.cannot_read(name, error) from error
 
-    def _errors(self, name: str) -> Path:
-        return self._folder / f"errors-{name}.parquet"
+    def _literal(self, name: str) -> str:
+        return "'" + self._files.path(name).replace("'", "''") + "'"
 
+    def _part(self, name: str) -> str:
+        return f"part-{name}.parquet"
 
-def _batches(path: Path, columns: list[str] | None, rows: int) -> Iterator[pa.RecordBatch]:
-    try:
-        with pq.ParquetFile(path) as file:
-            unknown = set(columns or ()) - set(file.schema_arrow.names)
-            if unknown:
-                raise OutputError(f"{path}: no column {min(unknown)} (there are: {', '.join(file.schema_arrow.names)})")
-            yield from file.iter_batches(batch_size=rows, columns=columns)
-    except pa.ArrowInvalid as error:
-        raise OutputError(f"{path}: damaged ({error}): restore the file") from error
-    except OSError as error:
-        raise cannot("read", path, error) from error
+    def _errors(self, name: str) -> str:
+        return f"errors-{name}.parquet"
 
 
 def _identifier(name: str) -> str:
     return '"' + name.replace('"', '""') + '"' if not name.isidentifier() else name
-
-
-def _literal(path: Path) -> str:
-    return "'" + str(path).replace("'", "''") + "'"
 
 
 def _shell(sql: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -91,14 +90,14 @@ def _encode(
     return stream.getvalue()
 
 
-def read_footer(path: Path) -> tuple[Footer, int]:
-    """What a shard file says of itself, and how many rows it has.
+def read_footer(file: pa.NativeFile, path: str) -> tuple[Footer, int]:
+    """What a shard file says of itself, and how many rows it has. `path` names it in messages.
 
     Raises:
         OutputError: it is torn, or no shard of this version.
     """
     try:
-        metadata = pq.read_metadata(path)
+        metadata = pq.read_metadata(file)
     except (pa.ArrowInvalid, OSError) as error:
         raise OutputError(f"{path}: not a whole Parquet file ({error})") from error
     raw = (metadata.metadata or {}).get(FOOTER_KEY.encode())

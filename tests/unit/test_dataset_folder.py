@@ -51,7 +51,9 @@ def test_a_shard_is_found_as_it_was_recorded(dataset: Dataset) -> None:
 def test_the_footer_says_everything_of_its_shard(dataset: Dataset) -> None:
     content = make_content(dataset.spec)
     dataset.write(content)
-    footer, rows = read_footer(folder_of(dataset) / "part-a.parquet")
+    path = folder_of(dataset) / "part-a.parquet"
+    with pa.OSFile(str(path), "rb") as file:
+        footer, rows = read_footer(file, str(path))
     assert (footer.shard, footer.job_spec(), rows) == (content.record, dataset.spec, 3)
 
 

@@ -1,0 +1,140 @@
+"""Where the files of a dataset lie: a folder, or keys below a prefix of a bucket."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import uuid
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Protocol
+
+import pyarrow as pa
+
+from embedstream.dataset.files import Readable, cannot, sync_folder, write_durable
+from embedstream.errors import OutputError
+from embedstream.failpoints import reach
+
+
+class Storage(Protocol):
+    """Files of one dataset, by their names without a path. Every method raises `OutputError`, in one sentence."""
+
+    sql: str
+    """What DuckDB must be told before it can read there; ends in a space if there is any."""
+
+    def path(self, name: str) -> str:
+        """As people and SQL call a file."""
+
+    def prepare(self) -> None:
+        """Make the place if it can be made."""
+
+    def prove_writable(self) -> None:
+        """Write something that nobody sees."""
+
+    def names(self) -> list[str]:
+        """Of all files, in order; none if there is no such place."""
+
+    def size(self, name: str) -> int:
+        """Bytes of a file."""
+
+    def checksum(self, name: str) -> tuple[int, str]:
+        """Bytes of a file, and `sha256:<hex>` over them."""
+
+    def open(self, name: str) -> pa.NativeFile:
+        """A file for reading at any place; what fails in reading it is an `OSError` for `cannot_read`."""
+
+    def read(self, name: str) -> bytes | None:
+        """A small file whole; None if there is none."""
+
+    def write(self, name: str, pieces: Iterable[Readable]) -> None:
+        """Put a file there at once or not at all, replacing the one of that name; durable when this returns."""
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Remove those of the files that are there, in this order; durable when this returns."""
+
+    def cannot_read(self, name: str, error: OSError) -> OutputError:
+        """One sentence about what could not be read."""
+
+
+class Folder:
+    """A folder on a disk."""
+
+    sql = ""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def path(self, name: str) -> str:
+        return str(self._folder / name)
+
+    def prepare(self) -> None:
+        if self._folder.exists() and not self._folder.is_dir():
+            raise OutputError(f"{self._folder}: is a file, not a folder: choose another output (-o)")
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise cannot("write", self._folder, error) from error
+
+    def prove_writable(self) -> None:
+        probe = self._folder / f".probe-{uuid.uuid4().hex}"
+        try:
+            probe.touch(exist_ok=False)
+            probe.unlink()
+        except OSError as error:
+            raise cannot("write", self._folder, error) from error
+
+    def names(self) -> list[str]:
+        try:
+            return sorted(os.listdir(self._folder))  # noqa: PTH208  (names are what is wanted)
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise cannot("read", self._folder, error) from error
+
+    def size(self, name: str) -> int:
+        path = self._folder / name
+        try:
+            return path.stat().st_size
+        except OSError as error:
+            raise cannot("read", path, error) from error
+
+    def checksum(self, name: str) -> tuple[int, str]:
+        path = self._folder / name
+        try:
+            with path.open("rb") as file:
+                checksum = hashlib.file_digest(file, "sha256").hexdigest()
+                return file.tell(), f"sha256:{checksum}"
+        except OSError as error:
+            raise cannot("read", path, error) from error
+
+    def open(self, name: str) -> pa.NativeFile:
+        try:
+            return pa.OSFile(str(self._folder / name), "rb")
+        except OSError as error:
+            raise self.cannot_read(name, error) from error
+
+    def read(self, name: str) -> bytes | None:
+        path = self._folder / name
+        try:
+            return path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise cannot("read", path, error) from error
+
+    def write(self, name: str, pieces: Iterable[Readable]) -> None:
+        write_durable(self._folder / name, pieces)
+
+    def remove(self, names: Iterable[str]) -> None:
+        path = self._folder
+        try:
+            reach("shard.discarding")
+            for path in [self._folder / name for name in names]:
+                path.unlink(missing_ok=True)
+            sync_folder(self._folder)
+            reach("shard.discarded")
+        except OSError as error:
+            raise cannot("remove", path, error) from error
+
+    def cannot_read(self, name: str, error: OSError) -> OutputError:
+        return cannot("read", self._folder / name, error)
