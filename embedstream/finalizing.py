@@ -10,7 +10,7 @@ from embedstream.broker import Broker
 from embedstream.dataset.finalize import finalize
 from embedstream.dataset.manifest import encode_manifest
 from embedstream.dataset.sink import ShardRecord, Sink
-from embedstream.errors import BrokerError
+from embedstream.errors import BrokerError, EmbedstreamError
 from embedstream.jobs import JobSpec, JobState, parse_max_errors, verdict
 from embedstream.roots import is_redis
 from embedstream.settings import Settings
@@ -28,7 +28,7 @@ def finalize_job(
     """Finalize a job if it waits in the outbox and nobody else is at it. Whether it was finalized here and now.
 
     Raises:
-        OutputError: the manifest cannot be written, or the shards do not add up; the lease runs out, then others try.
+        OutputError: the manifest cannot be written, or the shards do not add up; others may try at once.
         redis.RedisError: as redis-py raises it.
     """
     lease = broker.run(broker.take_finalize(job, LEASE_MS))
@@ -42,7 +42,11 @@ def finalize_job(
         else verdict(status.rows, status.failed, parse_max_errors(status.max_errors))
     )
     shards = [_decode_record(job, raw) for raw in broker.shard_records(job)]
-    manifest = finalize(sink_for(status.spec), status, shards, state, lease.now / 1000)
+    try:
+        manifest = finalize(sink_for(status.spec), status, shards, state, lease.now / 1000)
+    except EmbedstreamError:
+        broker.run(broker.finalized(lease, JobState.FINALIZING, 0))
+        raise
     copy = encode_manifest(manifest).decode() if is_redis(status.spec.output) else ""
     days = settings.job_days if state is JobState.COMPLETED else settings.failed_days
     answer = broker.run(broker.finalized(lease, state, int(days * _DAY_MS), copy))

@@ -217,7 +217,10 @@ class Steps:
         return Step("take_finalize", (self.keys.job(job), self.keys.finalize), (job, lease_ms), _lease(job))
 
     def finalized(self, lease: Lease, state: JobState, ttl_ms: int, manifest: str = "") -> Step[Answer]:
-        """Record that the manifest stands: OK, STALE, UNKNOWN_JOB."""
+        """Record that the manifest stands: OK, STALE, UNKNOWN_JOB.
+
+        With the state `finalizing`: that it could not be written, so that the lease ends at once.
+        """
         keys, job = self.keys, lease.job
         return Step(
             "finalized",

@@ -15,8 +15,9 @@ import pyarrow.parquet as pq
 from embedstream.connection import mask
 from embedstream.dataset.content import check_content, in_order
 from embedstream.dataset.manifest import decode_manifest, encode_manifest, manifest_spec, refuse_other_spec
+from embedstream.dataset.ordering import Ordering
 from embedstream.dataset.parquet import Footer, encode_data, encode_errors, read_footer
-from embedstream.dataset.schema import ErrorRow, error_rows
+from embedstream.dataset.schema import ErrorRow, placed_errors
 from embedstream.dataset.sink import Manifest, ShardContent, ShardRecord
 from embedstream.dataset.storage import Folder, Storage
 from embedstream.errors import OutputError
@@ -178,15 +179,17 @@ class FolderSink:
         if not manifest.shards:
             self._files.prepare()
         if manifest.failed or ERRORS in self._files.names():
-            lines = (msgspec.json.encode(row) + b"\n" for row in self._error_rows(manifest, sources))
-            self._files.write(ERRORS, lines)
+            self._files.write(ERRORS, (row + b"\n" for row in self._error_rows(manifest, sources)))
         self._files.write(MANIFEST, [encode_manifest(manifest)])
 
-    def _error_rows(self, manifest: Manifest, sources: Sequence[str]) -> Iterator[ErrorRow]:
-        for shard in manifest.shards:
-            if shard.failed:
-                for batch in self._batches(self._errors(shard.name), None, ERROR_ROWS):
-                    yield from error_rows(batch, sources)
+    def _error_rows(self, manifest: Manifest, sources: Sequence[str]) -> Iterator[bytes]:
+        """The listed shards' error rows as JSON, in the order of the corpus."""
+        with Ordering() as ordering:
+            for shard in manifest.shards:
+                if shard.failed:
+                    for batch in self._batches(self._errors(shard.name), None, ERROR_ROWS):
+                        ordering.put(placed_errors(batch, sources))
+            yield from ordering.values()
 
     def read(self, columns: Iterable[str] | None = None) -> Iterator[pa.RecordBatch]:
         """The listed shards' rows, shard by shard; a few thousand rows are held at a time.
@@ -200,9 +203,10 @@ class FolderSink:
             yield from self._batches(self._part(shard.name), names, BATCH_ROWS)
 
     def read_errors(self) -> Iterator[ErrorRow]:
-        """The listed shards' error rows. Raises as `read` does."""
+        """The listed shards' error rows, in the order of the corpus. Raises as `read` does."""
         manifest = self._listed()
-        return self._error_rows(manifest, manifest_spec(manifest).parts)
+        lines = self._error_rows(manifest, manifest_spec(manifest).parts)
+        return (msgspec.json.decode(line, type=ErrorRow) for line in lines)
 
     def _listed(self) -> Manifest:
         manifest = self.read_manifest()

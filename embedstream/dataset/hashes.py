@@ -19,7 +19,8 @@ from embedstream.connection import connect, explain, mask
 from embedstream.dataset.address import RedisAddress
 from embedstream.dataset.content import check_content
 from embedstream.dataset.manifest import decode_manifest, encode_manifest, manifest_spec
-from embedstream.dataset.schema import ErrorRow, error_rows, vector_type
+from embedstream.dataset.ordering import Ordering
+from embedstream.dataset.schema import ErrorRow, placed_errors, vector_type
 from embedstream.dataset.sink import Manifest, ShardContent, ShardRecord
 from embedstream.errors import OutputError, UsageError
 from embedstream.failpoints import reach
@@ -119,14 +120,7 @@ class RedisSink:
         reach("hashes.written")
 
     def _write_errors(self, batch: pa.RecordBatch, spec: JobSpec) -> None:
-        fields = {
-            f"{part}:{row}:{chunk}": msgspec.json.encode(error)
-            for part, row, chunk, error in zip(
-                *(_list(batch, name) for name in ("part", "row", "chunk")),
-                error_rows(batch, spec.parts),
-                strict=True,
-            )
-        }
+        fields = {f"{part}:{row}:{chunk}": error for part, row, chunk, error in placed_errors(batch, spec.parts)}
         if not fields:
             return
         key = f"{self._prefix}_errors"
@@ -194,14 +188,19 @@ class RedisSink:
             yield pa.RecordBatch.from_arrays(arrays, schema=schema)
 
     def read_errors(self) -> Iterator[ErrorRow]:
-        """Every row that failed, of this job or an older one into the same prefix. Raises `OutputError`."""
-        cursor = 0
-        while True:
-            cursor, fields = self._ask(partial(self._client.hscan, f"{self._prefix}_errors", cursor, count=100))
-            for data in fields.values():
+        """Every row that failed, of this job or an older one into the same prefix, in the order of the corpus.
+
+        Raises:
+            OutputError: the server cannot be reached or refuses.
+        """
+        with Ordering() as ordering:
+            cursor = -1
+            while cursor:
+                key = f"{self._prefix}_errors"
+                cursor, fields = self._ask(partial(self._client.hscan, key, max(cursor, 0), count=100))
+                ordering.put((*map(int, place.split(b":")), data) for place, data in fields.items())
+            for data in ordering.values():
                 yield msgspec.json.decode(data, type=ErrorRow)
-            if cursor == 0:
-                return
 
     def describe(self) -> str:
         """A shell line that shows some keys."""

@@ -68,6 +68,13 @@ def errors_schema() -> pa.Schema:
     return pa.schema(fields)
 
 
+def placed_errors(errors: pa.Table | pa.RecordBatch, sources: Sequence[str]) -> Iterator[tuple[int, int, int, bytes]]:
+    """Part, row and chunk of each row in errors schema, and the row as people read it, in JSON."""
+    places = (errors.column(name).to_pylist() for name in ("part", "row", "chunk"))
+    for part, row, chunk, error in zip(*places, error_rows(errors, sources), strict=True):
+        yield part, row, chunk, msgspec.json.encode(error)
+
+
 def error_rows(errors: pa.Table | pa.RecordBatch, sources: Sequence[str]) -> Iterator[ErrorRow]:
     """Rows in errors schema as people read them; `sources[part]` becomes the file."""
     for row in errors.to_pylist():

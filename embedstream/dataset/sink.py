@@ -168,7 +168,7 @@ class Sink(Protocol):
         """The dataset's rows, shard by shard, in no promised order."""
 
     def read_errors(self) -> Iterator[ErrorRow]:
-        """The rows that failed, as people read them."""
+        """The rows that failed, as people read them, in the order of the corpus."""
 
     def describe(self) -> str:
         """One line of advice: how to read the vectors."""

@@ -1,7 +1,8 @@
--- Record that a job's manifest stands. All keys of the job get their expiry.
+-- Record that a job's manifest stands, and all keys of the job get their expiry; or that it could not be written, and
+-- others may try at once.
 --
 -- KEYS 1 job hash, 2 finalize, 3 shards, 4 suspect, 5 recent   (derived: <job>:done:<part>, <job>:sums:<part>)
--- ARGV 1 job id, 2 epoch, 3 state, 4 ended (ms, as in the manifest), 5 time to live (ms), 6 manifest or ''
+-- ARGV 1 job id, 2 epoch, 3 state, or 'finalizing' for a manifest that could not be written, 4 ended (ms, as in the manifest), 5 time to live (ms), 6 manifest or ''
 -- Answers {OK} | {STALE} (leased again since, or reopened) | {UNKNOWN_JOB}
 -- Twice: the second run finds the same epoch in an ended job and answers OK.
 
@@ -11,7 +12,10 @@ local id, epoch, state, ended, ttl = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4]
 local current = redis.call('HGET', job, 'state')
 if not current then return {'UNKNOWN_JOB'} end
 if redis.call('HGET', job, 'epoch') ~= epoch then return {'STALE'} end
-if current == state then return {'OK'} end
+if current == state then
+  if state == 'finalizing' then redis.call('ZADD', finalize, 'XX', 0, id) end
+  return {'OK'}
+end
 if current ~= 'finalizing' then return {'STALE'} end
 
 redis.call('ZREM', finalize, id)

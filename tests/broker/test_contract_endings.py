@@ -91,6 +91,21 @@ def test_only_the_newest_lease_may_say_that_a_job_is_finalized(lab: Lab) -> None
     assert lab.state(job) is JobState.COMPLETED
 
 
+def test_who_cannot_write_the_manifest_leaves_it_to_others_at_once(lab: Lab) -> None:
+    job = lab.create()
+    assert lab.broker.run(lab.broker.cancel(job)).code is Code.OK
+    lease = lab.broker.run(lab.broker.take_finalize(job, HOUR_MS))
+    assert lease is not None
+    for _ in range(2):
+        assert lab.broker.run(lab.broker.finalized(lease, JobState.FINALIZING, 0)).code is Code.OK
+    again = lab.broker.run(lab.broker.take_finalize(job, HOUR_MS))
+    assert again is not None
+    assert lab.broker.run(lab.broker.finalized(lease, JobState.FINALIZING, 0)).code is Code.STALE
+    assert lab.broker.run(lab.broker.take_finalize(job, HOUR_MS)) is None
+    assert lab.broker.run(lab.broker.finalized(again, JobState.CANCELLED, HOUR_MS)).code is Code.OK
+    assert lab.broker.run(lab.broker.finalized(again, JobState.FINALIZING, 0)).code is Code.STALE
+
+
 def test_a_lease_from_before_the_job_was_reopened_is_stale(lab: Lab) -> None:
     job = lab.create()
     lab.broker.run(lab.broker.cancel(job))

@@ -302,6 +302,27 @@ def test_errors_are_lines_that_point_into_the_corpus(dataset: Dataset) -> None:
     assert [error.line for error in dataset.sink.read_errors()] == [5]
 
 
+def test_errors_are_in_the_order_of_the_corpus_however_shards_came(dataset: Dataset) -> None:
+    places = [(1, 5), (0, 700), (0, 20), (1, 0), (0, 21), (0, 3)]
+    for n, (part, row) in enumerate(places):
+        others = [make_error(part, row + 1000), make_error(part, row)]
+        dataset.write(make_content(dataset.spec, f"s{n}", [(0, n)], errors=others))
+    dataset.end()
+    lines = [json.loads(line) for line in (folder_of(dataset) / "errors.jsonl").read_text().splitlines()]
+    found = [(line["file"], line["line"] - 1) for line in lines]
+    expected = sorted([*places, *((part, row + 1000) for part, row in places)])
+    assert found == [(dataset.spec.parts[part], row) for part, row in expected]
+    assert [(error.file, error.line) for error in dataset.sink.read_errors()] == [
+        (file, row + 1) for file, row in found
+    ]
+
+
+@pytest.mark.parametrize("state", [JobState.CANCELLED, JobState.FAILED])
+def test_a_job_that_ended_before_its_first_shard_leaves_nothing(dataset: Dataset, state: JobState) -> None:
+    dataset.end(state)
+    assert names_in(dataset) == []
+
+
 def test_a_job_without_errors_has_no_errors_file_unless_one_lies_there(dataset: Dataset) -> None:
     dataset.write(make_content(dataset.spec))
     dataset.end()
