@@ -5,16 +5,30 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import msgspec
 import pyarrow as pa
 
 from embedstream.errors import BlockError
+from embedstream.ipc_bounds import buffer_sizes
 from embedstream.jobs import FORMAT_VERSION
+from embedstream.settings import BLOCK_LIMITS, MIB
 
-MAX_BODY_BYTES = 16 * 1024 * 1024
-"""No valid block comes near this, kept fields included."""
+MAX_BODY_BYTES = 8 * MIB
+"""Of the rows as they travel, and of the refusals beside them. No valid block comes near this."""
+MAX_CONTENT_BYTES = 4 * MIB
+"""Of the rows once decompressed: the fullest block that is ever cut (one row's text and kept fields, a mebibyte each,
+or 256 rows with the longest ids) has two thirds of it."""
+MAX_ROWS = 4 * BLOCK_LIMITS.chunks
+"""Of a block, refused rows included: each takes a vector's memory in the worker, however short its text."""
+MOST_BLOCKS = 2**26
+"""Blocks of one part: its sums, 8 bytes each, end at the 512 MiB of a Redis string. The scripts refuse more."""
+MOST_PARTS = 2**31
+"""The dataset's `part` is an int32."""
+MOST_INPUT_ROWS = 2**53
+"""Rows of one part: what every reader of JSON can count to."""
 
 BASE_FIELDS: tuple[pa.Field[Any], ...] = (
     pa.field("row", pa.int64(), nullable=False),
@@ -138,8 +152,8 @@ def encode_block(block: Block) -> Entry:
     )
 
 
-def decode_block(fields: Mapping[bytes, bytes], keep: tuple[str, ...]) -> Block:
-    """Unpack and check a stream entry.
+def decode_block(fields: Mapping[bytes, bytes], keep: tuple[str, ...], parts: int = MOST_PARTS) -> Block:
+    """Unpack and check a stream entry, from whomever it comes, in bounded memory. `parts`: how many the job has.
 
     Raises:
         BlockError: version, sizes, schema or content are not what they should be.
@@ -149,28 +163,86 @@ def decode_block(fields: Mapping[bytes, bytes], keep: tuple[str, ...]) -> Block:
         part, number, count = int(fields[b"part"]), int(fields[b"block"]), int(fields[b"rows"])
         skipped = int(fields.get(b"skipped", b"0"))
         checksum = fields[b"sum"]
-        body = fields[b"body"]
-    except (KeyError, ValueError) as error:
+        body, refused_body = fields[b"body"], fields.get(b"refused", b"[]")
+    except KeyError as error:
         raise BlockError(f"stream entry lacks a field: {error}") from error
+    except ValueError as error:
+        raise BlockError("stream entry has a field that is no number") from error
     if version != FORMAT_VERSION:
         raise BlockError(
-            f"block has format version {version}, this worker reads {FORMAT_VERSION}: upgrade the older side"
+            f"block has format version {_shown(version)}, this worker reads {FORMAT_VERSION}: upgrade the older side"
         )
-    if part < 0 or number < 0 or count < 0 or skipped < 0 or len(checksum) != 8 or len(body) > MAX_BODY_BYTES:
-        raise BlockError(f"block {part}:{number} is out of bounds")
+    if not (0 <= part < parts and 0 <= number < MOST_BLOCKS):
+        raise BlockError(f"block {_shown(part)}:{_shown(number)} is out of bounds: its job has {parts} parts")
+    name = f"block {part}:{number}"
+    if not (0 <= count <= MAX_ROWS and 0 <= skipped < MOST_INPUT_ROWS and len(checksum) == 8):
+        raise BlockError(f"{name} is out of bounds: {_shown(count)} rows, at most {MAX_ROWS} are allowed")
+    if max(len(body), len(refused_body)) > MAX_BODY_BYTES:
+        raise BlockError(f"{name} is out of bounds: more than {MAX_BODY_BYTES:,} bytes")
     try:
-        with pa.ipc.open_stream(body) as reader:
-            batch = reader.read_next_batch()
-        batch.validate(full=True)
-        names = batch.schema.names
-        refused = msgspec.json.decode(fields.get(b"refused", b"[]"), type=tuple[Refusal, ...])
-    except (pa.ArrowException, OSError, EOFError, StopIteration, UnicodeDecodeError, msgspec.MsgspecError) as error:
-        raise BlockError(f"block {part}:{number} cannot be read: {error}") from error
-    if not batch.schema.equals(block_schema(keep)):
-        raise BlockError(f"block {part}:{number} has columns {names}, not those of its job")
+        batch = _read_rows(body, block_schema(keep), name)
+        refused = msgspec.json.decode(refused_body, type=tuple[Refusal, ...])
+    except (pa.ArrowException, OSError, EOFError, StopIteration, ValueError, RecursionError) as error:
+        raise BlockError(f"{name} cannot be read: {error}") from error
     if batch.num_rows != count:
-        raise BlockError(f"block {part}:{number} says {count} rows and has {batch.num_rows}")
+        raise BlockError(f"{name} says {count} rows and has {batch.num_rows}")
+    if batch.num_rows + len(refused) > MAX_ROWS:
+        raise BlockError(f"{name} has {len(refused)} refused rows beside {count} others, {MAX_ROWS} are allowed")
+    _check_rows(batch, refused, name)
     return Block(part=part, number=number, rows=batch, sum=checksum, refused=refused, skipped=skipped)
+
+
+def _read_rows(body: bytes, schema: pa.Schema, name: str) -> pa.RecordBatch:
+    """The one record batch of an Arrow stream. Nothing is decompressed before schema and sizes are what they may be."""
+    messages = pa.ipc.MessageReader.open_stream(body)
+    found = pa.ipc.read_schema(messages.read_next_message())
+    if not found.equals(schema):
+        raise BlockError(f"{name} has columns {_shown(found.names)}, not those of its job")
+    message = messages.read_next_message()
+    content = sum(buffer_sizes(message))
+    if content > MAX_CONTENT_BYTES:
+        raise BlockError(f"{name} holds {content:,} bytes once decompressed, at most {MAX_CONTENT_BYTES:,} are allowed")
+    # Of the job's own schema, not the found one: that may carry metadata of any kind.
+    batch = pa.ipc.read_record_batch(message, schema)
+    batch.validate(full=True)
+    return batch
+
+
+def _check_rows(batch: pa.RecordBatch, refused: tuple[Refusal, ...], name: str) -> None:
+    """Raise `BlockError` for what no producer says: rows twice or out of order, ids and texts beyond their bounds."""
+    rows: list[int] = _list(batch, "row")
+    chunks: list[int] = _list(batch, "chunk")
+    places = list(zip(rows, chunks, strict=True))
+    if any(before >= after for before, after in pairwise(places)):
+        raise BlockError(f"{name} has rows twice or out of order")
+    refused_rows = {refusal.row for refusal in refused}
+    if len(refused_rows) < len(refused) or not refused_rows.isdisjoint(rows):
+        raise BlockError(f"{name} has refused rows twice, or among the others")
+    if min((*rows, *refused_rows, *chunks), default=0) < 0 or max((*rows, *refused_rows), default=0) >= MOST_INPUT_ROWS:
+        raise BlockError(f"{name} has row or chunk numbers out of bounds")
+    limits = BLOCK_LIMITS
+    if max(_longest(batch, "id"), *(len(each.id or "") for each in refused), 0) > limits.longest_id_bytes:
+        raise BlockError(f"{name} has an id of more than {limits.longest_id_bytes:,} bytes")
+    if _longest(batch, "text") > limits.longest_text_bytes:
+        raise BlockError(f"{name} has a text of more than {limits.longest_text_bytes:,} bytes")
+
+
+def _list(batch: pa.RecordBatch, column: str) -> list[Any]:
+    return batch.column(column).to_pylist()
+
+
+def _longest(batch: pa.RecordBatch, column: str) -> int:
+    """UTF-8 bytes of the longest value of a string column as it was read, that is without an offset of its own."""
+    offsets = batch.column(column).buffers()[1]
+    if not batch.num_rows or offsets is None:
+        return 0
+    return max(end - start for start, end in pairwise(memoryview(offsets).cast("i")[: batch.num_rows + 1]))
+
+
+def _shown(value: object) -> str:
+    """A value from outside, short enough for a message."""
+    text = str(value)
+    return text if len(text) <= 100 else f"{text[:100]}…"
 
 
 def _encode_refused(refused: tuple[Refusal, ...]) -> bytes:

@@ -63,7 +63,7 @@ class Broker(Steps):
     def claim(self, consumer: str, jobs: Sequence[str], count: int, block_ms: int) -> list[Claimed]:
         """New blocks of `jobs`, at most `count` per job, waiting up to `block_ms` (0: not at all) for the first.
 
-        Blocks that are done already (adopted meanwhile) are dropped and not returned.
+        Blocks that are done already (adopted meanwhile) are dropped and not returned. Entries that are no blocks are.
         """
         if not jobs:
             return []
@@ -149,23 +149,16 @@ class Broker(Steps):
     def _keep_undone(self, streams: Mapping[str, str], claimed: list[Claimed]) -> list[Claimed]:
         if not claimed:
             return []
+        # What has no address cannot be done: it is the caller's to say what becomes of its job.
         addresses = [block_address(c.fields) for c in claimed]
         with self._raw.pipeline(transaction=False) as pipe:
             for c, address in zip(claimed, addresses, strict=True):
-                if address is None:
-                    log.warning("%s: entry %s is no block of this protocol, dropped", c.stream, c.entry)
-                    pipe.xack(c.stream, GROUP, c.entry)
-                    pipe.xdel(c.stream, c.entry)
-            for c, address in zip(claimed, addresses, strict=True):
                 if address is not None:
                     pipe.getbit(self.keys.done(streams[c.stream], address[0]), address[1])
-            raw = pipe.execute()
-        done = iter(raw[2 * addresses.count(None) :])
+            done = iter(pipe.execute())
         kept: list[Claimed] = []
         for c, address in zip(claimed, addresses, strict=True):
-            if address is None:
-                continue
-            if next(done):
+            if address is not None and next(done):
                 block = CommitBlock(*address, b"", c.entry, entry_size(c.fields))
                 self.run(self.drop(streams[c.stream], [block]))
             else:

@@ -18,6 +18,9 @@ FORMAT_VERSION = 1
 
 DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 
+MOST_KEPT = 1000
+"""Kept fields: each costs a block some bytes a row, whatever it holds."""
+
 RESERVED_COLUMNS = frozenset(
     {"part", "row", "id", "chunk", "start", "end", "text", "text_pair", "n_tokens", "truncated", "input_hash"}
 )
@@ -81,6 +84,8 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
         for name in self.keep:
             if name in taken:
                 raise UsageError(f"--keep {name}: the dataset has a column of that name already")
+        if len(self.keep) > MOST_KEPT:
+            raise UsageError(f"--keep names {len(self.keep):,} fields: at most {MOST_KEPT:,} are carried")
         if len(set(self.keep)) != len(self.keep):
             raise UsageError("--keep names a field twice")
         if len(self.outputs) != 1:

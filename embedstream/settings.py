@@ -87,6 +87,8 @@ class BlockLimits(msgspec.Struct, frozen=True, kw_only=True):
     """Most UTF-8 bytes of text in a block of several chunks."""
     longest_text_bytes: int = MIB
     """A longer text is refused; up to this it is a block of its own."""
+    longest_id_bytes: int = 1024
+    """A longer id is refused: ids become keys, and are shown."""
 
 
 BLOCK_LIMITS = BlockLimits()

@@ -13,6 +13,7 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
+from embedstream.blocks import MOST_BLOCKS as MOST_BLOCKS
 from embedstream.blocks import Entry
 from embedstream.dataset.sink import ShardRecord
 from embedstream.errors import BrokerError
@@ -20,9 +21,6 @@ from embedstream.jobs import JobSpec, JobState
 from embedstream.keys import RELEASED, Keys
 
 T = TypeVar("T")
-
-MOST_BLOCKS = 2**26
-"""Blocks of one part: its sums, 8 bytes each, end at the 512 MiB of a Redis string. The scripts refuse more."""
 
 Argument = str | bytes | int | float
 

@@ -133,6 +133,9 @@ def _check(status: JobStatus, shards: Sequence[ShardRecord], blocks: Sequence[Bl
     for before, after in pairwise(blocks):
         if (before.part, before.block) == (after.part, after.block):
             raise OutputError(f"job {status.job}: block {after.part}:{after.block} lies in two shards")
+    for block in blocks:
+        if not 0 <= block.part < len(status.spec.parts):
+            raise OutputError(f"job {status.job}: a shard holds part {block.part} of {len(status.spec.parts)} parts")
     for shard in shards:
         if shard.space != shards[0].space or shard.dim != shards[0].dim or shard.normalized != shards[0].normalized:
             raise OutputError(

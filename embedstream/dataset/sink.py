@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import msgspec
 import pyarrow as pa
@@ -16,6 +16,9 @@ from embedstream.dataset.address import SCHEMES, parse_address
 from embedstream.dataset.schema import ErrorRow
 from embedstream.errors import UsageError
 from embedstream.jobs import JobSpec
+
+ShardName = Annotated[str, msgspec.Meta(pattern=r"\A[0-9A-Za-z_-]{1,64}\Z")]
+"""Names become file names, wherever records and manifests come from."""
 
 
 class BlockRecord(msgspec.Struct, frozen=True):
@@ -35,7 +38,7 @@ class BlockRecord(msgspec.Struct, frozen=True):
 class ShardRecord(msgspec.Struct, frozen=True, kw_only=True):
     """What a shard holds: written into its footer, committed to Redis, listed by the manifest."""
 
-    name: str
+    name: ShardName
     """`X` of `part-X.parquet` and `errors-X.parquet`; unique for ever."""
     job: str
     space: str
@@ -75,7 +78,7 @@ class ShardContent:
 class ManifestShard(msgspec.Struct, frozen=True):
     """A shard as the manifest lists it."""
 
-    name: str
+    name: ShardName
     rows: int
     failed: int
     bytes: int

@@ -28,7 +28,7 @@ TITLE_FIELD = "title"
 
 LONGEST_LINE_BYTES = 8 * MIB
 """A longer line is refused unread: the longest text with every character escaped still fits."""
-LONGEST_ID_BYTES = 1024
+LONGEST_ID_BYTES = BLOCK_LIMITS.longest_id_bytes
 LONGEST_KEPT_BYTES = MIB
 """All kept fields of a row together: a block must stay a small stream entry."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable
@@ -13,8 +12,9 @@ import redis
 import redis.asyncio
 from broker_lab import BOUND, HOUR_MS, Lab, make_entry, make_record, to_commit
 
+from embedstream.blocks import decode_block
 from embedstream.broker import AsyncBroker, Broker
-from embedstream.errors import JobUnknown
+from embedstream.errors import BlockError, JobUnknown
 from embedstream.jobs import JobState
 from embedstream.keys import GROUP
 from embedstream.steps import Code
@@ -78,26 +78,17 @@ def test_a_sweep_stops_at_its_count(lab: Lab) -> None:
 
 
 @pytest.mark.parametrize("fields", MALFORMED)
-def test_entries_without_an_address_are_dropped_with_a_warning(
-    lab: Lab, fields: dict[Any, Any], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_entries_without_an_address_are_handed_out_and_refused_by_the_decoder(lab: Lab, fields: dict[Any, Any]) -> None:
     job = lab.create()
     lab.client.xadd(lab.keys.blocks(job), fields)
     lab.fill(job, 1)
-    with caplog.at_level(logging.WARNING, logger="embedstream.broker"):
-        [good] = lab.claim(job)
+    bad, good = lab.claim(job)
     assert good.fields[b"block"] == b"0"
-    assert "is no block" in caplog.text
-    assert (lab.broker.backlog(job), lab.broker.pending(good.stream, "w1")) == (1, [good.entry])
-
-
-def test_malformed_entries_of_a_dead_consumer_are_dropped_by_the_sweep(lab: Lab) -> None:
-    job = lab.create()
-    stream = lab.keys.blocks(job)
-    lab.client.xadd(stream, {b"x": b"y"})
-    lab.client.xreadgroup(GROUP, "w1", {stream: ">"})
-    assert lab.sweep(job, idle_ms=0) == []
-    assert lab.broker.backlog(job) == 0
+    with pytest.raises(BlockError):
+        decode_block(bad.fields, ())
+    lab.age([bad])
+    [again] = lab.sweep(job)
+    assert again.entry == bad.entry
 
 
 def test_jobs_that_ended_or_never_were_give_nothing(lab: Lab) -> None:

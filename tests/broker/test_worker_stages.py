@@ -17,6 +17,7 @@ from worker_lab import WorkerLab, pack, refusal, worker_lab
 from embedstream.broker import Broker
 from embedstream.connection import connect
 from embedstream.interactive import EmbedReply, EmbedRequest
+from embedstream.jobs import JobState
 from embedstream.settings import WorkerSettings
 from embedstream.workers import WorkerRecord
 from embedstream_worker.engines.hashing import HashingEngine
@@ -174,21 +175,36 @@ def test_blocks_without_a_text_do_not_make_windows_without_end(bench: WorkerLab)
     taking.stop()
 
 
-def test_a_block_that_cannot_be_read_is_handed_back_and_its_job_left_to_others(bench: WorkerLab) -> None:
-    job = bench.create(bench.spec())
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        ({b"v": b"99"}, "99"),
+        ({b"body": b"no Arrow"}, "block 0:1 cannot be read"),
+        ({b"part": b"7"}, "its job has 1 parts"),
+        ({b"block": b"x"}, "no number"),
+        ({b"block": b"1" * 4000}, "out of bounds"),
+    ],
+)
+def test_a_block_that_cannot_be_read_ends_its_job_with_the_reason_and_no_other(
+    bench: WorkerLab, broken: dict[bytes, bytes], message: str
+) -> None:
+    job, other = bench.create(bench.spec()), bench.create(bench.spec("other"))
+    bench.submit(other, pack(["c"], 1))
     bench.submit(job, pack(["a", "b"], 1))
     client: Any = bench.broker.client
     stream = bench.broker.keys.blocks(job)
-    (_, fields), *_ = client.xrange(stream)
-    client.xadd(stream, {**fields, b"v": b"99"})
+    *_, (_, fields) = client.xrange(stream)
+    client.xadd(stream, {**fields, **broken})
     taking = Taking(bench)
-    got = {held.block.number for held in taking.next()}
-    while not taking.jobs.refused():
-        got |= {held.block.number for held in taking.next()}
+    got = [(held.job.id, held.block.number) for held in taking.next()]
+    while not bench.broker.status(job).reason:
+        got += [(held.job.id, held.block.number) for held in taking.next()]
     taking.stop()
-    assert got == {0, 1}
-    assert "99" in taking.jobs.refused()[job]
-    assert bench.owners(job) == {"w1": 2, "released": 1}
+    status = bench.broker.status(job)
+    assert message in status.reason
+    assert (status.state, bench.broker.outbox()) == (JobState.FINALIZING, [job])
+    assert (other, 0) in got
+    assert bench.broker.state(other) is JobState.RUNNING
 
 
 def test_a_window_that_nobody_takes_any_more_is_handed_back(bench: WorkerLab) -> None:

@@ -121,8 +121,8 @@ def not_utf8() -> bytes:
     ("changes", "message"),
     [
         *[({field: None}, "lacks a field") for field in (b"v", b"part", b"block", b"rows", b"sum", b"body")],
-        ({b"part": b"first"}, "lacks a field"),
-        ({b"skipped": b"x"}, "lacks a field"),
+        ({b"part": b"first"}, "no number"),
+        ({b"skipped": b"x"}, "no number"),
         ({b"v": b"2"}, "format version 2, this worker reads 1: upgrade"),
         ({b"part": b"-1"}, "out of bounds"),
         ({b"block": b"-1"}, "out of bounds"),

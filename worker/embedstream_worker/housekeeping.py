@@ -10,9 +10,10 @@ import redis
 
 from embedstream.broker import Broker
 from embedstream.connection import mask
-from embedstream.dataset.sink import open_sink
-from embedstream.errors import EmbedstreamError
+from embedstream.dataset.sink import Sink, open_sink
+from embedstream.errors import EmbedstreamError, OutputError
 from embedstream.finalizing import finalize_job
+from embedstream.jobs import JobSpec
 from embedstream.roots import allows
 
 log = logging.getLogger(__name__)
@@ -52,13 +53,17 @@ class Housekeeping:
         self._failed = {job: why for job, why in self._failed.items() if job in outbox}
         for job in outbox:
             try:
-                spec = self._broker.status(job).spec
-                if not allows(self._roots, spec.output):
-                    self._note(job, f"{mask(spec.output)} is outside this worker's output roots")
-                elif finalize_job(self._broker, job, lambda s: open_sink(s.output, s, self._redis_url)):
+                self._sink(self._broker.status(job).spec)  # a lease that this worker cannot use would hold others up
+                if finalize_job(self._broker, job, self._sink):
                     log.info("job %s finalized", job)
             except EmbedstreamError as error:
                 self._note(job, str(error))
+
+    def _sink(self, spec: JobSpec) -> Sink:
+        """Raises `OutputError` for an output that this worker may not write."""
+        if not allows(self._roots, spec.output):
+            raise OutputError(f"{mask(spec.output)} is outside this worker's output roots")
+        return open_sink(spec.output, spec, self._redis_url)
 
     def _note(self, job: str, why: str) -> None:
         if self._failed.get(job) != why:

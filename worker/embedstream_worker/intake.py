@@ -26,7 +26,7 @@ BYTES_PER_TOKEN = 4
 """English text under a word-piece vocabulary; only the window's size hangs on it."""
 
 OTHER_BYTES_PER_TOKEN = 64
-"""Kept fields cost no model time, but memory: so many bytes of a block count as one token."""
+"""Kept fields and refused rows cost no model time, but memory: so many bytes of a block count as one token."""
 
 LEAST_BLOCK_TOKENS = 256
 """What the smallest block counts, one that holds nothing but refused rows: a window is at most some hundred blocks."""
@@ -34,6 +34,9 @@ LEAST_BLOCK_TOKENS = 256
 FIRST_WINDOW_TOKENS = 32_768
 """What the first window after idleness holds; each that follows holds twice as much, up to a full one. The model waits
 for the first: not until a full window is tokenized."""
+
+MOST_PER_CLAIM = 128
+"""Blocks claimed at once, however small the last ones were: the next ones may be as large as blocks can be."""
 
 STREAMS_PER_READ = 16
 """Jobs read at once; with more, they take turns."""
@@ -133,7 +136,7 @@ class Intake:
         tokens, closes = 0.0, 0.0
         self._wanted_tokens = min(self._window_tokens, max(2 * self._wanted_tokens, FIRST_WINDOW_TOKENS))
         while not self._life.stopping.is_set():
-            wanted = max(1, int((self._wanted_tokens - tokens) / self._block_tokens))
+            wanted = min(MOST_PER_CLAIM, max(1, int((self._wanted_tokens - tokens) / self._block_tokens)))
             claimed = self._sweep(jobs, wanted) or self._claim(jobs, wanted, 0)
             if not claimed:
                 if blocks and self._nothing_to_come(blocks):
@@ -186,14 +189,10 @@ class Intake:
 
     def _decode(self, claimed: Claimed, job: OpenJob) -> HeldBlock | None:
         try:
-            block = decode_block(claimed.fields, job.spec.keep)
+            block = decode_block(claimed.fields, job.spec.keep, len(job.spec.parts))
         except BlockError as error:
-            self._jobs.refuse(job.id, str(error))
             self._held.remove(claimed.stream, [claimed.entry])
-            try:
-                hand_back(self._broker, claimed.stream, self._consumer, [claimed.entry])
-            except redis.RedisError as trouble:
-                log.warning("could not hand a block back (%s): its lease will expire", trouble)
+            self._jobs.fail(job.id, str(error))
             return None
         size = entry_size(claimed.fields)
         return HeldBlock(job, claimed.stream, claimed.entry, size, claimed.deliveries, block)
@@ -228,4 +227,4 @@ def estimate_tokens(held: HeldBlock) -> float:
     """What a block counts in a window."""
     rows = held.block.rows
     text = rows.column("text").nbytes / BYTES_PER_TOKEN + rows.num_rows
-    return max(LEAST_BLOCK_TOKENS, text, rows.nbytes / OTHER_BYTES_PER_TOKEN)
+    return max(LEAST_BLOCK_TOKENS, text, (rows.nbytes + held.size) / OTHER_BYTES_PER_TOKEN)

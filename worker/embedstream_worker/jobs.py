@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
+import redis
 
 from embedstream.broker import Broker
 from embedstream.connection import mask
@@ -120,6 +121,22 @@ class Jobs:
         if before is None or before.why != why:
             log.warning("job %s is not for this worker: %s", job, why)
 
+    def fail(self, job: str, why: str) -> None:
+        """End a job that no worker can ever serve, and say why to whoever waits for it."""
+        self.refuse(job, why, LOOK_AGAIN_SECONDS)
+        try:
+            self._broker.run(self._broker.cancel(job, JobState.FAILED, why))
+        except redis.RedisError as error:
+            log.warning("job %s could not be ended (%s): whoever takes it next will try", job, error)
+
+    def check_root(self, job: OpenJob) -> None:
+        """Raise `OutputError` if the job's output is not below the roots any more: a folder may have become a link."""
+        if not allows(self._roots, job.spec.output):
+            raise OutputError(self._outside(job.spec))
+
+    def _outside(self, spec: JobSpec) -> str:
+        return f"{mask(spec.output)} is outside this worker's output roots ({', '.join(map(mask, self._roots))})"
+
     def _may_look(self, job: str) -> bool:
         refused = self._refused.get(job)
         return refused is None or self._clock() >= refused.until
@@ -139,9 +156,7 @@ class Jobs:
         except (JobUnknown, OutputError) as error:
             self.refuse(job, str(error), LOOK_AGAIN_SECONDS)
         except ModelError as error:
-            # No worker of this model can ever serve such a job: say so to whoever waits for it.
-            self.refuse(job, str(error))
-            self._broker.run(self._broker.cancel(job, JobState.FAILED, str(error)))
+            self.fail(job, str(error))
         except EmbedstreamError as error:
             self.refuse(job, str(error))
         else:
@@ -172,8 +187,7 @@ class Jobs:
         if spec.revision is not None and spec.revision != self._model.revision:
             return f"it asks for revision {spec.revision}, this worker serves {self._model.revision or 'the default'}"
         if not allows(self._roots, spec.output):
-            roots = ", ".join(map(mask, self._roots))
-            return f"{mask(spec.output)} is outside this worker's output roots ({roots})"
+            return self._outside(spec)
         for wanted in spec.outputs:
             given = self._engine.info.outputs.get(wanted.name)
             if given is None:

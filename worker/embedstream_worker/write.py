@@ -198,8 +198,24 @@ class Write:
                 log.info("job %s: %d blocks were done by others first", shard.job.id, len(refused))
                 self._forget(refused)
             else:
-                log.warning("job %s: %d blocks are of another corpus, dropped", shard.job.id, len(refused))
-                release(self._broker, self._consumer, self._held, refused)
+                self._drop_changed(shard, refused)
+
+    def _drop_changed(self, shard: OpenShard, refused: list[HeldBlock]) -> None:
+        """Blocks of a corpus from before Redis was emptied have no entries any more. One that still has its own was put
+        there past the submit step: given back it would come again for ever.
+        """
+        log.warning("job %s: %d blocks are of another corpus, dropped", shard.job.id, len(refused))
+        self._forget(refused)
+        try:
+            pending = set(self._broker.pending(shard.stream, self._consumer))
+        except redis.RedisError as error:
+            log.warning("Redis cannot be used (%s); the lease of these blocks will expire", error)
+            return
+        for held in refused:
+            if held.entry in pending:
+                name = f"block {held.block.part}:{held.block.number}"
+                self._jobs.fail(shard.job.id, f"{name} in the queue is not the one that was submitted under its number")
+                return
 
     def _settle(self, job: OpenJob, record: ShardRecord, answer: Answer, held: list[HeldBlock]) -> None:
         match answer.code:
@@ -237,6 +253,7 @@ class Write:
         backoff, failures, begun = ExponentialWithJitterBackoff(base=0.5, cap=15.0), 0, time.monotonic()
         while True:
             try:
+                self._jobs.check_root(job)
                 return job.sink.write_shard(content)
             except OutputError as error:
                 failures += 1
