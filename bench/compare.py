@@ -124,11 +124,13 @@ def loops() -> list[Contender]:
 
 
 def compete(contenders: Sequence[Contender], task: Task, rounds: int) -> list[Entry]:
-    """All are started, then run in turn."""
+    """All are started, run once unmeasured (engines compile for each new shape of a batch), then run in turn."""
     entries = [Entry(contender) for contender in contenders]
     for entry in entries:
         say(f"  starting {entry.contender.name}")
         entry.contender.start(task)
+    for entry in entries:
+        entry.contender.run()
     for number in range(rounds):
         # Every other round backwards: nobody always follows the same neighbour.
         for entry in entries if number % 2 == 0 else reversed(entries):

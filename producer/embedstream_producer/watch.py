@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -23,6 +24,11 @@ from embedstream_producer.progress import Progress
 
 WORKERS_SECONDS = 2.0
 """Between two looks at what workers say of themselves, which they say as often."""
+
+AGE_SHARE = 0.01
+"""The end of a young job is looked for more often: so that its wait is a small share of what it took."""
+
+LEAST_SECONDS = 0.02
 
 FINALIZE_TRIES_SECONDS = 10.0
 """Between two tries at a manifest that could not be written from here; a worker may be able to."""
@@ -87,7 +93,8 @@ class Watch:
                 return status
             if status is not None and status.state is JobState.SUBMITTING:
                 return None
-            time.sleep(self._seconds)
+            age = status.seconds if status is not None else math.inf
+            time.sleep(min(self._seconds, max(LEAST_SECONDS, AGE_SHARE * age)))
 
     def look(self) -> JobStatus | None:
         """One look; None while Redis cannot be reached. Raises `JobUnknown`."""

@@ -41,7 +41,7 @@ MOST_PER_CLAIM = 128
 STREAMS_PER_READ = 16
 """Jobs read at once; with more, they take turns."""
 
-IDLE_WAIT_MS = 200
+IDLE_WAIT_MS = 50
 """How long one read waits for a first block: how late a new job or a stop may be seen."""
 
 LOOK_AGAIN_MS = 50
