@@ -16,7 +16,7 @@ from measure import table
 from embedstream.blocks import decode_block, encode_block
 from embedstream.broker import Broker
 from embedstream.connection import connect
-from embedstream.dataset.hashing import input_hashes
+from embedstream.dataset.hashing import input_hashes, model_inputs
 from embedstream.dataset.schema import errors_schema
 from embedstream.dataset.sink import ShardContent, ShardRecord, open_sink
 from embedstream.input.duplicates import DuplicateIndex
@@ -29,7 +29,6 @@ from embedstream_worker.batching import cut_batches, gather_batch
 from embedstream_worker.engines.hashing import HashingEngine
 from embedstream_worker.finish import finish_blocks
 from embedstream_worker.held import EmbeddedGroup, HeldBlock, TokenizedGroup
-from embedstream_worker.inputs import model_inputs
 from embedstream_worker.jobs import OpenJob
 
 CHUNKS = 20_480

@@ -21,6 +21,10 @@ class OutputError(EmbedstreamError):
     """An output that cannot be written or read, or that no worker may write."""
 
 
+class ManifestDamaged(OutputError):
+    """A manifest that is there and cannot be read."""
+
+
 class OutputBusy(OutputError):
     """Another run holds the lock on this output."""
 

@@ -46,7 +46,7 @@ class FolderSink:
 
     def __init__(self, output: str, spec: JobSpec | None = None) -> None:
         self.output = output
-        self._files: Storage = Folder(Path(output))
+        self.files: Storage = Folder(Path(output))
         self._spec = spec
 
     def check(self) -> None:
@@ -56,11 +56,11 @@ class FolderSink:
             OutputError: it cannot, or the folder holds something else than a dataset.
             SpecDiffers: it holds rows of a job with other settings (if the sink has a spec).
         """
-        self._files.prepare()
-        names = self._files.names()
+        self.files.prepare()
+        names = self.files.names()
         if not any(name.startswith(OURS) for name in names):
             self._refuse_foreign(names)
-        self._files.prove_writable()
+        self.files.prove_writable()
         # One shard speaks for all: whoever wrote the others has passed here too.
         next(self._footers(), None)
 
@@ -89,10 +89,10 @@ class FolderSink:
         errors_checksum = ""
         if record.failed:
             errors = encode_errors(in_order(content.errors), footer)
-            self._files.write(self._errors(record.name), [errors])
+            self.files.write(errors_file(record.name), [errors])
             errors_checksum = f"sha256:{hashlib.sha256(errors).hexdigest()}"
         encoded = encode_data(in_order(content.data), footer)
-        self._files.write(self._part(record.name), [encoded])
+        self.files.write(part_file(record.name), [encoded])
         checksum = f"sha256:{hashlib.sha256(encoded).hexdigest()}"
         return msgspec.structs.replace(record, bytes=encoded.size, checksum=checksum, errors_checksum=errors_checksum)
 
@@ -102,7 +102,7 @@ class FolderSink:
         Raises:
             OutputError: they cannot be removed.
         """
-        self._files.remove([self._part(name), self._errors(name)])
+        self.files.remove([part_file(name), errors_file(name)])
 
     def find_shards(self) -> Iterator[ShardRecord]:
         """Whole shards of this job, in name order; hashes every file. Others are left alone, with a warning.
@@ -123,10 +123,10 @@ class FolderSink:
         """Each readable shard and what it says of itself, in name order."""
         for name in self._part_files():
             try:
-                footer, rows = self._footer(name)
-                if self._part(footer.shard.name) != name or rows != footer.shard.rows:
+                footer, rows = self.footer(name)
+                if part_file(footer.shard.name) != name or rows != footer.shard.rows:
                     raise OutputError(
-                        f"{self._files.path(name)}: says it is shard {footer.shard.name}, with {footer.shard.rows} rows"
+                        f"{self.files.path(name)}: says it is shard {footer.shard.name}, with {footer.shard.rows} rows"
                     )
             except OutputError as error:
                 log.warning("ignored: %s", error)
@@ -138,28 +138,29 @@ class FolderSink:
                 refuse_other_spec(self.output, made, self._spec)
             yield footer.shard
 
-    def _footer(self, name: str) -> tuple[Footer, int]:
-        with self._files.open(name) as file:
-            return read_footer(file, self._files.path(name))
+    def footer(self, name: str) -> tuple[Footer, int]:
+        """What a shard's file says of itself, and how many rows it has. Raises `OutputError`."""
+        with self.files.open(name) as file:
+            return read_footer(file, self.files.path(name))
 
     def _part_files(self) -> list[str]:
-        return [name for name in self._files.names() if name.startswith("part-") and name.endswith(".parquet")]
+        return [name for name in self.files.names() if name.startswith("part-") and name.endswith(".parquet")]
 
     def _whole_shard(self, record: ShardRecord) -> ShardRecord:
-        part, errors_checksum = self._part(record.name), ""
+        part, errors_checksum = part_file(record.name), ""
         if record.failed:
-            name = self._errors(record.name)
-            errors, failed = self._footer(name)
+            name = errors_file(record.name)
+            errors, failed = self.footer(name)
             if errors.shard.name != record.name or failed != record.failed:
-                raise OutputError(f"{self._files.path(part)}: its error rows are not those of {name}")
-            _, errors_checksum = self._files.checksum(name)
-        size, checksum = self._files.checksum(part)
+                raise OutputError(f"{self.files.path(part)}: its error rows are not those of {name}")
+            _, errors_checksum = self.files.checksum(name)
+        size, checksum = self.files.checksum(part)
         return msgspec.structs.replace(record, bytes=size, checksum=checksum, errors_checksum=errors_checksum)
 
     def read_manifest(self) -> Manifest | None:
         """The manifest; None before the job's end. Raises `OutputError` for one that cannot be read."""
-        data = self._files.read(MANIFEST)
-        return None if data is None else decode_manifest(data, self._files.path(MANIFEST))
+        data = self.files.read(MANIFEST)
+        return None if data is None else decode_manifest(data, self.files.path(MANIFEST))
 
     def finalize(self, manifest: Manifest, sources: Sequence[str]) -> None:
         """Write `errors.jsonl` if a row failed (or one is there already), then the manifest.
@@ -170,24 +171,24 @@ class FolderSink:
             OutputError: a listed shard is not there, or a file cannot be written.
         """
         for shard in manifest.shards:
-            name = self._part(shard.name)
-            size = self._files.size(name)
+            name = part_file(shard.name)
+            size = self.files.size(name)
             if size != shard.bytes:
                 raise OutputError(
-                    f"{self._files.path(name)}: has {size} bytes, was committed with {shard.bytes}: restore the file"
+                    f"{self.files.path(name)}: has {size} bytes, was committed with {shard.bytes}: restore the file"
                 )
         if not manifest.shards:
-            self._files.prepare()
-        if manifest.failed or ERRORS in self._files.names():
-            self._files.write(ERRORS, (row + b"\n" for row in self._error_rows(manifest, sources)))
-        self._files.write(MANIFEST, [encode_manifest(manifest)])
+            self.files.prepare()
+        if manifest.failed or ERRORS in self.files.names():
+            self.files.write(ERRORS, (row + b"\n" for row in self.error_lines(manifest, sources)))
+        self.files.write(MANIFEST, [encode_manifest(manifest)])
 
-    def _error_rows(self, manifest: Manifest, sources: Sequence[str]) -> Iterator[bytes]:
+    def error_lines(self, manifest: Manifest, sources: Sequence[str]) -> Iterator[bytes]:
         """The listed shards' error rows as JSON, in the order of the corpus."""
         with Ordering() as ordering:
             for shard in manifest.shards:
                 if shard.failed:
-                    for batch in self._batches(self._errors(shard.name), None, ERROR_ROWS):
+                    for batch in self.batches(errors_file(shard.name), None, ERROR_ROWS):
                         ordering.put(placed_errors(batch, sources))
             yield from ordering.values()
 
@@ -200,12 +201,12 @@ class FolderSink:
         manifest = self._listed()
         names = None if columns is None else list(columns)
         for shard in manifest.shards:
-            yield from self._batches(self._part(shard.name), names, BATCH_ROWS)
+            yield from self.batches(part_file(shard.name), names, BATCH_ROWS)
 
     def read_errors(self) -> Iterator[ErrorRow]:
         """The listed shards' error rows, in the order of the corpus. Raises as `read` does."""
         manifest = self._listed()
-        lines = self._error_rows(manifest, manifest_spec(manifest).parts)
+        lines = self.error_lines(manifest, manifest_spec(manifest).parts)
         return (msgspec.json.decode(line, type=ErrorRow) for line in lines)
 
     def _listed(self) -> Manifest:
@@ -219,38 +220,43 @@ class FolderSink:
         manifest = self.read_manifest()
         spec = self._spec if manifest is None else manifest_spec(manifest)
         columns = "*" if spec is None else ", ".join(["id", *(_identifier(o.name) for o in spec.outputs)])
-        listed = None if manifest is None else {self._part(shard.name) for shard in manifest.shards}
+        listed = None if manifest is None else {part_file(shard.name) for shard in manifest.shards}
         if listed is None or listed.issuperset(self._part_files()):
-            return _shell(f"{self._files.sql}SELECT {columns} FROM {self._literal('part-*.parquet')} LIMIT 5")
+            return _shell(f"{self.files.sql}SELECT {columns} FROM {self._literal('part-*.parquet')} LIMIT 5")
         prefix, path = self._literal("part-"), self._literal(MANIFEST)
         return _shell(
-            f"{self._files.sql}SET VARIABLE shards = (SELECT list({prefix} || s.name || '.parquet') "
+            f"{self.files.sql}SET VARIABLE shards = (SELECT list({prefix} || s.name || '.parquet') "
             f"FROM (SELECT unnest(shards) AS s FROM {path})); "
             f"SELECT {columns} FROM read_parquet(getvariable('shards')) LIMIT 5"
         )
 
-    def _batches(self, name: str, columns: list[str] | None, rows: int) -> Iterator[pa.RecordBatch]:
-        path = self._files.path(name)
+    def batches(self, name: str, columns: list[str] | None, rows: int) -> Iterator[pa.RecordBatch]:
+        """A Parquet file's rows, `rows` at a time. Raises `OutputError`."""
+        path = self.files.path(name)
         try:
-            with self._files.open(name) as source, pq.ParquetFile(source) as file:
+            with self.files.open(name) as source, pq.ParquetFile(source) as file:
                 there = file.schema_arrow.names
                 unknown = set(columns or ()) - set(there)
                 if unknown:
                     raise OutputError(f"{path}: no column {min(unknown)} (there are: {', '.join(there)})")
                 yield from file.iter_batches(batch_size=rows, columns=columns)
-        except pa.ArrowInvalid as error:
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
             raise OutputError(f"{path}: damaged ({error}): restore the file") from error
         except OSError as error:
-            raise self._files.cannot_read(name, error) from error
+            raise self.files.cannot_read(name, error) from error
 
     def _literal(self, name: str) -> str:
-        return "'" + self._files.path(name).replace("'", "''") + "'"
+        return "'" + self.files.path(name).replace("'", "''") + "'"
 
-    def _part(self, name: str) -> str:
-        return f"part-{name}.parquet"
 
-    def _errors(self, name: str) -> str:
-        return f"errors-{name}.parquet"
+def part_file(shard: str) -> str:
+    """The name of a shard's file of rows."""
+    return f"part-{shard}.parquet"
+
+
+def errors_file(shard: str) -> str:
+    """The name of a shard's file of error rows."""
+    return f"errors-{shard}.parquet"
 
 
 def _identifier(name: str) -> str:

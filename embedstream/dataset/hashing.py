@@ -1,13 +1,20 @@
-"""The hash by which a dataset knows the texts that its vectors were made of."""
+"""What enters the model for a text, and the hash by which a dataset remembers it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from hashlib import blake2b
+from typing import Any, cast
 
 import pyarrow as pa
 
 from embedstream.dataset.schema import INPUT_HASH_BYTES
+
+
+def model_inputs(texts: pa.Array[Any], prompt: str) -> list[str]:
+    """The exact texts that enter the model. `texts`: string array without nulls; an empty prompt adds nothing."""
+    strings = cast("list[str]", texts.to_pylist())
+    return [prompt + text for text in strings] if prompt else strings
 
 
 def text_digests(texts: Sequence[str]) -> bytes:

@@ -16,7 +16,7 @@ from embedstream.dataset.sink import (
     ManifestShard,
     ShardRecord,
 )
-from embedstream.errors import OutputError, SpecDiffers, UsageError
+from embedstream.errors import ManifestDamaged, OutputError, SpecDiffers, UsageError
 from embedstream.jobs import FORMAT_VERSION, JobSpec, JobState, JobStatus, decode_spec, differing_field, public_spec
 
 
@@ -93,13 +93,14 @@ def decode_manifest(data: bytes | str, where: str) -> Manifest:
     """Read a manifest; `where` it came from is for the message.
 
     Raises:
-        OutputError: it is none, or of another version.
+        ManifestDamaged: it is none.
+        OutputError: it is of another version.
     """
     try:
         manifest = msgspec.json.decode(data, type=Manifest)
         spec = decode_spec(bytes(manifest.spec))
     except (msgspec.MsgspecError, UsageError) as error:
-        raise OutputError(
+        raise ManifestDamaged(
             f"{where}: the manifest cannot be read ({error}): restore it, or remove it and run the same embed-submit "
             f"again, which takes over what lies there"
         ) from error

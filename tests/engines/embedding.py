@@ -9,9 +9,9 @@ import numpy.typing as npt
 import pyarrow as pa
 from sentence_transformers import SentenceTransformer
 
+from embedstream.dataset.hashing import model_inputs
 from embedstream_worker.batching import cut_batches, gather_batch
 from embedstream_worker.engines.base import Engine, Role
-from embedstream_worker.inputs import model_inputs
 
 Vectors = npt.NDArray[np.float32]
 

@@ -59,6 +59,7 @@ COMMANDS = {
     "embed-submit": ("embedstream_producer.submit_cli", ["c.jsonl"]),
     "embed-status": ("embedstream_producer.status_cli", ["--redis", "redis://127.0.0.1:1"]),
     "embed-cancel": ("embedstream_producer.cancel_cli", ["0123456789abcdef", "--redis", "redis://127.0.0.1:1"]),
+    "embed-verify": ("embedstream_producer.verify_cli", ["dataset"]),
     "embed-worker": ("embedstream_worker.cli", ["--model", "hashing", "--redis", "redis://127.0.0.1:1"]),
     "embed-search": ("embedstream_worker.search_cli", ["dataset", "a query"]),
 }

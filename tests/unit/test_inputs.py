@@ -4,8 +4,8 @@ from hashlib import blake2b
 
 import pyarrow as pa
 
-from embedstream.dataset.hashing import input_hashes
-from embedstream_worker.inputs import cut_characters, model_inputs
+from embedstream.dataset.hashing import input_hashes, model_inputs
+from embedstream_worker.inputs import cut_characters
 
 
 def test_the_prompt_goes_in_front_of_every_text() -> None:

@@ -1,17 +1,8 @@
-"""From a text to what enters the model: the prompt in front, and a cut by characters."""
+"""A cut by characters, before a text is tokenized."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
-
-import pyarrow as pa
-
-
-def model_inputs(texts: pa.Array[Any], prompt: str) -> list[str]:
-    """The exact texts that enter the model. `texts`: string array without nulls; an empty prompt adds nothing."""
-    strings = cast("list[str]", texts.to_pylist())
-    return [prompt + text for text in strings] if prompt else strings
 
 
 def cut_characters(texts: Sequence[str], most: int, keep_end: bool = False) -> tuple[list[str], list[int]]:

@@ -10,12 +10,11 @@ import numpy as np
 import pyarrow as pa
 
 from embedstream.broker import Broker
-from embedstream.dataset.hashing import input_hashes
+from embedstream.dataset.hashing import input_hashes, model_inputs
 from embedstream_worker.batching import join_tokens
 from embedstream_worker.engines.base import TextTokenizer, Tokens
 from embedstream_worker.held import Held, HeldBlock, RowErrors, TokenizedGroup, Window, release
 from embedstream_worker.infer import Urgent
-from embedstream_worker.inputs import model_inputs
 from embedstream_worker.jobs import OpenJob
 from embedstream_worker.pipeline import Channel, Life
 

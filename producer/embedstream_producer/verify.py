@@ -1,0 +1,183 @@
+"""One run of embed-verify: the dataset against its manifest, against its corpus if that is given, and what is said."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import click
+import msgspec
+
+from embedstream.blocks import Block
+from embedstream.connection import mask
+from embedstream.dataset.findings import Finding, Findings, Kind
+from embedstream.dataset.folder import FolderSink
+from embedstream.dataset.manifest import manifest_spec
+from embedstream.dataset.sink import Manifest, open_sink
+from embedstream.dataset.verify import FolderCheck
+from embedstream.dataset.verify_corpus import CorpusCheck
+from embedstream.dataset.verify_manifest import check_manifest
+from embedstream.errors import ManifestDamaged, OutputError, UsageError
+from embedstream.input.duplicates import DuplicateIndex
+from embedstream.input.refusals import printable
+from embedstream.jobs import JobSpec
+from embedstream_producer.corpus import FilePart, check_sources
+
+MOST_NAMED = 10
+"""Unlisted files that are named; of all others only the number."""
+
+
+class KindFound(msgspec.Struct, frozen=True):
+    """All findings of a kind."""
+
+    count: int
+    first: list[Finding]
+
+
+class Verdict(msgspec.Struct, frozen=True, kw_only=True):
+    """What a run found, as `--json` prints it."""
+
+    output: str
+    ok: bool
+    findings: dict[str, KindFound]
+    job: str = ""
+    state: str = ""
+    partial: bool = False
+    """Blocks are missing because the job was ended early; what is there was verified."""
+    rows: int = 0
+    failed: int = 0
+    shards: int = 0
+    dim: int = 0
+    compared: int | None = None
+    """Rows of the corpus, if it was given."""
+    bytes: int = 0
+    seconds: float = 0.0
+    unlisted: list[str] = []
+    """Files that the manifest does not list: harmless. The first of them."""
+    unlisted_count: int = 0
+
+
+def show_verdict(output: str, corpus: Sequence[str], redis_url: str | None, as_json: bool) -> int:
+    """Verify and print; the exit code.
+
+    Raises:
+        OutputError: no manifest, or the output cannot be read at all.
+        UsageError: the corpus given is not made of as many files as the job's.
+    """
+    verdict = verify(output, corpus, redis_url)
+    if as_json:
+        click.echo(msgspec.json.encode(verdict).decode())
+    else:
+        for line in verdict_lines(verdict):
+            click.echo(line)
+    return 0 if verdict.ok else 1
+
+
+def verify(output: str, corpus: Sequence[str], redis_url: str | None) -> Verdict:
+    """Read the dataset, and the corpus if given. Raises as `show_verdict`."""
+    begun = time.monotonic()
+    sink = open_sink(output, queue_url=redis_url)
+    findings = Findings()
+    try:
+        manifest = sink.read_manifest()
+    except ManifestDamaged as error:
+        findings.add(Kind.MANIFEST, str(error))
+        return Verdict(output=mask(sink.output), ok=False, findings=_told_of(findings))
+    if manifest is None:
+        raise OutputError(f"{mask(output)}: no manifest: not a dataset, or its job has not ended yet")
+    check_manifest(findings, manifest)
+    parts = _parts(manifest_spec(manifest), corpus)
+    if not isinstance(sink, FolderSink):
+        raise UsageError(f"{mask(output)}: only datasets in folders can be verified")
+    read = _verify_files(sink, manifest, parts, findings)
+    return Verdict(
+        output=mask(sink.output),
+        ok=not findings,
+        job=manifest.job,
+        state=manifest.state,
+        partial=manifest.partial,
+        rows=manifest.rows,
+        failed=manifest.failed,
+        shards=len(manifest.shards),
+        dim=manifest.outputs[0].dim,
+        compared=read.compared,
+        bytes=read.bytes,
+        seconds=round(time.monotonic() - begun, 3),
+        findings=_told_of(findings),
+        unlisted=read.unlisted[:MOST_NAMED],
+        unlisted_count=len(read.unlisted),
+    )
+
+
+class _Read(NamedTuple):
+    bytes: int
+    compared: int | None
+    unlisted: list[str]
+
+
+def _verify_files(sink: FolderSink, manifest: Manifest, parts: Sequence[FilePart], findings: Findings) -> _Read:
+    check = FolderCheck(sink, manifest, findings, compare=bool(parts))
+    check.run()
+    compared = None
+    if parts:
+        comparison = CorpusCheck(check)
+        with DuplicateIndex() as index:
+            for block, label in _blocks(parts, check.spec, index):
+                comparison.add(block, label)
+        comparison.finish([part.label for part in parts])
+        compared = comparison.rows
+    return _Read(check.bytes, compared, check.unlisted())
+
+
+def _blocks(parts: Sequence[FilePart], spec: JobSpec, index: DuplicateIndex) -> Iterator[tuple[Block, str]]:
+    for part in parts:
+        for block in part.blocks(spec, index):
+            yield block, part.label
+
+
+def _told_of(findings: Findings) -> dict[str, KindFound]:
+    return {kind.value: KindFound(count, findings.first.get(kind, [])) for kind, count in findings.counts.items()}
+
+
+def _parts(spec: JobSpec, corpus: Sequence[str]) -> list[FilePart]:
+    """The corpus as parts in the job's order: by their paths if these are the job's own, else as they are given."""
+    if not corpus:
+        return []
+    if len(corpus) != len(spec.parts):
+        named = ", ".join(spec.parts[:3]) + (", …" if len(spec.parts) > 3 else "")
+        raise UsageError(f"--corpus: {len(corpus)} files given, the job was made of {len(spec.parts)} ({named})")
+    at = {str(Path(source).absolute()): source for source in corpus}
+    return check_sources([at[name] for name in spec.parts] if set(at) == set(spec.parts) else corpus)
+
+
+def verdict_lines(verdict: Verdict) -> Iterator[str]:
+    """A verdict as people read it."""
+    for kind, found in verdict.findings.items():
+        yield f"{kind}: {found.count:,}"
+        for finding in found.first:
+            yield f"  {_told(finding)}"
+        if found.count > len(found.first):
+            yield f"  … and {found.count - len(found.first):,} more"
+    if verdict.unlisted:
+        more = verdict.unlisted_count - len(verdict.unlisted)
+        named = ", ".join(printable(name, 200) for name in verdict.unlisted) + (f" and {more:,} more" if more else "")
+        yield f"not listed by the manifest, so harmless: {named}"
+    if verdict.partial:
+        yield f"partial: the job is {verdict.state}, blocks are missing; what is there was verified"
+    what = f"{verdict.rows:,} rows, {verdict.failed:,} errors, {verdict.shards:,} shards, {verdict.dim} dimensions"
+    if verdict.compared is not None:
+        what += f", compared with {verdict.compared:,} rows of the corpus"
+    pace = f"{verdict.seconds:.1f} s"
+    if verdict.ok:
+        yield f"verified: {what} ({pace})"
+    else:
+        total = sum(found.count for found in verdict.findings.values())
+        yield f"NOT as it should be: {total:,} findings in {what} ({pace})"
+
+
+def _told(finding: Finding) -> str:
+    place = "" if finding.file is None else finding.file + ("" if finding.row is None else f" row {finding.row}") + ": "
+    id = "" if finding.id is None else f" [id {printable(finding.id, 100)}]"
+    return printable(place + finding.message, 1000) + id

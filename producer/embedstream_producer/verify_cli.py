@@ -1,0 +1,44 @@
+"""embed-verify."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from embedstream.commands import run
+from embedstream.errors import UsageError
+from embedstream.settings import ENV_PREFIX
+
+
+@click.command(context_settings={"auto_envvar_prefix": ENV_PREFIX})
+@click.argument("output")
+@click.argument("more", nargs=-1, metavar="")
+@click.option("--corpus", multiple=True, metavar="FILE...", help="Compare with the files that the job was made of.")
+@click.option("--redis", "redis_url", help="The queue's Redis, if OUTPUT is redis:?prefix=docs:")
+@click.option("--json", "as_json", is_flag=True, envvar="EMBEDSTREAM_JSON", help="One JSON object on standard output.")
+@click.version_option(package_name="embedstream")
+def verify(output: str, more: tuple[str, ...], corpus: tuple[str, ...], redis_url: str | None, as_json: bool) -> None:
+    """Prove that the dataset in OUTPUT, a folder or a Redis URL, is what its manifest says.
+
+    Every row once, in the dataset or in its errors; files, counts and vectors as they should be; with --corpus, ids and
+    texts as in the corpus.
+
+    Exit codes: 0 all is well; 1 something is wrong, and it is said what and where; 2 usage, or nothing to verify.
+    """
+    if more and len(corpus) != 1:
+        raise UsageError(f"{more[0]}: one output at a time; the files of its corpus follow --corpus")
+    # Not at the top: loading it takes a while, in which Ctrl-C shall end this command as at any other time.
+    try:
+        from embedstream_producer.verify import show_verdict
+    except ModuleNotFoundError as error:
+        if error.name != "numpy":
+            raise
+        raise UsageError("embed-verify computes with NumPy: pip install numpy") from error
+
+    sys.exit(show_verdict(output, [*corpus, *more], redis_url or None, as_json))
+
+
+def main() -> None:
+    """Entry point."""
+    run(verify)
