@@ -52,6 +52,9 @@ def usable_device(name: str) -> str:
     default="auto",
     help="auto: bfloat16 where the device has it. int8 only when asked for: faster, less exact.",
 )
+@click.option(
+    "--threads", type=click.IntRange(min=1), help="Threads of one batch, for onnxruntime. [default: by cores]"
+)
 @click.option("--batch-tokens", type=click.IntRange(min=1), help="Tokens in one batch. [default: by device]")
 @click.option(
     "--window-tokens", type=click.IntRange(min=1), help="Tokens sorted together [default: dozens of batches]."
@@ -91,6 +94,7 @@ def worker(
     device: str,
     engine: EngineName,
     dtype: Dtype,
+    threads: int | None,
     batch_tokens: int | None,
     window_tokens: int | None,
     window_ms: int,
@@ -115,7 +119,19 @@ def worker(
     from embedstream_worker.serving import serve
 
     serve(
-        model, revision, redis_url, queue, device, engine, dtype, settings, output_roots, burst, not no_warmup, embedded
+        model,
+        revision,
+        redis_url,
+        queue,
+        device,
+        engine,
+        dtype,
+        threads,
+        settings,
+        output_roots,
+        burst,
+        not no_warmup,
+        embedded,
     )
 
 

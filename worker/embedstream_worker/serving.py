@@ -33,6 +33,7 @@ def serve(
     device: str,
     engine: EngineName,
     dtype: Dtype,
+    threads: int | None,
     settings: WorkerSettings,
     output_roots: tuple[str, ...],
     burst: bool,
@@ -49,7 +50,7 @@ def serve(
     check(connect(redis_url, retries=0), redis_url)
     # Arrow's own allocators keep what a shard needed and are no faster here: a third more memory for nothing.
     pa.set_memory_pool(pa.system_memory_pool())
-    made, source = make_engine(engine, model, revision, device, dtype)
+    made, source = make_engine(engine, model, revision, device, dtype, threads)
     log.info("model %s: %s", model, source)
     plan = WorkerPlan(redis_url, queue, WorkerModel(model, revision), roots, settings, burst, warm_up)
     try:
