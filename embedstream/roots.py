@@ -6,6 +6,10 @@ import os
 from collections.abc import Iterable
 from urllib.parse import parse_qs, urlsplit
 
+from embedstream.connection import mask
+from embedstream.dataset.sink import canonical_output
+from embedstream.errors import OutputError
+
 _DEFAULT_PORT = 6379
 _SCHEMES = ("redis", "rediss", "unix")
 
@@ -19,9 +23,23 @@ def allows(roots: Iterable[str], output: str) -> bool:
     return any(_allows(root, output) for root in roots)
 
 
+def check_output(roots: Iterable[str], output: str) -> None:
+    """Prove that a worker may write an output that a spec names, from wherever that spec comes.
+
+    Raises:
+        OutputError: no root allows it, or it is spelled as no producer spells it, so that it might mean two places.
+        UsageError: it is no output at all.
+    """
+    roots = tuple(roots)
+    if canonical_output(output) != output:
+        raise OutputError(f"{mask(output)} is not how an output is spelled: submit it with embed-submit, or the client")
+    if not allows(roots, output):
+        raise OutputError(f"{mask(output)} is outside this worker's output roots ({', '.join(map(mask, roots))})")
+
+
 def is_redis(address: str) -> bool:
     """Whether an output or root is in a Redis server rather than a folder."""
-    return address.partition(":")[0] in _SCHEMES and ":" in address
+    return address.partition(":")[0].lower() in _SCHEMES and ":" in address
 
 
 def _allows(root: str, output: str) -> bool:

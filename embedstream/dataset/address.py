@@ -9,6 +9,9 @@ from embedstream.errors import UsageError
 
 SCHEMES = ("redis", "rediss", "unix")
 
+QUEUE_PREFIX = "embedstream:"
+"""How a queue's keys begin. Rows must not: with the prefix `embed`, an id could say the rest."""
+
 _CONNECTION = ("db", "ssl_ca_certs", "ssl_cert_reqs")
 """What a URL may say of the connection beside server, user, password and database."""
 
@@ -48,8 +51,8 @@ def parse_address(text: str) -> RedisAddress:
         raise UsageError(f"output {shown}: ends at #: write # in a prefix as %23")
     if not prefix:
         raise UsageError(f"output {shown}: no prefix: say how keys begin, as in redis://host:6379/0?prefix=docs:")
-    if prefix.startswith("embedstream:"):
-        raise UsageError(f"output {shown}: keys that begin with embedstream: are the queue's: take another prefix")
+    if prefix.startswith(QUEUE_PREFIX) or QUEUE_PREFIX.startswith(prefix):
+        raise UsageError(f"output {shown}: keys that begin with {QUEUE_PREFIX} are the queue's: take another prefix")
     unknown = set(settings) - set(_CONNECTION)
     if unknown:
         raise UsageError(

@@ -2,7 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from embedstream.roots import allows
+from embedstream.errors import EmbedstreamError, OutputError
+from embedstream.roots import allows, check_output
 
 
 def test_a_root_allows_itself_and_what_lies_below_it(tmp_path: Path) -> None:
@@ -60,3 +61,26 @@ def test_a_server_root_allows_outputs_on_that_server(root: str, output: str, all
 
 def test_any_of_several_roots_suffices() -> None:
     assert allows(["/srv/a", "redis:", "/srv/b"], "/srv/b/out")
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        "REDIS://elsewhere:6379/0?prefix=a:",
+        "redis:///0?prefix=a:",
+        "relative/out",
+        "/srv/../etc",
+        "file:///srv/out",
+        "",
+    ],
+)
+def test_an_output_in_another_spelling_than_the_canonical_one_is_allowed_nowhere(output: str) -> None:
+    with pytest.raises(EmbedstreamError):
+        check_output([str(Path.cwd()), "/", "redis:"], output)
+
+
+@pytest.mark.parametrize("output", ["redis:?prefix=a:", "/srv/out"])
+def test_a_canonical_output_below_a_root_passes(output: str) -> None:
+    check_output(["/srv", "redis:"], output)
+    with pytest.raises(OutputError, match="is outside this worker's output roots"):
+        check_output(["/elsewhere", "rediss:"], output)

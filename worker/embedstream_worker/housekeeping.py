@@ -9,12 +9,11 @@ from collections.abc import Callable
 import redis
 
 from embedstream.broker import Broker
-from embedstream.connection import mask
 from embedstream.dataset.sink import Sink, open_sink
-from embedstream.errors import EmbedstreamError, OutputError
+from embedstream.errors import EmbedstreamError
 from embedstream.finalizing import finalize_job
 from embedstream.jobs import JobSpec
-from embedstream.roots import allows
+from embedstream.roots import check_output
 
 log = logging.getLogger(__name__)
 
@@ -60,9 +59,8 @@ class Housekeeping:
                 self._note(job, str(error))
 
     def _sink(self, spec: JobSpec) -> Sink:
-        """Raises `OutputError` for an output that this worker may not write."""
-        if not allows(self._roots, spec.output):
-            raise OutputError(f"{mask(spec.output)} is outside this worker's output roots")
+        """Raises `OutputError` or `UsageError` for an output that this worker may not write."""
+        check_output(self._roots, spec.output)
         return open_sink(spec.output, spec, self._redis_url)
 
     def _note(self, job: str, why: str) -> None:

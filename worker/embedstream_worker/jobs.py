@@ -14,11 +14,10 @@ import msgspec
 import redis
 
 from embedstream.broker import Broker
-from embedstream.connection import mask
 from embedstream.dataset.sink import Sink, open_sink
 from embedstream.errors import EmbedstreamError, JobUnknown, ModelError, OutputError
 from embedstream.jobs import JobSpec, JobState, JobStatus, queue_name
-from embedstream.roots import allows
+from embedstream.roots import check_output
 from embedstream_worker.engines.base import Engine, EngineInfo
 
 log = logging.getLogger(__name__)
@@ -131,11 +130,7 @@ class Jobs:
 
     def check_root(self, job: OpenJob) -> None:
         """Raise `OutputError` if the job's output is not below the roots any more: a folder may have become a link."""
-        if not allows(self._roots, job.spec.output):
-            raise OutputError(self._outside(job.spec))
-
-    def _outside(self, spec: JobSpec) -> str:
-        return f"{mask(spec.output)} is outside this worker's output roots ({', '.join(map(mask, self._roots))})"
+        check_output(self._roots, job.spec.output)
 
     def _may_look(self, job: str) -> bool:
         refused = self._refused.get(job)
@@ -186,8 +181,10 @@ class Jobs:
             return f"it asks for model {spec.model}, this worker serves {self._model.name}"
         if spec.revision is not None and spec.revision != self._model.revision:
             return f"it asks for revision {spec.revision}, this worker serves {self._model.revision or 'the default'}"
-        if not allows(self._roots, spec.output):
-            return self._outside(spec)
+        try:
+            check_output(self._roots, spec.output)
+        except EmbedstreamError as error:
+            return str(error)
         for wanted in spec.outputs:
             given = self._engine.info.outputs.get(wanted.name)
             if given is None:
