@@ -53,7 +53,7 @@ def usable_device(name: str) -> str:
     help="auto: bfloat16 where the device has it. int8 only when asked for: faster, less exact.",
 )
 @click.option(
-    "--threads", type=click.IntRange(min=1), help="Threads of one batch, for onnxruntime. [default: by cores]"
+    "--threads", type=click.IntRange(min=1), help="Of one batch, for onnxruntime. [default: by cores]"
 )
 @click.option("--batch-tokens", type=click.IntRange(min=1), help="Tokens in one batch. [default: by device]")
 @click.option(
