@@ -12,6 +12,8 @@ import pyarrow as pa
 import pytest
 
 from embedstream.blocks import Block, Refusal, decode_block, encode_block
+from embedstream.broker import Broker
+from embedstream.connection import connect
 from embedstream.dataset.folder import FolderSink
 from embedstream.dataset.hashing import input_hashes
 from embedstream.dataset.schema import dataset_schema, errors_schema
@@ -22,9 +24,11 @@ from embedstream.settings import BlockLimits
 from embedstream_worker.engines.base import EngineInfo, OutputInfo
 from embedstream_worker.engines.hashing import HashingTokenizer
 from embedstream_worker.finish import FinishedBlock, finish_blocks
-from embedstream_worker.held import EmbeddedGroup, HeldBlock, TokenizedGroup
+from embedstream_worker.held import EmbeddedGroup, Held, HeldBlock, TokenizedGroup, Window
+from embedstream_worker.infer import Urgent
 from embedstream_worker.jobs import OpenJob
-from embedstream_worker.tokenize import encode_rows
+from embedstream_worker.pipeline import Channel, Life, start_stage
+from embedstream_worker.tokenize import Tokenize, encode_rows
 
 DIM = 3
 INFO = EngineInfo("fake", "cpu", "float32", "f", 512, True, 64, {"embedding": OutputInfo("dense", DIM, False)})
@@ -192,6 +196,25 @@ def test_a_text_that_the_tokenizer_cannot_bear_is_an_error_row() -> None:
     assert errors == {1: ("tokenizer_error", "ValueError: cannot bear this")}
     assert tokens.lengths.tolist() == [1, 0, 2]
     assert tokens.ids.tobytes() == b"goodbetter\0\0"
+
+
+def test_blocks_tokenized_in_several_threads_come_out_in_their_order_each_error_with_its_row() -> None:
+    texts = [f"bad {i}" if i % 7 == 3 else f"text {i}" for i in range(500)]
+    group = embedded(packed(texts, chunks=9)).tokenized
+    source, out = Channel[Window](1), Channel[list[TokenizedGroup] | Urgent](1)
+    broker = Broker(connect("redis://127.0.0.1:1"), "q")  # nothing is released here
+    tokenize = Tokenize(Picky, 4, broker, "w", Held(), Life(), source, out)
+    stage = start_stage("tokenize", Life(), tokenize.run, [source, out])
+    source.put(Window(group.blocks))
+    item = out.get(timeout=30)
+    source.close()
+    stage.join(30)
+    assert isinstance(item, list)
+    (tokenized,) = item
+    good = [text for text in texts if "bad" not in text]
+    assert sorted(tokenized.errors) == [i for i in range(500) if i % 7 == 3]
+    assert tokenized.tokens.ids.tobytes().replace(b"\0", b"") == "".join(good).encode()
+    assert tokenized.input_hashes.equals(input_hashes(texts))
 
 
 def test_a_tokenizer_that_can_do_nothing_blames_no_text() -> None:

@@ -52,9 +52,7 @@ def usable_device(name: str) -> str:
     default="auto",
     help="auto: bfloat16 where the device has it. int8 only when asked for: faster, less exact.",
 )
-@click.option(
-    "--threads", type=click.IntRange(min=1), help="Of one batch, for onnxruntime. [default: by cores]"
-)
+@click.option("--threads", type=click.IntRange(min=1), help="Of one batch, for onnxruntime. [default: by cores]")
 @click.option("--batch-tokens", type=click.IntRange(min=1), help="Tokens in one batch. [default: by device]")
 @click.option(
     "--window-tokens", type=click.IntRange(min=1), help="Tokens sorted together [default: dozens of batches]."

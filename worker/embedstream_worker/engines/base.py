@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, Protocol
 
 import numpy as np
@@ -20,7 +21,7 @@ class Tokens:
     offsets: npt.NDArray[np.int64]  # [n + 1]
     truncated: npt.NDArray[np.bool_]  # [n]: the text was longer than the limit
 
-    @property
+    @cached_property
     def lengths(self) -> npt.NDArray[np.int64]:
         """Tokens per text, [n]."""
         return np.diff(self.offsets)
@@ -39,7 +40,7 @@ class TokenBatch:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
-    @property
+    @cached_property
     def lengths(self) -> npt.NDArray[np.int64]:
         """Tokens per text, [n]."""
         return np.diff(self.offsets)
