@@ -68,24 +68,24 @@ class Broker(Steps):
         if not jobs:
             return []
         streams = {self.keys.blocks(job): job for job in jobs}
-        raw = self._read_group(consumer, list(streams), count, block_ms)
+        raw = self._read_group("claim", consumer, list(streams), count, block_ms)
         return self._keep_undone(streams, raw)
 
     def claim_requests(self, consumer: str, count: int, block_ms: int) -> list[Claimed]:
         """New interactive requests."""
-        return self._read_group(consumer, [self.keys.interactive], count, block_ms)
+        return self._read_group("claim_requests", consumer, [self.keys.interactive], count, block_ms)
 
     def sweep(self, consumer: str, job: str, idle_ms: int, count: int) -> list[Claimed]:
         """Blocks of a job whose lease expired or that were handed back, now this consumer's; done ones are dropped."""
         stream = self.keys.blocks(job)
-        return self._keep_undone({stream: job}, self._auto_claim(stream, consumer, idle_ms, count))
+        return self._keep_undone({stream: job}, self._auto_claim("sweep", stream, consumer, idle_ms, count))
 
     def sweep_requests(self, consumer: str, idle_ms: int, count: int) -> list[Claimed]:
         """Interactive requests whose worker died."""
-        return self._auto_claim(self.keys.interactive, consumer, idle_ms, count)
+        return self._auto_claim("sweep_requests", self.keys.interactive, consumer, idle_ms, count)
 
-    def _read_group(self, consumer: str, streams: list[str], count: int, block_ms: int) -> list[Claimed]:
-        reach("claim.before")
+    def _read_group(self, step: str, consumer: str, streams: list[str], count: int, block_ms: int) -> list[Claimed]:
+        reach(f"{step}.before")
         try:
             raw = self._raw.xreadgroup(
                 GROUP, consumer, dict.fromkeys(streams, ">"), count=count, block=block_ms or None
@@ -95,17 +95,17 @@ class Broker(Steps):
                 raise
             return []  # a job ended between the listing and the read; the caller lists again
         if raw:
-            reach("claim.after")
+            reach(f"{step}.after")
         return [
             Claimed(stream.decode(), entry.decode(), fields, 1)
             for stream, entries in raw or ()
             for entry, fields in entries
         ]
 
-    def _auto_claim(self, stream: str, consumer: str, idle_ms: int, count: int) -> list[Claimed]:
+    def _auto_claim(self, step: str, stream: str, consumer: str, idle_ms: int, count: int) -> list[Claimed]:
         found: list[tuple[str, Fields]] = []
         cursor, deleted = "0-0", False
-        reach("sweep.before")
+        reach(f"{step}.before")
         try:
             while len(found) < count:
                 raw = self._raw.xautoclaim(stream, GROUP, consumer, idle_ms, cursor, count=count - len(found))
@@ -125,7 +125,7 @@ class Broker(Steps):
             return []
         if not found:
             return []
-        reach("sweep.after")
+        reach(f"{step}.after")
         with self._raw.pipeline(transaction=False) as pipe:
             for entry, _ in found:
                 pipe.xpending_range(stream, GROUP, entry, entry, 1)
@@ -179,6 +179,10 @@ class Broker(Steps):
         """The row that was being tried alone when the block's last holder died."""
         raw = self._raw.hget(self.keys.suspect(job), f"{part}:{block}")
         return None if raw is None else int(raw)
+
+    def free_finalize(self, job: str) -> None:
+        """Let a job of the outbox be taken at once: for when whoever leased it is surely gone."""
+        self._raw.zadd(self.keys.finalize, {job: 0}, xx=True)
 
     # Questions
 

@@ -24,7 +24,7 @@ from embedstream.errors import UsageError
 
 VARIABLE = "EMBEDSTREAM_FAILPOINTS"
 
-STEPS = (
+SCRIPTS = (
     "cancel",
     "commit",
     "create",
@@ -40,15 +40,17 @@ STEPS = (
     "suspect",
     "take_finalize",
 )
-"""Every script: the broker passes `<step>.before` and `<step>.after`. Adopting is `commit` by a producer."""
+"""Adopting is `commit` by a producer."""
+
+CLAIMS = ("claim", "claim_requests", "sweep", "sweep_requests")
+"""What is taken from a stream: new entries, and those of expired leases."""
+
+STEPS = (*SCRIPTS, *CLAIMS)
+"""The broker passes `<step>.before` and `<step>.after`; of claims, only if something came."""
 
 POINTS = frozenset(
     {
         *(f"{step}.{moment}" for step in STEPS for moment in ("before", "after")),
-        "claim.before",
-        "claim.after",  # new blocks or requests are pending for this worker, which has not looked at them yet
-        "sweep.before",
-        "sweep.after",  # the same with blocks of expired leases
         "file.written",  # under its temporary name: a shard, its errors, errors.jsonl, the manifest
         "file.renamed",
         "shard.discarding",
@@ -123,7 +125,8 @@ def _obey(point: str) -> None:
         case "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         case "pause":
-            os.kill(os.getpid(), signal.SIGSTOP)
+            # To this thread: one sent to the process would stop it a little later, wherever it is then.
+            signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
         case "cut":
             _thread.cuts = order.times
 

@@ -119,7 +119,7 @@ def open_job(
     """Make the job, find it or reopen it, and adopt what lies in its output if Redis does not know it.
 
     `visible`: as `is_visible` says; a completed job whose manifest was visible and is gone is begun anew.
-    `always_adopt`: also for a job that goes on; for when no worker runs yet.
+    `always_adopt`: also for a job that goes on; for when nobody else is at work on it.
 
     Raises:
         SpecDiffers: the output belongs to a job with other settings.
@@ -144,6 +144,8 @@ def open_job(
     adopted = Adopted()
     if fresh or (always_adopt and state in (JobState.SUBMITTING, JobState.RUNNING)):
         adopted = drive(adopt_shards(broker, spec.job, sink.find_shards()), broker, notice)
+    if always_adopt and state is JobState.FINALIZING:
+        broker.free_finalize(spec.job)
     return Opened(state, adopted, resumed=answer.code is not Code.CREATED)
 
 

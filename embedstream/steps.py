@@ -7,6 +7,7 @@ Each function of `Steps` builds one `Step`: a script with its keys and arguments
 from __future__ import annotations
 
 import enum
+import uuid
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -211,8 +212,9 @@ class Steps:
         return Step("cancel", self._job_keys(job), (job, verdict.value, reason), _answer)
 
     def take_finalize(self, job: str, lease_ms: int) -> Step[Lease | None]:
-        """Lease a job of the outbox; None if it is not there or leased."""
-        return Step("take_finalize", (self.keys.job(job), self.keys.finalize), (job, lease_ms), _lease(job))
+        """Lease a job of the outbox; None if it is not there or leased. The same step again answers the same lease."""
+        args = (job, lease_ms, uuid.uuid4().hex)
+        return Step("take_finalize", (self.keys.job(job), self.keys.finalize), args, _lease(job))
 
     def finalized(self, lease: Lease, state: JobState, ttl_ms: int, manifest: str = "") -> Step[Answer]:
         """Record that the manifest stands: OK, STALE, UNKNOWN_JOB.

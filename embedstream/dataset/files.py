@@ -12,6 +12,9 @@ from typing import Protocol
 from embedstream.errors import OutputError
 from embedstream.failpoints import reach
 
+TEMPORARY = ".tmp-"
+"""In the names of files that are not whole yet, or never will be."""
+
 _ADVICE = {
     errno.ENOSPC: "no space left on the device: free some",
     errno.EDQUOT: "the disk quota is used up: free some space",
@@ -40,7 +43,7 @@ def write_durable(path: Path, pieces: Iterable[Readable]) -> None:
     Raises:
         OutputError: with nothing changed at `path`.
     """
-    temporary = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex}")
+    temporary = path.with_name(f"{path.name}{TEMPORARY}{uuid.uuid4().hex}")
     try:
         try:
             with temporary.open("xb") as file:

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from embedstream.connection import mask
 from embedstream.dataset.content import check_content, in_order
+from embedstream.dataset.files import TEMPORARY
 from embedstream.dataset.manifest import decode_manifest, encode_manifest, manifest_spec, refuse_other_spec
 from embedstream.dataset.ordering import Ordering
 from embedstream.dataset.parquet import Footer, encode_data, encode_errors, read_footer
@@ -182,6 +183,10 @@ class FolderSink:
         if manifest.failed or ERRORS in self.files.names():
             self.files.write(ERRORS, (row + b"\n" for row in self.error_lines(manifest, sources)))
         self.files.write(MANIFEST, [encode_manifest(manifest)])
+        # What writers left that died. One that is still at it, though its job has ended, will see and try again.
+        left = [name for name in self.files.names() if name.startswith(OURS) and TEMPORARY in name]
+        if left:
+            self.files.remove(left)
 
     def error_lines(self, manifest: Manifest, sources: Sequence[str]) -> Iterator[bytes]:
         """The listed shards' error rows as JSON, in the order of the corpus."""

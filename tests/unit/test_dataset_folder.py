@@ -357,6 +357,15 @@ def test_an_unfinished_dataset_cannot_be_read(dataset: Dataset) -> None:
         list(dataset.sink.read())
 
 
+def test_what_dead_writers_left_half_written_is_removed_with_the_jobs_end(dataset: Dataset) -> None:
+    dataset.write(make_content(dataset.spec))
+    for name in ("part-b.parquet.tmp-1", "errors-b.parquet.tmp-2", "errors.jsonl.tmp-3", "_manifest.json.tmp-4"):
+        (folder_of(dataset) / name).write_text("half")
+    (folder_of(dataset) / "a strangers.tmp-5").write_text("not ours")
+    dataset.end()
+    assert names_in(dataset) == ["_manifest.json", "a strangers.tmp-5", "part-a.parquet"]
+
+
 @pytest.mark.parametrize("damage", ["missing", "cut"])
 def test_a_manifest_never_lists_a_shard_that_is_not_there_whole(dataset: Dataset, damage: str) -> None:
     dataset.write(make_content(dataset.spec))

@@ -47,6 +47,9 @@ LEAST_WINDOW_TOKENS = 131_072
 BATCHES_PER_WINDOW = 8
 """Sorted by length, the texts of so many batches need few percent of padding, or none at all on a GPU."""
 
+SIGNAL_SECONDS = 0.5
+"""A signal that the system gave to another thread (it does so after SIGCONT) is seen when the main thread wakes."""
+
 LEAVE_SECONDS = 5.0
 """How long a thread that does not hold work is waited for at the end."""
 
@@ -171,7 +174,8 @@ class Worker:
             start_stage("housekeeping", life, lambda: housekeeping.run(life.stopping.wait), []),
         ]
         for stage in stages:
-            stage.join()
+            while stage.is_alive():
+                stage.join(SIGNAL_SECONDS)
         for stage in beside:
             stage.join(LEAVE_SECONDS)
 

@@ -1,0 +1,310 @@
+"""One walk: a queue of its own, real processes that break where they are told, and a judge that trusts none of them."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from broker_lab import Lab
+from e2e.harness import environment, read_errors, read_manifest, read_rows, wait_until
+from hashing_reference import reference_vector
+
+from embedstream.broker import Broker
+from embedstream.connection import connect
+from embedstream.failpoints import VARIABLE
+from embedstream.jobs import job_id
+from embedstream.keys import GROUP
+
+KILLED = -signal.SIGKILL
+SOME_FAILED = 3
+"""What embed-submit ends with: each corpus here has a bad row."""
+
+USAGE = 2
+
+LEASE_SECONDS = 1
+PREFIX = "vectors:"
+
+
+class Zygote:
+    """Starts commands as processes without their loading. Callable from any thread."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("zygote.py"))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment(OPENBLAS_NUM_THREADS="1"),
+        )
+        self._lock = threading.Lock()
+
+    def ask(self, **order: object) -> Any:
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin is not None
+        assert stdout is not None
+        with self._lock:
+            stdin.write(json.dumps(order) + "\n")
+            stdin.flush()
+            return json.loads(stdout.readline())
+
+    def close(self) -> None:
+        """End it and everything it started."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a process is told to do to itself: `point[#pass]=action`."""
+
+    text: str
+
+    @property
+    def point(self) -> str:
+        return self.text.partition("=")[0].partition("#")[0]
+
+    @property
+    def action(self) -> str:
+        return self.text.partition("=")[2].partition("*")[0]
+
+
+class Process:
+    """One running command."""
+
+    def __init__(self, zygote: Zygote, log: Path, command: str, args: list[object], orders: str) -> None:
+        self._zygote = zygote
+        self._log = log
+        for ending in ("out", "err"):
+            Path(f"{log}.{ending}").touch()
+        self._code: int | None = None
+        self.name = f"{command} ({orders or 'whole'})"
+        words = [str(arg) for arg in args]
+        self._pid = int(zygote.ask(command=command, args=words, env={VARIABLE: orders}, log=str(log)))
+
+    @property
+    def out(self) -> str:
+        return Path(f"{self._log}.out").read_text()
+
+    @property
+    def err(self) -> str:
+        return Path(f"{self._log}.err").read_text()
+
+    def code(self) -> int | None:
+        """Its exit code, negative for a signal; None while it lives."""
+        if self._code is None:
+            self._code = self._zygote.ask(pid=self._pid)
+        return self._code
+
+    def wait(self, code: int = 0, seconds: float = 40) -> None:
+        """Until its end, which must be this one."""
+        self._until(lambda: self.code() is not None, "to end", seconds)
+        assert self.code() == code, f"{self.name} ended with {self.code()}\n{self.err}"
+
+    def strike(self, order: Order) -> None:
+        """Wait until it has done to itself what it was told."""
+        if order.action == "pause":
+            self._until(lambda: self.code() is not None or (self._has_obeyed(order) and self._stopped()), "to stop")
+        else:
+            self._until(lambda: self.code() is not None or self._has_obeyed(order), "to obey")
+        assert self._has_obeyed(order), f"{self.name} ended with {self.code()}, never at {order.point}\n{self.err}"
+        if order.action == "kill":
+            self.wait(KILLED)
+
+    def _until(self, condition: Callable[[], bool], what: str, seconds: float = 40) -> None:
+        try:
+            wait_until(condition, what, seconds)
+        except AssertionError as error:
+            raise AssertionError(f"{self.name}: {error}\n{self.err}") from None
+
+    def go_on(self) -> None:
+        """After a pause."""
+        os.kill(self._pid, signal.SIGCONT)
+
+    def terminate(self) -> None:
+        os.kill(self._pid, signal.SIGTERM)
+
+    def kill(self) -> None:
+        os.kill(self._pid, signal.SIGKILL)
+        self.wait(KILLED)
+
+    def _has_obeyed(self, order: Order) -> bool:
+        return f"failpoint {order.point}: {order.action}\n" in self.err
+
+    def _stopped(self) -> bool:
+        return Path(f"/proc/{self._pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Two parts of two blocks each, the last row of all being bad."""
+
+    files: tuple[Path, ...]
+    texts: Mapping[str, str]
+    bad_line: int
+
+
+def write_corpus(folder: Path, rows: int = 300) -> Corpus:
+    """`rows` good rows in each of two files."""
+    texts: dict[str, str] = {}
+    files = tuple(folder / f"{name}.jsonl" for name in ("one", "two"))
+    for path in files:
+        mine = {f"{path.stem}-{i}": f"{path.stem} text {i} " + "word " * (i * 7 % 23) for i in range(rows)}
+        path.write_text("".join(json.dumps({"id": id, "text": text}) + "\n" for id, text in mine.items()))
+        texts |= mine
+    with files[-1].open("a") as file:
+        file.write("{broken\n")
+    return Corpus(files, texts, rows + 1)
+
+
+@functools.cache
+def vector(text: str) -> npt.NDArray[np.float32]:
+    """Recomputed from the text, once for all walks."""
+    return reference_vector(text)
+
+
+@dataclass
+class Stage:
+    """One job on one queue."""
+
+    zygote: Zygote
+    url: str
+    folder: Path
+    corpus: Corpus
+    to_redis: bool = False
+    fleet: bool = True
+    queue: str = field(default_factory=lambda: f"walk-{uuid.uuid4().hex[:12]}")
+
+    def __post_init__(self) -> None:
+        self.broker = Broker(connect(self.url), self.queue)
+        self.processes: list[Process] = []
+        self.prefix = f"{self.queue}:{PREFIX}"
+        self.output = f"redis:?prefix={self.prefix}" if self.to_redis else str(self.folder / "out")
+        self.job = job_id(self.queue, self.output)
+
+    def start(self, command: str, *args: object, orders: str = "") -> Process:
+        log = self.folder / f"{len(self.processes)}-{command}"
+        process = Process(self.zygote, log, command, list(args), orders)
+        self.processes.append(process)
+        return process
+
+    def submit(self, *args: object, orders: str = "") -> Process:
+        """The one command that everything begins and goes on with."""
+        common = ["-o", self.output, "--model", "hashing", "--queue", self.queue, "--json"]
+        where = ["--redis", self.url] if self.fleet else []
+        return self.start("embed-submit", *self.corpus.files, *common, *where, *args, orders=orders)
+
+    def worker(self, *args: object, orders: str = "") -> Process:
+        common = ["--model", "hashing", "--queue", self.queue, "--redis", self.url, "--lease-seconds", LEASE_SECONDS]
+        common += ["--batch-tokens", 65536]  # no trial
+        roots = ["--output-root", self.folder, "--output-root", "redis:"]
+        return self.start("embed-worker", *common, *roots, *args, orders=orders)
+
+    def cancel(self, orders: str = "") -> Process:
+        return self.start("embed-cancel", self.job, "--redis", self.url, orders=orders)
+
+    def ask(self, text: str, orders: str = "") -> Process:
+        return self.start("ask", self.url, self.queue, text, orders=orders)
+
+    def submitted(self) -> None:
+        """The job, wholly with the workers; nobody waits for it."""
+        self.submit("--detach").wait()
+
+    def finish(self) -> None:
+        """A healthy worker does what is left, and finalizes."""
+        self.worker("--burst").wait()
+
+    def expire_leases(self, stream: str) -> None:
+        """Those who hold entries of a stream are waited for no longer."""
+        client: Any = self.broker.client
+        for row in client.xpending_range(stream, GROUP, "-", "+", 100):
+            client.xclaim(stream, GROUP, row["consumer"], 0, [row["message_id"]], idle=3_600_000, justid=True)
+
+    def expire_finalize_lease(self) -> None:
+        """A finalizer that is gone is waited for no longer."""
+        self.broker.free_finalize(self.job)
+
+    def empty_redis(self) -> None:
+        """What a restart without its data does to this queue."""
+        client: Any = self.broker.client
+        client.unlink(*client.scan_iter(f"{self.broker.keys.prefix}:*", count=1000))
+
+    def close(self) -> None:
+        for process in self.processes:
+            if process.code() is None:
+                process.kill()
+
+    # Judging
+
+    def judge(self) -> None:
+        """Each row exactly once with its right vector, the bad one once among the errors; counters right; no leaks."""
+        if self.to_redis:
+            self._judge_hashes()
+        else:
+            self._judge_folder(Path(self.output))
+        if self.fleet:
+            self._judge_queue()
+
+    def _judge_folder(self, output: Path) -> None:
+        manifest, rows = read_manifest(output), read_rows(output)
+        self._judge_rows([row["id"] for row in rows], {row["id"]: (row["text"], row["embedding"]) for row in rows})
+        errors = read_errors(output)
+        assert [(error["file"], error["line"]) for error in errors] == [
+            (str(self.corpus.files[-1]), self.corpus.bad_line)
+        ]
+        counted = {name: manifest[name] for name in ("state", "partial", "rows", "failed")}
+        assert counted == {"state": "completed", "partial": False, "rows": len(self.corpus.texts), "failed": 1}
+        left = [path.name for path in output.iterdir() if ".tmp-" in path.name]
+        assert not left, "temporary files stay"
+
+    def _judge_hashes(self) -> None:
+        client: Any = self.broker.client
+        found = {}
+        for key in client.scan_iter(f"{self.prefix}*-*", count=1000, _type="hash"):
+            row = client.hgetall(key)
+            found[row[b"id"].decode()] = (row[b"text"].decode(), np.frombuffer(row[b"embedding"], "<f4"))
+        self._judge_rows(list(found), found)
+        assert len(client.hgetall(f"{self.prefix}_errors")) == 1
+        assert json.loads(client.get(f"{self.prefix}_manifest"))["rows"] == len(self.corpus.texts)
+
+    def _judge_rows(self, ids: list[str], rows: Mapping[str, tuple[str, Any]]) -> None:
+        assert len(ids) == len(set(ids)), "some rows are doubled"
+        assert set(ids) == set(self.corpus.texts), "ids in and ids out differ"
+        for id, (text, embedding) in rows.items():
+            assert text == self.corpus.texts[id], f"{id} has another row's text"
+            np.testing.assert_allclose(embedding, vector(text), atol=1e-6, err_msg=f"{id} has another row's vector")
+
+    def _judge_queue(self) -> None:
+        """What Redis counted, and that nothing of the job stays for ever."""
+        status = self.broker.status(self.job)
+        counted = (status.state, status.rows, status.failed, status.done, status.blocks)
+        assert counted == ("completed", len(self.corpus.texts), 1, 4, 4)
+        keys, client = self.broker.keys, self.broker.client
+        waiting = (keys.jobs, keys.bytes, keys.finalize, keys.blocks(self.job))
+        assert [key for key in waiting if client.exists(key)] == []
+        lab = Lab(client)
+        lab.broker = self.broker
+        assert lab.left_behind() == []
+
+
+@contextmanager
+def stage(zygote: Zygote, url: str, folder: Path, corpus: Corpus, to_redis: bool = False) -> Iterator[Stage]:
+    """Leaves no process behind, nor keys."""
+    made = Stage(zygote, url, folder, corpus, to_redis)
+    try:
+        yield made
+    finally:
+        made.close()

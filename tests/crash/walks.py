@@ -1,0 +1,289 @@
+"""Every way through the points: who breaks there, and who takes over. Each story ends with a whole job."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from crash.stage import KILLED, SOME_FAILED, USAGE, Order, Process, Stage, vector
+from embedstream.adoption import adopt_shards
+from embedstream.dataset.sink import open_sink
+from embedstream.plans import drive
+
+QUESTION = "a question"
+
+Story = Callable[[Stage, Order], None]
+
+
+def producer(stage: Stage, order: Order) -> None:
+    """embed-submit breaks; the same command again takes over."""
+    stage.worker()
+    first = stage.submit(orders=order.text)
+    first.strike(order)
+    if order.action != "cut":
+        stage.submit().wait(SOME_FAILED)
+    go_on(first, order, SOME_FAILED)
+
+
+def impatient(stage: Stage, order: Order) -> None:
+    """An embed-submit that gives up while it opens its job; the same command again."""
+    stage.worker()
+    stage.submit(orders=order.text).wait(USAGE)
+    stage.submit().wait(SOME_FAILED)
+
+
+def worker(stage: Stage, order: Order) -> None:
+    """A worker breaks; another one takes over."""
+    stage.submitted()
+    broken_worker(stage, order)
+
+
+def broken_worker(stage: Stage, order: Order, before: str = "") -> None:
+    first = stage.worker("--burst", orders=f"{before}{order.text}")
+    first.strike(order)
+    if order.action != "cut":
+        stage.finish()
+    go_on(first, order)
+
+
+def sweeper(stage: Stage, order: Order) -> None:
+    """A worker that takes over from a dead one breaks."""
+    stage.submitted()
+    stage.worker(orders="claim.after=kill").wait(KILLED)
+    stage.expire_leases(stage.broker.keys.blocks(stage.job))
+    broken_worker(stage, order)
+
+
+def releaser(stage: Stage, order: Order) -> None:
+    """A worker that hands back what it claimed without an answer breaks."""
+    stage.submitted()
+    broken_worker(stage, order, before="claim.before=cut,")
+
+
+def renewer(stage: Stage, order: Order) -> None:
+    """A worker that waits for more, its producer being slow, breaks."""
+    slow = Order("seal.before=pause")
+    pushing = stage.submit("--detach", orders=slow.text)
+    pushing.strike(slow)
+    first = stage.worker("--burst", orders=order.text)
+    first.strike(order)
+    pushing.go_on()
+    pushing.wait()
+    if order.action != "cut":
+        stage.finish()
+    go_on(first, order)
+
+
+def late_worker(stage: Stage, order: Order) -> None:
+    """A worker held up for longer than its lease finds its blocks done by another one, and breaks."""
+    stage.submitted()
+    late = Order("commit.before=pause")
+    first = stage.worker("--burst", orders=f"{late.text},{order.text}")
+    first.strike(late)
+    stage.finish()
+    first.go_on()
+    first.strike(order)
+    go_on(first, order)
+
+
+def dropper(stage: Stage, order: Order) -> None:
+    """A worker meets blocks that are done already: somebody adopted the shard of a dead worker."""
+    pushing = held_up_producer(stage)
+    stage.worker(orders="commit.before=kill").wait(KILLED)
+    spec = stage.broker.status(stage.job).spec
+    adopted = drive(adopt_shards(stage.broker, stage.job, open_sink(spec.output, spec).find_shards()), stage.broker)
+    assert adopted.shards
+    stage.expire_leases(stage.broker.keys.blocks(stage.job))
+    pushing.go_on()
+    pushing.wait()
+    broken_worker(stage, order)
+
+
+def finalizer(stage: Stage, order: Order) -> None:
+    """An embed-submit that writes the manifest breaks; a worker takes over."""
+    computed(stage)
+    first = stage.submit(orders=order.text)
+    first.strike(order)
+    if order.action != "cut":
+        stage.expire_finalize_lease()
+        stage.finish()
+    go_on(first, order, SOME_FAILED)
+
+
+def adopter(stage: Stage, order: Order) -> None:
+    """Redis was emptied; an embed-submit that takes over the shards in the output breaks."""
+    pushing = held_up_producer(stage)
+    stage.worker(orders="commit.after=kill").wait(KILLED)
+    pushing.go_on()
+    pushing.wait()
+    stage.worker(orders="take_finalize.before=kill").wait(KILLED)
+    stage.empty_redis()
+    producer(stage, order)
+
+
+def canceller(stage: Stage, order: Order) -> None:
+    """embed-cancel breaks; the same again, then a partial manifest, then the job goes on to its end."""
+    stage.submitted()
+    first = stage.cancel(orders=order.text)
+    first.strike(order)
+    if order.action != "cut":
+        stage.cancel().wait()
+    go_on(first, order)
+    stage.finish()
+    assert stage.broker.state(stage.job) == "cancelled"
+    stage.submitted()
+    stage.finish()
+
+
+def starter_over(stage: Stage, order: Order) -> None:
+    """The output of a finished job is removed; an embed-submit that begins anew breaks."""
+    stage.submitted()
+    stage.finish()
+    shutil.rmtree(stage.output)
+    producer(stage, order)
+
+
+def answerer(stage: Stage, order: Order) -> None:
+    """A worker that answers a request breaks; another one answers."""
+    first = stage.worker(orders=order.text)
+    asking = stage.ask(QUESTION)
+    first.strike(order)
+    stage.worker()
+    answered(asking)
+    if order.action == "pause":
+        first.go_on()
+    if order.action != "kill":
+        first.terminate()
+        first.wait()
+    stage.submit().wait(SOME_FAILED)
+
+
+def condemned(stage: Stage, order: Order) -> None:
+    """A request of which one worker died already is the death of another: no third one tries it."""
+    asking = stage.ask(QUESTION)
+    stage.worker(orders="claim_requests.after=kill").wait(KILLED)
+    stage.expire_leases(stage.broker.keys.interactive)
+    stage.worker(orders=order.text).strike(order)
+    stage.worker()
+    asking.wait(1)
+    assert "2 workers died of this request" in asking.err
+    stage.submit().wait(SOME_FAILED)
+
+
+def heir(stage: Stage, order: Order) -> None:
+    """A worker that takes over a dead one's request breaks, and answers it nevertheless."""
+    asking = stage.ask(QUESTION)
+    stage.worker(orders="claim_requests.after=kill").wait(KILLED)
+    stage.expire_leases(stage.broker.keys.interactive)
+    stage.worker(orders=order.text).strike(order)
+    answered(asking)
+    stage.submit().wait(SOME_FAILED)
+
+
+def asker(stage: Stage, order: Order) -> None:
+    """A program that asks for a vector breaks, and asks again."""
+    stage.worker()
+    first = stage.ask(QUESTION, orders=order.text)
+    first.strike(order)
+    answered(stage.ask(QUESTION))
+    if order.action == "pause":
+        first.go_on()
+    if order.action != "kill":
+        answered(first)
+    stage.submit().wait(SOME_FAILED)
+
+
+def embedded(stage: Stage, order: Order) -> None:
+    """An embed-submit with its own server and worker breaks; the same command again."""
+    stage.fleet = False
+    stage.submit(orders=order.text).strike(order)
+    stage.submit().wait(SOME_FAILED)
+
+
+def computed(stage: Stage) -> None:
+    """A job that waits for nothing but its manifest."""
+    stage.submitted()
+    stage.worker(orders="take_finalize.before=kill").wait(KILLED)
+
+
+def held_up_producer(stage: Stage) -> Process:
+    """An embed-submit that has submitted and sealed one of its two parts, and paused."""
+    order = Order("submit.before#3=pause")
+    pushing = stage.submit("--detach", orders=order.text)
+    pushing.strike(order)
+    return pushing
+
+
+def answered(asking: Process) -> None:
+    asking.wait()
+    np.testing.assert_allclose(json.loads(asking.out), vector(QUESTION), atol=1e-6)
+
+
+def go_on(first: Process, order: Order, code: int = 0) -> None:
+    """Whoever was paused or cut off comes to its own good end."""
+    if order.action == "pause":
+        first.go_on()
+    if order.action != "kill":
+        first.wait(code)
+
+
+@dataclass(frozen=True)
+class Walk:
+    """One story with one order."""
+
+    story: Story
+    order: Order
+    to_redis: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.story.__name__}{'-to-redis' if self.to_redis else ''}-{self.order.text}"
+
+
+def walks() -> list[Walk]:
+    """All of them."""
+    made: list[Walk] = []
+
+    def add(story: Story, *points: str, actions: str = "kill pause", to_redis: bool = False) -> None:
+        made.extend(Walk(story, Order(f"{point}={action}"), to_redis) for point in points for action in actions.split())
+
+    def add_step(story: Story, step: str, turn: str = "", cuts: str = "cut cut*5", to_redis: bool = False) -> None:
+        add(story, f"{step}.before{turn}", actions=f"kill pause {cuts}", to_redis=to_redis)
+        add(story, f"{step}.after{turn}", to_redis=to_redis)
+
+    add_step(producer, "create", cuts="cut")
+    add(impatient, "create.before", actions="cut*5")
+    add_step(producer, "submit", "#2")
+    add_step(producer, "seal")
+    add_step(producer, "seal", "#2")
+    add(worker, "claim.before", actions="cut cut*5")
+    add(worker, "claim.after")
+    add(worker, "file.written", "file.renamed", "file.written#2", "file.renamed#2")
+    add_step(worker, "commit")
+    add_step(worker, "commit", to_redis=True)
+    add(worker, "hashes.written", to_redis=True)
+    add_step(worker, "retire")
+    add(sweeper, "sweep.before", actions="cut cut*5")
+    add(sweeper, "sweep.after")
+    add_step(releaser, "release")
+    add_step(renewer, "renew")
+    add(late_worker, "shard.discarding", "shard.discarded")
+    add_step(dropper, "drop")
+    add_step(finalizer, "take_finalize", cuts="cut")
+    add(finalizer, "file.written", "file.renamed", "file.written#2", "file.renamed#2")
+    add_step(finalizer, "finalized")
+    add_step(adopter, "commit")
+    add_step(adopter, "commit", "#2")
+    add_step(canceller, "cancel", cuts="cut")
+    add(starter_over, "forget.half")
+    add_step(asker, "request")
+    add(answerer, "claim_requests.before", actions="cut cut*5")
+    add(answerer, "claim_requests.after")
+    add_step(answerer, "reply")
+    add(heir, "sweep_requests.before", actions="cut cut*5")
+    add(condemned, "sweep_requests.after", actions="kill")
+    add(embedded, "create.after", "submit.after#3", "seal.after#2", actions="kill")
+    return made

@@ -1,0 +1,79 @@
+"""A process that has loaded everything and forks the commands off: each is a real process, without the loading.
+
+One JSON object a line, in and out: `{"command": …, "args": […], "env": {…}, "log": …}` starts one and answers its pid;
+`{"pid": …}` answers its exit code (negative for a signal), null while it lives.
+It ends, and kills all that it started, with its input.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import embedstream.client
+import embedstream_producer.cancel_cli
+import embedstream_producer.submit
+import embedstream_producer.submit_cli
+import embedstream_worker.cli
+import embedstream_worker.serving
+from embedstream import failpoints
+
+
+def ask(url: str, queue: str, text: str) -> None:
+    """A program that wants one vector now."""
+    with embedstream.client.Client(url, queue) as client:
+        print(json.dumps(client.embed(text)[0].tolist()))
+
+
+COMMANDS: dict[str, Callable[[], object]] = {
+    "embed-submit": embedstream_producer.submit_cli.main,
+    "embed-cancel": embedstream_producer.cancel_cli.main,
+    "embed-worker": embedstream_worker.cli.main,
+    "ask": lambda: ask(*sys.argv[1:]),
+}
+
+
+def main() -> None:
+    living: set[int] = set()
+    for line in iter(sys.stdin.readline, ""):
+        order: dict[str, Any] = json.loads(line)
+        if "command" in order:
+            pid = os.fork()
+            if not pid:
+                become(order)
+                return
+            living.add(pid)
+            answer: int | None = pid
+        else:
+            answer = ended(order["pid"])
+            if answer is not None:
+                living.discard(order["pid"])
+        sys.stdout.write(json.dumps(answer) + "\n")
+        sys.stdout.flush()
+    for pid in living:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def become(order: dict[str, Any]) -> None:
+    """Be the command, to its end."""
+    for descriptor, path in ((0, os.devnull), (1, f"{order['log']}.out"), (2, f"{order['log']}.err")):
+        os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644), descriptor)
+    os.environ.update(order["env"])
+    failpoints.arm(os.environ.get(failpoints.VARIABLE, ""))
+    sys.argv = [order["command"], *order["args"]]
+    COMMANDS[order["command"]]()
+
+
+def ended(pid: int) -> int | None:
+    found, status = os.waitpid(pid, os.WNOHANG)
+    return os.waitstatus_to_exitcode(status) if found else None
+
+
+if __name__ == "__main__":
+    main()
