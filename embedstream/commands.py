@@ -10,6 +10,7 @@ from typing import NoReturn
 import click
 
 from embedstream.errors import EmbedstreamError
+from embedstream.terminal import echo
 
 INTERRUPTED = 130
 
@@ -28,7 +29,7 @@ def run(command: click.Command) -> NoReturn:
         error.show()
         sys.exit(error.exit_code)
     except EmbedstreamError as error:
-        click.echo(f"Error: {error}", err=True)
+        echo(f"Error: {error}", err=True)
         sys.exit(error.exit_code)
     except BrokenPipeError:
         # Whoever read our output has left: nothing more can be said, not even by the interpreter's own flush.

@@ -18,9 +18,10 @@ from typing import Any, TypeAlias, cast
 import msgspec
 
 from embedstream.blocks import Refusal
-from embedstream.input.refusals import Code, RowRefused, printable, refusal
+from embedstream.input.refusals import Code, RowRefused, refusal
 from embedstream.jobs import JobSpec
 from embedstream.settings import BLOCK_LIMITS, MIB
+from embedstream.terminal import printable
 
 ID_FIELDS = ("_id", "id", "custom_id", "docid")
 TEXT_FIELDS = ("text", "content")

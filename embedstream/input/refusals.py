@@ -46,14 +46,6 @@ def refusal(row: int, id: str | None, code: Code, message: str, source: object) 
     return Refusal(row=row, id=id, code=code.value, message=message, original=original_of(source))
 
 
-def printable(text: str, most: int = ORIGINAL_CHARACTERS) -> str:
-    """At most `most` characters of `text`, with those that could play tricks on a terminal escaped."""
-    cut = text[:most]
-    if not cut.isprintable():
-        cut = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in cut)
-    return cut if len(text) <= most else cut + "…"
-
-
 def original_of(source: object) -> str:
     """A refused row for the report, cut at `ORIGINAL_CHARACTERS`; what is not Unicode is escaped."""
     if isinstance(source, bytes):

@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.text import Text
 
 from embedstream.jobs import JobStatus
+from embedstream.terminal import printable, printable_lines
 from embedstream.workers import InHand
 from embedstream_producer.report import duration
 
@@ -53,7 +54,7 @@ class Progress:
     def say(self, line: str) -> None:
         """A line of its own, whatever the kind of terminal."""
         with self._lock:
-            self._console.print(escape(line), soft_wrap=True)
+            self._console.print(escape(printable_lines(line)), soft_wrap=True)
 
     def tell(self, line: str) -> None:
         """The same, unless quiet."""
@@ -81,7 +82,7 @@ class Progress:
         line = self._line(status, now)
         if self._live is not None:
             # Wrapped where the terminal is narrow: what is waited for and the time left stand at the end.
-            self._live.update(Text(f"{line}  {self._notice}".rstrip()))
+            self._live.update(Text(f"{line}  {printable(self._notice)}".rstrip()))
         elif now - self._printed >= PLAIN_SECONDS:
             self._printed = now
             self.tell(line)

@@ -6,9 +6,10 @@ from collections import Counter
 from collections.abc import Callable
 
 from embedstream.blocks import Refusal
-from embedstream.input.refusals import printable
+from embedstream.terminal import printable
 
 SHOWN_OF_A_KIND = 3
+MESSAGE_CHARACTERS = 1000
 
 
 class Refusals:
@@ -27,7 +28,7 @@ class Refusals:
         self._kinds[refusal.code] += 1
         if self._kinds[refusal.code] <= SHOWN_OF_A_KIND:
             of = "" if refusal.id is None else f" (id {printable(refusal.id, 60)})"
-            self._say(f"{label}:{refusal.row + 1}: {printable(refusal.message)}{of}")
+            self._say(f"{label}:{refusal.row + 1}: {printable(refusal.message, MESSAGE_CHARACTERS)}{of}")
 
     def summary(self) -> list[str]:
         """One line for each kind of which some were not shown."""

@@ -15,6 +15,7 @@ from embedstream.client import find_queue
 from embedstream.connection import check, connect, explaining, mask
 from embedstream.errors import JobUnknown
 from embedstream.jobs import JobState, JobStatus
+from embedstream.terminal import echo, echo_json, printable
 from embedstream.watching import why_ended
 from embedstream.workers import WorkerRecord
 from embedstream_producer.report import duration
@@ -35,12 +36,15 @@ def show_status(job: str | None, redis_url: str, watch: bool, as_json: bool) -> 
             while True:
                 looks = [] if job is None else [Broker(client, find_queue(nowhere, job)).status(job)]
                 if job is None:
-                    shown = fleet_object(nowhere) if as_json else "\n".join(fleet_lines(nowhere))
+                    shown = fleet_object(nowhere) if as_json else "\n".join(map(printable, fleet_lines(nowhere)))
                 else:
-                    shown = job_object(looks[0]) if as_json else "\n".join(job_lines(looks[0]))
+                    shown = job_object(looks[0]) if as_json else "\n".join(map(printable, job_lines(looks[0])))
                 if watch and not as_json and sys.stdout.isatty():
                     click.clear()
-                click.echo(shown if isinstance(shown, str) else msgspec.json.encode(shown).decode())
+                if isinstance(shown, str):
+                    echo(shown)
+                else:
+                    echo_json(msgspec.json.encode(shown))
                 if not watch or (looks and looks[0].state.ended):
                     return
                 time.sleep(WATCH_SECONDS)

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import click
 import msgspec
 
 from embedstream.blocks import Block
@@ -28,6 +27,7 @@ from embedstream.opening import (
 from embedstream.plans import drive
 from embedstream.settings import Settings
 from embedstream.submission import Part, Pushed, push_job
+from embedstream.terminal import echo, echo_json
 from embedstream.watching import why_ended
 from embedstream_producer import report
 from embedstream_producer.corpus import STDIN, FilePart, check_sources, total_bytes
@@ -294,11 +294,11 @@ def show(options: Options, run: Run) -> None:
     """The last words: one object on standard output, or lines for people."""
     assert run.result is not None
     if options.json:
-        click.echo(msgspec.json.encode(run.result).decode())
+        echo_json(msgspec.json.encode(run.result))
         if run.reason:
-            click.echo(run.reason, err=True)
+            echo(run.reason, err=True)
         return
     if run.was_finished:
-        click.echo(f"{run.result.output} is finished already; nothing was done")
+        echo(f"{run.result.output} is finished already; nothing was done")
     for line in report.lines(run.result, run.sink, run.reason):
-        click.echo(line)
+        echo(line)

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import click
 import msgspec
 
 from embedstream.blocks import Block
@@ -21,8 +20,8 @@ from embedstream.dataset.verify_corpus import CorpusCheck
 from embedstream.dataset.verify_manifest import check_manifest
 from embedstream.errors import ManifestDamaged, OutputError, UsageError
 from embedstream.input.duplicates import DuplicateIndex
-from embedstream.input.refusals import printable
 from embedstream.jobs import JobSpec
+from embedstream.terminal import echo, echo_json, printable
 from embedstream_producer.corpus import FilePart, check_sources
 
 MOST_NAMED = 10
@@ -68,10 +67,10 @@ def show_verdict(output: str, corpus: Sequence[str], redis_url: str | None, as_j
     """
     verdict = verify(output, corpus, redis_url)
     if as_json:
-        click.echo(msgspec.json.encode(verdict).decode())
+        echo_json(msgspec.json.encode(verdict))
     else:
         for line in verdict_lines(verdict):
-            click.echo(line)
+            echo(line)
     return 0 if verdict.ok else 1
 
 

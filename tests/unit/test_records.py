@@ -26,7 +26,7 @@ from embedstream.input.records import (
     RecordReader,
     validate_record,
 )
-from embedstream.input.refusals import ORIGINAL_CHARACTERS, Code, printable
+from embedstream.input.refusals import ORIGINAL_CHARACTERS, Code
 from embedstream.jobs import JobSpec
 from embedstream.settings import BLOCK_LIMITS
 
@@ -345,12 +345,6 @@ def test_a_python_record_is_shown_as_json_in_its_refusal() -> None:
     assert refusal.original == '{"id": "é", "body": "a\\ud800"}'
     first = refused(validate_record({"id": 1, "text": object()}, 0, make_spec()), Code.TEXT_NOT_STRING)
     assert first == validate_record({"id": 1, "text": object()}, 0, make_spec())  # the same in every run
-
-
-def test_the_printable_form_is_cut_and_escaped() -> None:
-    assert printable("a\x1bb") == "a\\x1bb"
-    assert printable("\ud800é") == "\\ud800é"
-    assert printable("x" * 10, 3) == "xxx…"
 
 
 json_values = st.recursive(

@@ -14,6 +14,7 @@ from embedstream.commands import run
 from embedstream.errors import UsageError
 from embedstream.jobs import model_address, queue_name
 from embedstream.settings import ENV_PREFIX, WorkerSettings
+from embedstream.terminal import PrintableFormatter
 
 if TYPE_CHECKING:
     from embedstream_worker.engines import EngineName
@@ -145,7 +146,9 @@ def is_ready(redis_url: str, queue: str) -> bool:
 
 def main() -> None:
     """Entry point."""
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING, stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(PrintableFormatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("embedstream").setLevel(logging.INFO)
     logging.getLogger("embedstream_worker").setLevel(logging.INFO)
     run(worker)

@@ -1,0 +1,44 @@
+"""What may be shown: ids, names and messages come from corpora and Redis, and terminals obey control characters."""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import Any
+
+import click
+
+
+def printable(text: str, most: int | None = None) -> str:
+    """One line: at most `most` characters of `text`, with those that could play tricks on a terminal escaped."""
+    cut = text[:most]
+    if not cut.isprintable():
+        cut = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in cut)
+    return cut if most is None or len(text) <= most else cut + "…"
+
+
+def printable_lines(text: str) -> str:
+    """The same for a text of several lines."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
+def echo(text: str, err: bool = False) -> None:
+    """Print lines for people."""
+    click.echo(printable_lines(text), err=err)
+
+
+def echo_json(data: bytes) -> None:
+    """Print JSON; what JSON itself lets pass and a terminal might obey is escaped."""
+    text = data.decode()
+    click.echo(text if text.isprintable() else json.dumps(json.loads(text), separators=(",", ":")))
+
+
+class PrintableFormatter(logging.Formatter):
+    """Log records on one line each; only a traceback has lines of its own."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.message = printable(record.message)
+        return super().formatMessage(record)
+
+    def formatException(self, ei: Any) -> str:
+        return printable_lines(super().formatException(ei))
