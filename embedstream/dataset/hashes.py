@@ -7,7 +7,7 @@ import shlex
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 from urllib.parse import parse_qs, urlsplit
 
 import msgspec
@@ -27,6 +27,8 @@ from embedstream.failpoints import reach
 from embedstream.jobs import JobSpec
 
 T = TypeVar("T")
+Fields: TypeAlias = list[bytes | None]
+"""Values of some fields of a hash."""
 
 SLICE_ROWS = 256
 SLICE_BYTES = 1024 * 1024
@@ -165,27 +167,52 @@ class RedisSink:
             if name not in schema.names:
                 raise OutputError(f"{self._place}: no column {name} (there are: {', '.join(schema.names)})")
         chosen = pa.schema([schema.field(name) for name in names])
-        job, own = manifest.job.encode(), tuple((self._prefix + name).encode() for name in _OWN_NAMES)
+        job = manifest.job.encode()
+        for _, found in self.scan(["job", *names]):
+            rows = [row[1:] for row in found if row[0] == job]
+            if rows:
+                values = zip(*rows, strict=True)
+                arrays = [_array(list(column), type) for column, type in zip(values, chosen.types, strict=True)]
+                yield pa.RecordBatch.from_arrays(arrays, schema=chosen)
+
+    def scan(self, fields: Sequence[str]) -> Iterator[tuple[list[bytes], list[Fields]]]:
+        """Keys of hashes below the prefix, of whatever job, and their fields, some hundred at a time; some come twice.
+
+        Raises:
+            OutputError: the server cannot be reached or refuses.
+        """
+        own = tuple((self._prefix + name).encode() for name in _OWN_NAMES)
         pattern = _escaped(self._prefix) + "*"
-        cursor = 0
-        while True:
-            cursor, keys = self._ask(partial(self._client.scan, cursor, match=pattern, count=1000, _type="hash"))
+        cursor = -1
+        while cursor:
+            question = partial(self._client.scan, max(cursor, 0), match=pattern, count=1000, _type="hash")
+            cursor, keys = self._ask(question)
             keys = [key for key in keys if key not in own]
             for start in range(0, len(keys), SLICE_ROWS):
-                yield from self._read_rows(keys[start : start + SLICE_ROWS], chosen, job)
-            if cursor == 0:
-                return
+                some = keys[start : start + SLICE_ROWS]
+                yield some, self._fields(some, fields)
 
-    def _read_rows(self, keys: list[bytes], schema: pa.Schema, job: bytes) -> Iterator[pa.RecordBatch]:
+    def look(self, ids: Sequence[str], fields: Sequence[str]) -> tuple[list[bytes], list[Fields]]:
+        """Keys of rows by their ids, and their fields: all None where there is no such hash. Raises `OutputError`."""
+        keys = [self.key(id) for id in ids]
+        return keys, self._fields(keys, fields)
+
+    def look_at_errors(self, places: Sequence[tuple[int, int]]) -> list[ErrorRow | None]:
+        """The error row of each (part, row), of this job or an older one, if there is any. Raises `OutputError`."""
+        names = [f"{part}:{row}:0" for part, row in places]
+        found = self._ask(lambda: self._client.hmget(f"{self._prefix}_errors", names)) if names else []
+        return [None if data is None else msgspec.json.decode(data, type=ErrorRow) for data in found]
+
+    def count_errors(self) -> int:
+        """How many error rows there are, older ones' included. Raises `OutputError`."""
+        count: int = self._ask(lambda: self._client.hlen(f"{self._prefix}_errors"))
+        return count
+
+    def _fields(self, keys: Sequence[bytes], fields: Sequence[str]) -> list[Fields]:
         pipe = self._client.pipeline(transaction=False)
         for key in keys:
-            pipe.hmget(key, ["job", *schema.names])
-        rows = [row[1:] for row in self._run(pipe) if row[0] == job]
-        if rows:
-            arrays = [
-                _array(list(column), field.type) for column, field in zip(zip(*rows, strict=True), schema, strict=True)
-            ]
-            yield pa.RecordBatch.from_arrays(arrays, schema=schema)
+            pipe.hmget(key, list(fields))
+        return self._run(pipe) if keys else []
 
     def read_errors(self) -> Iterator[ErrorRow]:
         """Every row that failed, of this job or an older one into the same prefix, in the order of the corpus.
@@ -209,6 +236,10 @@ class RedisSink:
         db = parse_qs(parts.query).get("db", ["0"])[0]
         pattern = shlex.quote(f"{_escaped(self._prefix)}*")
         return f"redis-cli {server}{'' if db == '0' else f' -n {db}'} --scan --pattern {pattern} | head"
+
+    def key(self, id: str) -> bytes:
+        """The key of a row."""
+        return self._key(id, 0).encode(errors="replace")
 
     def _key(self, id: str, chunk: int) -> str:
         return f"{self._prefix}{id}:{chunk}" if chunk or id in _OWN_NAMES else f"{self._prefix}{id}"

@@ -144,7 +144,9 @@ class FolderCheck:
 
     def _check_rows(self, batch: pa.RecordBatch, located: Located) -> None:
         for output in self.manifest.outputs:
-            for kind, bad in bad_vectors(batch.column(output.name), output.dim, output.normalized).items():
+            column: Any = batch.column(output.name)
+            vectors = column.flatten().to_numpy().reshape(batch.num_rows, output.dim)
+            for kind, bad in bad_vectors(vectors, output.normalized).items():
                 located.add(kind, bad)
         numbers = None if self.numbers is None else self._numbers_of(batch, located)
         for part, chosen, rows in self._places(batch, located):

@@ -17,7 +17,7 @@ from embedstream.dataset.places import Mask
 NORM_TOLERANCE = 1e-3
 """How far from 1 the length of a normalized vector may be; float32 gives 1e-6, this allows for bfloat16."""
 
-_WORDS = {
+WORDS = {
     Kind.PLACE: "is at a place that no corpus has",
     Kind.DOUBLED: "comes a second time",
     Kind.IN_BOTH: "is in the dataset and in its errors",
@@ -49,14 +49,13 @@ class Located:
                 self._batch.column(name)[int(at)].as_py() for name in ("part", "row", "chunk", "id")
             )
             piece = f" chunk {chunk}" if chunk else ""
-            message = f"part {part} row {row}{piece}: {_WORDS[kind]}"
+            message = f"part {part} row {row}{piece}: {WORDS[kind]}"
             self._findings.add(kind, message, self._file, self._start + int(at), id)
         self._findings.count(kind, len(rows) - len(told))
 
 
-def bad_vectors(column: Any, dim: int, normalized: bool) -> dict[Kind, Mask]:
-    """What is wrong with a column of n vectors, by kind a mask [n]. `column`: fixed_size_list<float32>[dim]."""
-    vectors: npt.NDArray[np.float32] = column.flatten().to_numpy().reshape(len(column), dim)
+def bad_vectors(vectors: npt.NDArray[np.float32], normalized: bool) -> dict[Kind, Mask]:
+    """What is wrong with vectors [n, dim], by kind a mask [n]."""
     with np.errstate(over="ignore", invalid="ignore"):
         squares = np.einsum("ij,ij->i", vectors, vectors)
         not_finite, zero = ~np.isfinite(squares), squares == 0

@@ -13,10 +13,12 @@ from embedstream.blocks import Block
 from embedstream.connection import mask
 from embedstream.dataset.findings import Finding, Findings, Kind
 from embedstream.dataset.folder import FolderSink
+from embedstream.dataset.hashes import RedisSink
 from embedstream.dataset.manifest import manifest_spec
 from embedstream.dataset.sink import Manifest, open_sink
 from embedstream.dataset.verify import FolderCheck
 from embedstream.dataset.verify_corpus import CorpusCheck
+from embedstream.dataset.verify_hashes import HashCheck
 from embedstream.dataset.verify_manifest import check_manifest
 from embedstream.errors import ManifestDamaged, OutputError, UsageError
 from embedstream.input.duplicates import DuplicateIndex
@@ -54,7 +56,7 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     bytes: int = 0
     seconds: float = 0.0
     unlisted: list[str] = []
-    """Files that the manifest does not list: harmless. The first of them."""
+    """Files that the manifest does not list, or keys of other jobs below the prefix: harmless. The first of them."""
     unlisted_count: int = 0
 
 
@@ -88,9 +90,11 @@ def verify(output: str, corpus: Sequence[str], redis_url: str | None) -> Verdict
         raise OutputError(f"{mask(output)}: no manifest: not a dataset, or its job has not ended yet")
     check_manifest(findings, manifest)
     parts = _parts(manifest_spec(manifest), corpus)
-    if not isinstance(sink, FolderSink):
-        raise UsageError(f"{mask(output)}: only datasets in folders can be verified")
-    read = _verify_files(sink, manifest, parts, findings)
+    if isinstance(sink, RedisSink):
+        read = _verify_hashes(sink, manifest, parts, findings)
+    else:
+        assert isinstance(sink, FolderSink)
+        read = _verify_files(sink, manifest, parts, findings)
     return Verdict(
         output=mask(sink.output),
         ok=not findings,
@@ -106,7 +110,7 @@ def verify(output: str, corpus: Sequence[str], redis_url: str | None) -> Verdict
         seconds=round(time.monotonic() - begun, 3),
         findings=_told_of(findings),
         unlisted=read.unlisted[:MOST_NAMED],
-        unlisted_count=len(read.unlisted),
+        unlisted_count=read.unlisted_count,
     )
 
 
@@ -114,6 +118,7 @@ class _Read(NamedTuple):
     bytes: int
     compared: int | None
     unlisted: list[str]
+    unlisted_count: int
 
 
 def _verify_files(sink: FolderSink, manifest: Manifest, parts: Sequence[FilePart], findings: Findings) -> _Read:
@@ -127,7 +132,17 @@ def _verify_files(sink: FolderSink, manifest: Manifest, parts: Sequence[FilePart
                 comparison.add(block, label)
         comparison.finish([part.label for part in parts])
         compared = comparison.rows
-    return _Read(check.bytes, compared, check.unlisted())
+    unlisted = check.unlisted()
+    return _Read(check.bytes, compared, unlisted, len(unlisted))
+
+
+def _verify_hashes(sink: RedisSink, manifest: Manifest, parts: Sequence[FilePart], findings: Findings) -> _Read:
+    check = HashCheck(sink, manifest, findings)
+    with DuplicateIndex() as index:
+        for block, label in _blocks(parts, check.spec, index):
+            check.compare(block, label)
+        check.run(index)
+    return _Read(check.bytes, check.compared, check.foreign, check.foreign_count)
 
 
 def _blocks(parts: Sequence[FilePart], spec: JobSpec, index: DuplicateIndex) -> Iterator[tuple[Block, str]]:

@@ -94,3 +94,30 @@ async def test_the_asyncio_client_does_the_same(workers: Fleet, tmp_path: Path) 
         assert (status.state, status.rows) == ("completed", 3)
         vectors = await client.embed(["one text"], model="hashing")
         np.testing.assert_allclose(vectors, [reference_vector("one text")], atol=1e-6)
+
+
+def test_what_workers_wrote_is_verified_against_its_corpus(workers: Fleet, tmp_path: Path) -> None:
+    path = tmp_path / "c.jsonl"
+    lines = [{"id": f"d{i}", "text": f"text {i}" if i % 40 else "", "title": "T", "year": i} for i in range(1500)]
+    path.write_text("".join(json.dumps(line) + "\n\n" for line in lines))
+    workers.start_worker()
+    workers.start_worker()
+    settings = ["--redis", workers.url, "--model", "hashing", "--title-field", "none", "--keep", "year"]
+    for output in (str(tmp_path / "out"), "redis:?prefix=v:"):
+        job = ["--prompt", "passage: ", *settings, "--max-errors", "50"]
+        done = run("embed-submit", path, "-o", output, *job)
+        assert done.returncode == 0, done.stderr
+        checked = run("embed-verify", output, "--redis", workers.url, "--corpus", path)
+        assert (checked.returncode, checked.stderr) == (0, ""), checked.stdout
+        assert "verified: 1,462 rows, 38 errors" in checked.stdout
+        assert "compared with 1,500 rows of the corpus" in checked.stdout
+    (shard, *_) = sorted((tmp_path / "out").glob("part-*.parquet"))
+    content = bytearray(shard.read_bytes())
+    content[1000] ^= 1
+    shard.write_bytes(content)
+    damaged = run("embed-verify", tmp_path / "out", "--json")
+    verdict = json.loads(damaged.stdout)
+    assert (damaged.returncode, verdict["ok"], verdict["rows"]) == (1, False, 1462)
+    assert verdict["findings"]["checksum"]["first"][0]["file"] == shard.name
+    assert run("embed-verify", tmp_path / "nothing").returncode == 2
+    assert run("embed-verify", tmp_path / "out", path).returncode == 2
