@@ -228,6 +228,10 @@ class Broker(Steps):
         raw = self._raw.hgetall(self.keys.shards(job))
         return [raw[name] for name in sorted(raw)]
 
+    def shard_names(self, job: str) -> frozenset[str]:
+        """The committed shards."""
+        return frozenset(name.decode() for name in self._raw.hkeys(self.keys.shards(job)))
+
     def memory_bound(self, wanted: int) -> int:
         """The bound on queued bytes: `wanted`, or a quarter of the server's `maxmemory` if that is told and less."""
         try:

@@ -16,6 +16,7 @@ from embedstream.dataset.sink import Manifest, Sink, canonical_output
 from embedstream.errors import BrokerError, OutputError
 from embedstream.failpoints import reach
 from embedstream.jobs import JobSpec, JobState, decode_spec, model_address, queue_name
+from embedstream.objects import is_object
 from embedstream.plans import Notice, drive, silent
 from embedstream.roots import allows, is_redis
 from embedstream.steps import Code
@@ -92,8 +93,8 @@ def is_visible(workers: Sequence[WorkerRecord], output: str) -> bool:
 
 
 def is_here(output: str) -> bool:
-    """Whether an output can be reached from this machine: a server always, a folder if it exists."""
-    return is_redis(output) or Path(output).is_dir()
+    """Whether an output can be reached from this machine: a server or a bucket always, a folder if it exists."""
+    return is_redis(output) or is_object(output) or Path(output).is_dir()
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ def open_job(
     state = JobState.SUBMITTING if fresh else answer.state
     adopted = Adopted()
     if fresh or (always_adopt and state in (JobState.SUBMITTING, JobState.RUNNING)):
-        adopted = drive(adopt_shards(broker, spec.job, sink.find_shards()), broker, notice)
+        adopted = drive(adopt_shards(broker, spec.job, sink.find_shards(broker.shard_names(spec.job))), broker, notice)
     if always_adopt and state is JobState.FINALIZING:
         broker.free_finalize(spec.job)
     return Opened(state, adopted, resumed=answer.code is not Code.CREATED)

@@ -1,4 +1,4 @@
-"""Output roots: below which folders and in which Redis servers a worker may write."""
+"""Output roots: below which folders, in which buckets and Redis servers a worker may write."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from urllib.parse import parse_qs, urlsplit
 from embedstream.connection import mask
 from embedstream.dataset.sink import canonical_output
 from embedstream.errors import OutputError
+from embedstream.objects import is_object, parse_object
 
 _DEFAULT_PORT = 6379
 _SCHEMES = ("redis", "rediss", "unix")
@@ -17,8 +18,9 @@ _SCHEMES = ("redis", "rediss", "unix")
 def allows(roots: Iterable[str], output: str) -> bool:
     """Whether any root allows the output.
 
-    A folder allows itself and what lies below it, links resolved. `redis:` allows the queue's own server,
-    `redis://host` any output on that server; a database or a `prefix` in the root must be the output's own.
+    A folder allows itself and what lies below it, links resolved; a bucket or prefix likewise, if the store is the same.
+    `redis:` allows the queue's own server, `redis://host` any output on that server; a database or a `prefix` in the
+    root must be the output's own.
     """
     return any(_allows(root, output) for root in roots)
 
@@ -47,8 +49,17 @@ def _allows(root: str, output: str) -> bool:
         return False
     if is_redis(root):
         return _allows_redis(root, output)
+    if is_object(root) or is_object(output):
+        return is_object(root) and is_object(output) and _allows_object(root, output)
     above, below = os.path.realpath(root), os.path.realpath(output)
     return below == above or below.startswith(above.rstrip(os.sep) + os.sep)
+
+
+def _allows_object(root: str, output: str) -> bool:
+    above, below = parse_object(root, "output root", whole_bucket=True), parse_object(output, "output")
+    if (above.bucket, above.endpoint, above.scheme) != (below.bucket, below.endpoint, below.scheme):
+        return False
+    return f"{below.key}/".startswith(f"{above.key}/" if above.key else "")
 
 
 def _allows_redis(root: str, output: str) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import redis
+from s3_server import S3Server
 
 from embedstream.embedded.programs import find_program
 
@@ -44,6 +45,13 @@ def serve_redis() -> Iterator[RedisServer]:
         finally:
             server.kill()
             server.wait()
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3Server]:
+    """Started on first use: use buckets of your own."""
+    with S3Server() as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Container, Iterable, Iterator, Sequence
 
 import msgspec
 import pyarrow as pa
@@ -20,7 +19,7 @@ from embedstream.dataset.ordering import Ordering
 from embedstream.dataset.parquet import Footer, encode_data, encode_errors, read_footer
 from embedstream.dataset.schema import ErrorRow, placed_errors
 from embedstream.dataset.sink import Manifest, ShardContent, ShardRecord
-from embedstream.dataset.storage import Folder, Storage
+from embedstream.dataset.storage import Storage, storage_of
 from embedstream.errors import OutputError
 from embedstream.jobs import JobSpec
 
@@ -47,7 +46,7 @@ class FolderSink:
 
     def __init__(self, output: str, spec: JobSpec | None = None) -> None:
         self.output = output
-        self.files: Storage = Folder(Path(output))
+        self.files: Storage = storage_of(output)
         self._spec = spec
 
     def check(self) -> None:
@@ -105,14 +104,15 @@ class FolderSink:
         """
         self.files.remove([part_file(name), errors_file(name)])
 
-    def find_shards(self) -> Iterator[ShardRecord]:
-        """Whole shards of this job, in name order; hashes every file. Others are left alone, with a warning.
+    def find_shards(self, known: Container[str] = ()) -> Iterator[ShardRecord]:
+        """Whole shards of this job that are not `known` by name, in name order; hashes every file. Others are left
+        alone, with a warning.
 
         Raises:
             SpecDiffers: a shard with rows was made by a job with other settings (checked if the sink has a spec).
             OutputError: the folder cannot be read.
         """
-        for record in list(self._footers()):
+        for record in list(self._footers(known)):
             try:
                 found = self._whole_shard(record)
             except OutputError as error:
@@ -120,9 +120,11 @@ class FolderSink:
                 continue
             yield found
 
-    def _footers(self) -> Iterator[ShardRecord]:
-        """Each readable shard and what it says of itself, in name order."""
+    def _footers(self, known: Container[str] = ()) -> Iterator[ShardRecord]:
+        """What each readable shard says of itself, but for the `known` ones, in name order."""
         for name in self._part_files():
+            if name.removeprefix("part-").removesuffix(".parquet") in known:
+                continue
             try:
                 footer, rows = self.footer(name)
                 if part_file(footer.shard.name) != name or rows != footer.shard.rows:
@@ -171,16 +173,18 @@ class FolderSink:
         Raises:
             OutputError: a listed shard is not there, or a file cannot be written.
         """
+        sizes = self.files.sizes()
         for shard in manifest.shards:
             name = part_file(shard.name)
-            size = self.files.size(name)
+            size = sizes.get(name)
             if size != shard.bytes:
+                now = "is gone" if size is None else f"has {size} bytes"
                 raise OutputError(
-                    f"{self.files.path(name)}: has {size} bytes, was committed with {shard.bytes}: restore the file"
+                    f"{self.files.path(name)}: {now}, was committed with {shard.bytes} bytes: restore the file"
                 )
         if not manifest.shards:
             self.files.prepare()
-        if manifest.failed or ERRORS in self.files.names():
+        if manifest.failed or ERRORS in sizes:
             self.files.write(ERRORS, (row + b"\n" for row in self.error_lines(manifest, sources)))
         self.files.write(MANIFEST, [encode_manifest(manifest)])
         # What writers left that died. One that is still at it, though its job has ended, will see and try again.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, TypeAlias, TypeVar
 from urllib.parse import parse_qs, urlsplit
@@ -135,7 +135,7 @@ class RedisSink:
     def discard_shard(self, name: str) -> None:
         """Nothing: whoever commits those rows has written, or will write, the same keys."""
 
-    def find_shards(self) -> Iterator[ShardRecord]:
+    def find_shards(self, known: Container[str] = ()) -> Iterator[ShardRecord]:  # noqa: ARG002
         """None: hashes do not say which shard they came in."""
         return iter(())
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Protocol
@@ -16,6 +16,7 @@ from embedstream.dataset.address import SCHEMES, parse_address
 from embedstream.dataset.schema import ErrorRow
 from embedstream.errors import UsageError
 from embedstream.jobs import JobSpec
+from embedstream.objects import is_object, parse_object
 
 ShardName = Annotated[str, msgspec.Meta(pattern=r"\A[0-9A-Za-z_-]{1,64}\Z")]
 """Names become file names, wherever records and manifests come from."""
@@ -154,8 +155,9 @@ class Sink(Protocol):
     def discard_shard(self, name: str) -> None:
         """Remove a shard that was refused whole (sinks without files keep it: its rows are overwritten)."""
 
-    def find_shards(self) -> Iterator[ShardRecord]:
-        """This job's whole shards that lie in the output, listed or not, in name order (none for sinks without files).
+    def find_shards(self, known: Container[str] = ()) -> Iterator[ShardRecord]:
+        """This job's whole shards that lie in the output, listed or not, in name order (none for sinks without files),
+        but for those `known` by name, which need not be read.
 
         Raises:
             SpecDiffers: rows of a job with another spec lie there.
@@ -178,8 +180,9 @@ class Sink(Protocol):
 
 
 def canonical_output(text: str) -> str:
-    """The one spelling of an output, as in `JobSpec.output`: an absolute folder path, or a Redis URL.
+    """The one spelling of an output, as in `JobSpec.output`: an absolute folder path, an S3 or a Redis URL.
 
+    `s3://bucket/prefix`, for other stores than AWS' own `s3://bucket/prefix?endpoint_override=host:port&scheme=http`.
     `redis://host:port/db?prefix=docs:&ttl=86400` (also `rediss://`, `unix:///socket?db=0&prefix=docs:`), or
     `redis:?prefix=docs:` for the server that holds the queue. `ttl` is in seconds.
 
@@ -189,9 +192,12 @@ def canonical_output(text: str) -> str:
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):(?=//)|(redis):", text)
     if scheme is None:
         return _absolute(text)
+    if is_object(text):
+        return parse_object(text, "output").url
     if scheme[0].rstrip(":").lower() not in SCHEMES:
         raise UsageError(
-            f"output {scheme[0]}//…: unknown scheme: give a folder, or redis://host:6379/0?prefix=docs: (-o)"
+            f"output {scheme[0]}//…: unknown scheme: give a folder, s3://bucket/prefix, or "
+            f"redis://host:6379/0?prefix=docs: (-o)"
         )
     return parse_address(text).url
 
@@ -209,7 +215,7 @@ def open_sink(output: str, spec: JobSpec | None = None, queue_url: str | None = 
     from embedstream.dataset.hashes import RedisSink
 
     canonical = canonical_output(output)
-    if canonical.startswith("/"):
+    if canonical.startswith("/") or is_object(canonical):
         return FolderSink(canonical, spec)
     address = parse_address(canonical)
     server = address.server or queue_url
@@ -221,7 +227,7 @@ def open_sink(output: str, spec: JobSpec | None = None, queue_url: str | None = 
 def _absolute(text: str) -> str:
     """Absolute and normalized. Links stay as they are named, save those that a `..` climbs out of."""
     if not text or "\0" in text:
-        raise UsageError("the output is empty: give a folder or a Redis URL (-o)")
+        raise UsageError("the output is empty: give a folder, an S3 or a Redis URL (-o)")
     path = Path.cwd() / text
     if ".." in path.parts:
         climb = len(path.parts) - path.parts[::-1].index("..")

@@ -14,13 +14,15 @@ import pyarrow as pa
 from embedstream.dataset.files import Readable, cannot, sync_folder, write_durable
 from embedstream.errors import OutputError
 from embedstream.failpoints import reach
+from embedstream.objects import is_object, parse_object
 
 
 class Storage(Protocol):
     """Files of one dataset, by their names without a path. Every method raises `OutputError`, in one sentence."""
 
-    sql: str
-    """What DuckDB must be told before it can read there; ends in a space if there is any."""
+    @property
+    def sql(self) -> str:
+        """What DuckDB must be told before it can read there; ends in a space if there is any."""
 
     def path(self, name: str) -> str:
         """As people and SQL call a file."""
@@ -34,8 +36,8 @@ class Storage(Protocol):
     def names(self) -> list[str]:
         """Of all files, in order; none if there is no such place."""
 
-    def size(self, name: str) -> int:
-        """Bytes of a file."""
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each file, by name; one question for all of them."""
 
     def checksum(self, name: str) -> tuple[int, str]:
         """Bytes of a file, and `sha256:<hex>` over them."""
@@ -54,6 +56,13 @@ class Storage(Protocol):
 
     def cannot_read(self, name: str, error: OSError) -> OutputError:
         """One sentence about what could not be read."""
+
+
+def storage_of(output: str) -> Storage:
+    """The storage of an output in its canonical spelling; nothing is touched before its first call."""
+    from embedstream.dataset.bucket import Bucket
+
+    return Bucket(parse_object(output, "output")) if is_object(output) else Folder(Path(output))
 
 
 class Folder:
@@ -91,12 +100,14 @@ class Folder:
         except OSError as error:
             raise cannot("read", self._folder, error) from error
 
-    def size(self, name: str) -> int:
-        path = self._folder / name
+    def sizes(self) -> dict[str, int]:
         try:
-            return path.stat().st_size
+            with os.scandir(self._folder) as entries:
+                return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+        except FileNotFoundError:
+            return {}
         except OSError as error:
-            raise cannot("read", path, error) from error
+            raise cannot("read", self._folder, error) from error
 
     def checksum(self, name: str) -> tuple[int, str]:
         path = self._folder / name

@@ -6,10 +6,12 @@ import msgspec
 
 from embedstream.connection import mask
 from embedstream.dataset.address import parse_address
+from embedstream.dataset.folder import ERRORS
 from embedstream.dataset.manifest import manifest_spec
 from embedstream.dataset.sink import Manifest, Sink
 from embedstream.errors import JobCancelled, JobFailed
 from embedstream.jobs import JobState, JobStatus, MaxErrors
+from embedstream.objects import is_object, parse_object
 from embedstream.roots import is_redis
 
 SOME_ROWS_FAILED = 3
@@ -110,7 +112,9 @@ def lines(report: Report, sink: Sink, reason: str = "") -> list[str]:
 
 def errors_of(output: str) -> str:
     """Where the rows that failed are listed."""
-    return f"the hash {parse_address(output).prefix}_errors" if is_redis(output) else f"{output}/errors.jsonl"
+    if is_redis(output):
+        return f"the hash {parse_address(output).prefix}_errors"
+    return parse_object(output, "output").child(ERRORS) if is_object(output) else f"{output}/{ERRORS}"
 
 
 def duration(seconds: float) -> str:

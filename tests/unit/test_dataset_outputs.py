@@ -47,7 +47,7 @@ def test_equal_redis_outputs_have_one_spelling(text: str, canonical: str) -> Non
         ("redis://h:99999?prefix=a", "the port is not a number below 65536"),
         ("redis:?prefix=a&db=1", "names no server"),
         ("unix://?prefix=a", "no socket"),
-        ("s3://bucket/key", "unknown scheme: give a folder"),
+        ("gs://bucket/key", "unknown scheme: give a folder"),
         ("https://u:secret@h/x", "unknown scheme"),
         ("redis://u:secret@h/x", "no prefix"),
         ("", "the output is empty"),

@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from embedstream.connection import check, connect, explaining
 from embedstream.dataset.sink import canonical_output
+from embedstream.objects import is_object, parse_object
 from embedstream.settings import WorkerSettings
 from embedstream_worker.engines import EngineName, make_engine
 from embedstream_worker.engines.precision import Dtype
@@ -88,4 +89,6 @@ def leave_with_parent(parent: int, life: Life, orphaned: threading.Event) -> Non
 
 def canonical_root(root: str) -> str:
     """An output root as `roots.allows` compares it."""
+    if is_object(root):
+        return parse_object(root, "output root", whole_bucket=True).url
     return root if root.startswith(("redis:", "rediss:", "unix:")) else canonical_output(root)
