@@ -18,7 +18,7 @@ _SCHEMES = ("redis", "rediss", "unix")
 def allows(roots: Iterable[str], output: str) -> bool:
     """Whether any root allows the output.
 
-    A folder allows itself and what lies below it, links resolved; a bucket or prefix likewise, if the store is the same.
+    A folder allows itself and what lies below it, links resolved; so does a bucket or a prefix, in the same store.
     `redis:` allows the queue's own server, `redis://host` any output on that server; a database or a `prefix` in the
     root must be the output's own.
     """
