@@ -175,10 +175,10 @@ class Broker(Steps):
             return []
         return [row["message_id"].decode() for row in rows]
 
-    def suspected(self, job: str, part: int, block: int) -> int | None:
-        """The row that was being tried alone when the block's last holder died."""
+    def suspected(self, job: str, part: int, block: int) -> tuple[int, ...]:
+        """The chunks, by their place in the block, with which holders of the block died when they tried them alone."""
         raw = self._raw.hget(self.keys.suspect(job), f"{part}:{block}")
-        return None if raw is None else int(raw)
+        return tuple(map(int, raw.split(b","))) if raw else ()
 
     def free_finalize(self, job: str) -> None:
         """Let a job of the outbox be taken at once: for when whoever leased it is surely gone."""
@@ -288,14 +288,21 @@ class Broker(Steps):
 
     def dead_consumers(self, job: str, living: Iterable[str]) -> list[str]:
         """Consumers of a job's stream that belong to no living worker and hold nothing."""
+        return [name for name, holds in self._others(job, living).items() if not holds]
+
+    def lost(self, job: str, living: Iterable[str]) -> dict[str, int]:
+        """Consumers of a job's stream that belong to no living worker, and how many blocks each of them died with."""
+        return {name: holds for name, holds in self._others(job, living).items() if holds}
+
+    def _others(self, job: str, living: Iterable[str]) -> dict[str, int]:
         keep = {*living, RELEASED}
         try:
             rows = self._raw.xinfo_consumers(self.keys.blocks(job), GROUP)
         except ResponseError as error:
             if not _stream_gone(error):
                 raise
-            return []
-        return [row["name"].decode() for row in rows if not row["pending"] and row["name"].decode() not in keep]
+            return {}
+        return {row["name"].decode(): row["pending"] for row in rows if row["name"].decode() not in keep}
 
     def _now_ms(self) -> int:
         seconds, micros = self._raw.time()

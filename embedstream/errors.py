@@ -72,6 +72,22 @@ class ServerError(EmbedstreamError):
     """No private Redis server could be started for embedded mode."""
 
 
+STALLED = 75
+"""The exit code of a worker whose device hangs or is lost (`EX_TEMPFAIL`): start it again."""
+
+
+class DeviceLost(EmbedstreamError):
+    """The device does not compute any more; what the worker held is handed back."""
+
+    exit_code = STALLED
+
+    def __init__(self, device: str, error: Exception) -> None:
+        super().__init__(
+            f"device {device} does not work any more ({type(error).__name__}: {error}): the worker leaves with exit "
+            f"code {STALLED} and what it held goes to others; start it again, and look at the device if it goes on"
+        )
+
+
 class ModelError(EmbedstreamError):
     """A model that cannot be found, loaded or trusted."""
 

@@ -91,5 +91,5 @@ class Keys:
         return f"{self.job(job)}:shards"
 
     def suspect(self, job: str) -> str:
-        """Hash: `<part>:<block>` -> row of the chunk being tried alone."""
+        """Hash: `<part>:<block>` -> chunks that killed their holders, the last being tried alone just now."""
         return f"{self.job(job)}:suspect"

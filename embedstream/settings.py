@@ -75,7 +75,10 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
     expire_seconds: float = 15.0
     """A worker that said nothing for so long counts as gone: seven heartbeats may get lost."""
     stall_seconds: float = 300.0
-    """Lease renewal stops when the pipeline has made no progress for so long, so that others take over."""
+    """A worker leaves when no batch comes back for so long, and no longer renews its leases when nothing else moves:
+    far above what the slowest batch takes, as a healthy worker's end costs more than some minutes of a hung device."""
+    drain_seconds: float = 8.0
+    """How long a worker that is told to stop may finish and commit: below the 10 s that containers are given."""
 
 
 class BlockLimits(msgspec.Struct, frozen=True, kw_only=True):

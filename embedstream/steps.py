@@ -143,9 +143,9 @@ class Steps:
         """Reset the idle time of my entries; answers the ids that I no longer own."""
         return Step("renew", (stream,), (consumer, *entries), _ids)
 
-    def release(self, stream: str, consumer: str, entries: Sequence[str]) -> Step[Answer]:
-        """Hand entries back, claimable at once: OK."""
-        return Step("release", (stream,), (consumer, RELEASED, *entries), _answer)
+    def release(self, stream: str, consumer: str, entries: Sequence[str], died: bool = False) -> Step[Answer]:
+        """Hand entries back, claimable at once: OK. `died`: the consumer is dead or dying, and that is counted."""
+        return Step("release", (stream,), (consumer, RELEASED, 0 if died else 1, *entries), _answer)
 
     def drop(self, job: str, blocks: Iterable[CommitBlock]) -> Step[Answer]:
         """Clear claimed entries whose blocks are done: OK."""
@@ -190,9 +190,13 @@ class Steps:
             _answer,
         )
 
-    def suspect(self, job: str, part: int, block: int, row: int) -> Step[Answer]:
-        """Note the chunk that is about to be tried alone: OK, ENDED(state), UNKNOWN_JOB."""
-        return Step("suspect", (self.keys.job(job), self.keys.suspect(job)), (part, block, row), _answer)
+    def suspect(self, job: str, part: int, block: int, chunks: Sequence[int]) -> Step[Answer]:
+        """Note the chunks, by their place in the block, that killed their holders: OK, ENDED(state), UNKNOWN_JOB.
+
+        The last of them is the one that is about to be tried alone.
+        """
+        noted = ",".join(map(str, chunks))
+        return Step("suspect", (self.keys.job(job), self.keys.suspect(job)), (part, block, noted), _answer)
 
     def request(self, request: str, payload: bytes, wait_ms: int, most: int) -> Step[Answer]:
         """Put an interactive request on its stream: OK, BUSY."""

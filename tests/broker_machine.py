@@ -117,7 +117,7 @@ class BrokerSteps(RuleBasedStateMachine):
         self.expect(self.broker.finalized(lease, state, HOUR_MS), self.model.finalized(n, lease.epoch, state))
 
     def suspect_now(self, n: int, part: int, block: int) -> None:
-        self.expect(self.broker.suspect(self.id(n), part, block, 1), self.model.suspect(n, part, block))
+        self.expect(self.broker.suspect(self.id(n), part, block, (1,)), self.model.suspect(n, part, block))
 
     def retire_now(self, n: int, consumer: str) -> None:
         self.expect(self.broker.retire(self.lab.keys.blocks(self.id(n)), consumer), self.model.retire(n, consumer))

@@ -184,7 +184,9 @@ class WorkerLab:
             queue=self.broker.queue,
             model=model or WorkerModel("hashing", None),
             roots=tuple(roots) or (str(self.folder),),
-            settings=WorkerSettings(**{"lease_seconds": 600.0, "window_ms": 20, "batch_tokens": 65_536, **settings}),
+            settings=WorkerSettings(
+                **{"lease_seconds": 600.0, "drain_seconds": 600.0, "window_ms": 20, "batch_tokens": 65_536, **settings}
+            ),
             burst=burst,
         )
         running = Running(Worker(plan, engine or HashingEngine(), connect=connect))

@@ -14,13 +14,14 @@ from types import TracebackType
 from typing import Self
 
 from embedstream.embedded import OutputLock, PrivateServer
-from embedstream.errors import EmbedstreamError, ModelError, ServerError, UsageError, WorkerError
+from embedstream.errors import STALLED, EmbedstreamError, ModelError, ServerError, UsageError, WorkerError
 from embedstream.jobs import JobSpec
 
 LOG = "worker.log"
 
-MOST_DEATHS = 3
-"""Deaths in a row without one more committed block: it will not get better."""
+MOST_DEATHS = 6
+"""Deaths in a row without one more committed block: it will not get better. Three find a text that kills the worker,
+each more finds another text of the same block."""
 
 STOP_SECONDS = 20.0
 """From SIGTERM, in which a worker commits what it has, to SIGKILL."""
@@ -200,6 +201,8 @@ _NOT_INHERITED = {"EMBEDSTREAM_BURST", "EMBEDSTREAM_CHECK", "EMBEDSTREAM_REVISIO
 
 
 def _ending(code: int) -> str:
+    if code == STALLED:
+        return "its device hangs or is lost"
     return f"signal {-code}" if code < 0 else f"exit status {code}"
 
 

@@ -178,7 +178,7 @@ def test_a_full_server_drains(real_lab: Lab) -> None:
     try:
         client.config_set("maxmemory", 1)
         assert real_lab.submit(job, 0, 4).code is Code.FULL
-        assert broker.run(broker.suspect(job, 0, 0, 1)).code is Code.OK
+        assert broker.run(broker.suspect(job, 0, 0, (1,))).code is Code.OK
         assert broker.run(broker.renew(claimed[0].stream, "w1", [c.entry for c in claimed])) == []
         assert broker.run(broker.release(claimed[0].stream, "w1", [claimed[2].entry])).code is Code.OK
         assert real_lab.commit(job, claimed[:2]).code is Code.COMMITTED

@@ -97,14 +97,14 @@ def test_an_ended_early_job_is_reopened_and_keeps_what_is_done(lab: Lab, verdict
     job = lab.create()
     lab.fill(job, 3)
     lab.commit(job, lab.claim(job)[:1])
-    lab.broker.run(lab.broker.suspect(job, 0, 1, 17))
+    lab.broker.run(lab.broker.suspect(job, 0, 1, (17,)))
     lab.broker.run(lab.broker.cancel(job, verdict))
     lab.finalize(job, verdict)
     assert lab.broker.run(lab.broker.create(lab.spec())) == Answer(Code.REOPENED)
     status = lab.broker.status(job)
     assert (status.state, status.done, status.rows, status.blocks) == (JobState.SUBMITTING, 1, 9, 0)
     assert (lab.broker.active_jobs(), lab.broker.recent_jobs()) == ([job], [])
-    assert lab.broker.suspected(job, 0, 1) is None  # its new entry has killed nobody
+    assert lab.broker.suspected(job, 0, 1) == ()  # its new entry has killed nobody
     assert all(lab.client.pttl(key) == -1 for key in (lab.keys.job(job), lab.keys.shards(job), lab.keys.done(job, 0)))
     lab.fill(job, 3)
     assert lab.broker.backlog(job) == 2  # block 0 is done
@@ -444,17 +444,17 @@ def test_dropping_leaves_blocks_alone_that_are_not_done(lab: Lab) -> None:
 def test_a_suspect_is_noted_until_its_block_is_committed(lab: Lab) -> None:
     job = lab.create()
     lab.fill(job, 1)
-    assert lab.broker.run(lab.broker.suspect(job, 0, 0, 4)) == Answer(Code.OK)
-    assert lab.broker.run(lab.broker.suspect(job, 0, 0, 5)) == Answer(Code.OK)
-    assert lab.broker.suspected(job, 0, 0) == 5
+    assert lab.broker.run(lab.broker.suspect(job, 0, 0, (4,))) == Answer(Code.OK)
+    assert lab.broker.run(lab.broker.suspect(job, 0, 0, (3, 5))) == Answer(Code.OK)
+    assert lab.broker.suspected(job, 0, 0) == (3, 5)
     lab.commit(job, lab.claim(job))
-    assert lab.broker.suspected(job, 0, 0) is None
+    assert lab.broker.suspected(job, 0, 0) == ()
 
 
 def test_suspects_of_an_ended_or_unknown_job_are_not_noted(lab: Lab) -> None:
     job = lab.cancelled_job()
-    assert lab.broker.run(lab.broker.suspect(job, 0, 0, 4)) == Answer(Code.ENDED, detail="cancelled")
-    assert lab.broker.run(lab.broker.suspect("none", 0, 0, 4)) == Answer(Code.UNKNOWN_JOB)
+    assert lab.broker.run(lab.broker.suspect(job, 0, 0, (4,))) == Answer(Code.ENDED, detail="cancelled")
+    assert lab.broker.run(lab.broker.suspect("none", 0, 0, (4,))) == Answer(Code.UNKNOWN_JOB)
 
 
 def test_answers_of_no_step_are_an_error(lab: Lab) -> None:

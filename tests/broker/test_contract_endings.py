@@ -94,7 +94,7 @@ def test_only_jobs_of_the_outbox_are_leased(lab: Lab) -> None:
 
 def test_finalized_ends_the_job_and_all_its_keys_expire(lab: Lab) -> None:
     job = lab.sealed_job(2)
-    lab.broker.run(lab.broker.suspect(job, 0, 7, 1))
+    lab.broker.run(lab.broker.suspect(job, 0, 7, (1,)))
     lab.commit(job, lab.claim(job))
     lease = lab.broker.run(lab.broker.take_finalize(job, 0))
     assert lease is not None

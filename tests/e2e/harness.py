@@ -85,12 +85,12 @@ class Fleet:
         self.broker = Broker(connect(redis_url), MODEL)
         self.processes: list[subprocess.Popen[bytes]] = []
 
-    def start_worker(self, *args: object, wait: bool = True) -> subprocess.Popen[bytes]:
+    def start_worker(self, *args: object, wait: bool = True, **env: str) -> subprocess.Popen[bytes]:
         """A worker of the hashing engine; returns once it is ready."""
         log = (self.root / f"worker-{len(self.processes)}.log").open("wb")
         command = [str(BIN / "embed-worker"), "--model", MODEL, "--redis", self.url, "--lease-seconds", "2"]
         roots = ["--output-root", str(self.root), "--output-root", "redis:"]
-        process = subprocess.Popen([*command, *roots, *map(str, args)], env=environment(), stderr=log)
+        process = subprocess.Popen([*command, *roots, *map(str, args)], env=environment(**env), stderr=log)
         self.processes.append(process)
         if wait:
             wait_until(lambda: self.is_ready(process), f"worker ready ({log.name})")

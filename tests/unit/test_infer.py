@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from embedstream.dataset.folder import FolderSink
 from embedstream.dataset.hashing import input_hashes
+from embedstream.errors import DeviceLost
 from embedstream.jobs import JobSpec
 from embedstream_worker.engines.base import (
     EngineInfo,
@@ -180,7 +181,7 @@ def test_no_text_is_blamed_for_an_engine_that_is_dead() -> None:
         raise ValueError
 
     engine = FakeEngine(before)
-    with pytest.raises(RuntimeError, match="dead"):
+    with pytest.raises(DeviceLost, match="dead"):
         run(engine, [1] * 8)
 
 

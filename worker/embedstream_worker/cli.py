@@ -68,6 +68,18 @@ def usable_device(name: str) -> str:
     help="Idle time after which others take a block over.",
 )
 @click.option(
+    "--stall-seconds",
+    type=click.FloatRange(min=0, min_open=True),
+    default=DEFAULTS.stall_seconds,
+    help="Leave with exit code 75, to be started again, when no batch comes back for so long.",
+)
+@click.option(
+    "--drain-seconds",
+    type=click.FloatRange(min=0),
+    default=DEFAULTS.drain_seconds,
+    help="After SIGTERM, time to finish and commit what is in the model; the rest is handed back.",
+)
+@click.option(
     "--output-root",
     "output_roots",
     multiple=True,
@@ -98,13 +110,19 @@ def worker(
     window_tokens: int | None,
     window_ms: int,
     lease_seconds: float,
+    stall_seconds: float,
+    drain_seconds: float,
     output_roots: tuple[str, ...],
     no_warmup: bool,
     burst: bool,
     only_check: bool,
     embedded: bool,
 ) -> None:
-    """Embed the blocks of a queue with one long-lived model."""
+    """Embed the blocks of a queue with one long-lived model.
+
+    Exit codes: 0 told to stop, or --burst and nothing left; 1 it failed; 2 it can never run so; 75 its device hangs or
+    is lost: start it again.
+    """
     if revision and model == HASHING:
         raise UsageError(f"--revision {revision}: the model {HASHING} has none; leave it out")
     model = model_address(model)
@@ -112,7 +130,12 @@ def worker(
     if only_check:
         sys.exit(0 if is_ready(redis_url, queue) else 1)
     settings = WorkerSettings(
-        batch_tokens=batch_tokens, window_tokens=window_tokens, window_ms=window_ms, lease_seconds=lease_seconds
+        batch_tokens=batch_tokens,
+        window_tokens=window_tokens,
+        window_ms=window_ms,
+        lease_seconds=lease_seconds,
+        stall_seconds=stall_seconds,
+        drain_seconds=drain_seconds,
     )
     # Not at the top: loading it takes a while, in which Ctrl-C shall end this command as at any other time.
     from embedstream_worker.serving import serve

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -51,6 +51,8 @@ class TokenizedGroup:
     tokens: Tokens
     input_hashes: pa.FixedSizeBinaryArray
     errors: RowErrors = field(default_factory=dict)
+    note: Callable[[int | None], None] | None = None
+    """Set for a block that is tried chunk by chunk: to be told of the row (or none) that enters the model next."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,9 @@ class Held:
 
     def __init__(self) -> None:
         self._entries: dict[str, set[str]] = {}  # stream -> entry ids
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
+        self.awaited = False
+        """Whether somebody waits for all of them to be committed."""
 
     def add(self, stream: str, entry: str) -> bool:
         """Whether the entry was not held yet."""
@@ -85,6 +89,17 @@ class Held:
             left.difference_update(entries)
             if not left:
                 self._entries.pop(stream, None)
+            if not self._entries:
+                self._lock.notify_all()
+
+    def wait_for_none(self, seconds: float) -> bool:
+        """Have open shards closed, and wait for so long until nothing is held; whether nothing is."""
+        self.awaited = True
+        try:
+            with self._lock:
+                return self._lock.wait_for(lambda: not self._entries, seconds)
+        finally:
+            self.awaited = False
 
     def entries(self, stream: str) -> set[str]:
         """The entries held of one stream."""
@@ -110,10 +125,13 @@ def release(broker: Broker, consumer: str, held: Held, blocks: Sequence[HeldBloc
             log.warning("could not hand %d blocks back (%s): their lease will expire", len(entries), error)
 
 
-def hand_back(broker: Broker, stream: str, consumer: str, entries: Sequence[str]) -> None:
-    """Release entries, so many at once as cost the server some milliseconds. Raises `redis.RedisError`."""
+def hand_back(broker: Broker, stream: str, consumer: str, entries: Sequence[str], died: bool = False) -> None:
+    """Release entries, so many at once as cost the server some milliseconds. Raises `redis.RedisError`.
+
+    `died`: whoever held them is dead, or will be in a moment, perhaps because of one of them.
+    """
     for start in range(0, len(entries), ENTRIES_PER_STEP):
-        broker.run(broker.release(stream, consumer, entries[start : start + ENTRIES_PER_STEP]))
+        broker.run(broker.release(stream, consumer, entries[start : start + ENTRIES_PER_STEP], died))
 
 
 ENTRIES_PER_STEP = 500

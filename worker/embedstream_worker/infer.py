@@ -6,6 +6,7 @@ gap, so that the device never waits.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections import deque
@@ -14,11 +15,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
+import redis
 
+from embedstream.errors import DeviceLost
 from embedstream.workers import InHand
 from embedstream_worker.engines.base import Engine, OutOfMemory, Role, Tokens
 from embedstream_worker.held import EmbeddedGroup, RowErrors, TokenizedGroup
 from embedstream_worker.pipeline import Channel, Closed, Life
+from embedstream_worker.suspects import NotOurs
 from embedstream_worker.work import Taken, Work
 
 log = logging.getLogger(__name__)
@@ -51,6 +55,14 @@ class _Window:
     @property
     def over(self) -> bool:
         return all(work.over for _, work in self.groups)
+
+    def forget_notes(self) -> None:
+        """No row of it is in the model any more. Twice is harmless."""
+        for _, work in self.groups:
+            if work.note is not None:
+                with contextlib.suppress(NotOurs):
+                    work.note(None)
+                work.note = None
 
     def embedded(self) -> list[EmbeddedGroup]:
         return [EmbeddedGroup(group, w.vectors, w.computed, w.done, w.errors) for group, w in self.groups]
@@ -116,7 +128,7 @@ class Infer:
         self._hand_on()
         while len(self._flying) < self._engine.in_flight and (chosen := self._next_work()) is not None:
             taken = chosen.take()
-            self._flying[pool.submit(self._embed, taken)] = (chosen, taken)
+            self._flying[pool.submit(self._embed, chosen, taken)] = (chosen, taken)
         if self._flying:
             free = len(self._flying) < self._engine.in_flight
             for future in wait(self._flying, LOOK_SECONDS if free else None, FIRST_COMPLETED).done:
@@ -128,6 +140,7 @@ class Infer:
     def _hand_on(self) -> None:
         """Give the writer the windows that are over; wait for it only when nothing else is to be done."""
         while self._windows and self._windows[0].over:
+            self._windows[0].forget_notes()
             idle = not self._flying and all(window.over for window in self._windows)
             if not self._out.put(self._windows[0].embedded(), timeout=LOOK_SECONDS if idle else 0):
                 return
@@ -158,13 +171,18 @@ class Infer:
             self._windows.append(_Window([(group, self._begin(group)) for group in item]))
         return None if item is None else self._next_work()
 
-    def _embed(self, taken: Taken) -> npt.NDArray[np.float32]:
+    def _embed(self, work: Work, taken: Taken) -> npt.NDArray[np.float32]:
+        if work.note is not None:
+            work.note(int(taken.rows[0]))
         run = self._engine.embed_exact if taken.exact else self._engine.embed
-        return run(taken.batch)[self._name]
+        with self._life.computing():
+            return run(taken.batch)[self._name]
 
     def _begin(self, group: TokenizedGroup) -> Work:
         job = group.job
-        work = Work(group.tokens, job.prompt_length, job.spec.role, self._output.dim, self._padded, group.errors)
+        work = Work(
+            group.tokens, job.prompt_length, job.spec.role, self._output.dim, self._padded, group.errors, group.note
+        )
         work.cut(self._budget)
         if self._life.stopping.is_set():
             work.stop()
@@ -188,9 +206,13 @@ class Infer:
         if error is None:
             work.land(taken, future.result())
             self._life.progress()
-        elif not isinstance(error, Exception):
+        elif not isinstance(error, Exception) or isinstance(error, redis.RedisError):
             raise error
+        elif isinstance(error, NotOurs):
+            work.again([rows])
+            work.stop()
         elif taken.exact:
+            self._prove_alive()
             why = f"{type(error).__name__}: {error}"
             work.fail(int(rows[0]), "not_finite", f"a vector with NaN or infinity, and none in float32: {why}")
         elif isinstance(error, OutOfMemory):
@@ -216,8 +238,15 @@ class Infer:
         work.cut(self._budget)
 
     def _prove_alive(self) -> None:
-        """Before a text is blamed: does the engine still work at all? If not, it raises, and the worker leaves.
+        """Before a text is blamed: does the engine still work at all? If not, the worker leaves.
 
         A device that has broken would otherwise turn a whole corpus into error rows, and quickly.
+
+        Raises:
+            DeviceLost: it does not.
         """
-        self._engine.warm_up(1)
+        try:
+            with self._life.computing():
+                self._engine.warm_up(1)
+        except Exception as error:
+            raise DeviceLost(self._engine.info.device, error) from error

@@ -18,6 +18,7 @@ from embedstream.settings import WorkerSettings
 from embedstream_worker.held import Held, HeldBlock, Window, hand_back, release
 from embedstream_worker.jobs import Jobs, OpenJob
 from embedstream_worker.pipeline import Channel, Closed, Life
+from embedstream_worker.suspects import ALONE
 from embedstream_worker.troubles import passes
 
 log = logging.getLogger(__name__)
@@ -84,6 +85,7 @@ class Intake:
         self._block_tokens = 8192.0  # running estimate of a block's tokens
         self._next_sweep = 0.0
         self._unseen = False  # whether a claim may have been answered into the void
+        self._careful = False  # whether blocks are there with which workers have died
 
     def run(self) -> None:
         """Until told to stop, or in burst mode until no unfinished job is left for this worker."""
@@ -133,6 +135,9 @@ class Intake:
     def _fill(self, blocks: list[HeldBlock], jobs: list[OpenJob]) -> None:
         """Claim a window's blocks."""
         streams = {self._broker.keys.blocks(job.id): job for job in jobs}
+        if self._careful:
+            self._fill_with_one(blocks, jobs, streams)
+            return
         tokens, closes = 0.0, 0.0
         self._wanted_tokens = min(self._window_tokens, max(2 * self._wanted_tokens, FIRST_WINDOW_TOKENS))
         while not self._life.stopping.is_set():
@@ -144,7 +149,7 @@ class Intake:
                 left_ms = max(1, int((closes - time.monotonic()) * 1000)) if blocks else IDLE_WAIT_MS
                 claimed = self._claim(jobs, wanted, min(left_ms, LOOK_AGAIN_MS) if blocks else left_ms)
             # All are held before the first is looked at: what happens there must not lose the others.
-            new = [c for c in claimed if self._held.add(c.stream, c.entry)]
+            new = self._without_suspects([c for c in claimed if self._held.add(c.stream, c.entry)])
             decoded = [held for c in new if (held := self._decode(c, streams[c.stream])) is not None]
             if decoded and not blocks:
                 self._life.progress()
@@ -157,8 +162,32 @@ class Intake:
             if not blocks:
                 self._wanted_tokens = 0
                 return
-            if tokens >= self._wanted_tokens or time.monotonic() >= closes:
+            if self._careful or tokens >= self._wanted_tokens or time.monotonic() >= closes:
                 return
+
+    def _without_suspects(self, claimed: list[Claimed]) -> list[Claimed]:
+        """Hand back, for later, what holders may have died of: the next death shall count against one only."""
+        suspects = [c for c in claimed if c.deliveries >= ALONE]
+        for c in suspects:
+            self._careful = True
+            self._held.remove(c.stream, [c.entry])
+            hand_back(self._broker, c.stream, self._consumer, [c.entry])
+        return [c for c in claimed if c.deliveries < ALONE]
+
+    def _fill_with_one(self, blocks: list[HeldBlock], jobs: list[OpenJob], streams: dict[str, OpenJob]) -> None:
+        """When all that was held is committed, claim one block that was handed back or whose lease expired."""
+        while not self._held.wait_for_none(IDLE_WAIT_MS / 1000):
+            if self._life.stopping.is_set():
+                return
+        self._next_sweep = 0.0
+        claimed = self._sweep(jobs, 1)
+        self._careful = bool(claimed)
+        for c in claimed:
+            self._held.add(c.stream, c.entry)
+            held = self._decode(c, streams[c.stream])
+            if held is not None:
+                self._life.progress()
+                blocks.append(held)
 
     def _claim(self, jobs: list[OpenJob], wanted: int, wait_ms: int) -> list[Claimed]:
         self._turn += 1

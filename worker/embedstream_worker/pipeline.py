@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, TypeVar, cast
 
 T = TypeVar("T")
@@ -85,15 +86,36 @@ class Life:
         """Whether the stages have been started: before, a worker that is told to stop has nothing to finish."""
         self.failure: BaseException | None = None
         self._progressed = time.monotonic()
+        self._computing: dict[int, float] = {}  # thread -> since when
+        self._stopped: float | None = None
 
     def stop(self) -> None:
+        self._stopped = self._stopped or time.monotonic()
         self.stopping.set()
+
+    def stopping_seconds(self) -> float:
+        """How long ago the worker was told to stop, or failed; 0 if it goes on."""
+        return 0.0 if self._stopped is None else time.monotonic() - self._stopped
+
+    @contextlib.contextmanager
+    def computing(self) -> Iterator[None]:
+        """This thread is in the model or the tokenizer, from where it may never come back."""
+        me = threading.get_ident()
+        self._computing[me] = time.monotonic()
+        try:
+            yield
+        finally:
+            del self._computing[me]
+
+    def computing_seconds(self) -> float:
+        """How long the oldest computation has been going on; 0 if there is none."""
+        return time.monotonic() - min(self._computing.copy().values(), default=time.monotonic())
 
     def fail(self, error: BaseException) -> None:
         """End the worker because a stage cannot go on."""
         if self.failure is None:
             self.failure = error
-        self.stopping.set()
+        self.stop()
 
     def progress(self) -> None:
         """Some stage has finished a piece of work."""

@@ -53,13 +53,17 @@ def serve(
     pa.set_memory_pool(pa.system_memory_pool())
     made, source = make_engine(engine, model, revision, device, dtype, threads)
     log.info("model %s: %s", model, source)
-    plan = WorkerPlan(redis_url, queue, WorkerModel(model, revision), roots, settings, burst, warm_up)
-    try:
-        with explaining(redis_url):
-            Worker(plan, made, life=life).run()
-    finally:
+    plan = WorkerPlan(redis_url, queue, WorkerModel(model, revision), roots, settings, burst, embedded, warm_up)
+
+    def end_private_server() -> None:
         if orphaned.is_set():
             connect(redis_url, retries=0).shutdown()
+
+    try:
+        with explaining(redis_url):
+            Worker(plan, made, life=life, last=end_private_server).run()
+    finally:
+        end_private_server()
 
 
 def stop_on_signals(life: Life) -> None:

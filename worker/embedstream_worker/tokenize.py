@@ -17,7 +17,9 @@ from embedstream_worker.held import Held, HeldBlock, RowErrors, TokenizedGroup, 
 from embedstream_worker.infer import Urgent
 from embedstream_worker.jobs import OpenJob
 from embedstream_worker.pipeline import Channel, Life
+from embedstream_worker.suspects import BY_CHUNK, NotOurs, Trial
 
+_NONE = Tokens(np.empty(0, np.int32), np.zeros(1, np.int64), np.empty(0, np.bool_))
 _NO_TOKENS = Tokens(np.empty(0, np.int32), np.zeros(2, np.int64), np.zeros(1, np.bool_))
 
 
@@ -55,10 +57,17 @@ class Tokenize:
                 if self._life.stopping.is_set():
                     release(self._broker, self._consumer, self._held, window.blocks)
                     continue
-                self._out.put([self._group(pool, job, blocks) for job, blocks in by_job(window.blocks)])
+                try:
+                    groups = [self._group(pool, job, blocks) for job, blocks in by_job(window.blocks)]
+                except NotOurs:
+                    release(self._broker, self._consumer, self._held, window.blocks)
+                    continue
+                self._out.put(groups)
                 self._life.progress()
 
     def _group(self, pool: ThreadPoolExecutor, job: OpenJob, blocks: list[HeldBlock]) -> TokenizedGroup:
+        if len(blocks) == 1 and blocks[0].deliveries >= BY_CHUNK:
+            return self._tried(job, blocks[0])
         pieces = list(pool.map(lambda held: self._encode(job, held), blocks))
         errors, first = RowErrors(), 0
         for tokens, _, failed in pieces:
@@ -71,10 +80,32 @@ class Tokenize:
         inputs = model_inputs(held.block.rows.column("text"), job.prompt)
         tokenizer = self._tokenizers.get()
         try:
-            tokens, errors = encode_rows(tokenizer, inputs, job.max_length)
+            with self._life.computing():
+                tokens, errors = encode_rows(tokenizer, inputs, job.max_length)
         finally:
             self._tokenizers.put(tokenizer)
         return tokens, input_hashes(inputs), errors
+
+    def _tried(self, job: OpenJob, held: HeldBlock) -> TokenizedGroup:
+        """A block with which workers died, row by row. Raises `NotOurs`."""
+        trial = Trial(self._broker, self._held, self._life, held)
+        inputs = model_inputs(held.block.rows.column("text"), job.prompt)
+        tokenizer, errors, pieces = self._tokenizers.get(), trial.errors, [_NONE]
+        try:
+            for row, text in enumerate(inputs):
+                if row in errors:
+                    pieces.append(_NO_TOKENS)
+                    continue
+                trial.note(row)
+                with self._life.computing():
+                    tokens, failed = encode_rows(tokenizer, [text], job.max_length)
+                pieces.append(tokens)
+                if failed:
+                    errors[row] = failed[0]
+            trial.note(None)
+        finally:
+            self._tokenizers.put(tokenizer)
+        return TokenizedGroup(job, [held], join_tokens(pieces), input_hashes(inputs), errors, trial.note)
 
 
 def by_job(blocks: list[HeldBlock]) -> list[tuple[OpenJob, list[HeldBlock]]]:

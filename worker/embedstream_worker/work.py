@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -30,9 +30,19 @@ class Work:
     """n texts, cut into batches of equal work; results return to their rows by index."""
 
     def __init__(
-        self, tokens: Tokens, prompt_length: int, role: Role, dim: int, padded: bool, errors: RowErrors
+        self,
+        tokens: Tokens,
+        prompt_length: int,
+        role: Role,
+        dim: int,
+        padded: bool,
+        errors: RowErrors,
+        note: Callable[[int | None], None] | None = None,
     ) -> None:
-        """`padded`: as `EngineInfo.padded`. Rows in `errors` have failed already and do not reach the model."""
+        """`padded`: as `EngineInfo.padded`. Rows in `errors` have failed already and do not reach the model.
+
+        `note`: as in `TokenizedGroup`; then each row is a batch, and the next waits until it is back.
+        """
         lengths = tokens.lengths
         self.tokens = tokens
         self.vectors: npt.NDArray[np.float32] = np.zeros((len(lengths), dim), np.float32)
@@ -43,6 +53,7 @@ class Work:
         self._prompt_length = prompt_length
         self._role = role
         self._padded = padded
+        self.note = note
         self._lengths = lengths
         self._todo: deque[Rows] = deque()
         self._not_finite: deque[int] = deque()
@@ -51,6 +62,7 @@ class Work:
 
     def cut(self, budget: int) -> None:
         """Cut what waits for the model (at first: all that has not failed) into batches of at most `budget` tokens."""
+        budget = budget if self.note is None else 1
         left = np.concatenate(self._todo) if self._todo else np.flatnonzero(~self.done)
         self._todo = deque(left[batch] for batch in cut_batches(self._lengths[left], budget, self._padded))
 
@@ -102,7 +114,7 @@ class Work:
     @property
     def waiting(self) -> bool:
         """Whether a batch waits to be taken."""
-        return bool(self._todo or self._not_finite)
+        return bool(self._todo or self._not_finite) and (self.note is None or not self._flying)
 
     @property
     def over(self) -> bool:

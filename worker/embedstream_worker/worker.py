@@ -30,6 +30,7 @@ from embedstream_worker.lease import Leases
 from embedstream_worker.pipeline import Channel, Life, start_stage
 from embedstream_worker.probe import best_budget
 from embedstream_worker.tokenize import Tokenize
+from embedstream_worker.watchdog import Watchdog
 from embedstream_worker.write import Write
 
 log = logging.getLogger(__name__)
@@ -64,6 +65,8 @@ class WorkerPlan:
     roots: tuple[str, ...]
     settings: WorkerSettings
     burst: bool = False
+    alone: bool = False
+    """Whether no other worker can be on the queue: what earlier ones died with need not wait for its lease."""
     warm_up: bool = True
     """Whether the smallest, longest and fullest batches run before the worker says that it is ready."""
 
@@ -78,8 +81,11 @@ class Worker:
         ready: Callable[[str], None] = log.info,
         life: Life | None = None,
         connect: Connect = connect,
+        last: Callable[[], None] = lambda: None,
     ) -> None:
+        """`last` is called when a process ends itself because a thread of it hangs."""
         self._plan = plan
+        self._last = last
         self._engine = engine
         self._ready = ready
         self._connect = connect
@@ -100,6 +106,8 @@ class Worker:
         gone = threading.Event()
         leases = Leases(self._broker(retries=0), self.name, self._held, self.life, self._plan.settings, self._record)
         signs = start_stage("leases", self.life, lambda: leases.run(gone.wait), [])
+        watchdog = Watchdog(self.life, self._plan.settings, self._leave_hanging)
+        watching = start_stage("watchdog", self.life, lambda: watchdog.run(gone.wait), [])
         try:
             self._engine.start()
             self._info = self._engine.info
@@ -110,6 +118,7 @@ class Worker:
         finally:
             gone.set()
             signs.join(LEAVE_SECONDS)
+            watching.join(LEAVE_SECONDS)
             self._leave()
             self._engine.close()
         if self.life.failure is not None:
@@ -141,6 +150,8 @@ class Worker:
         embedded: Channel[list[EmbeddedGroup]] = Channel(1)
         jobs = self._jobs = Jobs(self._broker(), url, engine, plan.model, plan.roots)
         housekeeping = Housekeeping(self._broker(), url, plan.roots)
+        if plan.alone:
+            self._inherit()
         window_tokens = settings.window_tokens or max(LEAST_WINDOW_TOKENS, BATCHES_PER_WINDOW * batch_tokens)
         intake = Intake(
             self._broker(retries=0),
@@ -214,17 +225,29 @@ class Worker:
     def _leave(self) -> None:
         """Take this worker off the queue's lists, and hand back what it may still hold.
 
-        After a failure it keeps that: what it held is the suspect, and a lease that expires is counted as a death.
+        After a failure that counts as a death, as what it held may be the cause; a request keeps its lease then.
         """
-        broker = self._broker(retries=0)
+        broker, died = self._broker(retries=0), self.life.failure is not None
         try:
             for stream in (*map(broker.keys.blocks, broker.active_jobs()), broker.keys.interactive):
-                if self.life.failure is None:
-                    hand_back(broker, stream, self.name, broker.pending(stream, self.name))
+                if not died or stream != broker.keys.interactive:
+                    hand_back(broker, stream, self.name, broker.pending(stream, self.name), died)
                 broker.run(broker.retire(stream, self.name))
             broker.leave(self.name)
         except redis.RedisError as error:
             log.warning("could not take leave of Redis (%s): this worker's name expires by itself", error)
+
+    def _leave_hanging(self) -> None:
+        self._leave()
+        self._last()
+
+    def _inherit(self) -> None:
+        """Hand back what earlier workers died with. Raises `redis.RedisError`."""
+        broker = self._broker()
+        for job in broker.active_jobs():
+            stream = broker.keys.blocks(job)
+            for consumer in broker.lost(job, [self.name]):
+                hand_back(broker, stream, consumer, broker.pending(stream, consumer), died=True)
 
     def _broker(self, retries: int = RETRIES) -> Broker:
         """A broker with a connection of its own: no thread waits for another's reply."""

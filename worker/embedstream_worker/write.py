@@ -144,8 +144,12 @@ class Write:
         now = time.monotonic()
         if shard.bytes >= self._settings.shard_bytes or now - shard.opened >= self._settings.shard_seconds:
             return True
+        if self._life.stopping.is_set():
+            return True  # what is in the model may not come back in time
         if self._held.entries(shard.stream) - {block.held.entry for block in shard.blocks.values()}:
             return False  # more of the job is in the pipeline
+        if self._held.awaited:
+            return True
         if now - shard.asked < ASK_SECONDS:
             return False
         shard.asked = now

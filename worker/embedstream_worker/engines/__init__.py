@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+from pathlib import Path
 from typing import Literal
 
 from embedstream.errors import ModelError
 from embedstream_worker.engines.base import Engine
 from embedstream_worker.engines.hashing import HashingEngine
+from embedstream_worker.engines.hashing_faults import VARIABLE as FAULTS
+from embedstream_worker.engines.hashing_faults import FaultyHashingEngine
 from embedstream_worker.engines.precision import Dtype
 
 EngineName = Literal["auto", "torch", "openvino", "onnxruntime", "hashing"]
@@ -36,7 +40,9 @@ def make_engine(
     if threads is not None and engine != "onnxruntime":
         raise ModelError(f"--threads {threads}: only --engine onnxruntime takes it; the others choose by the cores")
     if engine == "hashing" or (engine == "auto" and model == HASHING_MODEL):
-        return HashingEngine(), "computed from the text's bytes, no model"
+        faults = os.environ.get(FAULTS)
+        hashing = FaultyHashingEngine(Path(faults)) if faults else HashingEngine()
+        return hashing, "computed from the text's bytes, no model"
     from embedstream_worker.models import resolve_model
 
     # Engines are imported only when they are wanted: torch alone takes seconds.

@@ -1,0 +1,227 @@
+"""Texts that kill, hang or break whoever embeds them: real worker processes, started again as by a supervisor."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from e2e.harness import (
+    Fleet,
+    assert_exact,
+    assert_no_leftovers,
+    fleet,
+    processes_mentioning,
+    read_errors,
+    read_manifest,
+    read_rows,
+    run,
+    wait_until,
+)
+from embedstream.jobs import JobState, job_id
+
+STALLED = 75
+
+
+@pytest.fixture
+def workers(redis_url: str, tmp_path: Path) -> Iterator[Fleet]:
+    with fleet(redis_url, tmp_path) as made:
+        yield made
+
+
+@pytest.fixture
+def strikes(tmp_path: Path) -> Path:
+    """Where the hashing engine counts its faults."""
+    folder = tmp_path / "strikes"
+    folder.mkdir()
+    return folder
+
+
+def corpus(path: Path, rows: int, faults: dict[int, str]) -> dict[str, str]:
+    """A corpus whose texts hold these faults, by row; returns text by id."""
+    texts = {f"t{i}": f"text number {i} " + "word " * (i % 9) + faults.get(i, "") for i in range(rows)}
+    path.write_text("".join(json.dumps({"id": id, "text": text}) + "\n" for id, text in texts.items()))
+    return texts
+
+
+def good(texts: dict[str, str], *bad: int) -> dict[str, str]:
+    return {id: text for id, text in texts.items() if id not in {f"t{i}" for i in bad}}
+
+
+def detach(workers: Fleet, tmp_path: Path) -> str:
+    args = [tmp_path / "c.jsonl", "-o", tmp_path / "out", "--redis", workers.url, "--model", "hashing", "--detach"]
+    done = run("embed-submit", *args)
+    assert done.returncode == 0, done.stderr
+    return job_id("hashing", str(tmp_path / "out"))
+
+
+def supervise(workers: Fleet, strikes: Path, *args: object, most: int = 12) -> list[int]:
+    """Start a worker again and again until it leaves by itself, all work done; how the others ended."""
+    ends: list[int] = []
+    while len(ends) < most:
+        worker = workers.start_worker("--burst", *args, wait=False, EMBEDSTREAM_HASHING_FAULTS=str(strikes))
+        code = worker.wait(120)
+        if code == 0:
+            return ends
+        ends.append(code)
+    raise AssertionError(f"the work is not done after {ends}")
+
+
+def errors_of(output: Path) -> dict[str, str]:
+    return {error["id"]: error["code"] for error in read_errors(output)}
+
+
+@pytest.mark.parametrize("fault", ["exit", "tokenize-exit", "kill"])
+def test_a_text_that_kills_costs_three_workers_and_one_row(
+    workers: Fleet, tmp_path: Path, strikes: Path, fault: str
+) -> None:
+    texts = corpus(tmp_path / "c.jsonl", 3000, {1500: f"[[fault:{fault}]]"})
+    job = detach(workers, tmp_path)
+    assert len(supervise(workers, strikes, "--lease-seconds", 1)) == 3
+    assert workers.broker.state(job) == JobState.COMPLETED
+    assert_exact(tmp_path / "out", good(texts, 1500), every=10)
+    assert errors_of(tmp_path / "out") == {"t1500": "poison"}
+    assert not workers.broker.client.exists(workers.broker.keys.suspect(job))
+    shards = read_manifest(tmp_path / "out")["shards"]
+    blocks = [(part, n) for shard in shards for part, first, last in shard["blocks"] for n in range(first, last + 1)]
+    assert len(blocks) == len(set(blocks)), "a block was committed twice"
+
+
+def test_each_further_killer_in_a_block_costs_one_worker_more(workers: Fleet, tmp_path: Path, strikes: Path) -> None:
+    faults = {3: "[[fault:exit]]", 7: "[[fault:tokenize-exit]]", 40: "[[fault:kill]]"}
+    texts = corpus(tmp_path / "c.jsonl", 60, faults)
+    detach(workers, tmp_path)
+    assert len(supervise(workers, strikes, "--lease-seconds", 1)) == 5
+    assert_exact(tmp_path / "out", good(texts, 3, 7, 40))
+    assert errors_of(tmp_path / "out") == {"t3": "poison", "t7": "poison", "t40": "poison"}
+
+
+def test_a_text_that_killed_but_once_or_twice_gets_its_vector(workers: Fleet, tmp_path: Path, strikes: Path) -> None:
+    texts = corpus(tmp_path / "c.jsonl", 2000, {700: "[[fault:exit*2]]", 1900: "[[fault:kill*1]]"})
+    detach(workers, tmp_path)
+    supervise(workers, strikes, "--lease-seconds", 1)
+    assert_exact(tmp_path / "out", texts, every=10)
+    assert errors_of(tmp_path / "out") == {}
+
+
+def test_bad_texts_that_do_not_kill_cost_only_themselves(workers: Fleet, tmp_path: Path, strikes: Path) -> None:
+    kinds = {10: "raise", 20: "memory", 30: "nan", 40: "tokenize-raise", 50: "nan*1", 60: "raise*1", 70: "slow"}
+    texts = corpus(tmp_path / "c.jsonl", 1000, {row: f"[[fault:{kind}]]" for row, kind in kinds.items()})
+    detach(workers, tmp_path)
+    assert supervise(workers, strikes) == []
+    assert_exact(tmp_path / "out", good(texts, 10, 20, 30, 40))
+    assert errors_of(tmp_path / "out") == {
+        "t10": "engine_error",
+        "t20": "out_of_memory",
+        "t30": "not_finite",
+        "t40": "tokenizer_error",
+    }
+
+
+@pytest.mark.parametrize("fault", ["hang", "tokenize-hang"])
+def test_a_worker_whose_device_hangs_says_so_and_leaves_to_be_started_again(
+    workers: Fleet, tmp_path: Path, strikes: Path, fault: str
+) -> None:
+    texts = corpus(tmp_path / "c.jsonl", 600, {300: f"[[fault:{fault}]]"})
+    detach(workers, tmp_path)
+    # With leases of ten minutes the others get its blocks only because it hands them over.
+    ends = supervise(workers, strikes, "--lease-seconds", 600, "--stall-seconds", 1)
+    assert ends == [STALLED] * 3
+    assert "no batch came back for 1 s" in (tmp_path / "worker-0.log").read_text()
+    assert_exact(tmp_path / "out", good(texts, 300))
+    assert errors_of(tmp_path / "out") == {"t300": "poison"}
+
+
+def test_a_lost_device_ends_the_worker_and_eats_no_rows(workers: Fleet, tmp_path: Path, strikes: Path) -> None:
+    texts = corpus(tmp_path / "c.jsonl", 2000, {1000: "[[fault:device*1]]"})
+    detach(workers, tmp_path)
+    assert supervise(workers, strikes, "--lease-seconds", 600) == [STALLED]
+    log = (tmp_path / "worker-0.log").read_text()
+    assert "device cpu does not work any more" in log
+    assert "Traceback" not in log
+    assert_exact(tmp_path / "out", texts, every=10)
+    assert errors_of(tmp_path / "out") == {}
+
+
+def test_embedded_mode_starts_its_worker_again_without_waiting_for_leases(tmp_path: Path, strikes: Path) -> None:
+    texts = corpus(tmp_path / "c.jsonl", 3000, {1500: "[[fault:exit]]", 1510: "[[fault:hang*1]]"})
+    begun = time.monotonic()
+    done = run(
+        "embed-submit", tmp_path / "c.jsonl", "--model", "hashing", "--json",
+        EMBEDSTREAM_HASHING_FAULTS=str(strikes), EMBEDSTREAM_STALL_SECONDS="2",
+    )  # fmt: skip
+    assert time.monotonic() - begun < 55, "it waited for the 60 s lease of its own dead worker"
+    assert done.returncode == 3, done.stderr
+    output = tmp_path / "c.jsonl.vectors"
+    assert_exact(output, good(texts, 1500), every=10)
+    assert errors_of(output) == {"t1500": "poison"}
+    assert_no_leftovers(output)
+    assert not processes_mentioning(str(tmp_path))
+
+
+def in_the_model(strikes: Path) -> bool:
+    return any(path.stat().st_size for path in strikes.iterdir())
+
+
+def test_what_is_not_done_when_draining_ends_is_handed_back(workers: Fleet, tmp_path: Path, strikes: Path) -> None:
+    texts = corpus(tmp_path / "c.jsonl", 600, {300: "[[fault:hang*1]]"})
+    job = detach(workers, tmp_path)
+    worker = workers.start_worker("--drain-seconds", 1, "--lease-seconds", 600, EMBEDSTREAM_HASHING_FAULTS=str(strikes))
+    wait_until(lambda: in_the_model(strikes), "the text that hangs")
+    worker.send_signal(signal.SIGTERM)
+    assert worker.wait(10) == 0
+    again = workers.broker.sweep("w2", job, 3_600_000, 100)
+    assert {claimed.deliveries for claimed in again} == {1}, "handing back looked like a death"
+    workers.broker.run(workers.broker.release(again[0].stream, "w2", [claimed.entry for claimed in again]))
+    assert supervise(workers, strikes, "--lease-seconds", 600) == []
+    assert_exact(tmp_path / "out", texts)
+
+
+def test_a_second_signal_ends_a_worker_at_once_and_loses_nothing(workers: Fleet, tmp_path: Path, strikes: Path) -> None:
+    texts = corpus(tmp_path / "c.jsonl", 600, {300: "[[fault:hang*1]]"})
+    detach(workers, tmp_path)
+    worker = workers.start_worker("--drain-seconds", 600, EMBEDSTREAM_HASHING_FAULTS=str(strikes))
+    wait_until(lambda: in_the_model(strikes), "the text that hangs")
+    worker.send_signal(signal.SIGTERM)
+    wait_until(lambda: [w for w in workers.broker.workers() if w.state == "draining"], "the worker to drain")
+    with pytest.raises(subprocess.TimeoutExpired):
+        worker.wait(0.5)
+    worker.send_signal(signal.SIGTERM)
+    assert worker.wait(5) == 1
+    supervise(workers, strikes, "--lease-seconds", 1)
+    assert_exact(tmp_path / "out", texts)
+
+
+def test_cancelling_takes_seconds_keeps_what_is_committed_and_can_be_taken_back(
+    workers: Fleet, tmp_path: Path, strikes: Path
+) -> None:
+    texts = corpus(tmp_path / "c.jsonl", 4000, dict.fromkeys(range(0, 4000, 100), "[[fault:slow]]"))
+    job = detach(workers, tmp_path)
+    args: list[object] = ["--window-tokens", 2000, "--batch-tokens", 500]
+    first = workers.start_worker(*args, EMBEDSTREAM_HASHING_FAULTS=str(strikes))
+    wait_until(lambda: len(list(strikes.iterdir())) > 5, "some work")
+    first.send_signal(signal.SIGTERM)
+    assert first.wait(30) == 0
+    committed = workers.broker.status(job).rows
+    assert 0 < committed < 4000
+    workers.start_worker(*args, EMBEDSTREAM_HASHING_FAULTS=str(strikes))
+    begun = time.monotonic()
+    assert run("embed-cancel", job, "--redis", workers.url).returncode == 0
+    wait_until(lambda: workers.broker.state(job) == JobState.CANCELLED, "the manifest", 10)
+    assert time.monotonic() - begun < 10
+    manifest = read_manifest(tmp_path / "out")
+    assert (manifest["partial"], manifest["state"]) == (True, "cancelled")
+    assert len(read_rows(tmp_path / "out")) == manifest["rows"] >= committed
+    done = run(
+        "embed-submit", tmp_path / "c.jsonl", "-o", tmp_path / "out", "--redis", workers.url, "--model", "hashing"
+    )
+    assert done.returncode == 0, done.stderr
+    assert_exact(tmp_path / "out", texts, every=20)
+    assert {shard["name"] for shard in manifest["shards"]} <= {
+        shard["name"] for shard in read_manifest(tmp_path / "out")["shards"]
+    }

@@ -1,0 +1,86 @@
+"""Blocks that were in the hands of workers that died: first alone in this worker, then chunk by chunk, each noted."""
+
+from __future__ import annotations
+
+import logging
+
+import redis
+
+from embedstream.broker import Broker
+from embedstream.steps import Code
+from embedstream_worker.held import Held, HeldBlock, RowErrors
+from embedstream_worker.pipeline import Life
+from embedstream_worker.troubles import passes
+
+log = logging.getLogger(__name__)
+
+ALONE = 2
+"""From this delivery on a block has the whole worker to itself, so that the next death counts against it only."""
+
+BY_CHUNK = 3
+"""From this delivery on its chunks are tried one by one: it has killed while nothing else was there."""
+
+WAIT_SECONDS = 1.0
+"""How long Redis is left in peace before a note is tried again."""
+
+
+class NotOurs(Exception):
+    """The block is somebody else's now, or its job has ended."""
+
+
+class Trial:
+    """One block that is tried chunk by chunk. Nothing else is in the worker meanwhile.
+
+    A chunk is noted in Redis before it is touched, at first by the tokenizer, later by the model; if the process dies,
+    the next holder finds it there and makes it an error row. A note names no chunk while none is being touched.
+    """
+
+    def __init__(self, broker: Broker, held: Held, life: Life, block: HeldBlock) -> None:
+        self._broker = broker
+        self._held = held
+        self._life = life
+        self._block = block
+        self._guilty = self._ask()
+
+    @property
+    def errors(self) -> RowErrors:
+        """The chunks with which earlier holders died."""
+        deaths = self._block.deliveries - 1
+        why = f"a worker's process died while it ran this text alone (deaths with its block: {deaths})"
+        return dict.fromkeys(self._guilty, ("poison", f"{why}; run this text by itself to see why"))
+
+    def note(self, row: int | None) -> None:
+        """Note the chunk that is touched next, or that there is none. Waits while Redis cannot be used.
+
+        Raises:
+            NotOurs: the chunk must not be touched; or the worker was told to stop while Redis was away.
+        """
+        block = self._block.block
+        chunks = self._guilty if row is None else (*self._guilty, row)
+        step = self._broker.suspect(self._block.job.id, block.part, block.number, chunks)
+        while True:
+            if self._block.entry not in self._held.entries(self._block.stream):
+                raise NotOurs
+            try:
+                answer = self._broker.run(step)
+            except redis.RedisError as error:
+                self._wait(error)
+            else:
+                if answer.code is not Code.OK:
+                    raise NotOurs
+                return
+
+    def _ask(self) -> tuple[int, ...]:
+        block = self._block.block
+        while True:
+            try:
+                return self._broker.suspected(self._block.job.id, block.part, block.number)
+            except redis.RedisError as error:
+                self._wait(error)
+
+    def _wait(self, error: redis.RedisError) -> None:
+        if not passes(error):
+            raise error
+        log.warning("Redis cannot be used (%s); a chunk that may be poison waits to be noted", error)
+        if self._life.stopping.wait(WAIT_SECONDS):
+            raise NotOurs from error
