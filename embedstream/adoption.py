@@ -45,4 +45,5 @@ def adopt_shards(steps: Steps, job: str, shards: Iterable[ShardRecord]) -> Plan[
 
 
 def _own(job: str, shards: Iterable[ShardRecord]) -> Iterator[ShardRecord]:
-    return (record for record in shards if record.job == job)
+    # What a retry kept of older error rows has no blocks, and is its manifest's alone.
+    return (record for record in shards if record.job == job and record.blocks)

@@ -9,12 +9,13 @@ import msgspec
 from embedstream.broker import Broker
 from embedstream.dataset.finalize import finalize
 from embedstream.dataset.manifest import encode_manifest
-from embedstream.dataset.sink import ShardRecord, Sink
+from embedstream.dataset.retry import finalize_retry
+from embedstream.dataset.sink import Manifest, ShardRecord, Sink
 from embedstream.errors import BrokerError, EmbedstreamError
-from embedstream.jobs import JobSpec, JobState, parse_max_errors, verdict
+from embedstream.jobs import JobSpec, JobState, JobStatus, parse_max_errors, verdict
 from embedstream.roots import is_redis
 from embedstream.settings import Settings
-from embedstream.steps import Code
+from embedstream.steps import Code, Lease
 
 LEASE_MS = 60_000
 """Above what a manifest takes by far; after it, somebody else tries. Two who do it at once do no harm."""
@@ -36,21 +37,30 @@ def finalize_job(
         return False
     settings = settings or Settings.from_environment()
     status = broker.status(job)
-    state = (
-        JobState(lease.verdict)
-        if lease.verdict
-        else verdict(status.rows, status.failed, parse_max_errors(status.max_errors))
-    )
     shards = [_decode_record(job, raw) for raw in broker.shard_records(job)]
     try:
-        manifest = finalize(sink_for(status.spec), status, shards, state, lease.now / 1000)
+        state, manifest = _write_manifest(sink_for(status.spec), status, shards, lease)
     except EmbedstreamError:
         broker.run(broker.finalized(lease, JobState.FINALIZING, 0))
         raise
-    copy = encode_manifest(manifest).decode() if is_redis(status.spec.output) else ""
+    copy = encode_manifest(manifest).decode() if manifest is not None and is_redis(status.spec.output) else ""
     days = settings.job_days if state is JobState.COMPLETED else settings.failed_days
     answer = broker.run(broker.finalized(lease, state, int(days * _DAY_MS), copy))
     return answer.code is Code.OK
+
+
+def _write_manifest(
+    sink: Sink, status: JobStatus, shards: list[ShardRecord], lease: Lease
+) -> tuple[JobState, Manifest | None]:
+    """How the job ends, and the manifest that says so."""
+    if status.spec.retry is None:
+        bound = parse_max_errors(status.max_errors)
+        state = JobState(lease.verdict) if lease.verdict else verdict(status.rows, status.failed, bound)
+        return state, finalize(sink, status, shards, state, lease.now / 1000)
+    if lease.verdict:
+        return JobState(lease.verdict), None  # the dataset stays as it was; the same command goes on
+    manifest = finalize_retry(sink, status, shards)
+    return JobState.FAILED if manifest is None else JobState.COMPLETED, manifest
 
 
 def _decode_record(job: str, raw: bytes) -> ShardRecord:

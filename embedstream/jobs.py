@@ -37,6 +37,15 @@ class OutputSpec(msgspec.Struct, frozen=True, kw_only=True):
     normalized: bool | None = None
 
 
+class Retry(msgspec.Struct, frozen=True, kw_only=True):
+    """What makes a job one over failed rows of a finished dataset: they are added to it when the job ends."""
+
+    manifest: str
+    """Digest of the manifest that is to be replaced: a job over the same rows of the same dataset is the same job."""
+    space: str
+    """The dataset's: no vector of another may be added."""
+
+
 class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
     """All that decides which rows come out of a job and what their vectors are. It never changes once created."""
 
@@ -61,12 +70,14 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Whether the dataset keeps the text column."""
     empty: Literal["error", "skip"] = "error"
     outputs: tuple[OutputSpec, ...] = (OutputSpec(),)
+    retry: Retry | None = None
+    """None: the job is over all rows."""
     v: int = FORMAT_VERSION
 
     @property
     def job(self) -> str:
         """The job's id: a hash of queue and output, so the same command finds the same job."""
-        return job_id(self.queue, self.output)
+        return job_id(self.queue, self.output, self.retry.manifest if self.retry else "")
 
     def encode(self) -> bytes:
         """Canonical JSON: equal specs give equal bytes."""
@@ -113,9 +124,10 @@ def public_spec(spec: JobSpec) -> JobSpec:
     return msgspec.structs.replace(spec, output=_without_credentials(spec.output))
 
 
-def job_id(queue: str, output: str) -> str:
-    """16 hex digits from queue and output; who may log in there does not matter."""
-    return hashlib.blake2b(f"{queue}\0{_without_credentials(output)}".encode(), digest_size=8).hexdigest()
+def job_id(queue: str, output: str, retried: str = "") -> str:
+    """16 hex digits from queue and output; who may log in there does not matter. `retried`: `Retry.manifest`."""
+    named = [queue, _without_credentials(output), *([retried] if retried else [])]
+    return hashlib.blake2b("\0".join(named).encode(), digest_size=8).hexdigest()
 
 
 def _without_credentials(output: str) -> str:
@@ -148,8 +160,11 @@ def queue_name(model: str) -> str:
 
 
 def differing_field(existing: JobSpec, wanted: JobSpec) -> str | None:
-    """The first setting in which two specs differ, as the user spells it, credentials aside; None if there is none."""
-    existing, wanted = public_spec(existing), public_spec(wanted)
+    """The first setting in which two specs differ, as the user spells it; None if there is none.
+
+    Credentials are no setting, nor is whether a job runs failed rows again.
+    """
+    existing, wanted = (msgspec.structs.replace(public_spec(spec), retry=None) for spec in (existing, wanted))
     # The model first: the queue is named after it, and whoever changes the one thinks of it, not of the other.
     for name in ("model", *JobSpec.__struct_fields__):
         if getattr(existing, name) != getattr(wanted, name):

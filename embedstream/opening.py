@@ -128,7 +128,7 @@ def open_job(
         redis.RedisError: as redis-py raises it.
     """
     answer = broker.run(broker.create(spec, max_errors))
-    if answer.code is Code.EXISTS and answer.state is JobState.COMPLETED and visible and sink.read_manifest() is None:
+    if answer.code is Code.EXISTS and answer.state is JobState.COMPLETED and visible and not _stands(sink, spec):
         forget_job(broker, spec)
         answer = broker.run(broker.create(spec, max_errors))
     if answer.code is Code.DIFFERS:
@@ -138,7 +138,7 @@ def open_job(
             raise OutputError(f"job {spec.job} was made with another user or password for its output: use the same")
         raise BrokerError(f"job {spec.job} was made by another version of embedstream: use that, or another output")
     broker.announce()
-    if answer.code is Code.CREATED and visible:
+    if answer.code is Code.CREATED and visible and spec.retry is None:
         _clear_fruitless(sink, spec)
     fresh = answer.code in (Code.CREATED, Code.REOPENED)
     state = JobState.SUBMITTING if fresh else answer.state
@@ -148,6 +148,12 @@ def open_job(
     if always_adopt and state is JobState.FINALIZING:
         broker.free_finalize(spec.job)
     return Opened(state, adopted, resumed=answer.code is not Code.CREATED)
+
+
+def _stands(sink: Sink, spec: JobSpec) -> bool:
+    """Whether a manifest shows that the job was completed."""
+    manifest = sink.read_manifest()
+    return manifest is not None and (spec.retry is None or spec.job in manifest.retries)
 
 
 def _clear_fruitless(sink: Sink, spec: JobSpec) -> None:

@@ -119,7 +119,7 @@ class Steps:
         return Step(
             "create",
             (keys.job(job), keys.jobs, keys.blocks(job), keys.shards(job), keys.suspect(job), keys.recent),
-            (job, spec.encode(), max_errors, len(spec.parts)),
+            (job, spec.encode(), max_errors, len(spec.parts), spec.retry.space if spec.retry else ""),
             _answer,
         )
 

@@ -11,7 +11,9 @@ from embedstream.settings import Settings
 
 
 def too_many_errors(status: JobStatus) -> str:
-    """Why an open job is sure to fail by its `max_errors`; empty if it is not."""
+    """Why an open job is sure to fail by its `max_errors`; empty if it is not. Running failed rows again never does."""
+    if status.spec.retry is not None:
+        return ""
     most = parse_max_errors(status.max_errors)
     certain = most.count is not None or status.sealed
     if certain and most.exceeded(status.failed, status.submitted):
@@ -23,6 +25,8 @@ def why_ended(status: JobStatus) -> str:
     """Why an ended job is not complete; empty for a complete one, and for one that was cancelled without a word."""
     if status.reason or status.state is not JobState.FAILED:
         return status.reason
+    if status.spec.retry is not None:
+        return "another run wrote a manifest meanwhile: run the same command again"
     return too_many_errors(status) or "every row failed"
 
 

@@ -13,12 +13,12 @@ def finalize(sink: Sink, status: JobStatus, shards: Sequence[ShardRecord], state
     """Write the errors and the manifest of a job whose committed shards are `shards`; returns the manifest.
 
     `state` is how the job ends, `ended` when (Unix seconds, by the Redis server's clock). No shard is touched.
-    A job that ended early without a shard writes nothing, unless a manifest lies there already.
+    A job that failed before its first shard writes nothing, unless a manifest lies there already.
 
     Raises:
         OutputError: the shards do not add up, one of them is missing, or the output cannot be written.
     """
     manifest = build_manifest(status, shards, state, ended)
-    if shards or state is JobState.COMPLETED or sink.read_manifest() is not None:
-        sink.finalize(manifest, status.spec.parts)
+    if shards or state is not JobState.FAILED or sink.read_manifest() is not None:
+        sink.finalize(manifest)
     return manifest

@@ -6,6 +6,8 @@ import hashlib
 import logging
 import re
 from collections.abc import Container, Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any
 
 import msgspec
 import pyarrow as pa
@@ -14,11 +16,17 @@ import pyarrow.parquet as pq
 from embedstream.connection import mask
 from embedstream.dataset.content import check_content, in_order
 from embedstream.dataset.files import TEMPORARY
-from embedstream.dataset.manifest import decode_manifest, encode_manifest, manifest_spec, refuse_other_spec
+from embedstream.dataset.manifest import (
+    decode_manifest,
+    encode_manifest,
+    list_shard,
+    manifest_spec,
+    refuse_other_spec,
+)
 from embedstream.dataset.ordering import Ordering
 from embedstream.dataset.parquet import Footer, encode_data, encode_errors, read_footer
-from embedstream.dataset.schema import ErrorRow, placed_errors
-from embedstream.dataset.sink import Manifest, ShardContent, ShardRecord
+from embedstream.dataset.schema import ErrorRow, dataset_schema, errors_schema, placed_errors
+from embedstream.dataset.sink import Manifest, ManifestShard, ShardContent, ShardRecord
 from embedstream.dataset.storage import Storage, storage_of
 from embedstream.errors import OutputError
 from embedstream.jobs import JobSpec
@@ -35,6 +43,11 @@ BATCH_ROWS = 8192
 
 ERROR_ROWS = 1024
 """The same for error rows, which become Python objects."""
+
+KEPT_ROWS = 8192
+"""Error rows of a shard that takes over those of older ones."""
+
+PLACE = ("part", "row", "chunk")
 
 
 class FolderSink:
@@ -105,14 +118,16 @@ class FolderSink:
         self.files.remove([part_file(name), errors_file(name)])
 
     def find_shards(self, known: Container[str] = ()) -> Iterator[ShardRecord]:
-        """Whole shards of this job that are not `known` by name, in name order; hashes every file. Others are left
-        alone, with a warning.
+        """Whole shards of this job that are not `known` by name, in name order; hashes their files. Damaged ones are
+        left alone, with a warning.
 
         Raises:
             SpecDiffers: a shard with rows was made by a job with other settings (checked if the sink has a spec).
             OutputError: the folder cannot be read.
         """
         for record in list(self._footers(known)):
+            if self._spec is not None and record.job != self._spec.job:
+                continue
             try:
                 found = self._whole_shard(record)
             except OutputError as error:
@@ -165,7 +180,7 @@ class FolderSink:
         data = self.files.read(MANIFEST)
         return None if data is None else decode_manifest(data, self.files.path(MANIFEST))
 
-    def finalize(self, manifest: Manifest, sources: Sequence[str]) -> None:
+    def finalize(self, manifest: Manifest) -> None:
         """Write `errors.jsonl` if a row failed (or one is there already), then the manifest.
 
         A job that ended before its first shard may have no folder yet, and gets one.
@@ -184,13 +199,32 @@ class FolderSink:
                 )
         if not manifest.shards:
             self.files.prepare()
-        if manifest.failed or ERRORS in sizes:
-            self.files.write(ERRORS, (row + b"\n" for row in self.error_lines(manifest, sources)))
-        self.files.write(MANIFEST, [encode_manifest(manifest)])
+        # A retry takes rows out of the errors: dying in between, it leaves one too many there, none too few.
+        steps = [self._write_errors, self._write_manifest]
+        for step in reversed(steps) if manifest.retries else steps:
+            step(manifest)
         # What writers left that died. One that is still at it, though its job has ended, will see and try again.
         left = [name for name in self.files.names() if name.startswith(OURS) and TEMPORARY in name]
         if left:
             self.files.remove(left)
+
+    def mend(self, manifest: Manifest) -> None:
+        """Count the lines of `errors.jsonl`, and write it again if they are not as many as the manifest says."""
+        lines = 0
+        if ERRORS in self.files.names():
+            with self.files.open(ERRORS) as file:
+                while some := file.read(1 << 20):
+                    lines += some.count(b"\n")
+        if lines != manifest.failed:
+            self._write_errors(manifest)
+
+    def _write_errors(self, manifest: Manifest) -> None:
+        if manifest.failed or ERRORS in self.files.names():
+            sources = manifest_spec(manifest).parts
+            self.files.write(ERRORS, (row + b"\n" for row in self.error_lines(manifest, sources)))
+
+    def _write_manifest(self, manifest: Manifest) -> None:
+        self.files.write(MANIFEST, [encode_manifest(manifest)])
 
     def error_lines(self, manifest: Manifest, sources: Sequence[str]) -> Iterator[bytes]:
         """The listed shards' error rows as JSON, in the order of the corpus."""
@@ -200,6 +234,53 @@ class FolderSink:
                     for batch in self.batches(errors_file(shard.name), None, ERROR_ROWS):
                         ordering.put(placed_errors(batch, sources))
             yield from ordering.values()
+
+    def block_sums(self) -> dict[tuple[int, int], str]:
+        """From the footers of the listed shards. Raises `OutputError`."""
+        footers = (self.footer(part_file(shard.name))[0] for shard in self._listed().shards if shard.blocks)
+        return {(block.part, block.block): block.sum for footer in footers for block in footer.shard.blocks}
+
+    def keep_errors(self, manifest: Manifest, retried: Sequence[ShardRecord]) -> list[ManifestShard]:
+        """Write shards without rows, of the error rows that stay; the same ones each time. Raises `OutputError`."""
+        with Ordering() as ordering:
+            for shard in manifest.shards:
+                if shard.failed:
+                    for batch in self.batches(errors_file(shard.name), None, ERROR_ROWS):
+                        ordering.put((*place, msgspec.json.encode(row)) for place, row in _placed(batch))
+            for record in retried:
+                for name in (part_file(record.name), *([errors_file(record.name)] if record.failed else [])):
+                    for batch in self.batches(name, list(PLACE), BATCH_ROWS):
+                        ordering.remove(place for place, _ in _placed(batch))
+            expected = manifest.failed - sum(record.rows + record.failed for record in retried)
+            if len(ordering) != expected:
+                raise OutputError(
+                    f"{mask(self.output)}: {len(ordering)} error rows are left of those in its manifest, and not "
+                    f"{expected}: errors-*.parquet were changed: restore them"
+                )
+            rows = (msgspec.json.decode(value) for value in ordering.values())
+            batches = iter(lambda: list(islice(rows, KEPT_ROWS)), [])
+            return [self._keep(retried[0], number, batch) for number, batch in enumerate(batches)]
+
+    def _keep(self, like: ShardRecord, number: int, errors: list[dict[str, object]]) -> ManifestShard:
+        dims = {output.name: like.dim for output in self._spec.outputs} if self._spec else {}
+        record = msgspec.structs.replace(
+            like,
+            name=f"{like.job}-{number}",
+            blocks=(),
+            rows=0,
+            failed=len(errors),
+            skipped=0,
+            truncated=0,
+            tokens=0,
+            padded=0,
+            bytes=0,
+            checksum="",
+            errors_checksum="",
+        )
+        assert self._spec is not None, "only a job's finalizer keeps errors"
+        data = dataset_schema(self._spec, dims).empty_table()
+        written = self.write_shard(ShardContent(record, data, pa.Table.from_pylist(errors, schema=errors_schema())))
+        return list_shard(written)
 
     def read(self, columns: Iterable[str] | None = None) -> Iterator[pa.RecordBatch]:
         """The listed shards' rows, shard by shard; a few thousand rows are held at a time.
@@ -266,6 +347,11 @@ def part_file(shard: str) -> str:
 def errors_file(shard: str) -> str:
     """The name of a shard's file of error rows."""
     return f"errors-{shard}.parquet"
+
+
+def _placed(batch: pa.RecordBatch) -> Iterator[tuple[tuple[int, int, int], dict[str, Any]]]:
+    """Rows with their part, row and chunk."""
+    return (((row["part"], row["row"], row["chunk"]), row) for row in batch.to_pylist())
 
 
 def _identifier(name: str) -> str:

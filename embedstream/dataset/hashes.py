@@ -18,10 +18,10 @@ import redis.exceptions
 from embedstream.connection import connect, explain, mask
 from embedstream.dataset.address import RedisAddress
 from embedstream.dataset.content import check_content
-from embedstream.dataset.manifest import decode_manifest, encode_manifest, manifest_spec
+from embedstream.dataset.manifest import decode_manifest, encode_manifest, list_shard, manifest_spec
 from embedstream.dataset.ordering import Ordering
 from embedstream.dataset.schema import ErrorRow, placed_errors, vector_type
-from embedstream.dataset.sink import Manifest, ShardContent, ShardRecord
+from embedstream.dataset.sink import Manifest, ManifestShard, ShardContent, ShardRecord
 from embedstream.errors import OutputError, UsageError
 from embedstream.failpoints import reach
 from embedstream.jobs import JobSpec
@@ -34,7 +34,7 @@ SLICE_ROWS = 256
 SLICE_BYTES = 1024 * 1024
 """What goes to the server at once: enough that round trips vanish, little enough that others are served between."""
 
-_OWN_NAMES = ("_errors", "_manifest", "_probe")
+_OWN_NAMES = ("_errors", "_manifest", "_probe", "_retry")
 """What follows the prefix in keys that are no row's; rows with such an id get their chunk number behind it."""
 
 
@@ -43,7 +43,8 @@ class RedisSink:
 
     A row is written before its block is committed, and writing it again leaves the same hash. Error rows lie in the
     hash `prefix + "_errors"`, the manifest in the string `prefix + "_manifest"`. With a time to live, each key has it
-    from its last writing on.
+    from its last writing on. How failed rows that are run again end is noted in the hash `prefix + "_retry"`, and takes
+    effect with the manifest.
     """
 
     def __init__(self, address: RedisAddress, server: str, spec: JobSpec | None = None) -> None:
@@ -85,8 +86,11 @@ class RedisSink:
         check_content(content, spec)
         for batch in content.data.to_batches(max_chunksize=SLICE_ROWS):
             self._write_rows(batch, spec)
+            if spec.retry is not None:
+                places = zip(*(_list(batch, name) for name in ("part", "row", "chunk")), strict=True)
+                self._put("_retry", {f"{record.name}:{part}:{row}:{chunk}": b"" for part, row, chunk in places})
         for batch in content.errors.to_batches(max_chunksize=SLICE_ROWS):
-            self._write_errors(batch, spec)
+            self._write_errors(batch, spec, record.name)
         return record
 
     def _write_rows(self, batch: pa.RecordBatch, spec: JobSpec) -> None:
@@ -121,11 +125,17 @@ class RedisSink:
         self._run(pipe)
         reach("hashes.written")
 
-    def _write_errors(self, batch: pa.RecordBatch, spec: JobSpec) -> None:
+    def _write_errors(self, batch: pa.RecordBatch, spec: JobSpec, shard: str) -> None:
         fields = {f"{part}:{row}:{chunk}": error for part, row, chunk, error in placed_errors(batch, spec.parts)}
+        if spec.retry is None:
+            self._put("_errors", fields)
+        else:
+            self._put("_retry", {f"{shard}:{place}": error for place, error in fields.items()})
+
+    def _put(self, name: str, fields: dict[str, bytes]) -> None:
         if not fields:
             return
-        key = f"{self._prefix}_errors"
+        key = f"{self._prefix}{name}"
         pipe = self._client.pipeline(transaction=False)
         pipe.hset(key, mapping=fields)
         if self._ttl is not None:
@@ -145,9 +155,48 @@ class RedisSink:
         data = self._ask(lambda: self._client.get(key))
         return None if data is None else decode_manifest(data, f"{mask(self._server)} {key}")
 
-    def finalize(self, manifest: Manifest, sources: Sequence[str]) -> None:  # noqa: ARG002
-        """Write the manifest; the errors are there already. Raises `OutputError`."""
-        self._ask(lambda: self._client.set(f"{self._prefix}_manifest", encode_manifest(manifest), ex=self._ttl))
+    def finalize(self, manifest: Manifest) -> None:
+        """Write the manifest; the errors are there already, save for what was run again. Raises `OutputError`."""
+        pipe = self._client.pipeline(transaction=True)
+        if self._spec is not None and self._spec.retry is not None:
+            ended = list(self._ended_retries({shard.name.encode() for shard in manifest.shards}))
+            errors = f"{self._prefix}_errors"
+            for start in range(0, len(ended), SLICE_ROWS):
+                some = ended[start : start + SLICE_ROWS]
+                if good := [place for place, error in some if not error]:
+                    pipe.hdel(errors, *good)
+                if bad := {place: error for place, error in some if error}:
+                    pipe.hset(errors, mapping=bad)
+            pipe.unlink(f"{self._prefix}_retry")
+        pipe.set(f"{self._prefix}_manifest", encode_manifest(manifest), ex=self._ttl)
+        self._run(pipe)
+
+    def _ended_retries(self, shards: set[bytes]) -> Iterator[tuple[bytes, bytes]]:
+        """Places of the rows in these shards that were run again, each with its new error, or with nothing."""
+        for field, error in self._scan_hash("_retry"):
+            shard, _, place = field.partition(b":")
+            if shard in shards:
+                yield place, error
+
+    def _scan_hash(self, name: str) -> Iterator[tuple[bytes, bytes]]:
+        cursor = -1
+        while cursor:
+            key = f"{self._prefix}{name}"
+            cursor, fields = self._ask(partial(self._client.hscan, key, max(cursor, 0), count=100))
+            yield from fields.items()
+
+    def mend(self, manifest: Manifest) -> None:
+        """Nothing: manifest and errors change at once."""
+
+    def block_sums(self) -> dict[tuple[int, int], str]:
+        """None: hashes do not say which block they came in."""
+        return {}
+
+    def keep_errors(self, manifest: Manifest, retried: Sequence[ShardRecord]) -> list[ManifestShard]:
+        """They stay where they are; one shard of the manifest counts them."""
+        failed = manifest.failed - sum(record.rows + record.failed for record in retried)
+        like = msgspec.structs.replace(retried[0], name=f"{retried[0].job}-0", blocks=(), rows=0, failed=failed)
+        return [list_shard(like)] if failed else []
 
     def read(self, columns: Iterable[str] | None = None) -> Iterator[pa.RecordBatch]:
         """The rows of the manifest's job: `id`, `text` and kept fields if there, `truncated`, and the vectors.
@@ -167,9 +216,9 @@ class RedisSink:
             if name not in schema.names:
                 raise OutputError(f"{self._place}: no column {name} (there are: {', '.join(schema.names)})")
         chosen = pa.schema([schema.field(name) for name in names])
-        job = manifest.job.encode()
+        jobs = {job.encode() for job in (manifest.job, *manifest.retries)}
         for _, found in self.scan(["job", *names]):
-            rows = [row[1:] for row in found if row[0] == job]
+            rows = [row[1:] for row in found if row[0] in jobs]
             if rows:
                 values = zip(*rows, strict=True)
                 arrays = [_array(list(column), type) for column, type in zip(values, chosen.types, strict=True)]
@@ -221,11 +270,9 @@ class RedisSink:
             OutputError: the server cannot be reached or refuses.
         """
         with Ordering() as ordering:
-            cursor = -1
-            while cursor:
-                key = f"{self._prefix}_errors"
-                cursor, fields = self._ask(partial(self._client.hscan, key, max(cursor, 0), count=100))
-                ordering.put((*map(int, place.split(b":")), data) for place, data in fields.items())
+            for place, data in self._scan_hash("_errors"):
+                part, row, chunk = map(int, place.split(b":"))
+                ordering.put([(part, row, chunk, data)])
             for data in ordering.values():
                 yield msgspec.json.decode(data, type=ErrorRow)
 

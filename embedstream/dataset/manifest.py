@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
@@ -57,19 +58,21 @@ def build_manifest(status: JobStatus, shards: Sequence[ShardRecord], state: JobS
         created=status.created,
         ended=ended,
         engines=tuple(sorted({s.engine for s in shards})),
-        shards=tuple(
-            ManifestShard(
-                name=s.name,
-                rows=s.rows,
-                failed=s.failed,
-                bytes=s.bytes,
-                checksum=s.checksum,
-                dtype=s.dtype,
-                blocks=block_runs(s.blocks),
-                errors_checksum=s.errors_checksum,
-            )
-            for s in shards
-        ),
+        shards=tuple(map(list_shard, shards)),
+    )
+
+
+def list_shard(shard: ShardRecord) -> ManifestShard:
+    """A shard as the manifest lists it."""
+    return ManifestShard(
+        name=shard.name,
+        rows=shard.rows,
+        failed=shard.failed,
+        bytes=shard.bytes,
+        checksum=shard.checksum,
+        dtype=shard.dtype,
+        blocks=block_runs(shard.blocks),
+        errors_checksum=shard.errors_checksum,
     )
 
 
@@ -87,6 +90,11 @@ def block_runs(blocks: Iterable[BlockRecord]) -> tuple[tuple[int, int, int], ...
 def encode_manifest(manifest: Manifest) -> bytes:
     """One line of JSON."""
     return msgspec.json.encode(manifest) + b"\n"
+
+
+def manifest_digest(manifest: Manifest) -> str:
+    """16 hex digits: equal for equal manifests."""
+    return hashlib.blake2b(encode_manifest(manifest), digest_size=8).hexdigest()
 
 
 def decode_manifest(data: bytes | str, where: str) -> Manifest:

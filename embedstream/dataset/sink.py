@@ -118,6 +118,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """Unix seconds, by the Redis server's clock."""
     engines: tuple[str, ...]
     shards: tuple[ManifestShard, ...]
+    retries: tuple[str, ...] = ()
+    """Jobs over failed rows whose shards, listed without blocks, were added; the times are of the job over all rows."""
 
 
 class ManifestOutput(msgspec.Struct, frozen=True, kw_only=True):
@@ -166,8 +168,21 @@ class Sink(Protocol):
     def read_manifest(self) -> Manifest | None:
         """The manifest, if one was ever written."""
 
-    def finalize(self, manifest: Manifest, sources: Sequence[str]) -> None:
-        """Write the errors of the manifest's shards (with `sources[part]` as file), then the manifest, atomically."""
+    def finalize(self, manifest: Manifest) -> None:
+        """Write the errors of the manifest's shards, and the manifest, atomically."""
+
+    def mend(self, manifest: Manifest) -> None:
+        """Make good what a finalizer that died may have left undone after the manifest. Raises `OutputError`."""
+
+    def block_sums(self) -> dict[tuple[int, int], str]:
+        """What is known of the content of the manifest's blocks: `BlockRecord.sum` by part and block."""
+
+    def keep_errors(self, manifest: Manifest, retried: Sequence[ShardRecord]) -> list[ManifestShard]:
+        """Put those error rows of the manifest's shards that are not in `retried` into shards of their own.
+
+        Raises:
+            OutputError: they cannot be read or written, or are not as many as the manifest says.
+        """
 
     def read(self, columns: Iterable[str] | None = None) -> Iterator[pa.RecordBatch]:
         """The dataset's rows, shard by shard, in no promised order."""

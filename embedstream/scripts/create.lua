@@ -3,7 +3,7 @@
 --
 -- KEYS 1 job hash, 2 jobs, 3 blocks stream, 4 shards, 5 suspect, 6 recent
 --      (derived: <job>:done:<part>, <job>:sums:<part>)
--- ARGV 1 job id, 2 spec (canonical JSON), 3 max errors, 4 number of parts
+-- ARGV 1 job id, 2 spec (canonical JSON), 3 max errors, 4 number of parts, 5 the space that its vectors must be of, or ''
 -- Answers {CREATED} | {REOPENED} | {EXISTS, state} | {DIFFERS, existing spec}
 -- Twice: the second run finds the job as the first one left it and answers EXISTS(submitting).
 
@@ -47,7 +47,7 @@ else
   for part = 0, parts - 1 do
     redis.call('UNLINK', job .. ':done:' .. part, job .. ':sums:' .. part)
   end
-  redis.call('HSET', job, 'spec', spec, 'parts', parts, 'created', now, 'committed', now, 'space', '', 'epoch', epoch,
+  redis.call('HSET', job, 'spec', spec, 'parts', parts, 'created', now, 'committed', now, 'space', ARGV[5], 'epoch', epoch,
     'done', 0, 'rows', 0, 'failed', 0, 'skipped', 0, 'truncated', 0, 'tokens', 0, 'padded', 0)
 end
 redis.call('HSET', job, 'state', 'submitting', 'verdict', '', 'reason', '', 'max_errors', max_errors, 'pushed', now,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import msgspec
 
-from embedstream.blocks import Block
+from embedstream.blocks import Block, Refusal
 from embedstream.broker import Broker
 from embedstream.connection import check, connect, explaining, mask
 from embedstream.dataset.sink import Manifest, Sink, open_sink
@@ -25,6 +26,7 @@ from embedstream.opening import (
     refuse_forbidden,
 )
 from embedstream.plans import drive
+from embedstream.retrying import FailedRows
 from embedstream.settings import Settings
 from embedstream.submission import Part, Pushed, push_job
 from embedstream.terminal import echo, echo_json
@@ -55,6 +57,7 @@ class Options:
     revision: str | None
     max_errors: str
     settings: SpecSettings
+    retry_failed: bool = False
     detach: bool = False
     json: bool = False
     quiet: bool = False
@@ -76,10 +79,19 @@ def submit(options: Options) -> int:
         settings=options.settings,
     )
     sink = open_sink(spec.output, spec, options.redis_url)
+    with contextlib.ExitStack() as stack:
+        failed = None
+        if options.retry_failed:
+            failed = stack.enter_context(FailedRows(sink, spec))
+            spec, sink = failed.spec, open_sink(spec.output, failed.spec, options.redis_url)
+        return _submit(options, spec, sink, parts, failed)
+
+
+def _submit(options: Options, spec: JobSpec, sink: Sink, parts: list[FilePart], failed: FailedRows | None) -> int:
     with Progress(options.quiet, total_bytes(parts)) as progress:
         handler = LogHandler(progress)
         logging.getLogger("embedstream").addHandler(handler)
-        run = Run(options, spec, sink, parts, progress)
+        run = Run(options, spec, sink, parts, progress, failed)
         try:
             code = run.run()
         except KeyboardInterrupt:
@@ -105,7 +117,16 @@ def resolve_output(options: Options) -> str:
 class Run:
     """The run of one command."""
 
-    def __init__(self, options: Options, spec: JobSpec, sink: Sink, parts: list[FilePart], progress: Progress) -> None:
+    def __init__(
+        self,
+        options: Options,
+        spec: JobSpec,
+        sink: Sink,
+        parts: list[FilePart],
+        progress: Progress,
+        failed: FailedRows | None = None,
+    ) -> None:
+        """`failed`: run these rows only, and `spec` is their job."""
         self.options = options
         self.spec = spec
         self.sink = sink
@@ -113,6 +134,7 @@ class Run:
         self.reason = ""
         self.was_finished = False
         self._parts = parts
+        self._failed = failed
         self._progress = progress
         self._settings = Settings.from_environment(model=options.model)
         self._refusals = Refusals(progress.tell)
@@ -120,10 +142,17 @@ class Run:
 
     def run(self) -> int:
         """To the end of the job, or of the pushing; returns the exit code."""
-        manifest = finished_manifest(self.sink, self.spec)
+        if self._failed is None:
+            manifest = finished_manifest(self.sink, self.spec)
+        else:
+            manifest = None if len(self._failed) else self._failed.manifest
         if manifest is not None:
             self.was_finished = True
+            if manifest.retries:
+                self.sink.mend(manifest)
             return self._finish(report.from_manifest(manifest))
+        if self._failed is not None:
+            self._progress.tell(f"running {len(self._failed):,} failed rows again")
         for part in self._parts:
             hint = part.hint(self.spec)
             if hint is not None:
@@ -247,12 +276,15 @@ class Run:
                 self._progress.tell("Redis lost blocks: submitting them again")
 
     def _reader(self, part: FilePart, index: DuplicateIndex) -> Callable[[], Iterator[Block]]:
-        return lambda: part.blocks(
-            self.spec,
-            index,
-            lambda refusal: self._refusals.add(part.index, part.label, refusal),
-            lambda read: self._progress.position(part.index, read),
-        )
+        def refused(refusal: Refusal) -> None:
+            if self._failed is None:
+                self._refusals.add(part.index, part.label, refusal)
+
+        def blocks() -> Iterator[Block]:
+            whole = part.blocks(self.spec, index, refused, lambda read: self._progress.position(part.index, read))
+            return whole if self._failed is None else self._failed.blocks(part.index, part.label, whole)
+
+        return blocks
 
     def _end(self, status: JobStatus) -> int:
         if status.state is JobState.FAILED and status.reason and not status.done:
@@ -264,7 +296,10 @@ class Run:
     def _read_manifest(self, status: JobStatus) -> Manifest | None:
         """This end's manifest; None where the output cannot be seen from here."""
         manifest = self.sink.read_manifest()
-        return manifest if manifest is not None and manifest.state == status.state else None
+        if manifest is None:
+            return None
+        mine = manifest.state == status.state if status.spec.retry is None else status.job in manifest.retries
+        return manifest if mine else None
 
     def _finish(self, result: report.Report) -> int:
         self.result = result

@@ -37,6 +37,7 @@ from embedstream.settings import ENV_PREFIX
 @click.option("--prompt-name", help="One of the model's prompts.")
 @click.option("--max-length", type=click.IntRange(min=1), help="Tokens of a text.  [default: the model's own]")
 @click.option("--max-errors", metavar="N|P%", help="The job fails when more rows fail, and is well with as many.")
+@click.option("--retry-failed", is_flag=True, help="Run again the rows of a finished output that failed in a worker.")
 @click.option("--detach", is_flag=True, help="Leave when all is submitted.")
 @click.option("--json", "as_json", is_flag=True, envvar="EMBEDSTREAM_JSON", help="One JSON object on standard output.")
 @click.option("--quiet", is_flag=True, help="No progress.")
@@ -60,6 +61,7 @@ def embed_submit(
     prompt_name: str | None,
     max_length: int | None,
     max_errors: str | None,
+    retry_failed: bool,
     detach: bool,
     as_json: bool,
     quiet: bool,
@@ -94,6 +96,7 @@ def embed_submit(
             "text": not no_text,
             "empty": empty,
         },
+        retry_failed=retry_failed,
         detach=detach,
         json=as_json,
         quiet=quiet,
