@@ -36,7 +36,7 @@ class HashCheck:
         self.compared: int | None = None
         self._listed = Listed(manifest)
         self._output = manifest.outputs[0]
-        self._job = manifest.job.encode()
+        self._jobs = {job.encode() for job in (manifest.job, *manifest.retries)}
 
     def compare(self, block: Block, label: str) -> None:
         """Look up each row of a block of the corpus; `label` is its part's name."""
@@ -51,7 +51,7 @@ class HashCheck:
         for at, (key, fields) in enumerate(zip(keys, found, strict=True)):
             place, name = f"{label}:{rows[at] + 1}", key.decode(errors="replace")
             error = errors[at]
-            if fields[0] != self._job:
+            if fields[0] not in self._jobs:
                 if error is None or error.id != ids[at]:
                     self.findings.add(Kind.NOT_IN_DATASET, f"{place}: is not in the dataset", name, id=ids[at])
                 continue
@@ -72,8 +72,8 @@ class HashCheck:
         """Read every key below the prefix. `index` holds the ids of the corpus if that was compared, else nothing."""
         known = 0
         for keys, found in self.sink.scan(["job", "id", self._output.name]):
-            mine = [at for at, fields in enumerate(found) if fields[0] == self._job]
-            self._note_foreign([keys[at] for at in range(len(keys)) if found[at][0] != self._job])
+            mine = [at for at, fields in enumerate(found) if fields[0] in self._jobs]
+            self._note_foreign([keys[at] for at in range(len(keys)) if found[at][0] not in self._jobs])
             names = [(found[at][1] or b"").decode(errors="replace") for at in mine]
             earlier = index.check(_KEYS_PART, range(known, known + len(mine)), names)
             known += len(mine)

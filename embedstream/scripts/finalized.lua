@@ -2,7 +2,8 @@
 -- others may try at once.
 --
 -- KEYS 1 job hash, 2 finalize, 3 shards, 4 suspect, 5 recent   (derived: <job>:done:<part>, <job>:sums:<part>)
--- ARGV 1 job id, 2 epoch, 3 state, or 'finalizing' for a manifest that could not be written, 4 ended (ms, as in the manifest), 5 time to live (ms), 6 manifest or ''
+-- ARGV 1 job id, 2 epoch, 3 state, or 'finalizing' for a manifest that could not be written, 4 ended (ms, as in the
+--      manifest), 5 time to live (ms), 6 manifest or ''
 -- Answers {OK} | {STALE} (leased again since, or reopened) | {UNKNOWN_JOB}
 -- Twice: the second run finds the same epoch in an ended job and answers OK.
 

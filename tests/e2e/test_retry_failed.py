@@ -94,6 +94,8 @@ def test_rows_that_failed_in_a_worker_are_added_and_refused_ones_stay(lab: Worke
         sum(shard["rows"] for shard in manifest["shards"]) == manifest["rows"] == manifest["parts"][0]["rows"] == ROWS
     )
     assert sum(shard["failed"] for shard in manifest["shards"]) == manifest["failed"] == manifest["parts"][0]["failed"]
+    verified = run("embed-verify", out, "--corpus", lab.folder / "c.jsonl")
+    assert verified.returncode == 0, verified.stdout + verified.stderr
     plain = run("embed-submit", *command(lab, fleet=fleet))
     assert plain.returncode == 3
     assert json.loads(plain.stdout) == report
@@ -147,6 +149,8 @@ def test_in_a_redis_output_rows_leave_the_errors_when_the_manifest_counts_them(l
     assert sorted(ids) == sorted(good(FAILING[0]))
     assert [(error.line, error.code) for error in sink.read_errors()] == [REFUSED[0], (5, "not_finite"), REFUSED[1]]
     worker.stop()
+    verified = run("embed-verify", output, "--redis", lab.url, "--corpus", lab.folder / "c.jsonl")
+    assert verified.returncode == 0, verified.stdout + verified.stderr
     plain = run("embed-submit", *command(lab, output=output))
     assert json.loads(plain.stdout) == report
     client = connect(lab.url)
