@@ -12,6 +12,7 @@ import pytest
 from embedstream.errors import ModelError
 from embedstream_worker import models
 from embedstream_worker.fingerprint import file_sha256, folder_fingerprint
+from embedstream_worker.model_folder import Trust
 from embedstream_worker.models import resolve_model
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
@@ -236,3 +237,64 @@ def test_a_cache_that_cannot_be_written_costs_only_time(tmp_path: Path, monkeypa
     first = file_sha256(large)
     monkeypatch.setenv("EMBEDSTREAM_CACHE_DIR", str(in_the_way / "below"))
     assert file_sha256(large) == first
+
+
+CODE, PICKLE = Trust(code=True), Trust(pickle=True)
+
+
+def test_trust_that_a_model_does_not_need_changes_nothing(folder: Path) -> None:
+    config = {"model_type": "bert", "auto_map": {"AutoModel": "modeling.NewModel"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "stray.py").write_text("raise SystemExit")
+    plain, trusted = resolve_model(str(folder)), resolve_model(str(folder), trust=Trust(code=True, pickle=True))
+    assert trusted == plain
+    assert trusted.fingerprint() == folder_fingerprint(folder)
+
+
+def test_trusted_pickles_are_read_and_part_of_the_fingerprint(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=r"start the worker with --allow-pickle"):
+        resolve_model(str(folder), trust=CODE)
+    found = resolve_model(str(folder), trust=PICKLE)
+    assert found.needs == PICKLE
+    assert found.source.endswith("pickled weights")
+    before = found.fingerprint()
+    (folder / "pytorch_model.bin").write_bytes(b"other weights")
+    assert found.fingerprint() != before
+
+
+def test_pickles_that_no_library_reads_stay_refused(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "weights.pt")
+    with pytest.raises(ModelError, match=r"weights\.pt: pickled weights are not loaded"):
+        resolve_model(str(folder), trust=PICKLE)
+
+
+@pytest.mark.parametrize("where", ["auto_map", "tokenizer", "module"])
+def test_trusted_code_is_part_of_the_fingerprint_and_must_lie_in_the_folder(folder: Path, where: str) -> None:
+    if where == "auto_map":
+        config = {"model_type": "brand_new", "auto_map": {"AutoModel": "own_code.NewModel"}}
+        (folder / "config.json").write_text(json.dumps(config))
+    elif where == "tokenizer":
+        tokenizer = {"auto_map": {"AutoTokenizer": ["own_code.Slow", None]}}
+        (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    else:
+        (folder / "modules.json").write_text(json.dumps([{"path": "", "type": "own_code.Module"}]))
+    with pytest.raises(ModelError, match=r"own_code\.\w+ is code that does not lie in the folder; put own_code\.py"):
+        resolve_model(str(folder), trust=CODE)
+    (folder / "own_code.py").write_text("one = 1")
+    if where != "tokenizer":
+        with pytest.raises(ModelError, match="start the worker with --trust-remote-code"):
+            resolve_model(str(folder), trust=PICKLE)
+    found = resolve_model(str(folder), trust=CODE)
+    assert found.needs == CODE
+    assert found.source.endswith("runs code of its own")
+    before = found.fingerprint()
+    (folder / "own_code.py").write_text("one = 2")
+    assert found.fingerprint() != before
+
+
+def test_code_of_another_repository_is_refused(folder: Path) -> None:
+    config = {"model_type": "brand_new", "auto_map": {"AutoModel": "someone/else--modeling.NewModel"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"put modeling\.py there and name it without its repository"):
+        resolve_model(str(folder), trust=CODE)

@@ -15,6 +15,7 @@ from embedstream.errors import UsageError
 from embedstream.jobs import model_address, queue_name
 from embedstream.settings import ENV_PREFIX, WorkerSettings
 from embedstream.terminal import PrintableFormatter
+from embedstream_worker.model_folder import ALLOW_PICKLE, TRUST_REMOTE_CODE, Trust
 
 if TYPE_CHECKING:
     from embedstream_worker.engines import EngineName
@@ -95,6 +96,8 @@ def usable_device(name: str) -> str:
     is_flag=True,
     help="Exit 0 if this machine's worker for the queue is ready, else 1.",
 )
+@click.option("--trust-remote-code", is_flag=True, help=TRUST_REMOTE_CODE)
+@click.option("--allow-pickle", is_flag=True, help=ALLOW_PICKLE)
 @click.option("--embedded", is_flag=True, hidden=True, help="Belongs to an embed-submit: leave when it is gone.")
 @click.version_option(package_name="embedstream")
 def worker(
@@ -117,6 +120,8 @@ def worker(
     burst: bool,
     only_check: bool,
     embedded: bool,
+    trust_remote_code: bool,
+    allow_pickle: bool,
 ) -> None:
     """Embed the blocks of a queue with one long-lived model.
 
@@ -154,6 +159,7 @@ def worker(
         burst,
         not no_warmup,
         embedded,
+        Trust(code=trust_remote_code, pickle=allow_pickle),
     )
 
 

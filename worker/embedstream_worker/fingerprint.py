@@ -9,7 +9,7 @@ from pathlib import Path
 from uuid import uuid4
 
 DECIDING_SUFFIXES = frozenset({".json", ".jinja", ".model", ".safetensors", ".spm", ".tiktoken", ".txt", ".vocab"})
-"""Weights, configurations, tokenizers. Not: read-me files, and pickles, which are never loaded."""
+"""Weights, configurations, tokenizers. Not: read-me files, and what is loaded only if it is trusted and needed."""
 
 _LEFT_OUT = frozenset({"data_config.json", "trainer_state.json", "requirements.txt"})  # say how it was trained
 
@@ -18,26 +18,31 @@ _CACHED_BYTES = 1 << 20  # smaller files are hashed faster than looked up
 _READ_BYTES = 1 << 20
 
 
-def folder_fingerprint(folder: Path) -> str:
+def folder_fingerprint(folder: Path, code: bool = False, pickle: bool = False) -> str:
     """32 hex digits: equal for equal content, wherever the folder lies.
 
-    Files in the folder itself count, and all below the sub-folders of its modules.
+    Files in the folder itself count, and all below the sub-folders of its modules. `code` and `pickle`: whether the
+    Python files anywhere in it, and pickled weights, are loaded.
 
     Raises:
         OSError: a file cannot be read.
     """
     digest = blake2b(digest_size=16)
-    for path in deciding_files(folder):
+    for path in deciding_files(folder, code, pickle):
         digest.update(f"{path.relative_to(folder).as_posix()}\0{file_sha256(path)}\n".encode())
     return digest.hexdigest()
 
 
-def deciding_files(folder: Path) -> list[Path]:
+def deciding_files(folder: Path, code: bool = False, pickle: bool = False) -> list[Path]:
     """The files that decide a folder's vectors, in the order of their relative names."""
     found = {path for path in folder.iterdir() if path.is_file()}
     for module in _module_folders(folder):
         found.update(path for path in module.rglob("*") if path.is_file())
-    deciding = (path for path in found if path.suffix in DECIDING_SUFFIXES and path.name not in _LEFT_OUT)
+    deciding = {path for path in found if path.suffix in DECIDING_SUFFIXES and path.name not in _LEFT_OUT}
+    if pickle:
+        deciding.update(path for path in found if path.match("pytorch_model*.bin"))
+    if code:
+        deciding.update(path for path in folder.rglob("*.py") if path.is_file())
     return sorted(deciding, key=lambda path: path.relative_to(folder).as_posix())
 
 

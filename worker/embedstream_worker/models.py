@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from embedstream.errors import ModelError
-from embedstream_worker.fingerprint import file_sha256
-from embedstream_worker.model_folder import check_folder
+from embedstream_worker.fingerprint import file_sha256, folder_fingerprint
+from embedstream_worker.model_folder import NOTHING, Trust, check_folder
 
 HUB_TIMEOUT_SECONDS = 10.0
 """How long the hub may take to answer before it counts as out of reach."""
@@ -18,7 +18,7 @@ _NOT_DOWNLOADED = [
     *("*.bin", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.ot", "*.pickle", "*.pkl", "*.pt"),
     *("*.pth", "*.py", "*.tflite", "onnx/*", "openvino/*", "coreml/*"),
 ]
-"""Never loaded: pickles, code, and the weights of other runtimes."""
+"""Never loaded unless trusted: pickles, code, and the weights of other runtimes."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,12 @@ class ModelFolder:
     """The commit for a model of the hub, None for others."""
     source: str
     """Where it comes from, for printing."""
+    needs: Trust = NOTHING
+    """What of the worker's trust it cannot do without."""
+
+    def fingerprint(self) -> str:
+        """What decides its vectors, as 32 hex digits: with its code and its pickles, if these are loaded."""
+        return folder_fingerprint(self.path, code=self.needs.code, pickle=self.needs.pickle)
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,7 @@ _CARRIED = {
 _CARRIED |= {name.rpartition("/")[2]: carried for name, carried in _CARRIED.items()}
 
 
-def resolve_model(name: str, revision: str | None = None) -> ModelFolder:
+def resolve_model(name: str, revision: str | None = None, trust: Trust = NOTHING) -> ModelFolder:
     """Find a model: an existing folder, else what an installed package carries, else the Hugging Face hub.
 
     A package is used only when no revision is asked for, and only if its weights are upstream's.
@@ -69,9 +75,16 @@ def resolve_model(name: str, revision: str | None = None) -> ModelFolder:
             raise ModelError(f"--revision {revision}: {name} is a folder and has no revisions; leave it out")
         found = ModelFolder(folder.resolve(), name, None, f"from folder {folder.resolve()}")
     else:
-        found = (None if revision else _find_carried(name)) or _fetch(name, revision)
-    check_folder(found.path)
-    return found
+        found = (None if revision else _find_carried(name)) or _fetch(name, revision, _ignored(trust))
+    needs = check_folder(found.path, trust)
+    source = found.source + ", runs code of its own" * needs.code + ", pickled weights" * needs.pickle
+    return replace(found, needs=needs, source=source)
+
+
+def _ignored(trust: Trust) -> list[str]:
+    """Files of a hub's model that are not fetched."""
+    wanted = {"*.py": trust.code, "*.bin": trust.pickle}
+    return [pattern for pattern in _NOT_DOWNLOADED if not wanted.get(pattern, False)]
 
 
 def _find_carried(name: str) -> ModelFolder | None:
@@ -92,7 +105,7 @@ def _find_carried(name: str) -> ModelFolder | None:
     return ModelFolder(folder, name, None, f"from package {carried.distribution} {version}, weights verified")
 
 
-def _fetch(name: str, revision: str | None) -> ModelFolder:
+def _fetch(name: str, revision: str | None, ignored: list[str]) -> ModelFolder:
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -104,7 +117,7 @@ def _fetch(name: str, revision: str | None) -> ModelFolder:
     try:
         # Asked first, because downloads by themselves wait for ever for a hub that does not answer.
         commit = HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT_SECONDS).sha
-        path = snapshot_download(name, revision=commit, ignore_patterns=_NOT_DOWNLOADED)
+        path = snapshot_download(name, revision=commit, ignore_patterns=ignored)
     except HFValidationError as error:
         raise ModelError(f"model {name}: no such folder, and not a Hugging Face id (owner/name)") from error
     except RevisionNotFoundError as error:
@@ -116,16 +129,16 @@ def _fetch(name: str, revision: str | None) -> ModelFolder:
             f"model {name}: no such folder, and the hub has no such model (or it is private: set HF_TOKEN)"
         ) from error
     except Exception as error:  # noqa: BLE001 - whatever the HTTP library of the day raises: the cache serves still
-        path = _find_cached(name, revision, error)
+        path = _find_cached(name, revision, ignored, error)
     commit = Path(path).name
     return ModelFolder(Path(path), name, commit, f"from the Hugging Face hub, revision {commit}")
 
 
-def _find_cached(name: str, revision: str | None, trouble: Exception) -> str:
+def _find_cached(name: str, revision: str | None, ignored: list[str], trouble: Exception) -> str:
     from huggingface_hub import snapshot_download
 
     try:
-        return snapshot_download(name, revision=revision, ignore_patterns=_NOT_DOWNLOADED, local_files_only=True)
+        return snapshot_download(name, revision=revision, ignore_patterns=ignored, local_files_only=True)
     except (OSError, ValueError):
         wanted = name if revision is None else f"{name} at revision {revision}"
         carried = _CARRIED.get(name)

@@ -9,19 +9,22 @@ import click
 
 from embedstream.commands import run
 from embedstream.settings import ENV_PREFIX
+from embedstream_worker.model_folder import ALLOW_PICKLE, TRUST_REMOTE_CODE, Trust
 
 
 @click.command(context_settings={"auto_envvar_prefix": ENV_PREFIX, "show_default": True})
 @click.argument("folder", metavar="DIR")
 @click.argument("query")
 @click.option("-k", default=5, type=click.IntRange(min=1), help="How many chunks to show.")
+@click.option("--trust-remote-code", is_flag=True, help=TRUST_REMOTE_CODE)
+@click.option("--allow-pickle", is_flag=True, help=ALLOW_PICKLE)
 @click.version_option(package_name="embedstream")
-def search_command(folder: str, query: str, k: int) -> None:
+def search_command(folder: str, query: str, k: int, trust_remote_code: bool, allow_pickle: bool) -> None:
     """Show the chunks of the dataset in DIR that are nearest to QUERY."""
     # Not at the top: loading it takes a while, in which Ctrl-C shall end this command as at any other time.
     from embedstream_worker.searching import show_nearest
 
-    show_nearest(folder, query, k)
+    show_nearest(folder, query, k, Trust(code=trust_remote_code, pickle=allow_pickle))
 
 
 def main() -> None:

@@ -18,12 +18,13 @@ from embedstream_worker.engines import EngineName, make_engine
 from embedstream_worker.engines.base import TokenBatch
 from embedstream_worker.engines.precision import Dtype
 from embedstream_worker.jobs import space_id
+from embedstream_worker.model_folder import NOTHING, Trust
 
 TEXT_WIDTH = 200
 """Characters of a text that are shown."""
 
 
-def show_nearest(folder: str, query: str, k: int) -> None:
+def show_nearest(folder: str, query: str, k: int, trust: Trust = NOTHING) -> None:
     """Print the `k` chunks of the dataset in `folder` that are nearest to the query.
 
     Raises:
@@ -36,14 +37,14 @@ def show_nearest(folder: str, query: str, k: int) -> None:
         raise OutputError(f"{folder}: no manifest: not a dataset, or its job has not ended yet")
     if not manifest.rows:
         raise OutputError(f"{folder}: the dataset is empty")
-    vector = embed_query(query, manifest, manifest_spec(manifest))
+    vector = embed_query(query, manifest, manifest_spec(manifest), trust)
     for hit in search(folder, vector, k):
         click.echo(f"{hit.score:.3f}  {printable(hit.id)}")
         if hit.text is not None:
             click.echo(f"       {printable(hit.text)}")
 
 
-def embed_query(query: str, manifest: Manifest, spec: JobSpec) -> npt.NDArray[np.float32]:
+def embed_query(query: str, manifest: Manifest, spec: JobSpec, trust: Trust = NOTHING) -> npt.NDArray[np.float32]:
     """The query's vector [dim], by the dataset's own model and settings, in the role of a query.
 
     Raises:
@@ -51,7 +52,7 @@ def embed_query(query: str, manifest: Manifest, spec: JobSpec) -> npt.NDArray[np
     """
     name: EngineName = "hashing" if manifest.engines == ("hashing",) else "auto"
     dtype: Dtype = "int8" if any(shard.dtype == "int8" for shard in manifest.shards) else "auto"
-    engine, _ = make_engine(name, spec.model, spec.revision, dtype=dtype)
+    engine, _ = make_engine(name, spec.model, spec.revision, dtype=dtype, trust=trust)
     engine.start()
     info = engine.info
     max_length = spec.max_length or info.max_length

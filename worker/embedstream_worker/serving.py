@@ -20,6 +20,7 @@ from embedstream.settings import WorkerSettings
 from embedstream_worker.engines import EngineName, make_engine
 from embedstream_worker.engines.precision import Dtype
 from embedstream_worker.jobs import WorkerModel
+from embedstream_worker.model_folder import Trust
 from embedstream_worker.pipeline import Life
 from embedstream_worker.worker import Worker, WorkerPlan
 
@@ -40,6 +41,7 @@ def serve(
     burst: bool,
     warm_up: bool,
     embedded: bool,
+    trust: Trust,
 ) -> None:
     """Build the worker and run it until it is told to stop. No output root: the current folder, and `redis:`."""
     roots = tuple(canonical_root(root) for root in output_roots or (str(Path.cwd()), "redis:"))
@@ -51,7 +53,7 @@ def serve(
     check(connect(redis_url, retries=0), redis_url)
     # Arrow's own allocators keep what a shard needed and are no faster here: a third more memory for nothing.
     pa.set_memory_pool(pa.system_memory_pool())
-    made, source = make_engine(engine, model, revision, device, dtype, threads)
+    made, source = make_engine(engine, model, revision, device, dtype, threads, trust)
     log.info("model %s: %s", model, source)
     plan = WorkerPlan(redis_url, queue, WorkerModel(model, revision), roots, settings, burst, embedded, warm_up)
 

@@ -13,6 +13,7 @@ from embedstream_worker.engines.hashing import HashingEngine
 from embedstream_worker.engines.hashing_faults import VARIABLE as FAULTS
 from embedstream_worker.engines.hashing_faults import FaultyHashingEngine
 from embedstream_worker.engines.precision import Dtype
+from embedstream_worker.model_folder import NOTHING, Trust
 
 EngineName = Literal["auto", "torch", "openvino", "onnxruntime", "hashing"]
 
@@ -27,12 +28,14 @@ def make_engine(
     device: str = "auto",
     dtype: Dtype = "auto",
     threads: int | None = None,
+    trust: Trust = NOTHING,
 ) -> tuple[Engine, str]:
     """An engine for a model, not yet started, and where the model comes from, for printing.
 
     `engine` "auto" is the hashing engine for the model "hashing", and for all others the fastest that gives the right
     vectors. `dtype` "auto" is the fastest precision that is still called exact: bfloat16 where the device has it.
-    `threads`: those of one batch, for onnxruntime alone; by default it chooses.
+    `threads`: those of one batch, for onnxruntime alone; by default it chooses. `trust`: what of the model's own may be
+    run.
 
     Raises:
         ModelError: the model cannot be found or trusted, or the engine is not here.
@@ -53,7 +56,7 @@ def make_engine(
             raise ModelError("--engine openvino: not installed; pip install 'embedstream[cpu]', or use --engine torch")
         from embedstream_worker.engines.openvino_engine import OpenVinoEngine
 
-        folder = resolve_model(model, revision)
+        folder = resolve_model(model, revision, trust)
         return OpenVinoEngine(folder, dtype), folder.source
     if engine == "onnxruntime":
         if importlib.util.find_spec("onnxruntime") is None:
@@ -62,9 +65,9 @@ def make_engine(
             )
         from embedstream_worker.engines.onnx_engine import OnnxEngine
 
-        folder = resolve_model(model, revision)
+        folder = resolve_model(model, revision, trust)
         return OnnxEngine(folder, device, dtype, threads=threads), folder.source
-    folder = resolve_model(model, revision)
+    folder = resolve_model(model, revision, trust)
     if engine == "torch":
         from embedstream_worker.engines.torch_engine import TorchEngine
 

@@ -24,7 +24,7 @@ from embedstream_worker.engines.onnx_slot import INPUTS, Slot, Step, Way
 from embedstream_worker.engines.openvino_cache import Cache, Conversion, Entry, NotConvertible
 from embedstream_worker.engines.precision import Dtype, cpu_cores, streams_for
 from embedstream_worker.engines.text_input import TextModel, warm_up_batches
-from embedstream_worker.fingerprint import file_sha256, folder_fingerprint
+from embedstream_worker.fingerprint import file_sha256
 from embedstream_worker.models import ModelFolder
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ class OnnxEngine:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self._device = _pick_device(self._wanted_device)
         self._cache = self._given_cache or Cache(_cache_folder())
-        fingerprint = folder_fingerprint(self._folder.path)
+        fingerprint = self._folder.fingerprint()
         try:
             model = self._open(fingerprint, self._cache)
         except (NotConvertible, CheckFailed) as error:

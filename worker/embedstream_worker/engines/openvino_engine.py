@@ -32,7 +32,6 @@ from embedstream_worker.engines.openvino_cache import Cache, Conversion, Entry, 
 from embedstream_worker.engines.openvino_trial import run_trial
 from embedstream_worker.engines.precision import Dtype, Precision, cpu_cores, cpu_has_bfloat16, cpu_name, streams_for
 from embedstream_worker.engines.text_input import TextInput, TextModel, warm_up_batches
-from embedstream_worker.fingerprint import folder_fingerprint
 from embedstream_worker.models import ModelFolder
 
 log = logging.getLogger(__name__)
@@ -92,7 +91,7 @@ class OpenVinoEngine:
         # Beside a model on the CPU, tokenizing must not take more than its own thread; a user's own choice stands.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         precision = _pick_precision(self._wanted_dtype)
-        fingerprint = folder_fingerprint(self._folder.path)
+        fingerprint = self._folder.fingerprint()
         try:
             self._require_trial(precision, fingerprint)
             self.open(precision, fingerprint)

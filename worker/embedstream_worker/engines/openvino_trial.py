@@ -14,6 +14,7 @@ import msgspec
 
 from embedstream.errors import ModelError
 from embedstream_worker.engines.precision import Precision
+from embedstream_worker.model_folder import Trust
 from embedstream_worker.models import ModelFolder
 
 log = logging.getLogger(__name__)
@@ -24,6 +25,7 @@ _FROM_OUTSIDE = {signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP}  
 class _Trial(msgspec.Struct):
     folder: str
     name: str
+    needs: Trust
     precision: Precision
     fingerprint: str
     cache: str
@@ -51,7 +53,7 @@ def run_trial(folder: ModelFolder, precision: Precision, fingerprint: str, cache
         ModelError: the model cannot be loaded by any engine.
     """
     log.info("model %s: converting for openvino, once", folder.name)
-    trial = _Trial(str(folder.path), folder.name, precision, fingerprint, str(cache))
+    trial = _Trial(str(folder.path), folder.name, folder.needs, precision, fingerprint, str(cache))
     command = [sys.executable, "-m", "embedstream_worker.engines.openvino_trial"]
     ended = subprocess.run(command, input=msgspec.json.encode(trial), capture_output=True, check=False)
     if ended.returncode < 0:
@@ -75,7 +77,7 @@ def main() -> None:
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     trial = msgspec.json.decode(sys.stdin.buffer.read(), type=_Trial)
-    folder = ModelFolder(Path(trial.folder), trial.name, None, "")
+    folder = ModelFolder(Path(trial.folder), trial.name, None, "", trial.needs)
     try:
         OpenVinoEngine(folder, trial.precision, Cache(Path(trial.cache))).open(trial.precision, trial.fingerprint)
         report = _Report()

@@ -40,7 +40,6 @@ from embedstream_worker.engines.torch_features import (
     vocabulary_size,
 )
 from embedstream_worker.engines.torch_loading import excludes_prompt, is_normalized, load_model, read_input
-from embedstream_worker.fingerprint import folder_fingerprint
 from embedstream_worker.models import ModelFolder
 
 log = logging.getLogger(__name__)
@@ -124,7 +123,7 @@ class TorchEngine:
             engine="torch",
             device=str(device),
             dtype=dtype,
-            fingerprint=folder_fingerprint(self._folder.path),
+            fingerprint=self._folder.fingerprint(),
             max_length=model.input.max_length,
             padded=model.input.kind is InputKind.PADDED and not self._packed,
             batch_tokens=self._batch_tokens(device),

@@ -36,8 +36,8 @@ def load_model(folder: ModelFolder, device: torch.device) -> SentenceTransformer
                 str(folder.path),
                 device=str(device),
                 local_files_only=True,
-                trust_remote_code=False,
-                model_kwargs={"dtype": torch.float32, "use_safetensors": True},
+                trust_remote_code=folder.needs.code,
+                model_kwargs={"dtype": torch.float32, "use_safetensors": None if folder.needs.pickle else True},
             )
         except Exception as error:
             reason = str(error).strip().splitlines() or [type(error).__name__]
