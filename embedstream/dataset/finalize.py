@@ -18,7 +18,15 @@ def finalize(sink: Sink, status: JobStatus, shards: Sequence[ShardRecord], state
     Raises:
         OutputError: the shards do not add up, one of them is missing, or the output cannot be written.
     """
+    standing = sink.read_manifest()
+    if standing is not None and standing.retries and _is_base(standing, status.job, shards):
+        return standing  # what was added to this job's shards since then stays
     manifest = build_manifest(status, shards, state, ended)
-    if shards or state is not JobState.FAILED or sink.read_manifest() is not None:
+    if shards or state is not JobState.FAILED or standing is not None:
         sink.finalize(manifest)
     return manifest
+
+
+def _is_base(manifest: Manifest, job: str, shards: Sequence[ShardRecord]) -> bool:
+    listed = {shard.name for shard in manifest.shards if shard.blocks}
+    return manifest.job == job and listed == {shard.name for shard in shards}

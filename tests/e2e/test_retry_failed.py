@@ -15,6 +15,7 @@ from e2e.harness import assert_exact, assert_no_leftovers, read_errors, read_man
 from embedstream.broker import Broker
 from embedstream.connection import connect
 from embedstream.dataset.sink import open_sink
+from embedstream.steps import Code
 from embedstream_worker.housekeeping import Housekeeping
 
 ROWS = 600
@@ -134,6 +135,12 @@ def test_a_dataset_in_which_every_row_failed_is_filled(lab: WorkerLab) -> None:
     assert (again.returncode, json.loads(again.stdout)["state"]) == (3, "completed"), again.stderr
     assert_exact(lab.folder / "out", TEXTS)
     assert codes(lab.folder / "out") == REFUSED
+    # The first job failed; whoever opens and ends it once more takes nothing away.
+    before, spec = read_manifest(lab.folder / "out"), lab.broker.status(read_manifest(lab.folder / "out")["job"]).spec
+    assert lab.broker.run(lab.broker.create(spec)).code is Code.REOPENED
+    assert lab.broker.run(lab.broker.cancel(spec.job)).code is Code.OK
+    wait_until(lambda: lab.ended(spec.job), "the job to end once more")
+    assert read_manifest(lab.folder / "out") == before
 
 
 def test_in_a_redis_output_rows_leave_the_errors_when_the_manifest_counts_them(lab: WorkerLab) -> None:
