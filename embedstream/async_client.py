@@ -24,7 +24,7 @@ from embedstream.client import (
     warn,
     was_cancelled,
 )
-from embedstream.connection import connect, connect_async, explaining
+from embedstream.connection import REQUEST_TIMEOUT_SECONDS, connect, connect_async, explaining, mask
 from embedstream.dataset.sink import open_sink
 from embedstream.errors import OutputError
 from embedstream.input.duplicates import DuplicateIndex
@@ -34,6 +34,7 @@ from embedstream.opening import SpecSettings, make_spec
 from embedstream.plans import drive_async
 from embedstream.settings import Settings
 from embedstream.submission import Pushed, push_job
+from embedstream.troubles import patiently
 from embedstream.watching import look
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ class AsyncJob:
         pause = FIRST_POLL_SECONDS
         while True:
             with explaining(self._url):
-                status = await asyncio.to_thread(look, self._files, self.id, self._url, self._settings)
+                status = await asyncio.to_thread(self._look, end)
             if status.state.ended:
                 return status
             left = pause if end is None else end - time.monotonic()
@@ -77,6 +78,11 @@ class AsyncJob:
                 raise TimeoutError(still_open(status, timeout))
             await asyncio.sleep(min(pause, left))
             pause = min(pause * 1.5, LAST_POLL_SECONDS)
+
+    def _look(self, end: float | None) -> JobStatus:
+        return patiently(
+            lambda: look(self._files, self.id, self._url, self._settings), warn, mask(self._url), until=end
+        )
 
     async def results(self, columns: Iterable[str] | None = None) -> AsyncIterator[pa.RecordBatch]:
         """As `Job.results`."""
@@ -101,10 +107,12 @@ class AsyncClient:
         self.settings = Settings.from_environment(redis_url=redis_url, queue=queue)
         self.url = needed_url(self.settings)
         self._redis = connect_async(self.url)
+        self._requests = connect_async(self.url, retries=0, timeout=REQUEST_TIMEOUT_SECONDS)
         self._files = connect(self.url)
 
     async def close(self) -> None:
         await self._redis.aclose()
+        await self._requests.aclose()
         self._files.close()
 
     async def __aenter__(self) -> Self:
@@ -140,12 +148,17 @@ class AsyncClient:
         sink = open_sink(spec.output, spec, self.url)
         with explaining(self.url), DuplicateIndex() as index:
             part = records_part(records, spec, index)
-            bound = await asyncio.to_thread(files.memory_bound, self.settings.queue_bytes)
+            shown = mask(self.url)
+            bound = await asyncio.to_thread(
+                patiently, lambda: files.memory_bound(self.settings.queue_bytes), warn, shown
+            )
             pushed = Pushed.LOST
             while pushed is Pushed.LOST:
-                if not await asyncio.to_thread(open_for_records, files, spec, sink, max_errors):
+                if not await asyncio.to_thread(
+                    patiently, lambda: open_for_records(files, spec, sink, max_errors), warn, shown
+                ):
                     break
-                pushed = await drive_async(push_job(broker, spec.job, [part], bound), broker, warn)
+                pushed = await drive_async(push_job(broker, spec.job, [part], bound), broker, warn, url=shown)
         return AsyncJob(spec.job, broker, files, self.url, self.settings)
 
     async def job(self, id: str) -> AsyncJob:
@@ -167,12 +180,12 @@ class AsyncClient:
     ) -> npt.NDArray[np.float32]:
         """As `Client.embed`."""
         request = make_request(texts, role, prompt, prompt_name, max_length)
-        broker = AsyncBroker(self._redis, self.settings.queue or queue_name(model or self.settings.model))
+        broker = AsyncBroker(self._requests, self.settings.queue or queue_name(model or self.settings.model))
         with explaining(self.url):
             plan = interactive.ask(broker, request, timeout, time.monotonic)
             reply = await drive_async(plan, broker, patience=timeout)
             if reply is None:
-                files = Broker(self._files, broker.queue)
+                files = Broker(connect(self.url, retries=0, timeout=REQUEST_TIMEOUT_SECONDS), broker.queue)
                 raise await asyncio.to_thread(unanswered, files, timeout, model or self.settings.model, self.url)
         return interactive.vectors(reply, len(request.texts))
 

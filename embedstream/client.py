@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from embedstream import interactive
 from embedstream.broker import Broker
-from embedstream.connection import connect, explaining
+from embedstream.connection import REQUEST_TIMEOUT_SECONDS, connect, explaining, mask
 from embedstream.dataset.sink import Sink, open_sink
 from embedstream.errors import JobUnknown, OutputError, RequestError, UsageError
 from embedstream.input.duplicates import DuplicateIndex
@@ -31,6 +31,7 @@ from embedstream.plans import drive
 from embedstream.settings import Settings
 from embedstream.steps import Answer, Code
 from embedstream.submission import Pushed, push_job
+from embedstream.troubles import patiently
 from embedstream.watching import look
 
 if TYPE_CHECKING:
@@ -68,10 +69,12 @@ class Job:
     def wait(self, timeout: float | None = None) -> JobStatus:
         """Wait until the job has ended, whichever way: look at `state` and `failed` of what comes back.
 
-        Whoever waits also writes the manifest if the output can be reached from here.
+        Whoever waits also writes the manifest if the output can be reached from here. While Redis cannot be used, that
+        is waited for, too, with one line in the log.
 
         Raises:
             TimeoutError: it has not ended after `timeout` seconds; it goes on.
+            BrokerError: Redis refuses, or could not be used when `timeout` was over.
             JobUnknown: as `status`.
             OutputError: the manifest cannot be written.
         """
@@ -79,7 +82,9 @@ class Job:
         pause = FIRST_POLL_SECONDS
         while True:
             with explaining(self._url):
-                status = look(self._broker, self.id, self._url, self._settings)
+                status = patiently(
+                    lambda: look(self._broker, self.id, self._url, self._settings), warn, mask(self._url), until=end
+                )
             if status.state.ended:
                 return status
             left = pause if end is None else end - time.monotonic()
@@ -121,9 +126,12 @@ class Client:
         self.settings = Settings.from_environment(redis_url=redis_url, queue=queue)
         self.url = needed_url(self.settings)
         self._redis = connect(self.url)
+        # Plans repeat a request themselves, as long as its caller waits.
+        self._requests = connect(self.url, retries=0, timeout=REQUEST_TIMEOUT_SECONDS)
 
     def close(self) -> None:
         self._redis.close()
+        self._requests.close()
 
     def __enter__(self) -> Self:
         return self
@@ -162,12 +170,13 @@ class Client:
         job = Job(spec.job, broker, self.url, self.settings)
         with explaining(self.url), DuplicateIndex() as index:
             part = records_part(records, spec, index)
-            bound = broker.memory_bound(self.settings.queue_bytes)
+            shown = mask(self.url)
+            bound = patiently(lambda: broker.memory_bound(self.settings.queue_bytes), warn, shown)
             pushed = Pushed.LOST
             while pushed is Pushed.LOST:
-                if not open_for_records(broker, spec, sink, max_errors):
+                if not patiently(lambda: open_for_records(broker, spec, sink, max_errors), warn, shown):
                     break
-                pushed = drive(push_job(broker, spec.job, [part], bound), broker, warn)
+                pushed = drive(push_job(broker, spec.job, [part], bound), broker, warn, url=shown)
         return job
 
     def _spec(self, output: str, model: str | None, revision: str | None, settings: SpecSettings) -> JobSpec:
@@ -202,9 +211,10 @@ class Client:
 
         Raises:
             RequestError: no worker answered in time (the message says whether one is alive), or a text failed.
+            BrokerError: Redis could not be used in this time, or refuses. A server that hangs costs some seconds more.
         """
         request = make_request(texts, role, prompt, prompt_name, max_length)
-        broker = Broker(self._redis, self.settings.queue or queue_name(model or self.settings.model))
+        broker = Broker(self._requests, self.settings.queue or queue_name(model or self.settings.model))
         with explaining(self.url):
             plan = interactive.ask(broker, request, timeout, time.monotonic)
             reply: EmbedReply | None = drive(plan, broker, patience=timeout)

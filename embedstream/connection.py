@@ -7,56 +7,81 @@ import re
 import ssl
 from collections.abc import Iterator
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
 import redis
 import redis.asyncio
 import redis.exceptions
+from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import ExponentialWithJitterBackoff
 from redis.retry import Retry
 
 from embedstream.errors import BrokerError, UsageError
 from embedstream.failpoints import breakable
+from embedstream.troubles import UNREACHABLE, trouble
 
 TIMEOUT_SECONDS = 15.0
 """Above any blocking read (2 s at most) by far, below what a person waits."""
 
+REQUEST_TIMEOUT_SECONDS = 5.0
+"""The same for interactive requests, whose callers wait seconds: a server that hangs costs them little more."""
+
+CLUSTER = "is a cluster node, and a queue's keys do not fit into one slot with the list of queues: use a single server"
+
 _SCHEMES = ("redis", "rediss", "unix")
 
+_KNOWN = ("db", "username", "password", "client_name", "socket_timeout", "socket_connect_timeout")
+_KNOWN_TLS = ("ssl_ca_certs", "ssl_ca_path", "ssl_cert_reqs", "ssl_certfile", "ssl_keyfile", "ssl_check_hostname")
+"""What a URL's query may say; redis-py would fail on others at the first command, or answer in another type."""
 
-def _options(url: str) -> dict[str, Any]:
-    if urlsplit(url).scheme not in _SCHEMES:
+
+def _options(url: str, timeout: float) -> dict[str, Any]:
+    """Raises `UsageError` for a URL that is none, `ValueError` for one that is none to `urlsplit`."""
+    parts = urlsplit(url)
+    if parts.scheme not in _SCHEMES:
         raise UsageError(f"Redis URL {mask(url)!r}: use redis://host:6379/0, rediss:// (TLS) or unix:///path/to/socket")
-    return {
-        "socket_timeout": TIMEOUT_SECONDS,
+    known = (*_KNOWN, *_KNOWN_TLS) if parts.scheme == "rediss" else _KNOWN
+    for name, _ in parse_qsl(parts.query, keep_blank_values=True):
+        if name in _KNOWN_TLS and name not in known:
+            raise UsageError(
+                f"Redis URL {mask(url)!r}: {name} means nothing without TLS: use rediss://, or leave it out"
+            )
+        if name not in known:
+            raise UsageError(f"Redis URL {mask(url)!r}: unknown setting {name} (known: {', '.join(known)})")
+    if parts.scheme != "unix" and not parts.path.strip("/").isdecimal() and parts.path.strip("/"):
+        raise UsageError(f"Redis URL {mask(url)!r}: database {parts.path[1:]!r} is not a number: redis://host:6379/0")
+    options: dict[str, Any] = {
+        "socket_timeout": timeout,
         "socket_connect_timeout": 5.0,
+        # A connection that was idle for so long proves itself before it is used.
         "health_check_interval": 30,
     }
+    if parts.scheme != "unix":
+        # Routers between forget connections on which nothing is said: a worker's long forward pass is such a silence.
+        options["socket_keepalive"] = True
+    return options
 
 
-def connect(url: str, retries: int = 3) -> redis.Redis:
-    """A client with its own pool. Raises `UsageError` for a URL that is none; connects at the first command."""
+def connect(url: str, retries: int = 3, timeout: float = TIMEOUT_SECONDS) -> redis.Redis:
+    """A client with its own pool; `timeout` seconds for a reply. Connects at the first command.
+
+    Raises:
+        UsageError: a URL that is none.
+    """
     try:
         retry = Retry(ExponentialWithJitterBackoff(base=0.05, cap=1.0), retries)
-        return breakable(redis.Redis.from_url(url, retry=retry, **_options(url)))
+        return breakable(redis.Redis.from_url(url, retry=retry, **_options(url, timeout)))
     except ValueError as error:
         raise UsageError(f"Redis URL {mask(url)!r}: {error}") from error
 
 
-def connect_async(url: str) -> redis.asyncio.Redis:
+def connect_async(url: str, retries: int = 3, timeout: float = TIMEOUT_SECONDS) -> redis.asyncio.Redis:
     """The same for asyncio."""
     try:
-        return redis.asyncio.Redis.from_url(url, **_options(url))
+        retry = AsyncRetry(ExponentialWithJitterBackoff(base=0.05, cap=1.0), retries)
+        return redis.asyncio.Redis.from_url(url, retry=retry, **_options(url, timeout))
     except ValueError as error:
         raise UsageError(f"Redis URL {mask(url)!r}: {error}") from error
-
-
-def check(client: redis.Redis, url: str) -> None:
-    """Prove that the server answers. Raises `BrokerError` with one sentence that says what to do."""
-    try:
-        client.ping()
-    except (redis.RedisError, OSError) as error:
-        raise BrokerError(explain(error, url)) from error
 
 
 def explain(error: Exception, url: str) -> str:
@@ -67,17 +92,29 @@ def explain(error: Exception, url: str) -> str:
     while cause is not None:
         if isinstance(cause, ssl.SSLError):
             return f"Redis at {shown}: TLS failed ({cause}): check certificate and that the port speaks TLS"
+        if isinstance(cause, FileNotFoundError) and urlsplit(url).scheme == "rediss":
+            return f"Redis at {shown}: a certificate file named in the URL (ssl_ca_certs, ssl_certfile…) cannot be read"
         cause = cause.__cause__ or cause.__context__
     if isinstance(error, redis.exceptions.AuthenticationError) or "NOAUTH" in text or "WRONGPASS" in text:
         return f"Redis at {shown} refuses the password: put user and password into the URL (redis://:PASSWORD@host)"
-    if isinstance(error, redis.exceptions.NoPermissionError):
-        return f"Redis at {shown} forbids a command to this user: {text}"
+    if isinstance(error, redis.exceptions.NoPermissionError) or "ACL failure in script" in text:
+        return f"Redis at {shown} forbids a command or key to this user: {text}: see docs/operations.md for its rights"
     if isinstance(error, redis.exceptions.InvalidResponse):
         return f"{shown} does not speak the Redis protocol: check host and port"
     if "DENIED" in text:
         return f"Redis at {shown} runs in protected mode: give it a password, or connect from the same machine"
-    if isinstance(error, (redis.ConnectionError, redis.TimeoutError, OSError)):
-        return f"Redis at {shown} cannot be reached ({text}): check the URL and that a Redis server runs there"
+    if "unknown command" in text and "HELLO" in text:
+        return f"Redis at {shown} is older than 6.2, the oldest that will do: upgrade it"
+    if "DB index is out of range" in text:
+        return f"Redis at {shown} has no such database: name one that it has (redis://host:6379/0)"
+    if isinstance(error, redis.exceptions.MovedError):
+        return f"Redis at {shown} {CLUSTER}"
+    clause = trouble(error) if isinstance(error, redis.RedisError) else UNREACHABLE
+    if clause == UNREACHABLE:
+        tls = ", with TLS on that port" if urlsplit(url).scheme == "rediss" else ""
+        return f"Redis at {shown} cannot be reached ({text}): check the URL and that a Redis server runs there{tls}"
+    if clause is not None:
+        return f"Redis at {shown} {clause}: try again"
     return f"Redis at {shown} answered an error: {text}"
 
 

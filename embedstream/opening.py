@@ -17,9 +17,10 @@ from embedstream.errors import BrokerError, OutputError
 from embedstream.failpoints import reach
 from embedstream.jobs import JobSpec, JobState, decode_spec, model_address, queue_name
 from embedstream.objects import is_object
-from embedstream.plans import Notice, drive, silent
+from embedstream.plans import drive, silent
 from embedstream.roots import allows, is_redis
 from embedstream.steps import Code
+from embedstream.troubles import Notice
 from embedstream.workers import WorkerRecord
 
 

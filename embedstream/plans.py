@@ -14,10 +14,10 @@ from typing import Any, TypeVar, cast
 
 import redis
 from redis.backoff import ExponentialWithJitterBackoff
-from redis.exceptions import OutOfMemoryError, ReadOnlyError, ResponseError
 
 from embedstream.broker import AsyncBroker, Broker
 from embedstream.steps import Answer, Code, Step
+from embedstream.troubles import Notice, is_out_of_memory, trouble, waiting
 
 R = TypeVar("R")
 
@@ -60,9 +60,6 @@ Action = Step[Any] | Pause | NextBlock | Sums | Receive
 
 Plan = Generator[Action, Any, R]
 
-Notice = Callable[[str], None]
-"""Told once per trouble or pause what is waited for; the empty string when it goes on."""
-
 
 def silent(_: str) -> None:
     """Tells nobody."""
@@ -80,13 +77,16 @@ def drive(
     url: str = "Redis",
     tick: Callable[[], None] = _nothing,
 ) -> R:
-    """Carry out a plan, trying again while Redis cannot be reached. `tick` is called before every action and may raise.
+    """Carry out a plan, trying again while a trouble lasts that passes.
+
+    `url` is shown, so it must be masked. `tick` is called before every action and may raise.
 
     Raises:
-        redis.RedisError: Redis refuses a command, or cannot be reached for `patience` seconds (None: no limit).
+        redis.RedisError: Redis refuses a command for good, or for now and `patience` seconds (None: no limit) are over
+            since the plan was begun.
     """
     client: Any = broker.client
-    trouble = _Trouble(notice, patience, url)
+    troubles = _Troubles(notice, patience, url)
     answer: Any = None
     while True:
         try:
@@ -98,7 +98,7 @@ def drive(
             try:
                 match action:
                     case Pause(seconds, reason):
-                        trouble.pausing(reason)
+                        troubles.pausing(reason)
                         time.sleep(seconds)
                         answer = None
                     case NextBlock(job, part):
@@ -110,10 +110,10 @@ def drive(
                         answer = None if item is None else item[1]
                     case _:
                         answer = broker.run(action)
-                trouble.over(action, answer)
+                troubles.over(action, answer)
                 break
             except redis.RedisError as error:
-                wait = trouble.wait(action, error)
+                wait = troubles.wait(action, error)
                 if wait is None:
                     answer = Answer(Code.FULL)
                     break
@@ -125,7 +125,7 @@ async def drive_async(
 ) -> R:
     """`drive` over an asyncio client. What the plan itself does between actions runs in a thread."""
     client: Any = broker.client
-    trouble = _Trouble(notice, patience, url)
+    troubles = _Troubles(notice, patience, url)
     answer: Any = None
     while True:
         done, action = await asyncio.to_thread(_advance, plan, answer)
@@ -135,7 +135,7 @@ async def drive_async(
             try:
                 match action:
                     case Pause(seconds, reason):
-                        trouble.pausing(reason)
+                        troubles.pausing(reason)
                         await asyncio.sleep(seconds)
                         answer = None
                     case NextBlock(job, part):
@@ -147,10 +147,10 @@ async def drive_async(
                         answer = None if item is None else item[1]
                     case _:
                         answer = await broker.run(action)
-                trouble.over(action, answer)
+                troubles.over(action, answer)
                 break
             except redis.RedisError as error:
-                wait = trouble.wait(action, error)
+                wait = troubles.wait(action, error)
                 if wait is None:
                     answer = Answer(Code.FULL)
                     break
@@ -165,31 +165,15 @@ def _advance(plan: Plan[R], answer: Any) -> tuple[bool, Any]:
         return True, end.value
 
 
-def is_unreachable(error: redis.RedisError) -> bool:
-    """Whether the same command may succeed later: no connection, a restart, a failover."""
-    return isinstance(error, (redis.ConnectionError, redis.TimeoutError, ReadOnlyError)) and not isinstance(
-        error, redis.AuthenticationError
-    )
-
-
-def is_out_of_memory(error: redis.RedisError) -> bool:
-    """Whether the server is over its `maxmemory`."""
-    # Redis 7 begins the refusal of a script with its code, from which redis-py makes a type; 6.2 puts it in the middle.
-    return isinstance(error, OutOfMemoryError) or (
-        isinstance(error, ResponseError) and "OOM command not allowed" in str(error)
-    )
-
-
-class _Trouble:
+class _Troubles:
     """What stands in the way, said once; how long to wait for it."""
 
     def __init__(self, notice: Notice, patience: float | None, url: str) -> None:
         self._notice = notice
-        self._patience = patience
+        self._end = None if patience is None else time.monotonic() + patience
         self._url = url
         self._backoff = ExponentialWithJitterBackoff(base=0.1, cap=5.0)
         self._failures = 0
-        self._since = 0.0
         self._said = ""
 
     def pausing(self, reason: str) -> None:
@@ -201,16 +185,13 @@ class _Trouble:
         """Seconds until the next try; None for a full server, which a plan waits out by itself. Raises the rest."""
         if is_out_of_memory(error) and isinstance(action, Step) and action.script in ("submit", "seal"):
             return None
-        if not is_unreachable(error):
-            raise error
-        now = time.monotonic()
-        if not self._failures:
-            self._since = now
-        elif self._patience is not None and now - self._since > self._patience:
+        clause, left = trouble(error), None if self._end is None else self._end - time.monotonic()
+        if clause is None or (left is not None and left <= 0):
             raise error
         self._failures += 1
-        self.pausing(f"Redis at {self._url} cannot be reached ({error}), trying again")
-        return self._backoff.compute(self._failures)
+        self.pausing(waiting(clause, self._url))
+        pause = self._backoff.compute(self._failures)
+        return pause if left is None else min(pause, left)
 
     def over(self, action: Action, answer: Any) -> None:
         self._failures = 0

@@ -19,7 +19,10 @@ def cancel(job: str, redis_url: str | None) -> None:
         raise UsageError("no Redis: give --redis URL, or set EMBEDSTREAM_REDIS_URL")
     # Not at the top: loading it takes a while, in which Ctrl-C shall end this command as at any other time.
     from embedstream.client import Client
+    from embedstream.connection import connect
+    from embedstream.preflight import check
 
+    check(connect(redis_url, retries=0), redis_url)
     with Client(redis_url) as client:
         found = client.job(job)
         ended = found.status().state.ended

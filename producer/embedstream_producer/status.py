@@ -12,10 +12,12 @@ import msgspec
 
 from embedstream.broker import Broker
 from embedstream.client import find_queue
-from embedstream.connection import check, connect, explaining, mask
+from embedstream.connection import connect, explaining, mask
 from embedstream.errors import JobUnknown
 from embedstream.jobs import JobState, JobStatus
+from embedstream.preflight import check
 from embedstream.terminal import echo, echo_json, printable
+from embedstream.troubles import patiently
 from embedstream.watching import why_ended
 from embedstream.workers import WorkerRecord
 from embedstream_producer.report import duration
@@ -29,27 +31,37 @@ MOST_ENDED = 10
 def show_status(job: str | None, redis_url: str, watch: bool, as_json: bool) -> None:
     """Print one look at a job, or at all queues; with `watch` a look every second, until the job has ended."""
     client = connect(redis_url)
-    check(client, redis_url)
+    check(connect(redis_url, retries=0), redis_url)
     try:
         with explaining(redis_url):
             nowhere = Broker(client, "")
-            while True:
-                looks = [] if job is None else [Broker(client, find_queue(nowhere, job)).status(job)]
+
+            def look() -> tuple[str | dict[str, Any], bool]:
+                """What is to be shown, and whether there is nothing more to come."""
                 if job is None:
-                    shown = fleet_object(nowhere) if as_json else "\n".join(map(printable, fleet_lines(nowhere)))
-                else:
-                    shown = job_object(looks[0]) if as_json else "\n".join(map(printable, job_lines(looks[0])))
+                    return fleet_object(nowhere) if as_json else "\n".join(map(printable, fleet_lines(nowhere))), False
+                status = Broker(client, find_queue(nowhere, job)).status(job)
+                shown = job_object(status) if as_json else "\n".join(map(printable, job_lines(status)))
+                return shown, status.state.ended
+
+            while True:
+                shown, ended = patiently(look, _say, mask(redis_url)) if watch else look()
                 if watch and not as_json and sys.stdout.isatty():
                     click.clear()
                 if isinstance(shown, str):
                     echo(shown)
                 else:
                     echo_json(msgspec.json.encode(shown))
-                if not watch or (looks and looks[0].state.ended):
+                if not watch or ended:
                     return
                 time.sleep(WATCH_SECONDS)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _say(notice: str) -> None:
+    if notice:
+        click.echo(notice, err=True)
 
 
 def job_object(status: JobStatus) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import msgspec
 
 from embedstream.blocks import Block, Refusal
 from embedstream.broker import Broker
-from embedstream.connection import check, connect, explaining, mask
+from embedstream.connection import connect, explaining, mask
 from embedstream.dataset.sink import Manifest, Sink, open_sink
 from embedstream.errors import EmbedstreamError, ModelError, UsageError
 from embedstream.input.duplicates import DuplicateIndex
@@ -26,10 +26,12 @@ from embedstream.opening import (
     refuse_forbidden,
 )
 from embedstream.plans import drive
+from embedstream.preflight import check, shortcomings
 from embedstream.retrying import FailedRows
 from embedstream.settings import Settings
 from embedstream.submission import Part, Pushed, push_job
 from embedstream.terminal import echo, echo_json
+from embedstream.troubles import patiently
 from embedstream.watching import why_ended
 from embedstream_producer import report
 from embedstream_producer.corpus import STDIN, FilePart, check_sources, total_bytes
@@ -138,6 +140,7 @@ class Run:
         self._progress = progress
         self._settings = Settings.from_environment(model=options.model)
         self._refusals = Refusals(progress.tell)
+        self._tried = False
         self._opened = False
 
     def run(self) -> int:
@@ -174,10 +177,12 @@ class Run:
 
     def _fleet(self, url: str) -> int:
         client = connect(url)
-        check(client, url)
+        check(connect(url, retries=0), url, self._progress.notice)
         with explaining(url):
+            for shortcoming in patiently(lambda: shortcomings(client, url), self._progress.notice, mask(url)):
+                self._progress.tell(shortcoming)
             broker = Broker(client, self.spec.queue)
-            workers = broker.workers()
+            workers = patiently(broker.workers, self._progress.notice, mask(url))
             refuse_forbidden(workers, self.spec.output)
             visible = is_visible(workers, self.spec.output)
             if visible or not workers:
@@ -225,13 +230,15 @@ class Run:
     _fresh = False
 
     def _open(self, broker: Broker, *, visible: bool, always_adopt: bool = False) -> Opened:
+        # A try whose reply was lost has made the job, and has not adopted what lies in its output.
+        again, self._tried = self._tried, True
         opened = open_job(
             broker,
             self.spec,
             self.sink,
             max_errors=self.options.max_errors,
             visible=visible,
-            always_adopt=always_adopt,
+            always_adopt=always_adopt or again,
             notice=self._progress.notice,
         )
         self._fresh = not opened.resumed and not opened.adopted.shards
@@ -249,20 +256,21 @@ class Run:
         check_all: Callable[[], None],
     ) -> JobStatus | None:
         """Push and wait, from the beginning whenever Redis lost the job; None if detached."""
-        bound = broker.memory_bound(self._settings.queue_bytes)
+        notice, shown = self._progress.notice, mask(url)
+        bound = patiently(lambda: broker.memory_bound(self._settings.queue_bytes), notice, shown)
         with DuplicateIndex() as index:
             parts = [Part(part.label, self._reader(part, index), part.size is None) for part in self._parts]
             while True:
-                opened = open_it()
+                opened = patiently(open_it, notice, shown, check_all)
                 if opened.state is JobState.FINALIZING:
                     # Perhaps of a cancelled job, whose manifest is not written yet: it goes on after that.
                     ended = watch.wait(check_all)
                     if ended is None or ended.state is not JobState.COMPLETED:
-                        opened = open_it()
+                        opened = patiently(open_it, notice, shown, check_all)
                 if not opened.state.ended:
                     with watch:
                         plan = push_job(broker, self.spec.job, parts, bound)
-                        pushed = drive(plan, broker, self._progress.notice, None, mask(url), check_all)
+                        pushed = drive(plan, broker, notice, None, shown, check_all)
                     if pushed is Pushed.LOST:
                         self._progress.tell("Redis does not know the job any more: submitting it again")
                         continue
@@ -316,7 +324,8 @@ class Run:
 
     def _say_detached(self, url: str) -> None:
         if self.options.json:
-            submitted = Broker(connect(url), self.spec.queue).status(self.spec.job)
+            broker = Broker(connect(url), self.spec.queue)
+            submitted = patiently(lambda: broker.status(self.spec.job), self._progress.notice, mask(url))
             self.result = report.from_status(submitted)
         else:
             self._progress.tell(

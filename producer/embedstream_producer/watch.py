@@ -16,8 +16,8 @@ from embedstream.client import start_command
 from embedstream.connection import connect, mask
 from embedstream.errors import EmbedstreamError, JobUnknown, OutputError, WorkerError
 from embedstream.jobs import JobSpec, JobState, JobStatus
-from embedstream.plans import is_unreachable
 from embedstream.settings import Settings
+from embedstream.troubles import trouble, waiting
 from embedstream.watching import look
 from embedstream.workers import InHand, WorkerRecord
 from embedstream_producer.progress import Progress
@@ -52,7 +52,8 @@ class Watch:
         self._thread: threading.Thread | None = None
         self._next_workers = 0.0
         self._next_finalize = 0.0
-        self._unreachable = False
+        self._troubled = False
+        self._finalize_trouble = ""
         self._without_worker = False
         self._stalled = False
         self._refusals: set[str] = set()
@@ -97,7 +98,7 @@ class Watch:
             time.sleep(min(self._seconds, max(LEAST_SECONDS, AGE_SHARE * age)))
 
     def look(self) -> JobStatus | None:
-        """One look; None while Redis cannot be reached. Raises `JobUnknown`."""
+        """One look; None while Redis cannot be used. Raises `JobUnknown`."""
         now = time.monotonic()
         try:
             try:
@@ -108,20 +109,23 @@ class Watch:
                 if self._embedded:
                     raise
                 self._next_finalize = now + FINALIZE_TRIES_SECONDS
-                self._progress.tell(f"{error}; leaving the manifest to a worker")
+                if str(error) != self._finalize_trouble:
+                    self._finalize_trouble = str(error)
+                    self._progress.tell(f"{error}; trying again, or leaving the manifest to a worker")
                 status = self._broker.status(self._spec.job)
             workers = self._broker.workers()
             if now >= self._next_workers and not status.state.ended:
                 self._next_workers = now + WORKERS_SECONDS
                 self._look_at_workers(status, workers)
         except redis.RedisError as error:
-            if not is_unreachable(error):
+            clause = trouble(error)
+            if clause is None:
                 raise
-            self._unreachable = True
-            self._progress.notice(f"Redis at {mask(self._url)} cannot be reached ({error}), trying again")
+            self._troubled = True
+            self._progress.notice(waiting(clause, mask(self._url)))
             return None
-        if self._unreachable:
-            self._unreachable = False
+        if self._troubled:
+            self._troubled = False
             self._progress.notice("")
         self.done = status.done
         in_hand = sum((worker.in_hand.get(self._spec.job, InHand()) for worker in workers), InHand())

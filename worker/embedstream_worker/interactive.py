@@ -13,11 +13,12 @@ from redis.backoff import ExponentialWithJitterBackoff
 from embedstream.broker import Broker, Claimed
 from embedstream.errors import ModelError, UsageError
 from embedstream.interactive import MOST_TEXTS, EmbedReply, EmbedRequest
+from embedstream.troubles import passes
 from embedstream_worker.engines.base import Engine, TextTokenizer
 from embedstream_worker.held import TokenizedGroup, hand_back
 from embedstream_worker.infer import Urgent
 from embedstream_worker.pipeline import Channel, Closed, Life
-from embedstream_worker.troubles import passes
+from embedstream_worker.troubles import Outage
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ class Interactive:
 
     def run(self) -> None:
         """Until the worker stops; requests that it has not answered then go back."""
-        backoff, failures = ExponentialWithJitterBackoff(base=0.1, cap=5.0), 0
+        backoff, failures, outage = ExponentialWithJitterBackoff(base=0.1, cap=5.0), 0, Outage("answering requests")
         while not self._life.stopping.is_set():
             try:
                 if failures:
@@ -69,13 +70,14 @@ class Interactive:
                 for request in self._claim():
                     self._serve(request)
                 failures = 0
+                outage.over()
             except Closed:
                 break
             except redis.RedisError as error:
                 if not passes(error):
                     raise
                 failures += 1
-                log.warning("Redis cannot be used (%s), trying again", error)
+                outage.met(error)
                 self._life.stopping.wait(backoff.compute(failures))
         if self._life.failure is not None:
             return  # perhaps a request was the cause: it must not be the next worker's at once

@@ -17,6 +17,7 @@ from embedstream.broker import Broker
 from embedstream.dataset.sink import Sink, open_sink
 from embedstream.errors import EmbedstreamError, JobUnknown, ModelError, OutputError
 from embedstream.jobs import JobSpec, JobState, JobStatus, queue_name
+from embedstream.opening import is_here
 from embedstream.roots import check_output
 from embedstream_worker.engines.base import Engine, EngineInfo
 
@@ -147,6 +148,12 @@ class Jobs:
             if status.space and status.space != opened.space:
                 self.refuse(job, f"its vectors are of space {status.space}, this worker's would be of {opened.space}")
                 return
+            if status.done and not is_here(status.spec.output):
+                # Made anew, it would hide what was written before: a disk is not mounted, or somebody moved it.
+                raise OutputError(
+                    f"{status.spec.output}: the folder is gone, with the {status.done} blocks written so far: "
+                    f"bring it back, or cancel the job"
+                )
             opened.sink.check()
         except (JobUnknown, OutputError) as error:
             self.refuse(job, str(error), LOOK_AGAIN_SECONDS)

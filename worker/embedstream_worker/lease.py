@@ -13,6 +13,7 @@ from embedstream.settings import WorkerSettings
 from embedstream.workers import WorkerRecord
 from embedstream_worker.held import ENTRIES_PER_STEP, Held
 from embedstream_worker.pipeline import Life
+from embedstream_worker.troubles import Outage
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +37,8 @@ class Leases:
         self._settings = settings
         self._record = record
         self._stalled = False
+        self._renewing = Outage("renewing leases")
+        self._speaking = Outage("giving a sign of life")
 
     def run(self, gone: Callable[[float], bool]) -> None:
         """`gone(seconds)` waits and says whether the worker has ended."""
@@ -44,10 +47,11 @@ class Leases:
         while True:
             now = time.monotonic()
             # Renewal first, and apart: a full server refuses the heartbeat, which is a write, but not the renewal.
-            if now >= next_renewal and self._try(self.renew):
+            if now >= next_renewal and self._try(self.renew, self._renewing):
                 next_renewal = now + self._settings.lease_seconds / 4
             record = self._record()
-            if (now >= next_heartbeat or said is None or said.state != record.state) and self._try(self.say_alive):
+            due = now >= next_heartbeat or said is None or said.state != record.state
+            if due and self._try(self.say_alive, self._speaking):
                 next_heartbeat, said = now + self._settings.heartbeat_seconds, record
             if gone(min(1.0, self._settings.lease_seconds / 8)):
                 return
@@ -76,10 +80,11 @@ class Leases:
                 # Committing does not ask who owns an entry: work on lost ones goes on, and counts if it is first.
                 self._held.remove(stream, lost)
 
-    def _try(self, step: Callable[[], None]) -> bool:
+    def _try(self, step: Callable[[], None], outage: Outage) -> bool:
         try:
             step()
         except redis.RedisError as error:
-            log.warning("leases could not be renewed or a sign of life given (%s), trying again", error)
+            outage.met(error)
             return False
+        outage.over()
         return True

@@ -13,9 +13,10 @@ from types import FrameType
 
 import pyarrow as pa
 
-from embedstream.connection import check, connect, explaining
+from embedstream.connection import connect, explaining
 from embedstream.dataset.sink import canonical_output
 from embedstream.objects import is_object, parse_object
+from embedstream.preflight import check, shortcomings
 from embedstream.settings import WorkerSettings
 from embedstream_worker.engines import EngineName, make_engine
 from embedstream_worker.engines.precision import Dtype
@@ -50,7 +51,10 @@ def serve(
     if embedded:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         threading.Thread(target=leave_with_parent, args=(os.getppid(), life, orphaned), daemon=True).start()
-    check(connect(redis_url, retries=0), redis_url)
+    with connect(redis_url, retries=0) as client, explaining(redis_url):
+        check(client, redis_url)
+        for shortcoming in () if embedded else shortcomings(client, redis_url):
+            log.warning(shortcoming)
     # Arrow's own allocators keep what a shard needed and are no faster here: a third more memory for nothing.
     pa.set_memory_pool(pa.system_memory_pool())
     made, source = make_engine(engine, model, revision, device, dtype, threads, trust)

@@ -8,9 +8,9 @@ import redis
 
 from embedstream.broker import Broker
 from embedstream.steps import Code
+from embedstream.troubles import passes
 from embedstream_worker.held import Held, HeldBlock, RowErrors
 from embedstream_worker.pipeline import Life
-from embedstream_worker.troubles import passes
 
 log = logging.getLogger(__name__)
 

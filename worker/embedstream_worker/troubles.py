@@ -1,21 +1,33 @@
-"""Which of Redis' refusals pass by themselves."""
+"""What a worker says while Redis cannot be used: once when it begins, once when it is over."""
 
 from __future__ import annotations
 
+import logging
+
 import redis
-from redis.exceptions import ClusterDownError, TryAgainError
 
-from embedstream.plans import is_out_of_memory, is_unreachable
+from embedstream.troubles import trouble
 
-_PASSING_CODES = ("MISCONF", "NOREPLICAS", "BUSY ")
-"""Errors for which redis-py has no type."""
+log = logging.getLogger(__name__)
 
 
-def passes(error: redis.RedisError) -> bool:
-    """Whether the same command may succeed later: no connection, a restart, a failover, a full server or disk."""
-    return (
-        is_unreachable(error)
-        or is_out_of_memory(error)
-        or isinstance(error, (ClusterDownError, TryAgainError))
-        or any(code in str(error) for code in _PASSING_CODES)
-    )
+class Outage:
+    """The troubles of one thread, one after the other."""
+
+    def __init__(self, work: str) -> None:
+        """`work`: what the thread cannot do meanwhile, as in "committing"."""
+        self._work = work
+        self._said = ""
+
+    def met(self, error: redis.RedisError) -> None:
+        """Another try has failed."""
+        clause = trouble(error) or f"refuses ({error})"
+        if clause != self._said:
+            self._said = clause
+            log.warning("%s: Redis %s, trying again (%s)", self._work, clause, error)
+
+    def over(self) -> None:
+        """A try has succeeded."""
+        if self._said:
+            self._said = ""
+            log.info("%s: Redis can be used again", self._work)

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import redis
 
 from embedstream.broker import Broker
-from embedstream.connection import check, connect
+from embedstream.connection import connect
 from embedstream.errors import ModelError
+from embedstream.preflight import check
 from embedstream.settings import WorkerSettings
 from embedstream.workers import InHand, WorkerRecord
 from embedstream_worker.engines.base import Engine, EngineInfo, OutOfMemory

@@ -20,13 +20,14 @@ from embedstream.jobs import JobState
 from embedstream.keys import GROUP, RELEASED
 from embedstream.settings import WorkerSettings
 from embedstream.steps import Answer, Code
+from embedstream.troubles import passes
 from embedstream.workers import InHand
 from embedstream_worker.engines.base import EngineInfo
 from embedstream_worker.finish import FinishedBlock, finish_blocks
 from embedstream_worker.held import EmbeddedGroup, Held, HeldBlock, release
 from embedstream_worker.jobs import LOOK_AGAIN_SECONDS, Jobs, OpenJob
 from embedstream_worker.pipeline import Channel, Closed, Life
-from embedstream_worker.troubles import passes
+from embedstream_worker.troubles import Outage
 
 log = logging.getLogger(__name__)
 
@@ -255,13 +256,16 @@ class Write:
         """A durable shard; None if the output could not be written for long, or until the worker was told to stop."""
         content = self._content(job, blocks)
         backoff, failures, begun = ExponentialWithJitterBackoff(base=0.5, cap=15.0), 0, time.monotonic()
+        said = ""
         while True:
             try:
                 self._jobs.check_root(job)
                 return job.sink.write_shard(content)
             except OutputError as error:
                 failures += 1
-                log.error("%s; trying again", error)
+                if str(error) != said:
+                    said = str(error)
+                    log.error("%s; %d rows wait for it, trying again", error, content.record.rows)
                 given_up = time.monotonic() - begun > OUTPUT_PATIENCE_SECONDS
                 if given_up:
                     self._jobs.refuse(job.id, str(error), LOOK_AGAIN_SECONDS)
@@ -277,16 +281,19 @@ class Write:
         """
         step = self._broker.commit(record, [block.to_commit() for block in blocks], job.spec)
         backoff, failures = ExponentialWithJitterBackoff(base=0.1, cap=5.0), 0
+        outage = Outage(f"shard {record.name} waits to be committed")
         while True:
             last = self._life.stopping.is_set()
             try:
-                return self._broker.run(step)
+                answer = self._broker.run(step)
+                outage.over()
+                return answer
             except redis.RedisError as error:
                 if not passes(error):
                     self._jobs.refuse(record.job, f"Redis refuses shard {record.name}: {error}")
                     return None
                 failures += 1
-                log.warning("Redis cannot be used (%s); shard %s waits to be committed", error, record.name)
+                outage.met(error)
                 if last:
                     return None
                 self._life.stopping.wait(backoff.compute(failures))

@@ -1,0 +1,51 @@
+"""TLS in front of a Redis server that has none."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ssl
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import trustme
+
+
+@contextlib.contextmanager
+def tls_proxy(port: int, folder: Path) -> Iterator[tuple[int, Path]]:
+    """Speaks TLS on a port of its own and passes everything on to `port`: (its port, its authority's certificate)."""
+    authority = trustme.CA()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    certificate = folder / "authority.pem"
+    authority.cert_pem.write_to_path(certificate)
+    started, own_port, loop = threading.Event(), [0], asyncio.new_event_loop()
+    stop = asyncio.Event()
+
+    async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while data := await reader.read(65536):
+                writer.write(data)
+                await writer.drain()
+        writer.close()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        inner_reader, inner_writer = await asyncio.open_connection("127.0.0.1", port)
+        await asyncio.gather(pass_on(reader, inner_writer), pass_on(inner_reader, writer))
+
+    async def main() -> None:
+        server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context)
+        own_port[0] = server.sockets[0].getsockname()[1]
+        started.set()
+        await stop.wait()
+        server.close()
+
+    thread = threading.Thread(target=loop.run_until_complete, args=(main(),), daemon=True)
+    thread.start()
+    assert started.wait(10)
+    try:
+        yield own_port[0], certificate
+    finally:
+        loop.call_soon_threadsafe(stop.set)
+        thread.join(10)
