@@ -8,12 +8,13 @@ export Q
 
 QUESTIONS := "how do I parse a date?" "read a file that is compressed" "wait for several threads to finish"
 
-.PHONY: help .venv demo test check scale bench bench-pipeline bench-latency clean
+.PHONY: help .venv demo test check mutants scale bench bench-pipeline bench-latency clean
 
 help:
 	@echo 'make demo [Q="a question"]   embed the standard library'"'"'s docstrings, then search them'
 	@echo 'make test [TEST_ARGS=...]    every test but those of scale'
 	@echo 'make check                   lint, format, types, import rules'
+	@echo 'make mutants [MUTANTS="a b"]  breaks the code in many ways; the tests must notice each'
 	@echo 'make scale                   memory and throughput on large corpora: takes minutes'
 	@echo 'make bench                   against sentence-transformers, Infinity, ONNX Runtime: 12 minutes'
 	@echo 'make bench-pipeline          everything but the model, with the hashing engine'
@@ -43,6 +44,9 @@ check: .venv/.installed
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+mutants: .venv/.installed
+	PYTHONPATH=tests $(BIN)/python -m mutants.run $(MUTANTS)
 
 scale: .venv/.installed
 	$(BIN)/pytest -m scale --timeout 0 $(TEST_ARGS)

@@ -254,11 +254,12 @@ class Stage:
         if self.to_redis:
             self._judge_hashes()
         else:
-            self._judge_folder(Path(self.output))
+            self.judge_folder()
         if self.fleet:
             self._judge_queue()
 
-    def _judge_folder(self, output: Path) -> None:
+    def judge_folder(self) -> None:
+        output = Path(self.output)
         manifest, rows = read_manifest(output), read_rows(output)
         self._judge_rows([row["id"] for row in rows], {row["id"]: (row["text"], row["embedding"]) for row in rows})
         errors = read_errors(output)

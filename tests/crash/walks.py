@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -108,6 +109,8 @@ def finalizer(stage: Stage, order: Order) -> None:
     computed(stage)
     first = stage.submit(orders=order.text)
     first.strike(order)
+    if Path(stage.output, "_manifest.json").exists():
+        stage.judge_folder()  # a manifest that stands is whole
     if order.action != "cut":
         stage.expire_finalize_lease()
         stage.finish()

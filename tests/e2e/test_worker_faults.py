@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import threading
 import time
@@ -14,7 +15,7 @@ from conftest import RedisServer
 from hashing_reference import reference_vector
 from worker_lab import Gate, ScriptedEngine, WorkerLab, refusal, reply_is_lost, worker_lab
 
-from e2e.harness import assert_exact, read_errors, read_manifest, wait_until
+from e2e.harness import assert_exact, read_errors, read_manifest, read_rows, wait_until
 from embedstream import scripts
 from embedstream.broker import Broker
 from embedstream.connection import connect
@@ -50,6 +51,18 @@ def test_a_job_comes_out_exactly(lab: WorkerLab) -> None:
     worker.stop()
     assert worker.error is None
     assert not lab.broker.workers()
+
+
+def test_vector_and_hash_are_of_the_prompt_and_the_text(lab: WorkerLab) -> None:
+    job = lab.job(TEXTS[:4], prompt="passage: ")
+    lab.start()
+    finish(lab, job)
+    rows = read_rows(lab.folder / "out")
+    assert len(rows) == 4
+    for row in rows:
+        entered = "passage: " + BY_ID[row["id"]]
+        assert row["embedding"] == pytest.approx(reference_vector(entered), abs=1e-6)
+        assert row["input_hash"] == hashlib.blake2b(entered.encode(), digest_size=16).digest()
 
 
 def test_blocks_that_hold_nothing_but_refusals_are_committed(lab: WorkerLab) -> None:

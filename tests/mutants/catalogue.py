@@ -1,0 +1,334 @@
+"""Ways to break the code, each with the tests that must notice."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A text that stands once in a file, and what stands there instead."""
+
+    path: str
+    old: str
+    new: str
+
+    def apply(self, root: Path) -> None:
+        """Raises `ValueError` if the text is not there exactly once."""
+        path = root / self.path
+        text = path.read_text()
+        found = text.count(self.old)
+        if found != 1:
+            raise ValueError(f"{self.path} has {found} times, not once: {self.old!r}: adapt tests/mutants/catalogue.py")
+        path.write_text(text.replace(self.old, self.new))
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One way to be wrong."""
+
+    name: str
+    edits: tuple[Edit, ...]
+    tests: tuple[str, ...]
+
+
+SCRIPTS = "embedstream/scripts"
+CONTRACT = "tests/broker/test_contract.py"
+ENDINGS = "tests/broker/test_contract_endings.py"
+FAULTS = "tests/e2e/test_worker_faults.py"
+FOLDER = "tests/unit/test_dataset_folder.py"
+INFER = "tests/unit/test_infer.py"
+SUBMISSION = "tests/unit/test_submission.py"
+
+
+def walk(name: str) -> str:
+    return f"tests/crash/test_walk.py::test_each_row_comes_out_once_whoever_breaks[{name}]"
+
+
+def mutant(name: str, path: str, old: str, new: str, *tests: str, also: tuple[Edit, ...] = ()) -> Mutant:
+    return Mutant(name, (Edit(path, old, new), *also), tests)
+
+
+MUTANTS = (
+    mutant(
+        "entries are acknowledged and not deleted",
+        f"{SCRIPTS}/common.lua",
+        "if redis.call('XDEL', stream, id) == 1 then unqueue(job, bytes, tonumber(size)) end",
+        "unqueue(job, bytes, tonumber(size))",
+        f"{CONTRACT}::test_commit_clears_entries_counts_rows_and_records_the_shard",
+    ),
+    mutant(
+        "commit does not look at done bits",
+        f"{SCRIPTS}/commit.lua",
+        "if redis.call('GETBIT', job .. ':done:' .. part, block) == 1 then",
+        "if false then",
+        f"{CONTRACT}::test_late_commit_of_a_finished_block_is_refused_and_clears_only_that_entry",
+    ),
+    mutant(
+        "a block is acknowledged before its shard is renamed",
+        "worker/embedstream_worker/write.py",
+        "                return job.sink.write_shard(content)\n",
+        (
+            "                step = self._broker.commit(content.record, [b.to_commit() for b in blocks], "
+            "job.spec)\n"
+            "                self._broker.run(step)\n"
+            "                return job.sink.write_shard(content)\n"
+        ),
+        walk("worker-file.written#2=kill"),
+    ),
+    mutant(
+        "a renewal counts as a delivery",
+        f"{SCRIPTS}/renew.lua",
+        ", ARGV[i], 'JUSTID')",
+        ", ARGV[i])",
+        f"{CONTRACT}::test_renew_names_the_entries_that_were_lost_and_keeps_the_delivery_count",
+    ),
+    mutant(
+        "a renewal steals back what others took over",
+        f"{SCRIPTS}/renew.lua",
+        " or pending[1][2] ~= consumer",
+        "",
+        f"{CONTRACT}::test_renew_names_the_entries_that_were_lost_and_keeps_the_delivery_count",
+    ),
+    mutant(
+        "a release counts as a death",
+        f"{SCRIPTS}/release.lua",
+        "math.max(0, pending[1][4] - 1)",
+        "pending[1][4]",
+        f"{CONTRACT}::test_released_entries_are_claimable_at_once_and_count_as_never_delivered",
+    ),
+    mutant(
+        "a release gives away what others took over",
+        f"{SCRIPTS}/release.lua",
+        " and pending[1][2] == consumer",
+        "",
+        f"{CONTRACT}::test_released_entries_are_claimable_at_once_and_count_as_never_delivered",
+    ),
+    mutant(
+        "a gap is taken for accepted",
+        "embedstream/submission.py",
+        "case Code.OK | Code.DUPLICATE:",
+        "case Code.OK | Code.DUPLICATE | Code.GAP:",
+        f"{SUBMISSION}::test_a_gap_sends_the_producer_back_to_the_block_that_redis_lost",
+    ),
+    mutant(
+        "a full queue is taken for accepted",
+        "embedstream/submission.py",
+        "case Code.OK | Code.DUPLICATE:",
+        "case Code.OK | Code.DUPLICATE | Code.FULL:",
+        f"{SUBMISSION}::test_a_full_queue_is_waited_for_with_growing_pauses",
+    ),
+    mutant(
+        "submit takes blocks above the next",
+        f"{SCRIPTS}/submit.lua",
+        "if block > next then return {'GAP', next} end\n",
+        "",
+        f"{CONTRACT}::test_submit_above_the_next_block_names_the_next",
+    ),
+    mutant(
+        "submit takes a block again",
+        f"{SCRIPTS}/submit.lua",
+        "if block < next then return {'DUPLICATE'} end\n",
+        "",
+        walk("producer-submit.before#2=cut"),
+    ),
+    mutant(
+        "submit does not bound the queue",
+        f"{SCRIPTS}/submit.lua",
+        "if queued > 0 and queued + size > bound then return {'FULL'} end\n",
+        "",
+        f"{CONTRACT}::test_submit_is_full_above_the_bound_but_never_for_a_block_alone",
+    ),
+    mutant(
+        "submit and commit do not compare sums",
+        f"{SCRIPTS}/common.lua",
+        "return #known == 8 and known ~= string",
+        "return false and known ~= string",
+        f"{CONTRACT}::test_submit_of_other_content_under_a_known_number_is_changed",
+        f"{CONTRACT}::test_adopting_what_the_corpus_no_longer_says_is_changed",
+    ),
+    mutant(
+        "a part is sealed though blocks are missing",
+        f"{SCRIPTS}/seal.lua",
+        "if next < blocks then return {'MISSING', next} end\n",
+        "",
+        f"{CONTRACT}::test_sealing_finds_missing_blocks",
+    ),
+    mutant(
+        "a shard that is recorded already is taken for a conflict",
+        f"{SCRIPTS}/commit.lua",
+        "if redis.call('HEXISTS', shards, name) == 1 then return {'ALREADY'} end\n",
+        "",
+        walk("worker-commit.before=cut"),
+    ),
+    mutant(
+        "a commit whose reply was lost counts twice",
+        f"{SCRIPTS}/commit.lua",
+        "== 1 then return {'ALREADY'} end",
+        "== 1 then redis.call('HINCRBY', job, 'rows', ARGV[5]) return {'ALREADY'} end",
+        f"{CONTRACT}::test_commit_again_is_already_and_counts_nothing",
+    ),
+    mutant(
+        "a conflict is taken for committed",
+        "worker/embedstream_worker/write.py",
+        "if answer.code not in (Code.CONFLICT, Code.CHANGED):",
+        "if answer.code is not Code.CHANGED:",
+        f"{FAULTS}::test_what_others_commit_first_is_left_out_of_the_shard",
+        also=(
+            Edit(
+                "worker/embedstream_worker/write.py",
+                "case Code.COMMITTED | Code.ALREADY:",
+                "case Code.COMMITTED | Code.ALREADY | Code.CONFLICT:",
+            ),
+        ),
+    ),
+    mutant(
+        "commit takes vectors of another space",
+        f"{SCRIPTS}/commit.lua",
+        "if pinned ~= '' and pinned ~= space then",
+        "if false then",
+        f"{CONTRACT}::test_commit_of_another_space_is_refused",
+    ),
+    mutant(
+        "commit counts for a job that has ended",
+        f"{SCRIPTS}/commit.lua",
+        "if not is_open(state) then return {'DROPPED', state} end\n",
+        "",
+        f"{CONTRACT}::test_commit_to_an_ended_job_is_dropped",
+    ),
+    mutant(
+        "adopted blocks get no done bits",
+        f"{SCRIPTS}/commit.lua",
+        "  redis.call('SETBIT', job .. ':done:' .. ARGV[i], ARGV[i + 1], 1)\n",
+        ("  if ARGV[i + 3] ~= '' then redis.call('SETBIT', job .. ':done:' .. ARGV[i], ARGV[i + 1], 1) end\n"),
+        f"{CONTRACT}::test_a_block_that_is_done_already_is_counted_but_not_queued",
+        f"{CONTRACT}::test_adopted_blocks_are_dropped_by_those_who_claim_them_later",
+    ),
+    mutant(
+        "claimed blocks that are done are worked on again",
+        "embedstream/broker.py",
+        "if address is not None and next(done):",
+        "if address is not None and not next(done) < 2:",
+        f"{CONTRACT}::test_adopted_blocks_are_dropped_by_those_who_claim_them_later",
+    ),
+    mutant(
+        "blocks whose claim was never answered are forgotten",
+        "worker/embedstream_worker/intake.py",
+        "self._unseen = True\n",
+        "self._unseen = False\n",
+        f"{FAULTS}::test_blocks_whose_claim_was_never_answered_are_handed_back_at_once",
+    ),
+    mutant(
+        "any finalizer may say that a job is finalized",
+        f"{SCRIPTS}/finalized.lua",
+        "if redis.call('HGET', job, 'epoch') ~= epoch then return {'STALE'} end\n",
+        "",
+        f"{ENDINGS}::test_only_the_newest_lease_may_say_that_a_job_is_finalized",
+    ),
+    mutant(
+        "a job is leased to two finalizers",
+        f"{SCRIPTS}/take_finalize.lua",
+        "if taking == ARGV[3] then",
+        "if taking then",
+        f"{ENDINGS}::test_a_job_of_the_outbox_is_leased_to_one",
+    ),
+    mutant(
+        "a finalizer whose lease was not answered waits for itself",
+        f"{SCRIPTS}/take_finalize.lua",
+        "if taking == ARGV[3] then",
+        "if false then",
+        f"{ENDINGS}::test_a_finalizer_whose_lease_was_never_answered_gets_it_by_asking_again",
+    ),
+    mutant(
+        "keys of an ended job stay for ever",
+        f"{SCRIPTS}/finalized.lua",
+        "redis.call('PEXPIRE', shards, ttl)\n",
+        "",
+        f"{ENDINGS}::test_finalized_ends_the_job_and_all_its_keys_expire",
+    ),
+    mutant(
+        "the manifest is written before the errors",
+        "embedstream/dataset/folder.py",
+        "        if manifest.failed or ERRORS in self.files.names():\n",
+        (
+            "        self.files.write(MANIFEST, [encode_manifest(manifest)])\n"
+            "        if manifest.failed or ERRORS in self.files.names():\n"
+        ),
+        f"{FOLDER}::test_each_file_is_on_disk_before_the_next_step",
+        walk("finalizer-file.renamed=kill"),
+    ),
+    mutant(
+        "a manifest lists a block twice",
+        "embedstream/dataset/manifest.py",
+        "if (before.part, before.block) == (after.part, after.block):",
+        "if before is after:",
+        "tests/unit/test_dataset_manifest.py::test_a_block_in_two_shards_is_refused",
+    ),
+    mutant(
+        "a file is written in its place",
+        "embedstream/dataset/files.py",
+        'temporary = path.with_name(f"{path.name}{TEMPORARY}{uuid.uuid4().hex}")',
+        "temporary = path",
+        f"{FOLDER}::test_a_kill_before_the_rename_leaves_nothing_that_counts",
+        also=(Edit("embedstream/dataset/files.py", 'temporary.open("xb")', 'temporary.open("wb")'),),
+    ),
+    mutant(
+        "a file is renamed before it is on disk",
+        "embedstream/dataset/files.py",
+        "                os.fsync(file.fileno())\n",
+        "",
+        f"{FOLDER}::test_each_file_is_on_disk_before_the_next_step",
+    ),
+    mutant(
+        "half-written files of dead writers stay",
+        "embedstream/dataset/folder.py",
+        "            self.files.remove(left)\n",
+        "            pass\n",
+        walk("worker-file.written=kill"),
+    ),
+    mutant(
+        "an id is taken twice",
+        "embedstream/input/cutting.py",
+        "elif (position := next(earlier)) is not None:",
+        "elif (position := next(earlier)) is not None and position.row < 0:",
+        "tests/unit/test_corpus.py::test_an_id_of_an_earlier_part_is_a_duplicate",
+    ),
+    mutant(
+        "NaN passes for a vector",
+        "worker/embedstream_worker/work.py",
+        "finite = np.isfinite(vectors).all(axis=1)",
+        "finite = np.ones(len(vectors), np.bool_)",
+        f"{INFER}::test_a_vector_that_is_not_finite_in_float32_either_is_an_error_and_its_neighbours_are_not",
+    ),
+    mutant(
+        "vectors stay in the order of their lengths",
+        "worker/embedstream_worker/work.py",
+        "self.vectors[rows] = vectors",
+        "self.vectors[np.sort(rows)] = vectors",
+        f"{INFER}::test_vectors_return_to_their_rows",
+    ),
+    mutant(
+        "the prompt is left out of the input hash",
+        "worker/embedstream_worker/tokenize.py",
+        "return tokens, input_hashes(inputs), errors",
+        'return tokens, input_hashes(model_inputs(held.block.rows.column("text"), "")), errors',
+        f"{FAULTS}::test_vector_and_hash_are_of_the_prompt_and_the_text",
+    ),
+    mutant(
+        "leases are not renewed",
+        "worker/embedstream_worker/lease.py",
+        "some = entries[start : start + ENTRIES_PER_STEP]",
+        "some = []",
+        "tests/broker/test_worker_stages.py::test_every_held_entry_is_renewed_however_many_there_are",
+    ),
+    mutant(
+        "a worker takes over leases that run",
+        "embedstream/broker.py",
+        "xautoclaim(stream, GROUP, consumer, idle_ms,",
+        "xautoclaim(stream, GROUP, consumer, 0,",
+        "tests/broker/test_claims.py::test_a_sweep_takes_expired_leases_only_and_counts_deaths",
+    ),
+)
