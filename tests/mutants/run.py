@@ -6,6 +6,7 @@ Each mutant lives in a copy of the tree and runs its own tests alone. Exit code 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,8 @@ TEST_SECONDS = 60
 """A mutant whose test hangs is found out, too."""
 
 COPIED = ("embedstream", "producer", "worker", "coordinator", "tests", "examples", "pyproject.toml")
+
+KILLED = "killed"
 
 GREEN, RED = 0, 1
 """pytest's exit codes for passed and failed; any other says that the tests did not run."""
@@ -53,11 +56,14 @@ def run_tests(tests: Sequence[str], mutant: Mutant | None = None) -> tuple[int, 
 
 
 def judge(mutant: Mutant) -> tuple[str, float, str]:
-    """Killed, survived, or not run; how long that took, in seconds; and what the tests said if it was not killed."""
+    """Killed, survived, or not run; how long that took, in seconds; and what the tests said."""
     begun = time.monotonic()
     code, words = run_tests(mutant.tests, mutant)
-    verdict = {RED: "killed", GREEN: "SURVIVED"}.get(code, "NOT RUN")
-    return verdict, time.monotonic() - begun, "" if code == RED else words
+    seconds = time.monotonic() - begun
+    if code != RED:
+        return "SURVIVED" if code == GREEN else "NOT RUN", seconds, words
+    why = re.search(r"^(?:FAILED|ERROR) \S+ - (.*)", words, re.MULTILINE)
+    return KILLED, seconds, why[1][:90] if why else ""
 
 
 def main(wanted: Sequence[str]) -> int:
@@ -70,10 +76,8 @@ def main(wanted: Sequence[str]) -> int:
     bad = 0
     with ThreadPoolExecutor(AT_ONCE) as pool:
         for mutant, (verdict, seconds, words) in zip(chosen, pool.map(judge, chosen), strict=True):
-            print(f"{verdict:9} {seconds:5.1f} s  {mutant.name}", flush=True)
-            if words:
-                bad += 1
-                print(words)
+            bad += verdict != KILLED
+            print(f"{verdict:9} {seconds:5.1f} s  {mutant.name}\n{'':19}{words}", flush=True)
     print(f"{len(chosen) - bad} of {len(chosen)} mutants killed")
     return 1 if bad else 0
 
