@@ -284,7 +284,8 @@ class Broker(Steps):
 
     def queues(self) -> list[str]:
         """Queues with a sign of life in the last 30 days."""
-        return [raw.decode() for raw in self._raw.zrange(QUEUES, 0, -1)]
+        horizon = self._now_ms() // 1000 - 30 * 86_400
+        return [raw.decode() for raw in self._raw.zrange(QUEUES, horizon, "+inf", byscore=True)]
 
     def dead_consumers(self, job: str, living: Iterable[str]) -> list[str]:
         """Consumers of a job's stream that belong to no living worker and hold nothing."""
@@ -374,6 +375,7 @@ def parse_status(job: str, raw: Mapping[bytes, bytes], now: float) -> JobStatus:
             sealed=int(value["sealed"]) == int(value["parts"]),
             space=value["space"],
             max_errors=value["max_errors"],
+            workers={name[3:]: int(rows) for name, rows in value.items() if name.startswith("by:")},
             reason=value["reason"],
             manifest=value["manifest"],
             **number,

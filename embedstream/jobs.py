@@ -272,6 +272,8 @@ class JobStatus(msgspec.Struct, frozen=True, kw_only=True):
     """Whether all parts are sealed, so `submitted` is final."""
     space: str
     max_errors: str
+    workers: dict[str, int] = {}
+    """Rows written, by the worker that wrote them."""
     reason: str = ""
     """Why a job was ended early."""
     manifest: str = ""

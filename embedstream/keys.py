@@ -49,6 +49,11 @@ class Keys:
         return f"{self.prefix}:finalize"
 
     @property
+    def pace(self) -> str:
+        """Hash, tokens and bytes committed in so many ms of workers' time lately; it outlives workers and jobs."""
+        return f"{self.prefix}:pace"
+
+    @property
     def interactive(self) -> str:
         """Stream of small requests."""
         return f"{self.prefix}:interactive"

@@ -103,6 +103,17 @@ class CommitBlock:
     size: int = 0
 
 
+@dataclass(frozen=True)
+class Backlog:
+    """What lies in one job's stream."""
+
+    blocks: int
+    claimed: int
+    """Those of them that are in workers' hands."""
+    oldest_ms: int
+    """When the oldest was added, in Redis ms; 0 if there is none."""
+
+
 class Steps:
     """Builds the steps of one queue."""
 
@@ -153,11 +164,14 @@ class Steps:
         args = [item for b in blocks for item in (b.part, b.block, b.entry, b.size)]
         return Step("drop", (keys.job(job), keys.blocks(job), keys.bytes), tuple(args), _answer)
 
-    def commit(self, record: ShardRecord, blocks: Iterable[CommitBlock], spec: JobSpec | None = None) -> Step[Answer]:
+    def commit(
+        self, record: ShardRecord, blocks: Iterable[CommitBlock], spec: JobSpec | None = None, worked_ms: int = 0
+    ) -> Step[Answer]:
         """Commit a durable shard, or adopt one found on disk (blocks without entries): COMMITTED, ALREADY,
         CONFLICT(blocks), CHANGED(blocks), DROPPED(state), OTHER_SPACE(space), UNKNOWN_JOB.
 
-        `spec`: what the shard was made by; if the job has another by now, that is DROPPED.
+        `spec`: what the shard was made by; if the job has another by now, that is DROPPED. `worked_ms`: how long the
+        worker was at work for this shard, from which the queue's pace is known.
         """
         keys, job = self.keys, record.job
         groups = [item for b in blocks for item in (b.part, b.block, b.sum, b.entry, b.size)]
@@ -172,6 +186,7 @@ class Steps:
                 keys.bytes,
                 keys.finalize,
                 keys.suspect(job),
+                keys.pace,
             ),
             (
                 job,
@@ -185,6 +200,8 @@ class Steps:
                 r.tokens,
                 r.padded,
                 spec.encode() if spec else "",
+                r.worker,
+                worked_ms,
                 *groups,
             ),
             _answer,
@@ -233,6 +250,10 @@ class Steps:
             _answer,
         )
 
+    def look(self, jobs: Sequence[str]) -> Step[list[Backlog]]:
+        """What lies in the streams of these jobs; nothing for one whose stream is gone."""
+        return Step("look", tuple(self.keys.blocks(job) for job in jobs), (RELEASED,), _backlogs)
+
     def retire(self, stream: str, consumer: str) -> Step[Answer]:
         """Remove a consumer that has nothing pending: OK, PENDING."""
         return Step("retire", (stream,), (consumer,), _answer)
@@ -264,6 +285,10 @@ def _answer(raw: Any) -> Answer:
 
 def _pairs(values: Sequence[Any]) -> tuple[tuple[int, int], ...]:
     return tuple((int(values[i]), int(values[i + 1])) for i in range(0, len(values) - 1, 2))
+
+
+def _backlogs(raw: Any) -> list[Backlog]:
+    return [Backlog(int(blocks), int(claimed), int(oldest)) for blocks, claimed, oldest in raw]
 
 
 def _ids(raw: Any) -> list[str]:

@@ -16,6 +16,16 @@ class InHand(msgspec.Struct, frozen=True, array_like=True):
         return InHand(self.rows + other.rows, self.tokens + other.tokens, self.padded + other.padded)
 
 
+class Rate(msgspec.Struct, frozen=True, array_like=True):
+    """What a worker computes per second, lately."""
+
+    rows: float = 0.0
+    tokens: float = 0.0
+
+    def __add__(self, other: Rate) -> Rate:
+        return Rate(self.rows + other.rows, self.tokens + other.tokens)
+
+
 class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):
     """What a live worker says of itself."""
 
@@ -37,5 +47,7 @@ class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):
     lease_seconds: float = 0.0
     in_hand: dict[str, InHand] = {}
     """By job."""
+    rates: dict[str, Rate] = {}
+    """By job; none for jobs on which it does not work at the moment."""
     refused: dict[str, str] = {}
     """Jobs that it will never work on, and why."""

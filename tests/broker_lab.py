@@ -150,7 +150,7 @@ class Lab:
     def left_behind(self) -> list[str]:
         """What is wrong with the queue's keys: names that `Keys` does not know, and keys of ended jobs that stay."""
         keys, wrong = self.keys, []
-        shared = {keys.jobs, keys.recent, keys.bytes, keys.finalize, keys.interactive, keys.workers}
+        shared = {keys.jobs, keys.recent, keys.bytes, keys.finalize, keys.interactive, keys.workers, keys.pace}
         found: list[bytes] = list(self.client.scan_iter(f"{keys.prefix}:*", count=10_000))
         hashes = [key.decode() for key in found if key.decode().count(":") == 3 and b":job:" in key]
         named, ended = set(shared), {keys.recent}

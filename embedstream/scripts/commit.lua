@@ -1,11 +1,11 @@
 -- Commit one durable shard of one job: clear its entries, set its blocks' done bits, count it, record it.
 -- The last shard of a running job moves it into the outbox. Adopting a shard is the same without entries.
 --
--- KEYS 1 job hash, 2 blocks stream, 3 shards, 4 jobs, 5 bytes, 6 finalize, 7 suspect   (derived: <job>:done:<part>,
---      <job>:sums:<part>)
+-- KEYS 1 job hash, 2 blocks stream, 3 shards, 4 jobs, 5 bytes, 6 finalize, 7 suspect, 8 pace
+--      (derived: <job>:done:<part>, <job>:sums:<part>)
 -- ARGV 1 job id, 2 shard name, 3 shard record (JSON), 4 space, 5 rows, 6 failed, 7 skipped, 8 truncated, 9 tokens,
---      10 padded, 11 the spec that the shard was made by, or '', 12... groups of 5: part, block, sum (8 bytes),
---      entry id or '', size
+--      10 padded, 11 the spec that the shard was made by, or '', 12 worker, 13 how long it worked for the shard (ms), 0
+--      if that is not known, 14... groups of 5: part, block, sum (8 bytes), entry id or '', size
 -- Answers {COMMITTED} | {ALREADY} (this shard is recorded) | {CONFLICT, part, block, ...} (blocks done by others:
 --         their entries are cleared, nothing else is written) | {CHANGED, part, block, ...} (blocks whose content is
 --         not the corpus's, or that it does not have: the shard is of no use) | {DROPPED, state} (or 'replaced', by a job of
@@ -14,9 +14,10 @@
 -- An entry id from an earlier life of the job (reopened, or Redis emptied) names nothing: ids are times, lives follow
 -- each other.
 
-local job, stream, shards, jobs, bytes, finalize, suspect =
-  KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6], KEYS[7]
-local id, name, record, space = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
+local job, stream, shards, jobs, bytes, finalize, suspect, pace =
+  KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6], KEYS[7], KEYS[8]
+local id, name, record, space, worker, worked = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[12], tonumber(ARGV[13])
+local FIRST = 14
 
 local state = redis.call('HGET', job, 'state')
 if not state then return {'UNKNOWN_JOB'} end
@@ -28,7 +29,7 @@ local pinned = redis.call('HGET', job, 'space')
 if pinned ~= '' and pinned ~= space then return {'OTHER_SPACE', pinned} end
 
 local conflict, changed, cleared, seen = {'CONFLICT'}, {'CHANGED'}, {}, {}
-for i = 12, #ARGV, 5 do
+for i = FIRST, #ARGV, 5 do
   local part, block, sum = ARGV[i], tonumber(ARGV[i + 1]), ARGV[i + 2]
   local wrong = impossible_block(job, part, block)
   if wrong then return wrong end
@@ -53,20 +54,37 @@ if #conflict > 1 then
 end
 if #changed > 1 then return changed end
 
+-- What a worker of this queue can do, over about the last ten minutes of work. It outlives workers and jobs: those who
+-- start workers need it when there is none.
+local function keep_pace()
+  local size = 0
+  for i = FIRST, #ARGV, 5 do size = size + ARGV[i + 4] end
+  redis.call('HINCRBY', pace, 'tokens', ARGV[9])
+  redis.call('HINCRBY', pace, 'bytes', size)
+  if redis.call('HINCRBY', pace, 'ms', worked) > 600000 then
+    for _, field in ipairs({'tokens', 'bytes', 'ms'}) do
+      redis.call('HSET', pace, field, string.format('%.0f', math.floor(number(pace, field) / 2)))
+    end
+  end
+  redis.call('PEXPIRE', pace, 30 * 86400000)
+end
+
 -- Freeing comes before taking, so that a full server drains.
-for i = 12, #ARGV, 5 do
+for i = FIRST, #ARGV, 5 do
   if ARGV[i + 3] ~= '' then clear_entry(stream, job, bytes, ARGV[i + 3], ARGV[i + 4]) end
   redis.call('HDEL', suspect, ARGV[i] .. ':' .. ARGV[i + 1])
 end
-for i = 12, #ARGV, 5 do
+for i = FIRST, #ARGV, 5 do
   redis.call('SETBIT', job .. ':done:' .. ARGV[i], ARGV[i + 1], 1)
   redis.call('SETRANGE', job .. ':sums:' .. ARGV[i], ARGV[i + 1] * 8, ARGV[i + 2])
 end
 redis.call('HSET', shards, name, record)
-redis.call('HINCRBY', job, 'done', (#ARGV - 11) / 5)
+redis.call('HINCRBY', job, 'done', (#ARGV - FIRST + 1) / 5)
 for i, counter in ipairs({'rows', 'failed', 'skipped', 'truncated', 'tokens', 'padded'}) do
   redis.call('HINCRBY', job, counter, ARGV[4 + i])
 end
 redis.call('HSET', job, 'space', space, 'committed', now_ms())
+if worker ~= '' then redis.call('HINCRBY', job, 'by:' .. worker, ARGV[5]) end
+if worked > 0 then keep_pace() end
 finish_if_done(job, id, stream, jobs, bytes, finalize)
 return {'COMMITTED'}

@@ -1,0 +1,109 @@
+"""One look at a queue: what lies in it, who works on it, and how long that will take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import msgspec
+
+from embedstream.broker import Broker
+from embedstream.errors import BrokerError, JobUnknown
+from embedstream.jobs import JobStatus
+from embedstream.workers import Rate, WorkerRecord
+
+GUESSED_TOKENS_PER_SECOND = 1000.0
+"""What a worker is taken to do before any was measured: a small model on few cores. The first commits correct it."""
+
+GUESSED_TOKENS_PER_BYTE = 0.5
+"""Tokens in a queued byte before any was measured: English, four characters a token, compressed to a half."""
+
+
+class QueueLook(msgspec.Struct, frozen=True, kw_only=True):
+    """What one look at a queue found. Blocks in workers' hands count as queued until they are committed."""
+
+    queue: str
+    now: float
+    """Redis seconds."""
+    bytes: int
+    blocks: int
+    claimed_blocks: int
+    """Those of them that are in workers' hands."""
+    oldest_block_seconds: float
+    """Age of the oldest queued block; 0 if there is none."""
+    tokens: float
+    """Estimate of the queued tokens: `bytes`, and what bytes came to in recent commits."""
+    worker_tokens_per_second: float
+    """What one worker does: measured over recent commits, by any worker; a guess before the first."""
+    jobs: list[JobStatus]
+    """Jobs that have not ended, oldest first, then some that have, newest first."""
+    unreadable: dict[str, str]
+    """Jobs that are damaged in Redis, and how."""
+    workers: list[WorkerRecord]
+
+    @property
+    def ready_workers(self) -> int:
+        return sum(worker.state == "ready" for worker in self.workers)
+
+    @property
+    def drain_seconds(self) -> float:
+        """How long the ready workers need for what is queued; without any, how long one would need."""
+        return self.tokens / (self.worker_tokens_per_second * max(1, self.ready_workers))
+
+
+def look_at_queue(broker: Broker, ended: int = 0) -> QueueLook:
+    """`ended`: how many ended jobs are looked at as well. Raises `redis.RedisError`."""
+    client: Any = broker.client
+    active = broker.active_jobs()
+    ids = dict.fromkeys([*active, *broker.outbox(), *(broker.recent_jobs()[:ended] if ended else ())])
+    jobs, unreadable = [], {}
+    for job in ids:
+        try:
+            jobs.append(broker.status(job))
+        except JobUnknown:
+            continue  # it expired
+        except BrokerError as error:
+            unreadable[job] = str(error)
+    streams = broker.run(broker.look(active)) if active else []
+    oldest = min((stream.oldest_ms for stream in streams if stream.oldest_ms), default=0)
+    with client.pipeline(transaction=False) as pipe:
+        pipe.get(broker.keys.bytes)
+        pipe.hmget(broker.keys.pace, "tokens", "bytes", "ms")
+        pipe.time()
+        queued, pace, (seconds, micros) = pipe.execute()
+    now = seconds + micros / 1e6
+    tokens, size, ms = (int(value or 0) for value in pace)
+    return QueueLook(
+        queue=broker.queue,
+        now=now,
+        bytes=int(queued or 0),
+        blocks=sum(stream.blocks for stream in streams),
+        claimed_blocks=sum(stream.claimed for stream in streams),
+        oldest_block_seconds=max(0.0, now - oldest / 1000) if oldest else 0.0,
+        tokens=int(queued or 0) * (tokens / size if tokens and size else GUESSED_TOKENS_PER_BYTE),
+        worker_tokens_per_second=1000 * tokens / ms if tokens and ms else GUESSED_TOKENS_PER_SECOND,
+        jobs=jobs,
+        unreadable=unreadable,
+        workers=broker.workers(),
+    )
+
+
+def rate_of(job: str, workers: Iterable[WorkerRecord]) -> Rate:
+    """How fast live workers get on with a job, by what they say."""
+    return sum((worker.rates.get(job, Rate()) for worker in workers), Rate())
+
+
+def is_stalled(status: JobStatus, workers: Iterable[WorkerRecord]) -> bool:
+    """Whether nothing has moved a job for a minute: no commit, no new block, and no worker computes for it."""
+    return status.stalled and rate_of(status.job, workers).tokens == 0
+
+
+def seconds_left(status: JobStatus, workers: Iterable[WorkerRecord]) -> float | None:
+    """Until all rows submitted so far are embedded; None if nobody works on them."""
+    if status.state.ended:
+        return 0.0
+    workers = list(workers)
+    rate = rate_of(status.job, workers).rows
+    in_hand = sum(worker.in_hand[status.job].rows for worker in workers if status.job in worker.in_hand)
+    left = status.submitted - status.rows - status.failed - in_hand
+    return max(0, left) / rate if rate > 0 else None
