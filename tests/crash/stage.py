@@ -32,8 +32,6 @@ KILLED = -signal.SIGKILL
 SOME_FAILED = 3
 """What embed-submit ends with: each corpus here has a bad row."""
 
-USAGE = 2
-
 LEASE_SECONDS = 1
 PREFIX = "vectors:"
 
@@ -186,6 +184,8 @@ class Stage:
     corpus: Corpus
     to_redis: bool = False
     fleet: bool = True
+    condemned: int = 0
+    """Rows that are errors because a worker died with them noted as suspects."""
     queue: str = field(default_factory=lambda: f"walk-{uuid.uuid4().hex[:12]}")
 
     def __post_init__(self) -> None:
@@ -261,13 +261,15 @@ class Stage:
     def judge_folder(self) -> None:
         output = Path(self.output)
         manifest, rows = read_manifest(output), read_rows(output)
-        self._judge_rows([row["id"] for row in rows], {row["id"]: (row["text"], row["embedding"]) for row in rows})
         errors = read_errors(output)
-        assert [(error["file"], error["line"]) for error in errors] == [
-            (str(self.corpus.files[-1]), self.corpus.bad_line)
-        ]
-        counted = {name: manifest[name] for name in ("state", "partial", "rows", "failed")}
-        assert counted == {"state": "completed", "partial": False, "rows": len(self.corpus.texts), "failed": 1}
+        poison = [error["id"] for error in errors if error["code"] == "poison"]
+        assert len(poison) == len(set(poison)) == self.condemned
+        others = [(error["file"], error["line"]) for error in errors if error["code"] != "poison"]
+        assert others == [(str(self.corpus.files[-1]), self.corpus.bad_line)]
+        found = {row["id"]: (row["text"], row["embedding"]) for row in rows}
+        self._judge_rows([*(row["id"] for row in rows), *poison], found)
+        counted = tuple(manifest[name] for name in ("state", "partial", "rows", "failed"))
+        assert counted == ("completed", False, len(self.corpus.texts) - self.condemned, 1 + self.condemned)
         left = [path.name for path in output.iterdir() if ".tmp-" in path.name]
         assert not left, "temporary files stay"
 
@@ -292,7 +294,7 @@ class Stage:
         """What Redis counted, and that nothing of the job stays for ever."""
         status = self.broker.status(self.job)
         counted = (status.state, status.rows, status.failed, status.done, status.blocks)
-        assert counted == ("completed", len(self.corpus.texts), 1, 4, 4)
+        assert counted == ("completed", len(self.corpus.texts) - self.condemned, 1 + self.condemned, 4, 4)
         keys, client = self.broker.keys, self.broker.client
         waiting = (keys.jobs, keys.bytes, keys.finalize, keys.blocks(self.job))
         assert [key for key in waiting if client.exists(key)] == []

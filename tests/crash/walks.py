@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from e2e.harness import wait_until
 
-from crash.stage import KILLED, SOME_FAILED, USAGE, Order, Process, Stage, vector
+from crash.stage import KILLED, SOME_FAILED, Order, Process, Stage, vector
 from embedstream.adoption import adopt_shards
 from embedstream.dataset.sink import open_sink
 from embedstream.plans import drive
@@ -28,13 +29,6 @@ def producer(stage: Stage, order: Order) -> None:
     if order.action != "cut":
         stage.submit().wait(SOME_FAILED)
     go_on(first, order, SOME_FAILED)
-
-
-def impatient(stage: Stage, order: Order) -> None:
-    """An embed-submit that gives up while it opens its job; the same command again."""
-    stage.worker()
-    stage.submit(orders=order.text).wait(USAGE)
-    stage.submit().wait(SOME_FAILED)
 
 
 def worker(stage: Stage, order: Order) -> None:
@@ -104,6 +98,17 @@ def dropper(stage: Stage, order: Order) -> None:
     broken_worker(stage, order)
 
 
+def suspicious(stage: Stage, order: Order) -> None:
+    """A worker breaks that tries blocks chunk by chunk, as two others died with them."""
+    stage.submitted()
+    for point in ("claim.after", "sweep.after"):
+        stage.worker(orders=f"{point}=kill").wait(KILLED)
+        stage.expire_leases(stage.broker.keys.blocks(stage.job))
+    # Whoever breaks with a chunk noted, broke of it for all that the next one knows.
+    stage.condemned = int(order.point == "suspect.after" and order.action != "cut")
+    broken_worker(stage, order)
+
+
 def finalizer(stage: Stage, order: Order) -> None:
     """An embed-submit that writes the manifest breaks; a worker takes over."""
     computed(stage)
@@ -147,6 +152,8 @@ def starter_over(stage: Stage, order: Order) -> None:
     stage.submitted()
     stage.finish()
     shutil.rmtree(stage.output)
+    stage.worker()
+    wait_until(stage.broker.workers, "a worker, by whom the producer knows that the output is a folder of this machine")
     producer(stage, order)
 
 
@@ -257,8 +264,7 @@ def walks() -> list[Walk]:
         add(story, f"{step}.before{turn}", actions=f"kill pause {cuts}", to_redis=to_redis)
         add(story, f"{step}.after{turn}", to_redis=to_redis)
 
-    add_step(producer, "create", cuts="cut")
-    add(impatient, "create.before", actions="cut*5")
+    add_step(producer, "create")
     add_step(producer, "submit", "#2")
     add_step(producer, "seal")
     add_step(producer, "seal", "#2")
@@ -275,6 +281,7 @@ def walks() -> list[Walk]:
     add_step(renewer, "renew")
     add(late_worker, "shard.discarding", "shard.discarded")
     add_step(dropper, "drop")
+    add_step(suspicious, "suspect")
     add_step(finalizer, "take_finalize", cuts="cut")
     add(finalizer, "file.written", "file.renamed", "file.written#2", "file.renamed#2")
     add_step(finalizer, "finalized")

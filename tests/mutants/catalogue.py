@@ -96,7 +96,7 @@ MUTANTS = (
     mutant(
         "a release counts as a death",
         f"{SCRIPTS}/release.lua",
-        "math.max(0, pending[1][4] - 1)",
+        "math.max(0, pending[1][4] - ARGV[3])",
         "pending[1][4]",
         f"{CONTRACT}::test_released_entries_are_claimable_at_once_and_count_as_never_delivered",
     ),
