@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from embedstream.broker import Broker
 from embedstream.dataset.sink import open_sink
 from embedstream.finalizing import finalize_job
 from embedstream.jobs import JobState, JobStatus, parse_max_errors
 from embedstream.opening import is_here
-from embedstream.settings import Settings
+from embedstream.settings import Settings, WorkerSettings
+from embedstream.workers import WorkerRecord
 
 
 def too_many_errors(status: JobStatus) -> str:
@@ -28,6 +31,17 @@ def why_ended(status: JobStatus) -> str:
     if status.spec.retry is not None:
         return "another run wrote a manifest meanwhile: run the same command again"
     return too_many_errors(status) or "every row failed"
+
+
+def lost_blocks(broker: Broker, job: str, workers: Sequence[WorkerRecord]) -> str:
+    """What to say of blocks whose worker is gone without a word; empty if there are none. `workers`: those alive.
+
+    Raises:
+        redis.RedisError: as redis-py raises it.
+    """
+    blocks = sum(broker.lost(job, [worker.name for worker in workers]).values())
+    lease = max((worker.lease_seconds for worker in workers), default=WorkerSettings().lease_seconds)
+    return f"{blocks:,} block(s) of a lost worker wait for its lease, at most {lease:g} s" if blocks else ""
 
 
 def look(broker: Broker, job: str, redis_url: str, settings: Settings, *, may_finalize: bool = True) -> JobStatus:

@@ -18,7 +18,7 @@ from embedstream.jobs import JobState, JobStatus
 from embedstream.preflight import check
 from embedstream.terminal import echo, echo_json, printable
 from embedstream.troubles import patiently
-from embedstream.watching import why_ended
+from embedstream.watching import lost_blocks, why_ended
 from embedstream.workers import WorkerRecord
 from embedstream_producer.report import duration
 
@@ -40,9 +40,10 @@ def show_status(job: str | None, redis_url: str, watch: bool, as_json: bool) -> 
                 """What is to be shown, and whether there is nothing more to come."""
                 if job is None:
                     return fleet_object(nowhere) if as_json else "\n".join(map(printable, fleet_lines(nowhere))), False
-                status = Broker(client, find_queue(nowhere, job)).status(job)
-                shown = job_object(status) if as_json else "\n".join(map(printable, job_lines(status)))
-                return shown, status.state.ended
+                broker = Broker(client, find_queue(nowhere, job))
+                status = broker.status(job)
+                lines = job_lines(status, waits_for(broker, status))
+                return job_object(status) if as_json else "\n".join(map(printable, lines)), status.state.ended
 
             while True:
                 shown, ended = patiently(look, _say, mask(redis_url)) if watch else look()
@@ -141,8 +142,13 @@ def job_line(status: JobStatus) -> str:
     )
 
 
-def job_lines(status: JobStatus) -> Iterator[str]:
-    """One job in full."""
+def waits_for(broker: Broker, status: JobStatus) -> str:
+    """What an open job waits for, if it is known."""
+    return "" if status.ended is not None else lost_blocks(broker, status.job, broker.workers())
+
+
+def job_lines(status: JobStatus, waits: str = "") -> Iterator[str]:
+    """One job in full, and what it waits for."""
     yield job_line(status)
     yield f"  queue {status.spec.queue}, model {status.spec.model}"
     yield (
@@ -157,6 +163,8 @@ def job_lines(status: JobStatus) -> Iterator[str]:
     why = why_ended(status)
     if why:
         yield f"  {why}"
+    if waits:
+        yield f"  {waits}"
     if status.stalled:
         yield f"  {_stalled(status)}"
 

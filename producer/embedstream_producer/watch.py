@@ -18,7 +18,7 @@ from embedstream.errors import EmbedstreamError, JobUnknown, OutputError, Worker
 from embedstream.jobs import JobSpec, JobState, JobStatus
 from embedstream.settings import Settings
 from embedstream.troubles import trouble, waiting
-from embedstream.watching import look
+from embedstream.watching import look, lost_blocks
 from embedstream.workers import InHand, WorkerRecord
 from embedstream_producer.progress import Progress
 
@@ -56,6 +56,7 @@ class Watch:
         self._finalize_trouble = ""
         self._without_worker = False
         self._stalled = False
+        self._lost = False
         self._refusals: set[str] = set()
         self.done = 0
         """Blocks committed at the last look."""
@@ -160,12 +161,21 @@ class Watch:
             self._without_worker = False
             self._progress.notice("")
             self._progress.tell(f"{len(workers)} worker(s) on queue {self._spec.queue}")
+        self._look_for_lost_blocks(status, workers)
         if status.stalled != self._stalled:
             self._stalled = status.stalled
             if status.stalled and workers:
                 self._progress.tell(
                     "nothing was committed for a minute: the workers are busy, or refuse the job (see their logs)"
                 )
+
+    def _look_for_lost_blocks(self, status: JobStatus, workers: list[WorkerRecord]) -> None:
+        if not workers:
+            return
+        lost = lost_blocks(self._broker, status.job, workers)
+        if lost or self._lost:
+            self._progress.notice(lost)
+        self._lost = bool(lost)
 
 
 def without_worker(broker: Broker, spec: JobSpec, url: str) -> str:

@@ -21,6 +21,7 @@ from e2e.harness import (
     read_manifest,
     read_rows,
     run,
+    start_submit,
     wait_until,
 )
 from embedstream.jobs import JobState, job_id
@@ -225,3 +226,41 @@ def test_cancelling_takes_seconds_keeps_what_is_committed_and_can_be_taken_back(
     assert {shard["name"] for shard in manifest["shards"]} <= {
         shard["name"] for shard in read_manifest(tmp_path / "out")["shards"]
     }
+
+
+def test_whoever_waits_is_told_of_the_lease_of_a_lost_worker(workers: Fleet, tmp_path: Path, strikes: Path) -> None:
+    texts = corpus(tmp_path / "c.jsonl", 600, {300: "[[fault:hang*1]]"})
+    job = detach(workers, tmp_path)
+    lost = workers.start_worker("--lease-seconds", 25, EMBEDSTREAM_HASHING_FAULTS=str(strikes))
+    wait_until(lambda: in_the_model(strikes), "the text that hangs")
+    lost.kill()
+    lost.wait()
+    workers.start_worker("--lease-seconds", 25, EMBEDSTREAM_HASHING_FAULTS=str(strikes))
+    args = [tmp_path / "c.jsonl", "-o", tmp_path / "out", "--redis", workers.url, "--model", "hashing"]
+    waiting = start_submit(*args)
+    assert waiting.stderr is not None
+    says = "of a lost worker wait for its lease, at most 25 s"
+    assert any(says in line for line in iter(waiting.stderr.readline, "")), "it waits in silence"
+    assert says in run("embed-status", job, "--redis", workers.url).stdout
+    waiting.communicate(timeout=60)
+    assert waiting.returncode == 0
+    assert_exact(tmp_path / "out", texts)
+
+
+def test_a_worker_stopped_during_a_trial_leaves_no_text_under_suspicion(
+    workers: Fleet, tmp_path: Path, strikes: Path
+) -> None:
+    texts = corpus(tmp_path / "c.jsonl", 30, dict.fromkeys(range(30), "[[fault:slow*2]]"))
+    job = detach(workers, tmp_path)
+    stream = workers.broker.keys.blocks(job)
+    for name in ("dead-1", "dead-2"):
+        claimed = workers.broker.claim(name, [job], 10, 0) or workers.broker.sweep(name, job, 0, 10)
+        workers.broker.run(workers.broker.release(stream, name, [claimed[0].entry], died=True))
+    worker = workers.start_worker("--lease-seconds", 600, EMBEDSTREAM_HASHING_FAULTS=str(strikes))
+    wait_until(lambda: workers.broker.suspected(job, 0, 0), "a text under suspicion")
+    wait_until(lambda: in_the_model(strikes), "a text in the model")
+    worker.send_signal(signal.SIGTERM)
+    assert worker.wait(20) == 0
+    assert workers.broker.suspected(job, 0, 0) == ()
+    assert supervise(workers, strikes, "--lease-seconds", 600) == []
+    assert_exact(tmp_path / "out", texts)
