@@ -111,7 +111,7 @@ def decode_spec(data: bytes | str) -> JobSpec:
     """
     try:
         spec = msgspec.json.decode(data, type=JobSpec)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise UsageError(f"job spec cannot be read: {error}") from error
     if spec.v != FORMAT_VERSION:
         raise UsageError(f"job spec has format version {spec.v}, this embedstream reads {FORMAT_VERSION}: upgrade it")

@@ -71,5 +71,10 @@ class Findings:
         """How many more of a kind will be kept in words."""
         return MOST_SHOWN - len(self.first.get(kind, ()))
 
+    @property
+    def total(self) -> int:
+        """Of all kinds."""
+        return sum(self.counts.values())
+
     def __bool__(self) -> bool:
         return bool(self.counts)

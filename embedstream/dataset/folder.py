@@ -330,7 +330,7 @@ class FolderSink:
                 if unknown:
                     raise OutputError(f"{path}: no column {min(unknown)} (there are: {', '.join(there)})")
                 yield from file.iter_batches(batch_size=rows, columns=columns)
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        except (pa.ArrowException, UnicodeDecodeError) as error:
             raise OutputError(f"{path}: damaged ({error}): restore the file") from error
         except OSError as error:
             raise self.files.cannot_read(name, error) from error

@@ -98,7 +98,7 @@ def read_footer(file: pa.NativeFile, path: str) -> tuple[Footer, int]:
     """
     try:
         metadata = pq.read_metadata(file)
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
         raise OutputError(f"{path}: not a whole Parquet file ({error})") from error
     raw = (metadata.metadata or {}).get(FOOTER_KEY.encode())
     if raw is None:
@@ -106,7 +106,7 @@ def read_footer(file: pa.NativeFile, path: str) -> tuple[Footer, int]:
     try:
         footer = msgspec.json.decode(raw, type=Footer)
         footer.job_spec()
-    except (msgspec.MsgspecError, UsageError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, UsageError) as error:
         raise OutputError(f"{path}: its footer cannot be read ({error})") from error
     if footer.v != FORMAT_VERSION:
         raise OutputError(f"{path}: shard format {footer.v}, this embedstream reads {FORMAT_VERSION}: upgrade it")

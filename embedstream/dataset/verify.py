@@ -24,6 +24,9 @@ from embedstream.dataset.verify_rows import Located, bad_vectors, id_numbers, ke
 from embedstream.errors import OutputError
 from embedstream.jobs import differing_field
 
+_TOTALS = ("skipped", "truncated", "tokens", "padded")
+"""What a manifest adds up over its shards, beside rows and error rows."""
+
 _SPARE_PAGES = 4096
 _PAGES_PER_FULL_ONE = 64
 """How thinly rows may be spread: a corpus with 63 blank lines for each row is still followed."""
@@ -47,6 +50,9 @@ class FolderCheck:
         self._names = set(sink.files.names())
         self._dims = {output.name: output.dim for output in manifest.outputs}
         self._per_part = np.zeros((len(self.spec.parts), 2), np.int64)
+        self._totals = dict.fromkeys(_TOTALS, 0)
+        self._errors_sound = True
+        """Whether nothing was wrong with the files of error rows, so that they can be told as people read them."""
         self._whole = True
         """Whether every file could be read to its end, so that counts over all of them mean something."""
 
@@ -62,7 +68,10 @@ class FolderCheck:
             for part, said in enumerate(self.manifest.parts):
                 self._count(f"part {part} ({said.source})", "rows", said.rows, int(self._per_part[part, 0]))
                 self._count(f"part {part} ({said.source})", "error rows", said.failed, int(self._per_part[part, 1]))
-            self._check_errors_file()
+            for what, found in self._totals.items():
+                self._count(MANIFEST, f"{what} (by the shards' footers)", getattr(self.manifest, what), found, MANIFEST)
+            if self._errors_sound:
+                self._check_errors_file()
 
     def unlisted(self) -> list[str]:
         """Names in the folder that the manifest does not list, in order: harmless, as nobody reads them."""
@@ -88,18 +97,21 @@ class FolderCheck:
             if isinstance(found, OutputError):
                 self._lost(Kind.UNREADABLE, str(found), name)
                 continue
+            before = self.findings.total
             size, checksum = found
             self.bytes += size
             is_data = name == part_file(shard.name)
             said = shard.checksum if is_data else shard.errors_checksum
             if is_data and size != shard.bytes:
                 self.findings.add(Kind.CHECKSUM, f"has {size:,} bytes, was committed with {shard.bytes:,}", name)
-            elif said and checksum != said:
+            elif checksum != said:
                 self.findings.add(Kind.CHECKSUM, f"is not as it was committed: {checksum}, committed {said}", name)
             try:
                 self._check_file(shard, name, is_data)
             except OutputError as error:
                 self._lost(Kind.UNREADABLE, str(error), name)
+            if not is_data and self.findings.total > before:
+                self._errors_sound = False
 
     def _lost(self, kind: Kind, message: str, name: str) -> None:
         self.findings.add(kind, message, name)
@@ -112,10 +124,14 @@ class FolderCheck:
             self.findings.add(Kind.FOOTER, "was made by a job with another spec", name)
         expected = dataset_schema(self.spec, self._dims) if is_data else errors_schema()
         self._count(name, "rows", shard.rows if is_data else shard.failed, rows, name)
-        columns = self._columns() if is_data else ["part", "row", "id", "chunk"]
+        columns = self._columns() if is_data else expected.names
         sums = np.zeros(2, np.int64)
         start = 0
         for batch in self.sink.batches(name, columns, BATCH_ROWS):
+            try:
+                batch.validate(full=True)
+            except pa.ArrowInvalid as error:
+                raise OutputError(f"rows from {start:,} on are damaged ({error})") from error
             wrong = [c for c in columns if not batch.schema.field(c).equals(expected.field(c))]
             if wrong:
                 said = expected.field(wrong[0]).type
@@ -129,6 +145,8 @@ class FolderCheck:
                 self._check_error_rows(batch, Located(self.findings, name, start, batch))
             start += batch.num_rows
         if is_data:
+            for what in _TOTALS:
+                self._totals[what] += getattr(footer.shard, what)
             self._count(name, "tokens", footer.shard.tokens, int(sums[0]), name)
             self._count(name, "truncated texts", footer.shard.truncated, int(sums[1]), name)
 

@@ -11,9 +11,15 @@ from embedstream.dataset.manifest import block_runs, manifest_spec
 from embedstream.dataset.sink import Manifest, ManifestShard, ShardRecord
 from embedstream.jobs import JobState
 
+MOST_DIMENSIONS = 1 << 20
+"""No model comes near this; what is beyond it no file can hold."""
 
-def check_manifest(findings: Findings, manifest: Manifest) -> None:
-    """Sums, blocks and states: each block is listed once, and a whole dataset lacks none."""
+
+def check_manifest(findings: Findings, manifest: Manifest) -> bool:
+    """Sums, blocks and states: each block is listed once, and a whole dataset lacks none.
+
+    Whether it makes enough sense for the files to be read by it.
+    """
 
     def wrong(message: str, kind: Kind = Kind.MANIFEST) -> None:
         findings.add(kind, message, "_manifest.json")
@@ -23,6 +29,15 @@ def check_manifest(findings: Findings, manifest: Manifest) -> None:
         wrong(f"is of job {manifest.job}, and its spec is of job {spec.job}")
     if tuple(part.source for part in manifest.parts) != spec.parts:
         wrong("lists other parts than its spec")
+        return False
+    if [(o.name, o.kind, o.dtype) for o in manifest.outputs] != [(o.name, o.kind, o.dtype) for o in spec.outputs]:
+        wrong("lists other outputs than its spec")
+        return False
+    if not all(0 <= output.dim <= MOST_DIMENSIONS for output in manifest.outputs):
+        wrong(f"says that vectors have {manifest.outputs[0].dim:,} dimensions")
+        return False
+    if manifest.state not in (JobState.COMPLETED, JobState.FAILED, JobState.CANCELLED):
+        wrong(f"says state {manifest.state}, in which no job ends")
     if manifest.partial and manifest.state == JobState.COMPLETED:
         wrong("says completed, and says that blocks are missing")
     for name, words in (("rows", "rows"), ("failed", "error rows")):
@@ -35,6 +50,7 @@ def check_manifest(findings: Findings, manifest: Manifest) -> None:
         if times > 1:
             wrong(f"lists shard {name} {times} times")
     _check_blocks(findings, manifest)
+    return True
 
 
 def _check_blocks(findings: Findings, manifest: Manifest) -> None:

@@ -88,7 +88,8 @@ def verify(output: str, corpus: Sequence[str], redis_url: str | None) -> Verdict
         return Verdict(output=mask(sink.output), ok=False, findings=_told_of(findings))
     if manifest is None:
         raise OutputError(f"{mask(output)}: no manifest: not a dataset, or its job has not ended yet")
-    check_manifest(findings, manifest)
+    if not check_manifest(findings, manifest):
+        return Verdict(output=mask(sink.output), ok=False, findings=_told_of(findings))
     parts = _parts(manifest_spec(manifest), corpus)
     if isinstance(sink, RedisSink):
         read = _verify_hashes(sink, manifest, parts, findings)

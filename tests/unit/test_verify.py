@@ -290,6 +290,41 @@ def test_a_manifest_that_cannot_be_read_is_a_finding(made: Made) -> None:
     assert "cannot be read" in only(check(made), "manifest").message
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"tokens": 1}, "tokens (by the shards' footers), expected 1"),
+        ({"skipped": 5}, "skipped (by the shards' footers), expected 5"),
+        ({"outputs": []}, "lists other outputs than its spec"),
+        ({"parts": []}, "lists other parts than its spec"),
+        ({"state": "running"}, "in which no job ends"),
+        ({"partial": True}, "says completed, and says that blocks are missing"),
+    ],
+)
+def test_a_manifest_that_contradicts_itself_or_the_footers_is_found(
+    made: Made, change: dict[str, object], says: str
+) -> None:
+    edit_manifest(made, lambda manifest: manifest.update(change))
+    (found,) = check(made).findings.values()
+    assert says in found.first[0].message
+
+
+def test_whatever_a_file_holds_it_is_told_and_never_raised(made: Made) -> None:
+    random = np.random.default_rng(11)
+    for path in (made.part(0), made.errors(), made.folder / "_manifest.json"):
+        good = path.read_bytes()
+        for _ in range(60):
+            bad = bytearray(good)
+            for at in random.integers(0, len(bad), 8):
+                bad[at] = random.integers(256)
+            path.write_bytes(bad)
+            try:
+                assert not check(made, corpus=True).ok
+            except (OutputError, UsageError):
+                assert path.name == "_manifest.json"
+        path.write_bytes(good)
+
+
 def test_a_line_that_errors_jsonl_lost_is_found(made: Made) -> None:
     path = made.folder / "errors.jsonl"
     lines = path.read_text().splitlines(keepends=True)
