@@ -117,7 +117,7 @@ def finalizer(stage: Stage, order: Order) -> None:
     if Path(stage.output, "_manifest.json").exists():
         stage.judge_folder()  # a manifest that stands is whole
     if order.action != "cut":
-        stage.expire_finalize_lease()
+        stage.expire_finalize_leases()
         stage.finish()
     go_on(first, order, SOME_FAILED)
 
@@ -205,6 +205,21 @@ def asker(stage: Stage, order: Order) -> None:
     if order.action != "kill":
         answered(first)
     stage.submit().wait(SOME_FAILED)
+
+
+def retrier(stage: Stage, order: Order) -> None:
+    """An embed-submit that has a failed row run again breaks; the same command again."""
+    suspicious(stage, Order("suspect.after=kill"))
+    stage.judge()
+    stage.worker()
+    first = stage.submit("--retry-failed", orders=order.text)
+    first.strike(order)
+    stage.condemned, stage.repaired = 0, 1
+    if order.action != "cut":
+        stage.expire_finalize_leases()
+        stage.submit("--retry-failed").wait(SOME_FAILED)
+    go_on(first, order, SOME_FAILED)
+    wait_until(lambda: not stage.broker.unfinished(), "a worker to say that the manifest stands")
 
 
 def embedded(stage: Stage, order: Order) -> None:
@@ -295,5 +310,7 @@ def walks() -> list[Walk]:
     add_step(answerer, "reply")
     add(heir, "sweep_requests.before", actions="cut cut*5")
     add(condemned, "sweep_requests.after", actions="kill")
+    add(retrier, "create.after", "seal.after#2", "take_finalize.after", "file.renamed", "file.renamed#2")
+    add(retrier, "finalized.before", "finalized.after")
     add(embedded, "create.after", "submit.after#3", "seal.after#2", actions="kill")
     return made
