@@ -55,7 +55,7 @@ def _where(position: Position, part: int, spec: JobSpec) -> str:
     source = spec.parts[position.part]
     if source == "records":
         return f"record {position.row}"
-    line = f"line {position.row + 1}"
+    line = f"{'row' if source.partition('?')[0].endswith('.parquet') else 'line'} {position.row + 1}"
     if position.part == part:
         return line
     name = PurePath(source).name or source

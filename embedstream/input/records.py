@@ -77,22 +77,26 @@ _raw_objects = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
 class RecordReader:
-    """Judges the rows of one job."""
+    """Judges the rows of one job.
+
+    `ids` and `texts` are the fields that are looked for, the first that a row has being taken; `title` is the one
+    joined in front, by `title_sep`, if any.
+    """
 
     def __init__(self, spec: JobSpec) -> None:
-        self._ids = (spec.id_field,) if spec.id_field is not None else ID_FIELDS
-        self._texts = (spec.text_field,) if spec.text_field is not None else TEXT_FIELDS
+        self.ids = (spec.id_field,) if spec.id_field is not None else ID_FIELDS
+        self.texts = (spec.text_field,) if spec.text_field is not None else TEXT_FIELDS
         title = TITLE_FIELD if spec.title_field is None else spec.title_field
-        self._title = None if title == spec.text_field else title
-        self._sep = spec.title_sep
+        self.title = None if title == spec.text_field else title
+        self.title_sep = spec.title_sep
         self._keep = spec.keep
         self._skip_empty = spec.empty == "skip"
-        names = dict.fromkeys([*self._ids, *self._texts, *([] if self._title is None else [self._title])])
+        names = dict.fromkeys([*self.ids, *self.texts, *([] if self.title is None else [self.title])])
         self._fast = _field_decoder(tuple(names), tuple(name for name in spec.keep if name not in names))
         at = {name: i for i, name in enumerate([*names, *(name for name in spec.keep if name not in names)])}
-        self._id_at = [at[name] for name in self._ids]
-        self._text_at = [at[name] for name in self._texts]
-        self._title_at = -1 if self._title is None else at[self._title]
+        self._id_at = [at[name] for name in self.ids]
+        self._text_at = [at[name] for name in self.texts]
+        self._title_at = -1 if self.title is None else at[self.title]
         self._keep_at = [at[name] for name in spec.keep]
 
     def line(self, row: int, line: bytes) -> Outcome:
@@ -109,9 +113,9 @@ class RecordReader:
     def record(self, row: int, record: object) -> Outcome:
         """Judge a Python record: a mapping, or a string that is the text itself, with the row's number as id."""
         if isinstance(record, str):
-            fields: dict[str, _Found] = {self._ids[0]: _Found(_STRING, str(row)), self._texts[0]: _found(record)}
+            fields: dict[str, _Found] = {self.ids[0]: _Found(_STRING, str(row)), self.texts[0]: _found(record)}
         elif isinstance(record, Mapping):
-            wanted = {*self._ids, *self._texts, self._title, *self._keep}
+            wanted = {*self.ids, *self.texts, self.title, *self._keep}
             others = _Found("")  # named if a field is missing, never read
             fields = {
                 name: _found(value) if name in wanted or isinstance(value, str) else others
@@ -144,7 +148,7 @@ class RecordReader:
             if title:
                 if not text or title.isspace():
                     return None
-                text = f"{title}{self._sep}{text}"
+                text = f"{title}{self.title_sep}{text}"
         text_bytes = len(text) if text.isascii() else len(text.encode())
         if not 0 < text_bytes <= BLOCK_LIMITS.longest_text_bytes or text.isspace() or "\0" in text:
             return None
@@ -198,10 +202,10 @@ class RecordReader:
         return Record(row, id, text, size, kept, source)
 
     def _judge_id(self, fields: Mapping[str, _Found]) -> str:
-        name = next((name for name in self._ids if name in fields), None)
+        name = next((name for name in self.ids if name in fields), None)
         if name is None:
             hint = _likely_id(fields)
-            raise RowRefused(Code.MISSING_ID, _missing(self._ids, "id", fields, f"--id-field {hint}"))
+            raise RowRefused(Code.MISSING_ID, _missing(self.ids, "id", fields, f"--id-field {hint}"))
         found = fields[name]
         if found.kind not in (_STRING, _NUMBER):
             raise RowRefused(Code.BAD_ID, f"{_field(name)} is {found.kind}; an id must be a string or a number")
@@ -214,24 +218,24 @@ class RecordReader:
         return found.text
 
     def _judge_text(self, fields: Mapping[str, _Found]) -> str:
-        name = next((name for name in self._texts if name in fields), None)
+        name = next((name for name in self.texts if name in fields), None)
         if name is None:
-            hint = _likely_text(fields, self._ids)
-            raise RowRefused(Code.MISSING_FIELD, _missing(self._texts, "text", fields, f"--text-field {hint}"))
+            hint = _likely_text(fields, self.ids)
+            raise RowRefused(Code.MISSING_FIELD, _missing(self.texts, "text", fields, f"--text-field {hint}"))
         found = fields[name]
         if found.kind != _STRING:
             raise RowRefused(Code.TEXT_NOT_STRING, f"{_field(name)} is {found.kind}; a text must be a string")
-        title = _NULL if self._title is None else fields.get(self._title, _NULL)
+        title = _NULL if self.title is None else fields.get(self.title, _NULL)
         if title is _NULL or title.kind == "null":
             return found.text
         if title.kind != _STRING:
             message = (
-                f"{_field(str(self._title))} is {title.kind}; a title must be a string; --title-field takes another"
+                f"{_field(str(self.title))} is {title.kind}; a title must be a string; --title-field takes another"
             )
             raise RowRefused(Code.TEXT_NOT_STRING, message)
         if not title.text or title.text.isspace():
             return found.text
-        return f"{title.text}{self._sep}{found.text}" if found.text else title.text
+        return f"{title.text}{self.title_sep}{found.text}" if found.text else title.text
 
     def _judge_kept(self, fields: Mapping[str, _Found]) -> Iterable[str | None]:
         total = 0
@@ -314,6 +318,16 @@ def _found_in_json(raw: msgspec.Raw) -> _Found:
     if data[:1] == b'"':
         return _Found(_STRING, _strings.decode(data))
     return _Found(_KINDS.get(chr(data[0]), _NUMBER), data.decode())
+
+
+def kept_value(value: object) -> str | None:
+    """A Python value of a kept field, as the dataset shows it. Raises `RowRefused` if JSON cannot hold it."""
+    found = _found(value)
+    if found.kind in ("null", _NOT_FINITE):
+        return None
+    if found.kind.startswith(_OF_TYPE) and not found.text:
+        raise RowRefused(Code.BAD_KEPT, f"is {found.kind}, which JSON cannot hold")
+    return found.text
 
 
 def _found(value: object) -> _Found:

@@ -16,7 +16,7 @@ class Code(enum.StrEnum):
     """Why a row was refused. Stable: scripts of users match on them."""
 
     INVALID_JSON = "invalid_json"  # the line is not one JSON value, or nests too deeply
-    NOT_UTF8 = "not_utf8"  # the line has bytes that are not UTF-8
+    NOT_UTF8 = "not_utf8"  # the line, or a column's value, has bytes that are not UTF-8
     LINE_TOO_LONG = "line_too_long"  # longer than LONGEST_LINE_BYTES
     NOT_AN_OBJECT = "not_an_object"  # JSON, but no object; or a Python record that is neither mapping nor string
     MISSING_ID = "missing_id"  # none of the id fields, or not the one the spec names

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 import sys
@@ -10,7 +11,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from io import FileIO
 from itertools import chain, islice
 from pathlib import Path
-from typing import cast
+from typing import Protocol, cast
+
+import pyarrow as pa
 
 from embedstream.blocks import Block, Refusal
 from embedstream.errors import InputError, UsageError
@@ -19,7 +22,10 @@ from embedstream.input.duplicates import DuplicateIndex
 from embedstream.input.records import Outcome, Record, RecordReader
 from embedstream.input.refusals import Code
 from embedstream.jobs import JobSpec
+from embedstream.objects import is_object, parse_object
 from embedstream_producer.lines import ByteStream, LineStream
+from embedstream_producer.objects import ObjectSource
+from embedstream_producer.parquet_part import MAGIC, ParquetPart
 
 STDIN = "-"
 
@@ -32,8 +38,34 @@ SAMPLE_ROWS = 100
 _HOPELESS = frozenset({Code.INVALID_JSON, Code.NOT_UTF8, Code.NOT_AN_OBJECT, Code.MISSING_ID, Code.MISSING_FIELD})
 
 
+class CorpusPart(Protocol):
+    """One input of a corpus."""
+
+    index: int
+    source: str
+    """As the user typed it."""
+    name: str
+    """What stands for this part in `JobSpec.parts`."""
+    label: str
+    """What stands for it in messages."""
+    size: int | None
+    """Bytes of the file, None for a stream."""
+    identity: object
+    """What two names of one file have in common; None for a stream."""
+
+    def blocks(
+        self,
+        spec: JobSpec,
+        duplicates: DuplicateIndex,
+        on_refusal: Callable[[Refusal], None] | None = None,
+        on_position: Callable[[int], None] | None = None,
+    ) -> Iterator[Block]: ...
+
+    def hint(self, spec: JobSpec) -> str | None: ...
+
+
 class FilePart:
-    """One input of a corpus: a file, or a stream that can be read only once (standard input, a named pipe)."""
+    """Lines of JSON: a file, an object, or a stream that can be read only once (standard input, a named pipe)."""
 
     def __init__(self, index: int, source: str, stdin: ByteStream | None = None) -> None:
         """Open `source` (`-`: `stdin`, by default the process's own) and look for its first record.
@@ -44,13 +76,16 @@ class FilePart:
         self.index = index
         self.source = source
         """As the user typed it."""
-        self.name = STDIN if source == STDIN else os.path.abspath(source)  # noqa: PTH100  (keeps symbolic links)
-        """What stands for this part in `JobSpec.parts`."""
+        self.name = part_name(source)
         self.label = "standard input" if source == STDIN else source
-        """What stands for it in messages."""
+        self._object = ObjectSource(parse_object(source, "corpus"), source) if is_object(source) else None
         raw = self._raw(stdin)
-        self.size, self.identity = (None, None) if source == STDIN else _size_and_identity(raw)
-        """Bytes on disk, None for a stream; and what two names of one file have in common."""
+        self.size: int | None = None
+        self.identity: object = None
+        if self._object is not None:
+            self.size, self.identity = self._object.size, self.name
+        elif source != STDIN:
+            self.size, self.identity = _size_and_identity(raw)
         head = _Head(LineStream(raw, self.label))
         self._head = head if self.size is None else None
         """The beginning of a stream, until it is read."""
@@ -120,18 +155,87 @@ class FilePart:
     def _raw(self, stdin: ByteStream | None) -> ByteStream:
         if self.source == STDIN:
             return _own_stdin() if stdin is None else stdin
+        return _open_file(self.name, self.label) if self._object is None else self._object.stream()
+
+
+class _LocalFile:
+    """A file on a disk, for reading at any place."""
+
+    def __init__(self, path: str, label: str) -> None:
+        self._path = path
+        self._label = label
+
+    def file(self) -> pa.NativeFile:
         try:
-            return Path(self.name).open("rb", buffering=0)
-        except FileNotFoundError:
-            raise InputError(f"{self.label}: no such file") from None
-        except IsADirectoryError:
-            raise InputError(f"{self.label}: is a folder: name the files in it ({self.label.rstrip('/')}/*)") from None
-        except (OSError, ValueError) as error:
-            reason = error.strerror if isinstance(error, OSError) else error
-            raise InputError(f"{self.label}: cannot be read ({reason})") from error
+            return pa.OSFile(self._path, "rb")
+        except OSError as error:
+            raise self.cannot_read(error) from error
+
+    def check_unchanged(self) -> None:
+        """Nothing: an open file stays what it is when its name is given to another."""
+
+    def cannot_read(self, error: OSError) -> InputError:
+        return InputError(f"{self._label}: cannot be read ({error.strerror or error})")
 
 
-def check_sources(sources: Sequence[str], stdin: ByteStream | None = None) -> list[FilePart]:
+def part_name(source: str) -> str:
+    """What stands for a source in `JobSpec.parts`: a file's absolute path, an object's canonical address, or `-`.
+
+    Raises:
+        UsageError: an address that cannot be used.
+    """
+    if source == STDIN:
+        return STDIN
+    if is_object(source):
+        return parse_object(source, "corpus").url
+    return os.path.abspath(source)  # noqa: PTH100  (keeps symbolic links)
+
+
+def open_part(index: int, source: str, stdin: ByteStream | None = None) -> CorpusPart:
+    """A source as the part that it is by its first bytes: Parquet, or lines of JSON.
+
+    Raises:
+        InputError: it cannot be read, or has no records.
+        UsageError: an address that cannot be used.
+    """
+    if source == STDIN:
+        return FilePart(index, source, stdin)
+    name = part_name(source)
+    if is_object(source):
+        found = ObjectSource(parse_object(source, "corpus"), source)
+        with contextlib.closing(found.file()) as file:
+            if file.read(len(MAGIC)) == MAGIC:
+                return ParquetPart(index, source, name, found.size, name, found)
+        return FilePart(index, source)
+    if _is_regular(name):
+        with contextlib.closing(_open_file(name, source)) as raw:
+            size, identity = _size_and_identity(raw)
+            if size is not None and raw.read(len(MAGIC)) == MAGIC:
+                return ParquetPart(index, source, name, size, identity, _LocalFile(name, source))
+    return FilePart(index, source)
+
+
+def _is_regular(path: str) -> bool:
+    """Whether a file can be opened twice; what cannot be opened at all is told of by whoever tries."""
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)  # noqa: PTH116  (of paths that no file can have, too)
+    except (OSError, ValueError):
+        return False
+
+
+def _open_file(path: str, label: str) -> ByteStream:
+    try:
+        return Path(path).open("rb", buffering=0)
+    except FileNotFoundError:
+        raise InputError(f"{label}: no such file") from None
+    except IsADirectoryError:
+        raise InputError(f"{label}: is a folder: name the files in it ({label.rstrip('/')}/*)") from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"{label}: cannot be read ({reason})") from error
+
+
+def check_sources(sources: Sequence[str], stdin: ByteStream | None = None) -> list[CorpusPart]:
     """The parts of a corpus, each opened once and found to have a record.
 
     Raises:
@@ -139,13 +243,13 @@ def check_sources(sources: Sequence[str], stdin: ByteStream | None = None) -> li
         UsageError: no source, or one file is given twice.
     """
     if not sources:
-        raise UsageError("no corpus given: name a file of JSON lines, or - for standard input")
-    parts: list[FilePart] = []
+        raise UsageError("no corpus given: name a file of JSON lines or Parquet, or - for standard input")
+    parts: list[CorpusPart] = []
     seen: dict[object, str] = {}
     for index, source in enumerate(sources):
         if source in sources[:index]:
             raise UsageError(f"{source}: given twice")
-        part = FilePart(index, source, stdin)
+        part = open_part(index, source, stdin)
         if part.identity in seen:
             raise UsageError(f"{source}: is the same file as {seen[part.identity]}")
         seen[part.identity] = source
@@ -153,7 +257,7 @@ def check_sources(sources: Sequence[str], stdin: ByteStream | None = None) -> li
     return parts
 
 
-def total_bytes(parts: Iterable[FilePart]) -> int | None:
+def total_bytes(parts: Iterable[CorpusPart]) -> int | None:
     """Bytes to read, for progress; None if a stream is among the parts."""
     sizes = [part.size for part in parts]
     return None if None in sizes else sum(size for size in sizes if size is not None)

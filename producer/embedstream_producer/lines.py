@@ -22,7 +22,7 @@ _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 _HEAD_BYTES = 6
 _BOM = b"\xef\xbb\xbf"
 _FOREIGN = (
-    (b"PAR1", "a Parquet file", "write it as JSON lines first (DuckDB: COPY (FROM 'x.parquet') TO 'x.jsonl')"),
+    (b"PAR1", "a Parquet file", "name the file itself, as such a one cannot be read from a stream or compressed"),
     (b"PK\x03\x04", "a zip archive", "unpack it first"),
     (b"BZh", "compressed with bzip2", "unpack it, or compress it with gzip or zstd"),
     (b"\xfd7zXZ\x00", "compressed with xz", "unpack it, or compress it with gzip or zstd"),

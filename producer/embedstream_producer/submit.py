@@ -34,7 +34,7 @@ from embedstream.terminal import echo, echo_json
 from embedstream.troubles import patiently
 from embedstream.watching import why_ended
 from embedstream_producer import report
-from embedstream_producer.corpus import STDIN, FilePart, check_sources, total_bytes
+from embedstream_producer.corpus import STDIN, CorpusPart, check_sources, total_bytes
 from embedstream_producer.embedded_run import Embedded, check_installed, made_folders
 from embedstream_producer.progress import LogHandler, Progress
 from embedstream_producer.refusals import Refusals
@@ -89,7 +89,7 @@ def submit(options: Options) -> int:
         return _submit(options, spec, sink, parts, failed)
 
 
-def _submit(options: Options, spec: JobSpec, sink: Sink, parts: list[FilePart], failed: FailedRows | None) -> int:
+def _submit(options: Options, spec: JobSpec, sink: Sink, parts: list[CorpusPart], failed: FailedRows | None) -> int:
     with Progress(options.quiet, total_bytes(parts)) as progress:
         handler = LogHandler(progress)
         logging.getLogger("embedstream").addHandler(handler)
@@ -124,7 +124,7 @@ class Run:
         options: Options,
         spec: JobSpec,
         sink: Sink,
-        parts: list[FilePart],
+        parts: list[CorpusPart],
         progress: Progress,
         failed: FailedRows | None = None,
     ) -> None:
@@ -283,7 +283,7 @@ class Run:
                     return status
                 self._progress.tell("Redis lost blocks: submitting them again")
 
-    def _reader(self, part: FilePart, index: DuplicateIndex) -> Callable[[], Iterator[Block]]:
+    def _reader(self, part: CorpusPart, index: DuplicateIndex) -> Callable[[], Iterator[Block]]:
         def refused(refusal: Refusal) -> None:
             if self._failed is None:
                 self._refusals.add(part.index, part.label, refusal)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
@@ -24,7 +23,7 @@ from embedstream.errors import ManifestDamaged, OutputError, UsageError
 from embedstream.input.duplicates import DuplicateIndex
 from embedstream.jobs import JobSpec
 from embedstream.terminal import echo, echo_json, printable
-from embedstream_producer.corpus import FilePart, check_sources
+from embedstream_producer.corpus import CorpusPart, check_sources, part_name
 
 MOST_NAMED = 10
 """Unlisted files that are named; of all others only the number."""
@@ -122,7 +121,7 @@ class _Read(NamedTuple):
     unlisted_count: int
 
 
-def _verify_files(sink: FolderSink, manifest: Manifest, parts: Sequence[FilePart], findings: Findings) -> _Read:
+def _verify_files(sink: FolderSink, manifest: Manifest, parts: Sequence[CorpusPart], findings: Findings) -> _Read:
     check = FolderCheck(sink, manifest, findings, compare=bool(parts))
     check.run()
     compared = None
@@ -137,7 +136,7 @@ def _verify_files(sink: FolderSink, manifest: Manifest, parts: Sequence[FilePart
     return _Read(check.bytes, compared, unlisted, len(unlisted))
 
 
-def _verify_hashes(sink: RedisSink, manifest: Manifest, parts: Sequence[FilePart], findings: Findings) -> _Read:
+def _verify_hashes(sink: RedisSink, manifest: Manifest, parts: Sequence[CorpusPart], findings: Findings) -> _Read:
     check = HashCheck(sink, manifest, findings)
     with DuplicateIndex() as index:
         for block, label in _blocks(parts, check.spec, index):
@@ -146,7 +145,7 @@ def _verify_hashes(sink: RedisSink, manifest: Manifest, parts: Sequence[FilePart
     return _Read(check.bytes, check.compared, check.foreign, check.foreign_count)
 
 
-def _blocks(parts: Sequence[FilePart], spec: JobSpec, index: DuplicateIndex) -> Iterator[tuple[Block, str]]:
+def _blocks(parts: Sequence[CorpusPart], spec: JobSpec, index: DuplicateIndex) -> Iterator[tuple[Block, str]]:
     for part in parts:
         for block in part.blocks(spec, index):
             yield block, part.label
@@ -156,14 +155,14 @@ def _told_of(findings: Findings) -> dict[str, KindFound]:
     return {kind.value: KindFound(count, findings.first.get(kind, [])) for kind, count in findings.counts.items()}
 
 
-def _parts(spec: JobSpec, corpus: Sequence[str]) -> list[FilePart]:
+def _parts(spec: JobSpec, corpus: Sequence[str]) -> list[CorpusPart]:
     """The corpus as parts in the job's order: by their paths if these are the job's own, else as they are given."""
     if not corpus:
         return []
     if len(corpus) != len(spec.parts):
         named = ", ".join(spec.parts[:3]) + (", …" if len(spec.parts) > 3 else "")
         raise UsageError(f"--corpus: {len(corpus)} files given, the job was made of {len(spec.parts)} ({named})")
-    at = {str(Path(source).absolute()): source for source in corpus}
+    at = {part_name(source): source for source in corpus}
     return check_sources([at[name] for name in spec.parts] if set(at) == set(spec.parts) else corpus)
 
 

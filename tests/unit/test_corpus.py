@@ -23,10 +23,10 @@ from embedstream.input.records import LONGEST_LINE_BYTES, Outcome, RecordReader
 from embedstream.input.refusals import Code
 from embedstream.jobs import JobSpec
 from embedstream.settings import BLOCK_LIMITS
-from embedstream_producer.corpus import FilePart, check_sources, total_bytes
+from embedstream_producer.corpus import CorpusPart, check_sources, total_bytes
 
 
-def make_spec(parts: Sequence[FilePart], **changed: Any) -> JobSpec:
+def make_spec(parts: Sequence[CorpusPart], **changed: Any) -> JobSpec:
     return JobSpec(queue="q", output="/out", model="m", parts=tuple(part.name for part in parts), **changed)
 
 

@@ -1,0 +1,108 @@
+"""One Parquet file of a corpus, as blocks."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from embedstream.blocks import Block, Refusal
+from embedstream.errors import InputError
+from embedstream.input.columns import ColumnReader
+from embedstream.input.cutting import cut_part
+from embedstream.input.duplicates import DuplicateIndex
+from embedstream.input.records import Outcome
+from embedstream.jobs import JobSpec
+
+MAGIC = b"PAR1"
+
+BATCH_ROWS = 1024
+BATCH_BYTES = 8 * 1024 * 1024
+"""Most rows judged at once, and about how many bytes of them."""
+
+COLUMN_BYTES = 2 * 1024 * 1024
+"""Read at once of each column: memory does not depend on the size of row groups."""
+
+
+class RandomAccess(Protocol):
+    """A file on a disk or in a bucket."""
+
+    def file(self) -> pa.NativeFile: ...
+    def check_unchanged(self) -> None: ...
+    def cannot_read(self, error: OSError) -> InputError: ...
+
+
+class ParquetPart:
+    """A Parquet file. A row's number in the file is its place in the part."""
+
+    def __init__(self, index: int, source: str, name: str, size: int, identity: object, opens: RandomAccess) -> None:
+        """Raises `InputError`: it cannot be read, or has no rows."""
+        self.index = index
+        self.source = source
+        self.name = name
+        self.label = source
+        self.size: int | None = size
+        self.identity = identity
+        self._opens = opens
+        with self._opened() as file:
+            if not file.metadata.num_rows:
+                raise InputError(f"{self.label}: has no records")
+
+    def blocks(
+        self,
+        spec: JobSpec,
+        duplicates: DuplicateIndex,
+        on_refusal: Callable[[Refusal], None] | None = None,
+        on_position: Callable[[int], None] | None = None,
+    ) -> Iterator[Block]:
+        """As `FilePart.blocks`; the row groups of the file do not show in them."""
+        with self._opened() as file:
+            reader = ColumnReader(spec, file.schema_arrow, self.label)
+            outcomes = self._judged(file, reader, on_position)
+            yield from cut_part(self.index, outcomes, spec, duplicates, on_refusal)
+        self._opens.check_unchanged()
+
+    def hint(self, spec: JobSpec) -> str | None:
+        """A sentence of advice: the job keeps fields that are no columns.
+
+        Raises:
+            InputError: columns that the job needs are not there, or of a type that cannot be used.
+        """
+        with self._opened() as file:
+            absent = ColumnReader(spec, file.schema_arrow, self.label).absent
+        if not absent:
+            return None
+        return f"{self.label}: has no column {' or '.join(absent)}, which --keep names"
+
+    def _judged(
+        self, file: pq.ParquetFile, reader: ColumnReader, on_position: Callable[[int], None] | None
+    ) -> Iterator[Sequence[Outcome]]:
+        row, total = 0, file.metadata.num_rows
+        for group in range(file.metadata.num_row_groups):
+            rows = _rows_at_once(file.metadata.row_group(group))
+            for batch in file.iter_batches(batch_size=rows, row_groups=[group], columns=reader.columns):
+                yield reader.judge(row, batch)
+                row += batch.num_rows
+                if on_position is not None and self.size is not None:
+                    on_position(self.size * row // total)
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[pq.ParquetFile]:
+        try:
+            with self._opens.file() as source, pq.ParquetFile(source, buffer_size=COLUMN_BYTES) as file:
+                yield file
+        except pa.ArrowException as error:
+            first = str(error).partition("\n")[0].rstrip(".")
+            raise InputError(
+                f"{self.label}: is damaged or no Parquet file ({first}): make or fetch it again"
+            ) from error
+        except OSError as error:
+            raise self._opens.cannot_read(error) from error
+
+
+def _rows_at_once(group: pq.RowGroupMetaData) -> int:
+    each = max(1, group.total_byte_size // max(1, group.num_rows))
+    return max(1, min(BATCH_ROWS, BATCH_BYTES // each))

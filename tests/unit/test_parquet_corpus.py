@@ -1,0 +1,174 @@
+"""Parquet files as input: the same rows whatever their row groups, and one sentence for what cannot be read."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import uuid
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from s3_server import S3Server
+
+from embedstream.blocks import Block, Refusal
+from embedstream.errors import InputError, UsageError
+from embedstream.input.duplicates import DuplicateIndex
+from embedstream.jobs import JobSpec
+from embedstream_producer.corpus import CorpusPart, check_sources, total_bytes
+
+
+def make_spec(parts: Iterable[CorpusPart], **changed: Any) -> JobSpec:
+    return JobSpec(queue="q", output="/out", model="m", parts=tuple(part.name for part in parts), **changed)
+
+
+def read(*sources: str, **changed: Any) -> list[Block]:
+    parts = check_sources(sources)
+    with DuplicateIndex() as index:
+        return [block for part in parts for block in part.blocks(make_spec(parts, **changed), index)]
+
+
+def rows_of(blocks: Iterable[Block]) -> list[dict[str, Any]]:
+    return [row for block in blocks for row in block.rows.to_pylist()]
+
+
+def table(rows: int, length: int = 20) -> pa.Table:
+    texts = [f"text {row} " + "word " * (row * 7919 % length) for row in range(rows)]
+    titles = [None if row % 3 else f"title {row}" for row in range(rows)]
+    return pa.table({"_id": pa.array(range(1, rows + 1)), "title": titles, "text": texts, "lang": ["en"] * rows})
+
+
+def test_blocks_do_not_depend_on_row_groups_nor_on_the_format(tmp_path: Path) -> None:
+    data = table(5000)
+    sums = set()
+    for rows in (7, 1000, 100_000):
+        pq.write_table(data, tmp_path / "c.parquet", row_group_size=rows)
+        sums.add(tuple(block.sum for block in read(str(tmp_path / "c.parquet"), keep=("lang",))))
+    lines = tmp_path / "c.jsonl"
+    lines.write_text("".join(json.dumps(row) + "\n" for row in data.to_pylist()))
+    sums.add(tuple(block.sum for block in read(str(lines), keep=("lang",))))
+    assert len(sums) == 1
+
+
+def test_a_row_is_known_by_its_number_in_the_file(tmp_path: Path) -> None:
+    pq.write_table(table(3000), tmp_path / "c.parquet", row_group_size=100)
+    rows = rows_of(read(str(tmp_path / "c.parquet")))
+    assert [row["row"] for row in rows] == list(range(3000))
+    assert [row["id"] for row in rows] == [str(row + 1) for row in range(3000)]
+
+
+def test_bad_rows_are_refused_by_their_row(tmp_path: Path) -> None:
+    columns = {"id": ["a", "b", "a", None], "text": ["one", "", "three", "four"]}
+    pq.write_table(pa.table(columns), tmp_path / "c.parquet")
+    told: list[Refusal] = []
+    parts = check_sources([str(tmp_path / "c.parquet")])
+    with DuplicateIndex() as index:
+        [block] = parts[0].blocks(make_spec(parts), index, told.append)
+    assert [(refusal.row, refusal.code) for refusal in told] == [(1, "empty_text"), (2, "duplicate_id"), (3, "bad_id")]
+    assert told[1].message == "id a was used before, in row 1"
+    assert told[1].original == '{"id": "a", "text": "three"}'
+    assert block.total == 4
+
+
+def test_progress_ends_at_the_size_of_the_file(tmp_path: Path) -> None:
+    pq.write_table(table(5000), tmp_path / "c.parquet", row_group_size=700)
+    parts = check_sources([str(tmp_path / "c.parquet")])
+    positions: list[int] = []
+    with DuplicateIndex() as index:
+        for _ in parts[0].blocks(make_spec(parts), index, None, positions.append):
+            pass
+    assert positions == sorted(positions)
+    assert positions[-1] == total_bytes(parts) == (tmp_path / "c.parquet").stat().st_size
+
+
+def test_a_file_is_read_by_what_it_is_not_by_its_name(tmp_path: Path) -> None:
+    pq.write_table(table(10), tmp_path / "c.jsonl")
+    assert len(rows_of(read(str(tmp_path / "c.jsonl")))) == 10
+
+
+def test_parts_of_both_formats_make_one_corpus(tmp_path: Path) -> None:
+    pq.write_table(table(10), tmp_path / "a.parquet")
+    (tmp_path / "b.jsonl").write_text('{"id": 3, "text": "doubled"}\n{"id": "z", "text": "new"}\n')
+    blocks = read(str(tmp_path / "a.parquet"), str(tmp_path / "b.jsonl"))
+    assert [block.part for block in blocks] == [0, 1]
+    assert blocks[1].refused[0].message == "id 3 was used before, in a.parquet, row 3"
+    with pytest.raises(UsageError, match="is the same file as"):
+        check_sources([str(tmp_path / "a.parquet"), f"{tmp_path}/./a.parquet"])
+
+
+def test_missing_columns_are_told_before_anything_is_submitted(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"key": ["1"], "body": ["x"]}), tmp_path / "c.parquet")
+    [part] = check_sources([str(tmp_path / "c.parquet")])
+    with pytest.raises(InputError, match=r"c.parquet: has no id column .*\(there are: key, body\)"):
+        part.hint(make_spec([part]))
+    kept = make_spec([part], id_field="key", text_field="body", keep=("lang",))
+    assert part.hint(kept) == f"{part.label}: has no column lang, which --keep names"
+
+
+def test_files_that_cannot_be_read_are_one_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "c.parquet"
+    pq.write_table(table(1000), path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-100])
+    with pytest.raises(InputError, match=r"c\.parquet: is damaged or no Parquet file"):
+        check_sources([str(path)])
+    path.write_bytes(gzip.compress(whole))
+    with pytest.raises(InputError, match="is a Parquet file, not JSON Lines: name the file itself"):
+        check_sources([str(path)])
+    pq.write_table(table(0), path)
+    with pytest.raises(InputError, match="has no records"):
+        check_sources([str(path)])
+
+
+@pytest.fixture
+def bucket(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    name = f"b-{uuid.uuid4().hex[:12]}"
+    s3_server.client().create_bucket(Bucket=name)
+    return name
+
+
+@pytest.mark.parametrize("name", ["c.jsonl", "c.jsonl.gz", "c.parquet"])
+def test_an_object_gives_the_blocks_of_the_same_file(
+    name: str, bucket: str, s3_server: S3Server, tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    data = table(4000)
+    if name.endswith(".parquet"):
+        pq.write_table(data, path, row_group_size=500)
+    else:
+        lines = "".join(json.dumps(row) + "\n" for row in data.to_pylist()).encode()
+        path.write_bytes(gzip.compress(lines) if name.endswith(".gz") else lines)
+    s3_server.client().put_object(Bucket=bucket, Key=f"corpora/{name}", Body=path.read_bytes())
+    source = f"s3://{bucket}/corpora/{name}"
+    assert [block.sum for block in read(source)] == [block.sum for block in read(str(path))]
+    parts = check_sources([source])
+    assert parts[0].name == source
+    assert total_bytes(parts) == path.stat().st_size
+
+
+@pytest.mark.parametrize("name", ["c.jsonl", "c.parquet"])
+def test_an_object_that_is_replaced_while_it_is_read_is_no_corpus(
+    name: str, bucket: str, s3_server: S3Server, tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    pq.write_table(table(3000), path) if name.endswith(".parquet") else path.write_text('{"id": 1, "text": "x"}\n' * 9)
+    put = s3_server.client().put_object
+    put(Bucket=bucket, Key=name, Body=path.read_bytes())
+    parts = check_sources([f"s3://{bucket}/{name}"])
+    with DuplicateIndex() as index:
+        blocks = parts[0].blocks(make_spec(parts), index)
+        put(Bucket=bucket, Key=name, Body=path.read_bytes() + b"\n")
+        with pytest.raises(InputError, match=r"damaged|was replaced while it was read"):
+            list(blocks)
+
+
+def test_an_object_that_is_not_there_is_one_sentence(bucket: str) -> None:
+    with pytest.raises(InputError, match=f"s3://{bucket}/c.jsonl: cannot be read: there is no such object"):
+        check_sources([f"s3://{bucket}/c.jsonl"])
+    with pytest.raises(UsageError, match="corpus s3://…@b: an address holds no credentials"):
+        check_sources(["s3://key:secret@b/c.jsonl"])
