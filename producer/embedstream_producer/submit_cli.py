@@ -17,7 +17,9 @@ from embedstream.settings import ENV_PREFIX
 @click.command(context_settings={"auto_envvar_prefix": ENV_PREFIX, "show_default": True})
 @click.argument("corpus", nargs=-1, required=True)
 @click.option(
-    "-o", "--output", help="A folder, or redis://host/db?prefix=docs:  [default: CORPUS.vectors for one file]"
+    "-o",
+    "--output",
+    help="A folder, s3://bucket/prefix, or redis://host/db?prefix=docs:  [default: CORPUS.vectors for one file]",
 )
 @click.option("--redis", "redis_url", help="The fleet's Redis. Without it, all happens on this machine.")
 @click.option("--queue", help="[default: the model's name]")
@@ -66,7 +68,8 @@ def embed_submit(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Turn each CORPUS (JSON lines: plain, .gz, .zst, or - for standard input) into vectors.
+    """Turn each CORPUS into vectors: a file or s3://bucket/key of Parquet or of JSON lines (plain, .gz, .zst), or - for
+    JSON lines on standard input.
 
     Exit codes: 0 all written, or failures within --max-errors; 1 the job failed; 2 usage, or input refused; 3 written,
     but some rows failed; 4 cancelled; 130 detached by Ctrl-C.
