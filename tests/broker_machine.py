@@ -92,9 +92,9 @@ class BrokerSteps(RuleBasedStateMachine):
         lost = self.broker.run(self.broker.renew(self.lab.keys.blocks(self.id(n)), consumer, entries))
         assert lost == self.model.renew(n, consumer, entries)
 
-    def release_now(self, n: int, consumer: str, entries: Sequence[str]) -> None:
-        self.model.release(n, consumer, entries)
-        self.expect(self.broker.release(self.lab.keys.blocks(self.id(n)), consumer, entries), Answer(Code.OK))
+    def release_now(self, n: int, consumer: str, entries: Sequence[str], died: bool) -> None:
+        self.model.release(n, consumer, entries, died)
+        self.expect(self.broker.release(self.lab.keys.blocks(self.id(n)), consumer, entries, died), Answer(Code.OK))
 
     def drop_now(self, n: int, blocks: Sequence[CommitBlock]) -> None:
         self.model.drop(n, blocks)

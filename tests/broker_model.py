@@ -224,12 +224,12 @@ class QueueModel:
                 pending.expired = False
         return lost
 
-    def release(self, n: int, consumer: str, entries: Sequence[str]) -> None:
+    def release(self, n: int, consumer: str, entries: Sequence[str], died: bool) -> None:
         job = self.jobs.get(n)
         for entry in entries:
             pending = job.pending.get(entry) if job else None
             if job and pending and pending.owner == consumer:
-                job.pending[entry] = Pending(RELEASED, max(0, pending.deliveries - 1), expired=True)
+                job.pending[entry] = Pending(RELEASED, max(0, pending.deliveries - (not died)), expired=True)
 
     def drop(self, n: int, blocks: Sequence[CommitBlock]) -> None:
         job = self.jobs.get(n)

@@ -304,6 +304,20 @@ def test_a_release_after_a_death_keeps_the_count_of_deaths(lab: Lab) -> None:
     assert lab.broker.pending(third.stream, RELEASED) == []
 
 
+def test_what_a_dead_consumer_held_is_claimable_at_once_and_counts_its_death(lab: Lab) -> None:
+    job = lab.create()
+    lab.fill(job, 2)
+    first, _ = lab.claim(job)
+    assert lab.broker.lost(job, ["w2"]) == {"w1": 2}
+    assert lab.broker.lost(job, ["w1"]) == {}
+    step = lab.broker.release(first.stream, "w1", [first.entry], died=True)
+    assert lab.broker.run(step) == lab.broker.run(step) == Answer(Code.OK)
+    assert lab.broker.lost(job, ["w2"]) == {"w1": 1}
+    assert [(c.entry, c.deliveries) for c in lab.sweep(job)] == [(first.entry, 2)]
+    assert lab.broker.run(step).code is Code.OK  # w2 holds it by now: nothing happens
+    assert lab.broker.lost(job, ["w1", "w2"]) == {}
+
+
 # commit and adopt
 
 
@@ -447,6 +461,9 @@ def test_a_suspect_is_noted_until_its_block_is_committed(lab: Lab) -> None:
     assert lab.broker.run(lab.broker.suspect(job, 0, 0, (4,))) == Answer(Code.OK)
     assert lab.broker.run(lab.broker.suspect(job, 0, 0, (3, 5))) == Answer(Code.OK)
     assert lab.broker.suspected(job, 0, 0) == (3, 5)
+    assert lab.broker.run(lab.broker.suspect(job, 0, 0, ())) == Answer(Code.OK)
+    assert lab.broker.suspected(job, 0, 0) == ()
+    assert lab.broker.run(lab.broker.suspect(job, 0, 0, (3, 5))) == Answer(Code.OK)
     lab.commit(job, lab.claim(job))
     assert lab.broker.suspected(job, 0, 0) == ()
 

@@ -193,7 +193,7 @@ class BrokerMachine(BrokerSteps):
         consumer=consumers,
         n=jobs,
         mask=choices,
-        what=st.sampled_from(["renew", "release", "drop"]),
+        what=st.sampled_from(["renew", "release", "leave in death", "drop"]),
         twice=st.booleans(),
     )
     def look_after(self, consumer: str, n: int, mask: int, what: str, twice: bool) -> None:
@@ -202,8 +202,8 @@ class BrokerMachine(BrokerSteps):
         match what:
             case "renew":
                 self.send(lambda: self.renew_now(n, consumer, entries), twice)
-            case "release":
-                self.send(lambda: self.release_now(n, consumer, entries), twice)
+            case "release" | "leave in death":
+                self.send(lambda: self.release_now(n, consumer, entries, died=what != "release"), twice)
             case _:
                 self.send(lambda: self.drop_now(n, blocks), twice)
 

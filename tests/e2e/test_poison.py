@@ -264,3 +264,33 @@ def test_a_worker_stopped_during_a_trial_leaves_no_text_under_suspicion(
     assert workers.broker.suspected(job, 0, 0) == ()
     assert supervise(workers, strikes, "--lease-seconds", 600) == []
     assert_exact(tmp_path / "out", texts)
+
+
+def test_a_fleet_with_killers_and_paused_workers_loses_and_doubles_nothing(
+    workers: Fleet, tmp_path: Path, strikes: Path
+) -> None:
+    texts = corpus(tmp_path / "c.jsonl", 20_000, {4000: "[[fault:kill]]", 9000: "[[fault:exit]]"})
+    job = detach(workers, tmp_path)
+    args: list[object] = ["--lease-seconds", 1, "--window-tokens", 4000]
+
+    def start() -> subprocess.Popen[bytes]:
+        return workers.start_worker(*args, wait=False, EMBEDSTREAM_HASHING_FAULTS=str(strikes))
+
+    crew = [start() for _ in range(3)]
+    paused = crew[0]
+    wait_until(lambda: workers.broker.status(job).blocks and workers.is_ready(paused), "a worker at work")
+    paused.send_signal(signal.SIGSTOP)
+
+    def ended() -> bool:
+        crew[:] = [worker if worker.poll() is None else start() for worker in crew]
+        return workers.broker.state(job) == JobState.COMPLETED
+
+    wait_until(ended, "the job to end", 100)
+    paused.send_signal(signal.SIGCONT)
+    paused.send_signal(signal.SIGTERM)
+    assert paused.wait(20) == 0
+    failed = errors_of(tmp_path / "out")
+    assert failed["t4000"] == failed["t9000"] == "poison"
+    assert_exact(tmp_path / "out", {id: text for id, text in texts.items() if id not in failed}, every=50)
+    assert len(failed) == 2, "a text that kills nobody was blamed"
+    assert_no_leftovers(tmp_path / "out")
