@@ -242,9 +242,8 @@ class Run:
             notice=self._progress.notice,
         )
         self._fresh = not opened.resumed and not opened.adopted.shards
-        if not self._opened:
-            self._opened = True
-            self._say_opened(opened)
+        first, self._opened = not self._opened, True
+        self._say_opened(opened, first)
         return opened
 
     def _work(
@@ -313,9 +312,9 @@ class Run:
         self.result = result
         return report.exit_code(result, parse_max_errors(self.options.max_errors))
 
-    def _say_opened(self, opened: Opened) -> None:
+    def _say_opened(self, opened: Opened, first: bool) -> None:
         adopted = opened.adopted
-        if opened.resumed and opened.state is JobState.SUBMITTING:
+        if first and opened.resumed and opened.state is JobState.SUBMITTING:
             self._progress.tell(f"job {self.spec.job} goes on where it was")
         if adopted.rows:
             self._progress.tell(f"adopted {adopted.rows:,} rows that lay in the output already")

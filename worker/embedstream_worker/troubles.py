@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import logging
+import time
 
 import redis
 
 from embedstream.troubles import trouble
 
 log = logging.getLogger(__name__)
+
+SAME_SECONDS = 60.0
+"""A trouble that comes back so soon is the same one: a server at its memory's bound refuses now and then."""
 
 
 class Outage:
@@ -17,17 +21,21 @@ class Outage:
     def __init__(self, work: str) -> None:
         """`work`: what the thread cannot do meanwhile, as in "committing"."""
         self._work = work
-        self._said = ""
+        self._clause = ""
+        self._met = 0.0
+        self._to_end = False
 
     def met(self, error: redis.RedisError) -> None:
         """Another try has failed."""
-        clause = trouble(error) or f"refuses ({error})"
-        if clause != self._said:
-            self._said = clause
+        clause, now = trouble(error) or f"refuses ({error})", time.monotonic()
+        new = clause != self._clause or now - self._met > SAME_SECONDS
+        self._clause, self._met = clause, now
+        if new:
+            self._to_end = True
             log.warning("%s: Redis %s, trying again (%s)", self._work, clause, error)
 
     def over(self) -> None:
         """A try has succeeded."""
-        if self._said:
-            self._said = ""
+        if self._to_end:
+            self._to_end = False
             log.info("%s: Redis can be used again", self._work)
