@@ -93,7 +93,9 @@ class Broker(Steps):
         except ResponseError as error:
             if not _stream_gone(error):
                 raise
-            return []  # a job ended between the listing and the read; the caller lists again
+            # A job ended between the listing and the read, or its stream was taken: others do not wait for it.
+            alone = streams if len(streams) > 1 else []
+            return [claimed for stream in alone for claimed in self._read_group(step, consumer, [stream], count, 0)]
         if raw:
             reach(f"{step}.after")
         return [

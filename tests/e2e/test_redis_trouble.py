@@ -17,7 +17,7 @@ import redis
 from redis_lab import OwnServer, own_server
 from worker_lab import BOUND, Gate, ScriptedEngine, pack, worker_lab
 
-from e2e.harness import assert_exact, wait_until
+from e2e.harness import assert_exact, assert_no_leftovers, fleet, start_submit, wait_until, write_corpus
 from embedstream.client import Client
 from embedstream.errors import BrokerError
 from embedstream.plans import drive
@@ -234,3 +234,22 @@ def test_an_interactive_request_gets_a_clear_error_after_its_timeout(server: Own
         client.embed(["now"], timeout=1.0)
     assert "Traceback" not in str(caught.value)
     assert time.monotonic() - begun < (14 if hung else 4)
+
+
+def test_a_redis_that_comes_back_empty_in_mid_job_costs_only_what_was_not_written(
+    server: OwnServer, tmp_path: Path
+) -> None:
+    texts = write_corpus(tmp_path / "c.jsonl", 60_000, length=20)
+    with fleet(server.url, tmp_path) as workers:
+        workers.start_worker()
+        args = [tmp_path / "c.jsonl", "-o", tmp_path / "out", "--redis", server.url, "--model", "hashing"]
+        submit = start_submit(*args)
+        wait_until(lambda: list((tmp_path / "out").glob("part-*.parquet")), "the first shard")
+        server.kill()
+        server.lose_data()
+        server.start()
+        _, said = submit.communicate(timeout=120)
+        assert submit.returncode == 0, said
+        assert "rows that lay in the output already" in said
+    assert_exact(tmp_path / "out", texts, every=100)
+    assert_no_leftovers(tmp_path / "out")
