@@ -20,6 +20,7 @@ from worker_lab import BOUND, Gate, ScriptedEngine, pack, worker_lab
 from e2e.harness import assert_exact, assert_no_leftovers, fleet, start_submit, wait_until, write_corpus
 from embedstream.client import Client
 from embedstream.errors import BrokerError
+from embedstream.jobs import job_id
 from embedstream.plans import drive
 from embedstream.submission import Part, Pushed, push_job
 from embedstream.troubles import is_out_of_memory, patiently, trouble
@@ -244,7 +245,8 @@ def test_a_redis_that_comes_back_empty_in_mid_job_costs_only_what_was_not_writte
         workers.start_worker()
         args = [tmp_path / "c.jsonl", "-o", tmp_path / "out", "--redis", server.url, "--model", "hashing"]
         submit = start_submit(*args)
-        wait_until(lambda: list((tmp_path / "out").glob("part-*.parquet")), "the first shard")
+        job = job_id("hashing", str(tmp_path / "out"))
+        wait_until(lambda: workers.broker.state(job) and workers.broker.status(job).rows, "a shard that is committed")
         server.kill()
         server.lose_data()
         server.start()
