@@ -9,7 +9,7 @@ import functools
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
@@ -66,6 +66,10 @@ class ObjectAddress:
     def path(self) -> str:
         """As Arrow's file system calls it."""
         return f"{self.bucket}/{self.key}" if self.key else self.bucket
+
+    def sibling(self, suffix: str) -> str:
+        """The address of the key that is this one and a suffix."""
+        return replace(self, key=f"{self.key}{suffix}").url
 
     def child(self, name: str) -> str:
         """The address of a key below this one; of this one for an empty name."""

@@ -16,6 +16,7 @@ from embedstream.dataset.sink import Manifest, Sink, open_sink
 from embedstream.errors import EmbedstreamError, ModelError, UsageError
 from embedstream.input.duplicates import DuplicateIndex
 from embedstream.jobs import JobSpec, JobState, JobStatus, parse_max_errors
+from embedstream.objects import is_object, parse_object
 from embedstream.opening import (
     Opened,
     SpecSettings,
@@ -113,7 +114,8 @@ def resolve_output(options: Options) -> str:
         raise UsageError("several files become one dataset: say where it goes (-o OUTPUT)")
     if options.corpus[0] == STDIN:
         raise UsageError("standard input has no name: say where the vectors go (-o OUTPUT)")
-    return f"{options.corpus[0]}.vectors"
+    corpus = options.corpus[0]
+    return parse_object(corpus, "corpus").sibling(".vectors") if is_object(corpus) else f"{corpus}.vectors"
 
 
 class Run:

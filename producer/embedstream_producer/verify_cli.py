@@ -19,7 +19,7 @@ from embedstream.settings import ENV_PREFIX
 @click.option("--json", "as_json", is_flag=True, envvar="EMBEDSTREAM_JSON", help="One JSON object on standard output.")
 @click.version_option(package_name="embedstream")
 def verify(output: str, more: tuple[str, ...], corpus: tuple[str, ...], redis_url: str | None, as_json: bool) -> None:
-    """Prove that the dataset in OUTPUT, a folder or a Redis URL, is what its manifest says.
+    """Prove that the dataset in OUTPUT, a folder, an S3 or a Redis URL, is what its manifest says.
 
     Every row once, in the dataset or in its errors; files, counts and vectors as they should be; with --corpus, ids and
     texts as in the corpus.

@@ -37,7 +37,7 @@ def bucket(s3_server: S3Server) -> str:
 
 
 @pytest.fixture
-def env(s3_server: S3Server, tmp_path: Path) -> dict[str, str]:
+def env(s3_server: S3Server, tmp_path: Path) -> Any:
     return {**s3_server.environment, "XDG_STATE_HOME": str(tmp_path / "state")}
 
 
@@ -59,7 +59,7 @@ def download(server: S3Server, bucket: str, prefix: str, folder: Path) -> Path:
 
 
 def test_a_fleet_turns_objects_into_vectors_in_a_bucket_though_a_worker_is_killed(
-    workers: Fleet, bucket: str, s3_server: S3Server, env: dict[str, str], tmp_path: Path
+    workers: Fleet, bucket: str, s3_server: S3Server, env: Any, tmp_path: Path
 ) -> None:
     texts = write_corpus(tmp_path / "a.jsonl", 20_000)
     more = write_corpus(tmp_path / "b.jsonl", 10_000)
@@ -101,7 +101,7 @@ def test_a_fleet_turns_objects_into_vectors_in_a_bucket_though_a_worker_is_kille
 
 
 def test_results_of_a_job_are_read_from_the_bucket(
-    workers: Fleet, bucket: str, env: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    workers: Fleet, bucket: str, env: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in env.items():
         monkeypatch.setenv(name, value)
@@ -113,7 +113,7 @@ def test_results_of_a_job_are_read_from_the_bucket(
 
 
 def test_no_worker_writes_outside_its_part_of_the_bucket(
-    workers: Fleet, bucket: str, s3_server: S3Server, env: dict[str, str], tmp_path: Path
+    workers: Fleet, bucket: str, s3_server: S3Server, env: Any, tmp_path: Path
 ) -> None:
     write_corpus(tmp_path / "c.jsonl", 10)
     workers.start_worker("--output-root", f"s3://{bucket}/mine", **env)
@@ -131,9 +131,7 @@ def test_no_worker_writes_outside_its_part_of_the_bucket(
     assert s3_server.keys(bucket) == []
 
 
-def test_a_killed_run_goes_on_by_the_same_command(
-    bucket: str, s3_server: S3Server, env: dict[str, str], tmp_path: Path
-) -> None:
+def test_a_killed_run_goes_on_by_the_same_command(bucket: str, s3_server: S3Server, env: Any, tmp_path: Path) -> None:
     texts = write_corpus(tmp_path / "c.jsonl", 60_000)
     args = [tmp_path / "c.jsonl", "-o", f"s3://{bucket}/out", "--model", "hashing", "--quiet"]
     first = start_submit(*args, **env, EMBEDSTREAM_WINDOW_TOKENS="8000")
@@ -149,7 +147,7 @@ def test_a_killed_run_goes_on_by_the_same_command(
 
 
 def test_a_bucket_outlives_the_state_that_a_run_kept_of_it(
-    bucket: str, s3_server: S3Server, env: dict[str, str], tmp_path: Path
+    bucket: str, s3_server: S3Server, env: Any, tmp_path: Path
 ) -> None:
     texts = write_corpus(tmp_path / "c.jsonl", 3000)
     args = [tmp_path / "c.jsonl", "-o", f"s3://{bucket}/out", "--model", "hashing", "--json"]
@@ -164,7 +162,7 @@ def test_a_bucket_outlives_the_state_that_a_run_kept_of_it(
     assert read_manifest(tmp_path / "here")["rows"] == 3000
 
 
-def failure(env: dict[str, str], *args: Any) -> str:
+def failure(env: Any, *args: Any) -> str:
     done = run("embed-submit", *args, "--model", "hashing", **env)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
@@ -173,7 +171,7 @@ def failure(env: dict[str, str], *args: Any) -> str:
 
 
 def test_what_is_wrong_with_a_bucket_is_one_sentence(
-    bucket: str, s3_server: S3Server, env: dict[str, str], tmp_path: Path
+    bucket: str, s3_server: S3Server, env: Any, tmp_path: Path
 ) -> None:
     write_corpus(corpus := tmp_path / "c.jsonl", 5)
     assert f"there is no bucket {bucket}-no: create it" in failure(env, corpus, "-o", f"s3://{bucket}-no/out")

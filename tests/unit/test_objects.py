@@ -57,6 +57,11 @@ def test_an_address_that_cannot_be_used_is_one_sentence_without_credentials(text
     assert "\n" not in str(caught.value)
 
 
+def test_vectors_lie_beside_their_corpus() -> None:
+    corpus = parse_object("s3://bucket/a/c.jsonl?region=x", "corpus")
+    assert corpus.sibling(".vectors") == "s3://bucket/a/c.jsonl.vectors?region=x"
+
+
 def test_a_child_lies_before_the_settings() -> None:
     address = parse_object("s3://bucket/a?region=x", "output")
     assert address.child("errors.jsonl") == "s3://bucket/a/errors.jsonl?region=x"
