@@ -4,11 +4,13 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 TEST_ARGS ?=
 BENCH_ARGS ?=
+CHAOS_ARGS ?=
+SECONDS ?= 600
 export Q
 
 QUESTIONS := "how do I parse a date?" "read a file that is compressed" "wait for several threads to finish"
 
-.PHONY: help .venv demo test check mutants scale bench bench-pipeline bench-latency clean
+.PHONY: help .venv demo test check mutants scale chaos bench bench-pipeline bench-latency clean
 
 help:
 	@echo 'make demo [Q="a question"]   embed the standard library'"'"'s docstrings, then search them'
@@ -16,6 +18,7 @@ help:
 	@echo 'make check                   lint, format, types, import rules'
 	@echo 'make mutants [MUTANTS="a b"]  breaks the code in many ways; the tests must notice each'
 	@echo 'make scale                   memory and throughput on large corpora: takes minutes'
+	@echo 'make chaos [SECONDS=600] [SEED=N]   break everything at random, then count every row'
 	@echo 'make bench                   against sentence-transformers, Infinity, ONNX Runtime: 12 minutes'
 	@echo 'make bench-pipeline          everything but the model, with the hashing engine'
 	@echo 'make bench-latency           one text now, beside a bulk job; one text in embedded mode'
@@ -50,6 +53,9 @@ mutants: .venv/.installed
 
 scale: .venv/.installed
 	$(BIN)/pytest -m scale --timeout 0 $(TEST_ARGS)
+
+chaos: .venv/.installed
+	$(BIN)/python tests/chaos --seconds $(SECONDS) $(if $(SEED),--seed $(SEED)) $(CHAOS_ARGS)
 
 bench: .venv/.installed
 	$(BIN)/python bench/compare.py $(BENCH_ARGS)
