@@ -205,7 +205,7 @@ def test_a_submit_without_a_worker_names_the_command_and_the_queues_that_have_on
     with MiniWorker(url, f"{queue}-other"):
         submit = start_submit(corpus(tmp_path), "-o", tmp_path / "out", *fleet_args(url, queue), "--json")
         assert submit.stderr is not None
-        said = submit.stderr.readline()
+        said = next(line for line in submit.stderr if "waiting for a worker" in line)
         assert f"embed-worker --model mini --redis {url} --queue {queue}" in said
         assert f"{queue}-other" in said
         with MiniWorker(url, queue):
