@@ -52,7 +52,7 @@ def run_tests(tests: Sequence[str], mutant: Mutant | None = None) -> tuple[int, 
             text=True,
             check=False,
         )
-    return done.returncode, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.returncode, done.stdout[-4000:] + done.stderr[-2000:]
 
 
 def judge(mutant: Mutant) -> tuple[str, float, str]:
@@ -60,14 +60,17 @@ def judge(mutant: Mutant) -> tuple[str, float, str]:
     begun = time.monotonic()
     code, words = run_tests(mutant.tests, mutant)
     seconds = time.monotonic() - begun
-    if code != RED:
-        return "SURVIVED" if code == GREEN else "NOT RUN", seconds, words
-    why = re.search(r"^(?:FAILED|ERROR) \S+ - (.*)", words, re.MULTILINE)
-    return KILLED, seconds, why[1][:90] if why else ""
+    why = re.search(r"^E +(.*)", words, re.MULTILINE)
+    if code == RED and why is not None:
+        return KILLED, seconds, why[1][:100]
+    return "SURVIVED" if code == GREEN else "NOT RUN", seconds, words
 
 
 def main(wanted: Sequence[str]) -> int:
     chosen = [mutant for mutant in MUTANTS if not wanted or any(word in mutant.name for word in wanted)]
+    if not chosen:
+        print("no mutant has any of these words in its name")
+        return 2
     tests = sorted({test for mutant in chosen for test in mutant.tests})
     code, words = run_tests(tests)
     if code != GREEN:
