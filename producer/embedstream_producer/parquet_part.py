@@ -24,7 +24,7 @@ BATCH_BYTES = 8 * 1024 * 1024
 """Most rows judged at once, and about how many bytes of them."""
 
 COLUMN_BYTES = 2 * 1024 * 1024
-"""Read at once of each column: memory does not depend on the size of row groups."""
+"""Read at once of each column, and nothing ahead: memory does not depend on the size of row groups."""
 
 
 class RandomAccess(Protocol):
@@ -83,7 +83,10 @@ class ParquetPart:
         row, total = 0, file.metadata.num_rows
         for group in range(file.metadata.num_row_groups):
             rows = _rows_at_once(file.metadata.row_group(group))
-            for batch in file.iter_batches(batch_size=rows, row_groups=[group], columns=reader.columns):
+            # Threads take longer to share out a batch than to decode it.
+            for batch in file.iter_batches(
+                batch_size=rows, row_groups=[group], columns=reader.columns, use_threads=False
+            ):
                 yield reader.judge(row, batch)
                 row += batch.num_rows
                 if on_position is not None and self.size is not None:
@@ -92,7 +95,10 @@ class ParquetPart:
     @contextlib.contextmanager
     def _opened(self) -> Iterator[pq.ParquetFile]:
         try:
-            with self._opens.file() as source, pq.ParquetFile(source, buffer_size=COLUMN_BYTES) as file:
+            with (
+                self._opens.file() as source,
+                pq.ParquetFile(source, buffer_size=COLUMN_BYTES, pre_buffer=False) as file,
+            ):
                 yield file
         except pa.ArrowException as error:
             first = str(error).partition("\n")[0].rstrip(".")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import random
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
@@ -71,6 +72,20 @@ def test_bad_rows_are_refused_by_their_row(tmp_path: Path) -> None:
     assert told[1].message == "id a was used before, in row 1"
     assert told[1].original == '{"id": "a", "text": "three"}'
     assert block.total == 4
+
+
+def test_memory_does_not_grow_with_a_row_group(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    texts = [rng.randbytes(1000).hex() for _ in range(20_000)]
+    data = pa.table({"id": range(1, len(texts) + 1), "text": texts})
+    pq.write_table(data, tmp_path / "c.parquet", use_dictionary=False, row_group_size=len(texts))
+    del data, texts
+    parts = check_sources([str(tmp_path / "c.parquet")])
+    assert (total_bytes(parts) or 0) > 20_000_000
+    before = pa.total_allocated_bytes()
+    with DuplicateIndex() as index:
+        most = max(pa.total_allocated_bytes() for _ in parts[0].blocks(make_spec(parts), index))
+    assert most - before < 16_000_000
 
 
 def test_progress_ends_at_the_size_of_the_file(tmp_path: Path) -> None:
