@@ -161,6 +161,8 @@ class FilePart:
 class _LocalFile:
     """A file on a disk, for reading at any place."""
 
+    piece_bytes = 1024 * 1024
+
     def __init__(self, path: str, label: str) -> None:
         self._path = path
         self._label = label

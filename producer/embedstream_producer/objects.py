@@ -18,6 +18,8 @@ READ_BYTES = 8 * 1024 * 1024
 class ObjectSource:
     """One object."""
 
+    piece_bytes = READ_BYTES
+
     def __init__(self, address: ObjectAddress, label: str) -> None:
         """Raises `InputError`: it is not there, or cannot be read."""
         self._address = address

@@ -23,12 +23,12 @@ BATCH_ROWS = 1024
 BATCH_BYTES = 8 * 1024 * 1024
 """Most rows judged at once, and about how many bytes of them."""
 
-COLUMN_BYTES = 2 * 1024 * 1024
-"""Read at once of each column, and nothing ahead: memory does not depend on the size of row groups."""
-
 
 class RandomAccess(Protocol):
     """A file on a disk or in a bucket."""
+
+    piece_bytes: int
+    """What is well read at once."""
 
     def file(self) -> pa.NativeFile: ...
     def check_unchanged(self) -> None: ...
@@ -97,7 +97,8 @@ class ParquetPart:
         try:
             with (
                 self._opens.file() as source,
-                pq.ParquetFile(source, buffer_size=COLUMN_BYTES, pre_buffer=False) as file,
+                # A piece of each column and nothing ahead: memory does not depend on the size of row groups.
+                pq.ParquetFile(source, buffer_size=self._opens.piece_bytes, pre_buffer=False) as file,
             ):
                 yield file
         except pa.ArrowException as error:
