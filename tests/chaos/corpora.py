@@ -37,13 +37,13 @@ class Expected:
     """Row -> the codes it may have: in the errors, and only there."""
 
 
-def write_corpus(path: Path, rng: random.Random, rows: int) -> Expected:
-    """Texts of uneven length, some of which do harm, and some lines that are none."""
+def write_corpus(path: Path, rng: random.Random, rows: int, harmful: bool) -> Expected:
+    """Texts of uneven length, some of which are slow, or (`harmful`) do worse, and some lines that are no records."""
     expected = Expected()
     words = [f"w{rng.randrange(10**6)}" for _ in range(500)]
     special: dict[int, str] = dict.fromkeys(rng.sample(range(rows), 30), "slow")
     places = [row for row in rng.sample(range(rows), 60) if row not in special]
-    for harm in (*LASTING, *(f"{harm}*1" for harm in PASSING), "kill*2", "hang*2"):
+    for harm in (*LASTING, *(f"{harm}*1" for harm in PASSING), "kill*2", "hang*2") if harmful else ():
         special[places.pop()] = harm
     for refused in ("json", "empty", "text"):
         special[places.pop()] = refused

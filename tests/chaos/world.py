@@ -144,7 +144,7 @@ class World:
     def new_job(self, rows: int, kind: str) -> Job:
         number = len(self.jobs)
         corpus = self.place / f"c{number}.jsonl"
-        expected = write_corpus(corpus, self.rng, rows)
+        expected = write_corpus(corpus, self.rng, rows, harmful=number % 3 == 0)
         output = f"redis:?prefix=job{number}:" if kind == "redis" else str(self.outputs / f"job{number}")
         job = Job(number, corpus, output, expected)
         self.jobs.append(job)
