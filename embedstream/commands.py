@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+from collections.abc import Callable
 from typing import NoReturn
 
 import click
@@ -17,8 +18,16 @@ INTERRUPTED = 130
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
-def run(command: click.Command) -> NoReturn:
-    """Run a command; every error on purpose is one sentence on standard error, and its own exit code."""
+def tell_error(message: str) -> None:
+    """One sentence for people."""
+    echo(f"Error: {message}", err=True)
+
+
+def run(command: click.Command, tell: Callable[[str], None] = tell_error) -> NoReturn:
+    """Run a command; every error on purpose is one sentence on standard error, and its own exit code.
+
+    `tell`: what says the sentence.
+    """
     try:
         # Not standalone: click would end an interrupted command with 1, which here means a failed job.
         code = command.main(standalone_mode=False)
@@ -29,7 +38,7 @@ def run(command: click.Command) -> NoReturn:
         error.show()
         sys.exit(error.exit_code)
     except EmbedstreamError as error:
-        echo(f"Error: {error}", err=True)
+        tell(str(error))
         sys.exit(error.exit_code)
     except BrokenPipeError:
         # Whoever read our output has left: nothing more can be said, not even by the interpreter's own flush.

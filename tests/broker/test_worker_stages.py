@@ -27,6 +27,7 @@ from embedstream_worker.intake import FIRST_WINDOW_TOKENS, LEAST_BLOCK_TOKENS, I
 from embedstream_worker.interactive import Interactive
 from embedstream_worker.jobs import Jobs, WorkerModel
 from embedstream_worker.lease import Leases
+from embedstream_worker.meter import Meter
 from embedstream_worker.pipeline import Channel, Life, start_stage
 
 SETTINGS = WorkerSettings(window_ms=20, lease_seconds=600)
@@ -129,7 +130,8 @@ class Taking:
         model = WorkerModel("hashing", None)
         self.jobs = Jobs(broker, bench.url, HashingEngine(), model, (str(bench.folder),))
         chosen = WorkerSettings(**{"window_ms": 20, "lease_seconds": 600.0, **settings})
-        intake = Intake(broker, self.jobs, self.held, self.life, self.windows, "w1", chosen, window_tokens)
+        meter = Meter("q")
+        intake = Intake(broker, self.jobs, self.held, self.life, self.windows, "w1", chosen, window_tokens, meter)
         self.thread = start_stage("intake", self.life, intake.run, [self.windows])
 
     def next(self) -> list[HeldBlock]:

@@ -27,6 +27,7 @@ from embedstream_worker.finish import FinishedBlock, finish_blocks
 from embedstream_worker.held import EmbeddedGroup, Held, HeldBlock, TokenizedGroup, Window
 from embedstream_worker.infer import Urgent
 from embedstream_worker.jobs import OpenJob
+from embedstream_worker.meter import Meter
 from embedstream_worker.pipeline import Channel, Life, start_stage
 from embedstream_worker.tokenize import Tokenize, encode_rows
 
@@ -203,7 +204,7 @@ def test_blocks_tokenized_in_several_threads_come_out_in_their_order_each_error_
     group = embedded(packed(texts, chunks=9)).tokenized
     source, out = Channel[Window](1), Channel[list[TokenizedGroup] | Urgent](1)
     broker = Broker(connect("redis://127.0.0.1:1"), "q")  # nothing is released here
-    tokenize = Tokenize(Picky, 4, broker, "w", Held(), Life(), source, out)
+    tokenize = Tokenize(Picky, 4, broker, "w", Held(), Life(), source, out, Meter("q"))
     stage = start_stage("tokenize", Life(), tokenize.run, [source, out])
     source.put(Window(group.blocks))
     item = out.get(timeout=30)

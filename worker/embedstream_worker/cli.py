@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import socket
 import sys
@@ -13,8 +12,8 @@ import click
 from embedstream.commands import run
 from embedstream.errors import UsageError
 from embedstream.jobs import model_address, queue_name
+from embedstream.logs import LogFormat, set_up, tell_error
 from embedstream.settings import ENV_PREFIX, WorkerSettings
-from embedstream.terminal import PrintableFormatter
 from embedstream_worker.model_folder import ALLOW_PICKLE, TRUST_REMOTE_CODE, Trust
 
 if TYPE_CHECKING:
@@ -98,6 +97,13 @@ def usable_device(name: str) -> str:
 )
 @click.option("--trust-remote-code", is_flag=True, help=TRUST_REMOTE_CODE)
 @click.option("--allow-pickle", is_flag=True, help=ALLOW_PICKLE)
+@click.option(
+    "--metrics-port",
+    type=click.IntRange(min=0, max=65535),
+    help="Serve /metrics (Prometheus), /healthz and /readyz; 0: any free port, which is logged. [default: off]",
+)
+@click.option("--metrics-host", default="127.0.0.1", help="Address to serve them at; 0.0.0.0 or :: for all.")
+@click.option("--log-format", type=click.Choice(["text", "json"]), default="text", help="json: one object a line.")
 @click.option("--embedded", is_flag=True, hidden=True, help="Belongs to an embed-submit: leave when it is gone.")
 @click.version_option(package_name="embedstream")
 def worker(
@@ -119,6 +125,9 @@ def worker(
     no_warmup: bool,
     burst: bool,
     only_check: bool,
+    metrics_port: int | None,
+    metrics_host: str,
+    log_format: LogFormat,
     embedded: bool,
     trust_remote_code: bool,
     allow_pickle: bool,
@@ -128,6 +137,7 @@ def worker(
     Exit codes: 0 told to stop, or --burst and nothing left; 1 it failed; 2 it can never run so; 75 its device hangs or
     is lost: start it again.
     """
+    set_up(log_format)
     if revision and model == HASHING:
         raise UsageError(f"--revision {revision}: the model {HASHING} has none; leave it out")
     model = model_address(model)
@@ -160,6 +170,7 @@ def worker(
         not no_warmup,
         embedded,
         Trust(code=trust_remote_code, pickle=allow_pickle),
+        None if metrics_port is None else (metrics_host, metrics_port),
     )
 
 
@@ -175,9 +186,4 @@ def is_ready(redis_url: str, queue: str) -> bool:
 
 def main() -> None:
     """Entry point."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(PrintableFormatter("%(asctime)s %(levelname)s %(message)s"))
-    logging.basicConfig(level=logging.WARNING, handlers=[handler])
-    logging.getLogger("embedstream").setLevel(logging.INFO)
-    logging.getLogger("embedstream_worker").setLevel(logging.INFO)
-    run(worker)
+    run(worker, tell_error)

@@ -13,6 +13,7 @@ from embedstream.dataset.sink import Sink, open_sink
 from embedstream.errors import EmbedstreamError
 from embedstream.finalizing import finalize_job
 from embedstream.jobs import JobSpec
+from embedstream.logs import about
 from embedstream.roots import check_output
 from embedstream_worker.troubles import Outage
 
@@ -57,7 +58,7 @@ class Housekeeping:
             try:
                 self._sink(self._broker.status(job).spec)  # a lease that this worker cannot use would hold others up
                 if finalize_job(self._broker, job, self._sink):
-                    log.info("job %s finalized", job)
+                    log.info("job %s finalized", job, extra=about(job))
             except EmbedstreamError as error:
                 self._note(job, str(error))
 
@@ -68,7 +69,7 @@ class Housekeeping:
 
     def _note(self, job: str, why: str) -> None:
         if self._failed.get(job) != why:
-            log.warning("job %s cannot be finalized here: %s", job, why)
+            log.warning("job %s cannot be finalized here: %s", job, why, extra=about(job))
         self._failed = self._failed | {job: why}
 
     def _retire(self) -> None:

@@ -21,6 +21,7 @@ from embedstream.errors import DeviceLost
 from embedstream.workers import InHand
 from embedstream_worker.engines.base import Engine, OutOfMemory, Role, Tokens
 from embedstream_worker.held import EmbeddedGroup, RowErrors, TokenizedGroup
+from embedstream_worker.meter import Meter
 from embedstream_worker.pipeline import Channel, Closed, Life
 from embedstream_worker.suspects import NotOurs
 from embedstream_worker.work import Taken, Work
@@ -78,12 +79,14 @@ class Infer:
         life: Life,
         source: Channel[list[TokenizedGroup] | Urgent],
         out: Channel[list[EmbeddedGroup]],
+        meter: Meter,
     ) -> None:
         self._engine = engine
         self._budget = batch_tokens
         self._life = life
         self._source = source
         self._out = out
+        self._meter = meter
         self._name, self._output = next(iter(engine.info.outputs.items()))
         self._padded = engine.info.padded
         self._windows: deque[_Window] = deque()
@@ -175,7 +178,7 @@ class Infer:
         if work.note is not None:
             work.note(int(taken.rows[0]))
         run = self._engine.embed_exact if taken.exact else self._engine.embed
-        with self._life.computing():
+        with self._life.computing(), self._meter.batch(len(taken.batch.ids)):
             return run(taken.batch)[self._name]
 
     def _begin(self, group: TokenizedGroup) -> Work:

@@ -14,12 +14,14 @@ from embedstream.blocks import decode_block
 from embedstream.broker import Broker, Claimed, entry_size
 from embedstream.errors import BlockError
 from embedstream.jobs import JobState
+from embedstream.logs import about
 from embedstream.settings import WorkerSettings
 from embedstream.troubles import passes
 from embedstream_worker.held import Held, HeldBlock, Window, hand_back, release
 from embedstream_worker.jobs import Jobs, OpenJob
+from embedstream_worker.meter import Meter
 from embedstream_worker.pipeline import Channel, Closed, Life
-from embedstream_worker.suspects import ALONE
+from embedstream_worker.suspects import ALONE, BY_CHUNK
 from embedstream_worker.troubles import Outage
 
 log = logging.getLogger(__name__)
@@ -67,6 +69,7 @@ class Intake:
         consumer: str,
         settings: WorkerSettings,
         window_tokens: int,
+        meter: Meter,
         burst: bool = False,
         hopeless: Callable[[], Container[str]] = frozenset,
     ) -> None:
@@ -79,6 +82,7 @@ class Intake:
         self._consumer = consumer
         self._settings = settings
         self._window_tokens = window_tokens
+        self._meter = meter
         self._wanted_tokens = 0  # the next window's
         self._burst = burst
         self._hopeless = hopeless
@@ -219,12 +223,23 @@ class Intake:
         return found
 
     def _decode(self, claimed: Claimed, job: OpenJob) -> HeldBlock | None:
+        self._meter.claimed(claimed.deliveries)
         try:
-            block = decode_block(claimed.fields, job.spec.keep, len(job.spec.parts))
+            with self._meter.stage("decode"):
+                block = decode_block(claimed.fields, job.spec.keep, len(job.spec.parts))
         except BlockError as error:
             self._held.remove(claimed.stream, [claimed.entry])
             self._jobs.fail(job.id, str(error))
             return None
+        if claimed.deliveries >= BY_CHUNK:
+            log.warning(
+                "job %s: block %d:%d has been in the hands of %d workers that died: its chunks are tried one by one",
+                job.id,
+                block.part,
+                block.number,
+                claimed.deliveries - 1,
+                extra=about(job.id, (block.part, block.number)),
+            )
         size = entry_size(claimed.fields)
         return HeldBlock(job, claimed.stream, claimed.entry, size, claimed.deliveries, block)
 
@@ -250,7 +265,12 @@ class Intake:
             mine = self._held.entries(stream)
             unseen = [entry for entry in self._broker.pending(stream, self._consumer) if entry not in mine]
             if unseen:
-                log.info("job %s: %d blocks handed back whose claim was never answered", job.id, len(unseen))
+                log.info(
+                    "job %s: %d blocks handed back whose claim was never answered",
+                    job.id,
+                    len(unseen),
+                    extra=about(job.id),
+                )
                 hand_back(self._broker, stream, self._consumer, unseen)
 
 

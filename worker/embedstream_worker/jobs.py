@@ -17,6 +17,7 @@ from embedstream.broker import Broker
 from embedstream.dataset.sink import Sink, open_sink
 from embedstream.errors import EmbedstreamError, JobUnknown, ModelError, OutputError
 from embedstream.jobs import JobSpec, JobState, JobStatus, queue_name
+from embedstream.logs import about
 from embedstream.opening import is_here
 from embedstream.roots import check_output
 from embedstream_worker.engines.base import Engine, EngineInfo
@@ -102,6 +103,11 @@ class Jobs:
         with self._lock:
             return [self._open[job] for job in active if job in self._open]
 
+    def open_jobs(self) -> frozenset[str]:
+        """Ids of the jobs that this worker works on."""
+        with self._lock:
+            return frozenset(self._open)
+
     def refused(self) -> dict[str, str]:
         """The active jobs that are not for this worker, and why."""
         with self._lock:
@@ -119,7 +125,7 @@ class Jobs:
             self._open.pop(job, None)
             self._refused[job] = _Refused(why, self._clock() + seconds)
         if before is None or before.why != why:
-            log.warning("job %s is not for this worker: %s", job, why)
+            log.warning("job %s is not for this worker: %s", job, why, extra=about(job))
 
     def fail(self, job: str, why: str) -> None:
         """End a job that no worker can ever serve, and say why to whoever waits for it."""
@@ -127,7 +133,7 @@ class Jobs:
         try:
             self._broker.run(self._broker.cancel(job, JobState.FAILED, why))
         except redis.RedisError as error:
-            log.warning("job %s could not be ended (%s): whoever takes it next will try", job, error)
+            log.warning("job %s could not be ended (%s): whoever takes it next will try", job, error, extra=about(job))
 
     def check_root(self, job: OpenJob) -> None:
         """Raise `OutputError` if the job's output is not below the roots any more: a folder may have become a link."""
@@ -165,7 +171,7 @@ class Jobs:
             with self._lock:
                 self._open[job] = opened
                 if self._refused.pop(job, None) is not None:
-                    log.info("job %s can be worked on now", job)
+                    log.info("job %s can be worked on now", job, extra=about(job))
 
     def _opened(self, job: str, status: JobStatus) -> OpenJob:
         """Raises `ModelError` if the model cannot serve it."""

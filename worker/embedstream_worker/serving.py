@@ -15,12 +15,15 @@ import pyarrow as pa
 
 from embedstream.connection import connect, explaining
 from embedstream.dataset.sink import canonical_output
+from embedstream.exposition import Exposition, QueueCollector
+from embedstream.logs import identify
 from embedstream.objects import is_object, parse_object
 from embedstream.preflight import check, shortcomings
 from embedstream.settings import WorkerSettings
 from embedstream_worker.engines import EngineName, make_engine
 from embedstream_worker.engines.precision import Dtype
 from embedstream_worker.jobs import WorkerModel
+from embedstream_worker.meter import Meter
 from embedstream_worker.model_folder import Trust
 from embedstream_worker.pipeline import Life
 from embedstream_worker.worker import Worker, WorkerPlan
@@ -43,14 +46,24 @@ def serve(
     warm_up: bool,
     embedded: bool,
     trust: Trust,
+    listen: tuple[str, int] | None,
 ) -> None:
-    """Build the worker and run it until it is told to stop. No output root: the current folder, and `redis:`."""
+    """Build the worker and run it until it is told to stop. No output root: the current folder, and `redis:`.
+
+    `listen`: host and port of /metrics, /healthz and /readyz.
+    """
     roots = tuple(canonical_root(root) for root in output_roots or (str(Path.cwd()), "redis:"))
-    life, orphaned = Life(), threading.Event()
+    life, orphaned, meter = Life(), threading.Event(), Meter(queue)
+    identify(queue=queue)
     stop_on_signals(life)
     if embedded:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         threading.Thread(target=leave_with_parent, args=(os.getppid(), life, orphaned), daemon=True).start()
+    if listen is not None:
+        # Before all that takes long: probes hear that the worker is there, and not ready.
+        meter.registry.register(QueueCollector(redis_url, [queue]))
+        served = Exposition(*listen, meter.registry, lambda: str(life.failure or ""), meter.unready)
+        log.info("metrics at %s", served.url)
     with connect(redis_url, retries=0) as client, explaining(redis_url):
         check(client, redis_url)
         for shortcoming in () if embedded else shortcomings(client, redis_url):
@@ -67,7 +80,9 @@ def serve(
 
     try:
         with explaining(redis_url):
-            Worker(plan, made, life=life, last=end_private_server).run()
+            worker = Worker(plan, made, life=life, last=end_private_server, meter=meter)
+            identify(worker=worker.name)
+            worker.run()
     finally:
         end_private_server()
 

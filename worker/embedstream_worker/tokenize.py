@@ -16,6 +16,7 @@ from embedstream_worker.engines.base import TextTokenizer, Tokens
 from embedstream_worker.held import Held, HeldBlock, RowErrors, TokenizedGroup, Window, release
 from embedstream_worker.infer import Urgent
 from embedstream_worker.jobs import OpenJob
+from embedstream_worker.meter import Meter
 from embedstream_worker.pipeline import Channel, Life
 from embedstream_worker.suspects import BY_CHUNK, NotOurs, Trial
 
@@ -36,6 +37,7 @@ class Tokenize:
         life: Life,
         source: Channel[Window],
         out: Channel[list[TokenizedGroup] | Urgent],
+        meter: Meter,
     ) -> None:
         self._threads = threads
         self._tokenizers: SimpleQueue[TextTokenizer] = SimpleQueue()
@@ -47,6 +49,7 @@ class Tokenize:
         self._life = life
         self._source = source
         self._out = out
+        self._meter = meter
 
     def run(self) -> None:
         """Until the source closes. A worker that stops hands untouched windows back."""
@@ -58,7 +61,8 @@ class Tokenize:
                     release(self._broker, self._consumer, self._held, window.blocks)
                     continue
                 try:
-                    groups = [self._group(pool, job, blocks) for job, blocks in by_job(window.blocks)]
+                    with self._meter.stage("tokenize"):
+                        groups = [self._group(pool, job, blocks) for job, blocks in by_job(window.blocks)]
                 except NotOurs:
                     release(self._broker, self._consumer, self._held, window.blocks)
                     continue

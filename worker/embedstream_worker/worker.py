@@ -28,8 +28,10 @@ from embedstream_worker.intake import Intake
 from embedstream_worker.interactive import Interactive
 from embedstream_worker.jobs import Jobs, WorkerModel
 from embedstream_worker.lease import Leases
+from embedstream_worker.meter import Meter
 from embedstream_worker.pipeline import Channel, Life, start_stage
 from embedstream_worker.probe import best_budget
+from embedstream_worker.rates import Rates
 from embedstream_worker.tokenize import Tokenize
 from embedstream_worker.watchdog import Watchdog
 from embedstream_worker.write import Write
@@ -83,6 +85,7 @@ class Worker:
         life: Life | None = None,
         connect: Connect = connect,
         last: Callable[[], None] = lambda: None,
+        meter: Meter | None = None,
     ) -> None:
         """`last` is called when a process ends itself because a thread of it hangs."""
         self._plan = plan
@@ -92,6 +95,9 @@ class Worker:
         self._connect = connect
         self.name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
         self.life = life or Life()
+        self.meter = meter or Meter(plan.queue)
+        self.meter.told_by(lambda: self.state)
+        self._rates = Rates()
         self._held = Held()
         self._state = "starting"
         self._started = time.time()
@@ -100,6 +106,11 @@ class Worker:
         self._jobs: Jobs | None = None
         self._infer: Infer | None = None
         self._write: Write | None = None
+
+    @property
+    def state(self) -> str:
+        """starting, ready or draining."""
+        return "draining" if self.life.stopping.is_set() else self._state
 
     def run(self) -> None:
         """Raises whatever ended a stage; `BrokerError` or `ModelError` if it cannot even start."""
@@ -111,7 +122,8 @@ class Worker:
         watching = start_stage("watchdog", self.life, lambda: watchdog.run(gone.wait), [])
         try:
             self._engine.start()
-            self._info = self._engine.info
+            info = self._info = self._engine.info
+            self.meter.loaded(self.name, self._plan.model.name, info.engine, info.device, info.dtype)
             if not self.life.stopping.is_set():
                 batch_tokens = self._warm_up()
                 if not self.life.stopping.is_set():
@@ -154,6 +166,8 @@ class Worker:
         if plan.alone:
             self._inherit()
         window_tokens = settings.window_tokens or max(LEAST_WINDOW_TOKENS, BATCHES_PER_WINDOW * batch_tokens)
+        meter = self.meter
+        meter.warm(self._warm_up_seconds)
         intake = Intake(
             self._broker(retries=0),
             jobs,
@@ -163,12 +177,15 @@ class Worker:
             name,
             settings,
             window_tokens,
+            meter,
             plan.burst,
             housekeeping.hopeless,
         )
-        tokenize = Tokenize(engine.tokenizer, TOKENIZER_THREADS, self._broker(), name, held, life, windows, tokenized)
-        infer = self._infer = Infer(engine, batch_tokens, life, tokenized, embedded)
-        write = self._write = Write(self._broker(), jobs, engine.info, name, held, life, embedded, settings)
+        tokenize = Tokenize(
+            engine.tokenizer, TOKENIZER_THREADS, self._broker(), name, held, life, windows, tokenized, meter
+        )
+        infer = self._infer = Infer(engine, batch_tokens, life, tokenized, embedded, meter)
+        write = self._write = Write(self._broker(), jobs, engine.info, name, held, life, embedded, settings, meter)
         lease_ms = int(settings.lease_seconds * 1000)
         interactive = Interactive(engine, engine.tokenizer(), self._broker(retries=0), name, life, tokenized, lease_ms)
         self._state = "ready"
@@ -198,11 +215,15 @@ class Worker:
             log.warning("could not say that this worker is ready (%s), trying again", error)
 
     def _record(self) -> WorkerRecord:
-        info, rows, tokens, in_hand = self._info, 0, 0, {}
+        info, total, computed, in_hand = self._info, InHand(), dict[str, InHand](), dict[str, InHand]()
         if self._write is not None and self._infer is not None:
-            rows, tokens, in_hand = self._write.rows, self._write.tokens, self._write.in_hand()
-            for job, computed in self._infer.in_hand.items():
-                in_hand[job] = in_hand.get(job, InHand()) + computed
+            total, in_hand = self._write.total, self._write.in_hand()
+            for job, some in self._infer.in_hand.items():
+                in_hand[job] = in_hand.get(job, InHand()) + some
+            committed = self._write.committed
+            computed = {
+                job: committed.get(job, InHand()) + in_hand.get(job, InHand()) for job in {*committed, *in_hand}
+            }
         return WorkerRecord(
             name=self.name,
             host=socket.gethostname(),
@@ -213,13 +234,14 @@ class Worker:
             device=info.device if info else "",
             dtype=info.dtype if info else "",
             roots=self._plan.roots,
-            state="draining" if self.life.stopping.is_set() else self._state,
+            state=self.state,
             started=self._started,
             warm_up_seconds=self._warm_up_seconds,
-            rows=rows,
-            tokens=tokens,
+            rows=total.rows,
+            tokens=total.tokens,
             lease_seconds=self._plan.settings.lease_seconds,
             in_hand=in_hand,
+            rates=self._rates.look(time.monotonic(), computed),
             refused=self._jobs.refused_for_good() if self._jobs else {},
         )
 

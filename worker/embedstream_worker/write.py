@@ -18,6 +18,7 @@ from embedstream.dataset.sink import ShardContent, ShardRecord
 from embedstream.errors import BrokerError, OutputError
 from embedstream.jobs import JobState
 from embedstream.keys import GROUP, RELEASED
+from embedstream.logs import about
 from embedstream.settings import WorkerSettings
 from embedstream.steps import Answer, Code
 from embedstream.troubles import passes
@@ -26,6 +27,7 @@ from embedstream_worker.engines.base import EngineInfo
 from embedstream_worker.finish import FinishedBlock, finish_blocks
 from embedstream_worker.held import EmbeddedGroup, Held, HeldBlock, release
 from embedstream_worker.jobs import LOOK_AGAIN_SECONDS, Jobs, OpenJob
+from embedstream_worker.meter import Meter
 from embedstream_worker.pipeline import Channel, Closed, Life
 from embedstream_worker.troubles import Outage
 
@@ -74,6 +76,7 @@ class Write:
         life: Life,
         source: Channel[list[EmbeddedGroup]],
         settings: WorkerSettings,
+        meter: Meter,
     ) -> None:
         self._broker = broker
         self._jobs = jobs
@@ -83,10 +86,13 @@ class Write:
         self._life = life
         self._source = source
         self._settings = settings
+        self._meter = meter
         self._shards: dict[str, OpenShard] = {}
         self._closing: OpenShard | None = None
-        self.rows = 0
-        self.tokens = 0
+        self.total = InHand()
+        """All that was committed."""
+        self.committed: dict[str, InHand] = {}
+        """By job, of those that are still worked on."""
 
     def run(self) -> None:
         """Until the source closes; then every open shard is committed."""
@@ -111,7 +117,8 @@ class Write:
         }
 
     def _add(self, group: EmbeddedGroup) -> None:
-        blocks, unfinished = finish_blocks(group, self._info)
+        with self._meter.stage("finish"):
+            blocks, unfinished = finish_blocks(group, self._info)
         release(self._broker, self._consumer, self._held, unfinished)
         if not blocks:
             return
@@ -200,7 +207,9 @@ class Write:
             self._discard(shard.job, record.name)
             blocks = {address: block for address, block in blocks.items() if address not in answer.blocks}
             if answer.code is Code.CONFLICT:
-                log.info("job %s: %d blocks were done by others first", shard.job.id, len(refused))
+                log.info(
+                    "job %s: %d blocks were done by others first", shard.job.id, len(refused), extra=about(shard.job.id)
+                )
                 self._forget(refused)
             else:
                 self._drop_changed(shard, refused)
@@ -209,12 +218,16 @@ class Write:
         """Blocks of a corpus from before Redis was emptied have no entries any more. One that still has its own was put
         there past the submit step: given back it would come again for ever.
         """
-        log.warning("job %s: %d blocks are of another corpus, dropped", shard.job.id, len(refused))
+        log.warning(
+            "job %s: %d blocks are of another corpus, dropped", shard.job.id, len(refused), extra=about(shard.job.id)
+        )
         self._forget(refused)
         try:
             pending = set(self._broker.pending(shard.stream, self._consumer))
         except redis.RedisError as error:
-            log.warning("Redis cannot be used (%s); the lease of these blocks will expire", error)
+            log.warning(
+                "Redis cannot be used (%s); the lease of these blocks will expire", error, extra=about(shard.job.id)
+            )
             return
         for held in refused:
             if held.entry in pending:
@@ -225,11 +238,10 @@ class Write:
     def _settle(self, job: OpenJob, record: ShardRecord, answer: Answer, held: list[HeldBlock]) -> None:
         match answer.code:
             case Code.COMMITTED | Code.ALREADY:
-                self.rows += record.rows
-                self.tokens += record.tokens
+                self._count(record)
                 self._forget(held)
             case Code.DROPPED:
-                log.info("job %s is %s: %d rows dropped", job.id, answer.detail, record.rows)
+                log.info("job %s is %s: %d rows dropped", job.id, answer.detail, record.rows, extra=about(job.id))
                 self._discard(job, record.name)
                 self._forget(held)
             case Code.OTHER_SPACE:
@@ -237,10 +249,24 @@ class Write:
                 self._jobs.refuse(job.id, f"its vectors are of space {answer.detail}, this worker's of {job.space}")
                 release(self._broker, self._consumer, self._held, held)
             case Code.UNKNOWN_JOB:
-                log.warning("job %s is unknown to Redis now; shard %s stays to be adopted", job.id, record.name)
+                log.warning(
+                    "job %s is unknown to Redis now; shard %s stays to be adopted",
+                    job.id,
+                    record.name,
+                    extra=about(job.id),
+                )
                 self._forget(held)
             case _:
                 raise BrokerError(f"job {job.id}: Redis answered {answer.code} to a shard: is another version at work?")
+
+    def _count(self, record: ShardRecord) -> None:
+        self._meter.committed(record)
+        some = InHand(record.rows, record.tokens, record.padded)
+        open_jobs = self._jobs.open_jobs()
+        self.total += some
+        self.committed = {job: done for job, done in self.committed.items() if job in open_jobs} | {
+            record.job: self.committed.get(record.job, InHand()) + some
+        }
 
     def _forget(self, held: list[HeldBlock]) -> None:
         for block in held:
@@ -250,7 +276,7 @@ class Write:
         try:
             job.sink.discard_shard(name)
         except OutputError as error:
-            log.warning("%s; it counts for nothing, as no manifest will list it", error)
+            log.warning("%s; it counts for nothing, as no manifest will list it", error, extra=about(job.id))
 
     def _write(self, job: OpenJob, blocks: list[FinishedBlock]) -> ShardRecord | None:
         """A durable shard; None if the output could not be written for long, or until the worker was told to stop."""
@@ -260,12 +286,13 @@ class Write:
         while True:
             try:
                 self._jobs.check_root(job)
-                return job.sink.write_shard(content)
+                with self._meter.stage("write"):
+                    return job.sink.write_shard(content)
             except OutputError as error:
                 failures += 1
                 if str(error) != said:
                     said = str(error)
-                    log.error("%s; %d rows wait for it, trying again", error, content.record.rows)
+                    log.error("%s; %d rows wait for it, trying again", error, content.record.rows, extra=about(job.id))
                 given_up = time.monotonic() - begun > OUTPUT_PATIENCE_SECONDS
                 if given_up:
                     self._jobs.refuse(job.id, str(error), LOOK_AGAIN_SECONDS)
@@ -279,13 +306,15 @@ class Write:
         That is when Redis stays away while the worker is told to stop (the shard lies there to be adopted), or refuses
         for good.
         """
-        step = self._broker.commit(record, [block.to_commit() for block in blocks], job.spec)
+        worked_ms = round(1000 * self._meter.take_worked())
+        step = self._broker.commit(record, [block.to_commit() for block in blocks], job.spec, worked_ms)
         backoff, failures = ExponentialWithJitterBackoff(base=0.1, cap=5.0), 0
         outage = Outage(f"shard {record.name} waits to be committed")
         while True:
             last = self._life.stopping.is_set()
             try:
-                answer = self._broker.run(step)
+                with self._meter.stage("commit"):
+                    answer = self._broker.run(step)
                 outage.over()
                 return answer
             except redis.RedisError as error:

@@ -1,0 +1,245 @@
+"""Metrics and probes of worker processes: scraped over HTTP, compared with what the job did."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import socket
+import subprocess
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+from conftest import RedisServer
+from prometheus_client import CollectorRegistry, Metric
+from worker_lab import Gate, ScriptedEngine, worker_lab
+
+from e2e.harness import Fleet, fleet, read_manifest, run, wait_until, write_corpus
+from e2e.scraping import ask, logged_url, scrape, value
+from embedstream.exposition import Exposition, QueueCollector
+from embedstream.jobs import job_id
+from embedstream.metrics import QUEUE_METRICS, WORKER_METRICS
+from embedstream.queues import GUESSED_TOKENS_PER_SECOND
+
+
+@pytest.fixture
+def workers(redis_url: str, tmp_path: Path) -> Iterator[Fleet]:
+    with fleet(redis_url, tmp_path) as made:
+        yield made
+
+
+def test_the_metrics_are_those_declared_and_say_what_the_job_did(workers: Fleet, tmp_path: Path) -> None:
+    write_corpus(tmp_path / "c.jsonl", 5000)
+    with (tmp_path / "c.jsonl").open("a") as corpus:
+        corpus.write('{"id": "empty", "text": ""}\n{broken\n')
+    workers.start_worker("--metrics-port", 0)
+    url = logged_url(tmp_path / "worker-0.log")
+    done = run(
+        *("embed-submit", tmp_path / "c.jsonl", "-o", tmp_path / "out", "--redis", workers.url, "--model", "hashing"),
+        *("--max-length", 20, "--json"),
+    )
+    assert done.returncode == 3, done.stderr
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest["rows"] == 5000
+    families = scrape(url)
+    exposed = {name for family in families.values() for name in (family.name, f"{family.name}_total")}
+    declared = {metric.name for metric in (*WORKER_METRICS, *QUEUE_METRICS)}
+    assert declared <= exposed
+    ours = {name for name in families if name.startswith("embedstream_")}
+    assert ours == {name.removesuffix("_total") for name in declared}
+    for metric in (*WORKER_METRICS, *QUEUE_METRICS):
+        family = families[metric.name.removesuffix("_total")]
+        assert (family.type, family.documentation) == (metric.kind, metric.help)
+    blocks = sum(last - first + 1 for shard in manifest["shards"] for _, first, last in shard["blocks"])
+    for name, counted in {
+        "embedstream_claimed_blocks_total": blocks,
+        "embedstream_committed_blocks_total": blocks,
+        "embedstream_redelivered_blocks_total": 0,
+        "embedstream_committed_shards_total": len(manifest["shards"]),
+        "embedstream_committed_rows_total": 5000,
+        "embedstream_failed_rows_total": 2,
+        "embedstream_truncated_rows_total": manifest["truncated"],
+        "embedstream_committed_tokens_total": manifest["tokens"],
+        "embedstream_padding_tokens_total": manifest["padded"] - manifest["tokens"],
+        "embedstream_batch_tokens_sum": manifest["tokens"],
+        "embedstream_ready": 1,
+        "embedstream_redis_up": 1,
+        "embedstream_queue_blocks": 0,
+        "embedstream_queue_bytes": 0,
+        "embedstream_queue_drain_seconds": 0,
+        "embedstream_queue_stalled_jobs": 0,
+    }.items():
+        assert value(families, name) == counted, name
+    assert manifest["truncated"] > 0
+    assert value(families, "embedstream_queue_workers", state="ready") == 1
+    assert value(families, "embedstream_stage_seconds_count", stage="commit") == len(manifest["shards"])
+    busy = value(families, "embedstream_device_busy_seconds_total")
+    assert 0 < busy <= value(families, "embedstream_stage_seconds_sum", stage="infer") + 0.01
+    assert value(families, "embedstream_queue_worker_tokens_per_second") != GUESSED_TOKENS_PER_SECOND
+    assert value(families, "embedstream_warm_up_seconds") > 0
+    assert value(families, "embedstream_worker_info", engine="hashing", model="hashing") == 1
+    assert "process_resident_memory_bytes" in families
+
+
+def test_what_is_queued_is_told_in_seconds_with_no_worker_alive(workers: Fleet, tmp_path: Path) -> None:
+    write_corpus(tmp_path / "first.jsonl", 3000, seed=1)
+    write_corpus(tmp_path / "second.jsonl", 3000, seed=2)
+    worker = workers.start_worker()
+    args = ["--redis", workers.url, "--model", "hashing", "--json"]
+    first = json.loads(run("embed-submit", tmp_path / "first.jsonl", "-o", tmp_path / "1", *args).stdout)
+    worker.terminate()
+    assert worker.wait(20) == 0
+    assert run("embed-submit", tmp_path / "second.jsonl", "-o", tmp_path / "2", *args, "--detach").returncode == 0
+    families = scrape_queues(workers.url)
+    assert value(families, "embedstream_queue_workers", queue="hashing", state="ready") == 0
+    assert value(families, "embedstream_queue_jobs", queue="hashing", state="running") == 1
+    assert value(families, "embedstream_queue_claimed_blocks", queue="hashing") == 0
+    pace = value(families, "embedstream_queue_worker_tokens_per_second", queue="hashing")
+    tokens = value(families, "embedstream_queue_tokens", queue="hashing")
+    assert tokens == pytest.approx(first["tokens"], rel=0.1)  # as many rows of the same kind
+    assert value(families, "embedstream_queue_drain_seconds", queue="hashing") == pytest.approx(tokens / pace)
+    assert value(families, "embedstream_queue_oldest_block_age_seconds", queue="hashing") > 0
+
+
+def scrape_queues(redis_url: str) -> dict[str, Metric]:
+    """As a coordinator does it: all queues of a server."""
+    registry = CollectorRegistry()
+    registry.register(QueueCollector(redis_url))
+    served = Exposition("127.0.0.1", 0, registry, lambda: "", lambda: "")
+    try:
+        return scrape(served.url.removesuffix("/metrics"))
+    finally:
+        served.close()
+
+
+def test_a_redis_that_is_gone_leaves_the_rest_of_a_scrape_as_it_is() -> None:
+    families = scrape_queues("redis://127.0.0.1:1")
+    assert value(families, "embedstream_redis_up") == 0
+    assert "embedstream_queue_drain_seconds" not in families
+
+
+def test_a_worker_is_unready_until_it_is_warm(redis_server: RedisServer, tmp_path: Path) -> None:
+    loading, warming = Gate(), Gate()
+
+    class Slow(ScriptedEngine):
+        def start(self) -> None:
+            loading([])
+
+        def warm_up(self, batch_tokens: int) -> float:
+            warming([])
+            return super().warm_up(batch_tokens)
+
+    with worker_lab(redis_server.url, tmp_path) as lab:
+        meter = lab.start(Slow()).worker.meter
+        served = Exposition("127.0.0.1", 0, meter.registry, lambda: "", meter.unready)
+        url = served.url.removesuffix("/metrics")
+        try:
+            for gate in (loading, warming):
+                assert gate.arrived.wait(30)
+                assert ask(f"{url}/readyz") == (503, "starting\n")
+                assert ask(f"{url}/healthz") == (200, "ok\n")
+                assert value(scrape(url), "embedstream_ready") == 0
+                gate.open.set()
+            wait_until(lambda: ask(f"{url}/readyz") == (200, "ok\n"), "the worker to be ready")
+            assert value(scrape(url), "embedstream_ready") == 1
+        finally:
+            served.close()
+
+
+def test_a_worker_that_drains_is_healthy_and_not_ready(workers: Fleet, tmp_path: Path) -> None:
+    (tmp_path / "c.jsonl").write_text('{"id": "1", "text": "[[fault:hang]]"}\n')
+    strikes = tmp_path / "strikes"
+    strikes.mkdir()
+    options = ["--metrics-port", 0, "--drain-seconds", 3]
+    worker = workers.start_worker(*options, EMBEDSTREAM_HASHING_FAULTS=str(strikes))
+    url = logged_url(tmp_path / "worker-0.log")
+    assert ask(f"{url}/readyz") == (200, "ok\n")
+    args = ["-o", tmp_path / "out", "--redis", workers.url, "--model", "hashing", "--detach"]
+    assert run("embed-submit", tmp_path / "c.jsonl", *args).returncode == 0
+    wait_until(lambda: list(strikes.iterdir()), "a batch in the model")
+    worker.send_signal(signal.SIGTERM)
+    wait_until(lambda: ask(f"{url}/readyz") == (503, "draining\n"), "the worker to drain")
+    assert ask(f"{url}/healthz") == (200, "ok\n")
+    families = scrape(url)
+    assert value(families, "embedstream_ready") == 0
+    assert value(families, "embedstream_queue_claimed_blocks") == 1
+    assert worker.wait(30) == 0
+
+
+def test_blocks_of_a_killed_worker_count_as_redelivered(workers: Fleet, tmp_path: Path) -> None:
+    (tmp_path / "c.jsonl").write_text('{"id": "1", "text": "[[fault:kill*1]]"}\n')
+    strikes = tmp_path / "strikes"
+    strikes.mkdir()
+    first = workers.start_worker(EMBEDSTREAM_HASHING_FAULTS=str(strikes))
+    args = ["-o", tmp_path / "out", "--redis", workers.url, "--model", "hashing", "--detach"]
+    assert run("embed-submit", tmp_path / "c.jsonl", *args).returncode == 0
+    assert first.wait(30) == -signal.SIGKILL
+    workers.start_worker("--metrics-port", 0, EMBEDSTREAM_HASHING_FAULTS=str(strikes))
+    job = job_id("hashing", str(tmp_path / "out"))
+    wait_until(lambda: workers.broker.status(job).state.ended, "the job to end")
+    families = scrape(logged_url(tmp_path / "worker-1.log"))
+    assert value(families, "embedstream_redelivered_blocks_total") == 1
+    assert value(families, "embedstream_committed_rows_total") == 1
+
+
+def test_a_port_that_is_taken_is_one_sentence(redis_url: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = run("embed-worker", "--model", "hashing", "--redis", redis_url, "--metrics-port", port)
+    assert done.returncode == 2
+    assert f"metrics cannot be served at 127.0.0.1 port {port}" in done.stderr
+    assert "--metrics-port" in done.stderr
+
+
+def test_without_a_port_nothing_listens(workers: Fleet) -> None:
+    assert not listens(workers.start_worker().pid)
+    assert listens(workers.start_worker("--metrics-port", 0).pid)
+
+
+def listens(pid: int) -> bool:
+    """Whether the process has a TCP socket that waits for connections (Linux)."""
+    sockets = set()
+    for path in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            sockets.add(path.readlink().name)
+    lines = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()]
+    return any(fields[3] == "0A" and f"socket:[{fields[9]}]" in sockets for fields in lines)
+
+
+def test_other_paths_are_not_found_and_any_address_can_be_served() -> None:
+    served = Exposition("::1", 0, CollectorRegistry(), lambda: "the device is lost", lambda: "")
+    try:
+        url = served.url.removesuffix("/metrics")
+        assert url.startswith("http://[::1]:")
+        assert ask(f"{url}/healthz") == (503, "the device is lost\n")
+        assert ask(f"{url}/readyz?verbose") == (200, "ok\n")
+        assert ask(f"{url}/")[0] == 404
+    finally:
+        served.close()
+
+
+def test_a_log_in_json_names_worker_and_job_on_its_lines(workers: Fleet, tmp_path: Path) -> None:
+    (tmp_path / "c.jsonl").write_text('{"id": "1", "text": "[[fault:kill*2]]"}\n')
+    strikes = tmp_path / "strikes"
+    strikes.mkdir()
+    args = ["-o", tmp_path / "out", "--redis", workers.url, "--model", "hashing", "--detach"]
+    assert run("embed-submit", tmp_path / "c.jsonl", *args).returncode == 0
+    job = job_id("hashing", str(tmp_path / "out"))
+
+    def over(process: subprocess.Popen[bytes]) -> bool:
+        return process.poll() is not None or workers.broker.status(job).state.ended
+
+    for _ in range(3):
+        last = workers.start_worker("--log-format", "json", wait=False, EMBEDSTREAM_HASHING_FAULTS=str(strikes))
+        wait_until(partial(over, last), "a death, or the end")
+    lines = [json.loads(line) for line in (tmp_path / "worker-2.log").read_text().splitlines()]
+    assert {line["queue"] for line in lines} == {"hashing"}
+    ready = next(line for line in lines if line["message"].startswith("ready after"))
+    tried = next(line for line in lines if "one by one" in line["message"])
+    assert (ready["level"], tried["level"]) == ("info", "warning")
+    assert tried["job"] == job
+    assert tried["block"] == "0:0"
+    assert tried["worker"] == ready["worker"]
+    assert tried["time"].endswith("Z")

@@ -1,0 +1,42 @@
+"""How fast a worker gets on with each of its jobs."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Mapping
+
+from embedstream.workers import InHand, Rate
+
+SPAN_SECONDS = 30.0
+"""Rates are over so long: several windows of a slow device, yet a job that stands still shows soon."""
+
+LOOK_SECONDS = 0.5
+"""Looks that follow sooner are not kept."""
+
+
+class Rates:
+    """Looks at what was computed so far, and what came of it since. Shared between threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._looks: deque[tuple[float, Mapping[str, InHand]]] = deque()
+
+    def look(self, now: float, computed: Mapping[str, InHand]) -> dict[str, Rate]:
+        """Rates by job; `computed` never shrinks while a job is worked on. `now`: monotonic seconds."""
+        with self._lock:
+            rates = {job: self._rate(job, now, done) for job, done in computed.items()}
+            if not self._looks or now - self._looks[-1][0] >= LOOK_SECONDS:
+                self._looks.append((now, computed))
+            while len(self._looks) > 2 and self._looks[1][0] <= now - SPAN_SECONDS:
+                self._looks.popleft()
+        return {job: rate for job, rate in rates.items() if rate.tokens > 0}
+
+    def _rate(self, job: str, now: float, done: InHand) -> Rate:
+        first = self._looks[0][1].get(job, InHand()) if self._looks else done
+        # It begins when the job was last seen where it was at first: before, the worker had other work, or none.
+        begun = max((at for at, seen in self._looks if seen.get(job, InHand()) == first), default=now)
+        if done == first or begun >= now:
+            return Rate()
+        seconds = now - begun
+        return Rate(max(0.0, (done.rows - first.rows) / seconds), max(0.0, (done.tokens - first.tokens) / seconds))
