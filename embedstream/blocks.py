@@ -195,7 +195,10 @@ def decode_block(fields: Mapping[bytes, bytes], keep: tuple[str, ...], parts: in
 def _read_rows(body: bytes, schema: pa.Schema, name: str) -> pa.RecordBatch:
     """The one record batch of an Arrow stream. Nothing is decompressed before schema and sizes are what they may be."""
     messages = pa.ipc.MessageReader.open_stream(body)
-    found = pa.ipc.read_schema(messages.read_next_message())
+    first = messages.read_next_message()
+    if first.type != "schema":  # Arrow verifies only messages of the types that it knows, and reads any as a schema
+        raise BlockError(f"{name} begins with a message of type {first.type}, not with a schema")
+    found = pa.ipc.read_schema(first)
     if not found.equals(schema):
         raise BlockError(f"{name} has columns {_shown(found.names)}, not those of its job")
     message = messages.read_next_message()

@@ -357,8 +357,8 @@ def parse_status(job: str, raw: Mapping[bytes, bytes], now: float) -> JobStatus:
     """A job's hash as a status. Raises `JobUnknown` if there is none, `BrokerError` if it makes no sense."""
     if not raw:
         raise JobUnknown(f"no job {job} on this server: it never was, or has expired (embed-status lists them)")
-    value = {key.decode(): text.decode() for key, text in raw.items()}
     try:
+        value = {key.decode(): text.decode() for key, text in raw.items()}
         number = {
             name: int(value[name])
             for name in ("submitted", "rows", "failed", "skipped", "truncated", "tokens", "padded", "done")

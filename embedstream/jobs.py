@@ -111,7 +111,7 @@ def decode_spec(data: bytes | str) -> JobSpec:
     """
     try:
         spec = msgspec.json.decode(data, type=JobSpec)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise UsageError(f"job spec cannot be read: {error}") from error
     if spec.v != FORMAT_VERSION:
         raise UsageError(f"job spec has format version {spec.v}, this embedstream reads {FORMAT_VERSION}: upgrade it")
@@ -138,18 +138,22 @@ def model_folder(model: str) -> Path | None:
     """The folder that a model's name means, if it means one: an existing folder, or what is written as a path.
 
     Raises:
-        UsageError: the name is empty.
+        UsageError: the name is empty, or none that a folder can have.
     """
     if not model.strip():
         raise UsageError("the model's name is empty: give a folder or a Hugging Face id (--model)")
-    path = Path(model).expanduser()
-    return path if path.is_dir() or model.startswith(("/", "./", "../", "~")) or model in (".", "..") else None
+    try:
+        path = Path(model).expanduser()
+        named = path.is_dir() or model.startswith(("/", "./", "../", "~")) or model in (".", "..")
+        return path.absolute() if named else None
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UsageError(f"model {model[:100]}: no name of a folder or a model ({str(error)[:100]})") from error
 
 
 def model_address(model: str) -> str:
     """A model as a spec names it: a folder by its absolute path, anything else as it is."""
     folder = model_folder(model)
-    return model if folder is None else str(folder.absolute())
+    return model if folder is None else str(folder)
 
 
 def queue_name(model: str) -> str:

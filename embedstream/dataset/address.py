@@ -12,6 +12,9 @@ SCHEMES = ("redis", "rediss", "unix")
 QUEUE_PREFIX = "embedstream:"
 """How a queue's keys begin. Rows must not: with the prefix `embed`, an id could say the rest."""
 
+_DIGITS = 10
+"""Of the numbers in a URL: three centuries of seconds."""
+
 _CONNECTION = ("db", "ssl_ca_certs", "ssl_cert_reqs")
 """What a URL may say of the connection beside server, user, password and database."""
 
@@ -42,7 +45,10 @@ def parse_address(text: str) -> RedisAddress:
     Raises:
         UsageError: it cannot be used; the message shows no password.
     """
-    parts = urlsplit(text)
+    try:
+        parts = urlsplit(text)
+    except ValueError as error:
+        raise UsageError(f"output {text.partition(':')[0]}:…: is no URL ({error})") from error
     shown = f"{parts.scheme}:{'//…' if parts.netloc or parts.path else ''}?{parts.query}"
     settings = dict(parse_qsl(parts.query, keep_blank_values=True))
     ttl = _ttl(settings.pop("ttl"), shown) if "ttl" in settings else None
@@ -86,12 +92,14 @@ def _host_and_port(host: str | None, text: str, shown: str) -> str:
 def _db(text: str, shown: str) -> int:
     if not text:
         return 0
-    if not text.isdecimal():
-        raise UsageError(f"output {shown}: database {text!r} is not a number: write redis://host:6379/0?prefix=docs:")
+    if not text.isdecimal() or len(text) > _DIGITS:
+        raise UsageError(
+            f"output {shown}: database {text[:100]!r} is not a number: write redis://host:6379/0?prefix=docs:"
+        )
     return int(text)
 
 
 def _ttl(text: str, shown: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise UsageError(f"output {shown}: ttl={text} is not a number of seconds (ttl=86400 is a day)")
+    if not text.isdecimal() or len(text) > _DIGITS or int(text) == 0:
+        raise UsageError(f"output {shown}: ttl={text[:100]} is not a number of seconds (ttl=86400 is a day)")
     return int(text)

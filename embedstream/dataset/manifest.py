@@ -107,7 +107,7 @@ def decode_manifest(data: bytes | str, where: str) -> Manifest:
     try:
         manifest = msgspec.json.decode(data, type=Manifest)
         spec = decode_spec(bytes(manifest.spec))
-    except (msgspec.MsgspecError, UnicodeDecodeError, UsageError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, UsageError) as error:
         raise ManifestDamaged(
             f"{where}: the manifest cannot be read ({error}): restore it, or remove it and run the same embed-submit "
             f"again, which takes over what lies there"

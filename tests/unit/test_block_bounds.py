@@ -204,3 +204,11 @@ def test_a_decompression_bomb_is_an_error_and_takes_no_memory(tmp_path: Path) ->
     kib, _, message = done.stdout.partition(" ")
     assert "holds 536,87" in message
     assert int(kib) < 8 * 1024, f"{kib} KiB more"
+
+
+def test_a_message_of_a_type_that_arrow_would_not_verify_is_not_read() -> None:
+    packed = bytearray(body(table()))
+    header_type = packed.index(b"\x01", 24)  # 1: a schema
+    packed[header_type] = 110
+    with pytest.raises(BlockError, match="begins with a message of type unknown"):
+        decode_block(entry(bytes(packed), 3), ())
