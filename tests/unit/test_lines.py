@@ -5,7 +5,10 @@ from __future__ import annotations
 import gzip
 import io
 import os
+import subprocess
+import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embedstream.errors import InputError
+from embedstream.input.records import LONGEST_LINE_BYTES
 from embedstream_producer.lines import LineStream
 
 TEXT = b"".join(b'{"id": %d, "text": "some words"}\n' % i for i in range(40_000))
@@ -222,3 +226,33 @@ def test_a_stream_that_fails_is_named(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=r"^corpus: cannot be read \(Bad file descriptor\)"):
             list(batches)
         os.dup2(os.open(path, os.O_RDONLY), raw.fileno())  # so that closing it closes something
+
+
+PEAK = """
+import resource, sys
+from pathlib import Path
+from embedstream_producer.lines import LineStream
+
+def read(path):
+    with LineStream(Path(path).open("rb", buffering=0), path) as stream:
+        return [len(line) for lines in stream.batches() for line in lines]
+
+read(sys.argv[1])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+lengths = read(sys.argv[2])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, *lengths)
+"""
+
+
+@pytest.mark.parametrize("compress", [lambda data: gzip.compress(data, 1), zstd], ids=["gzip", "zstd"])
+def test_an_archive_that_unpacks_to_one_endless_line_takes_the_memory_of_the_bound(
+    compress: Callable[[bytes], bytes], tmp_path: Path
+) -> None:
+    small, bomb = tmp_path / "small", tmp_path / "bomb"
+    small.write_bytes(compress(b'{"id": 1}\n' * 1000))
+    bomb.write_bytes(compress(b" " * 512 * 1024 * 1024 + b"\n{}\n"))
+    assert bomb.stat().st_size < 4 * 1024 * 1024
+    done = subprocess.run([sys.executable, "-c", PEAK, small, bomb], capture_output=True, text=True, check=True)
+    kib, *lengths = map(int, done.stdout.split())
+    assert lengths == [LONGEST_LINE_BYTES + 1, 2]
+    assert kib < 8 * LONGEST_LINE_BYTES // 1024, f"{kib} KiB more"
