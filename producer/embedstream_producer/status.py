@@ -1,26 +1,27 @@
-"""What embed-status shows: one job, or all queues with their jobs and workers."""
+"""embed-status: one look at a job or at all queues, or one look after another."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import click
 import msgspec
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
 
 from embedstream.broker import Broker
 from embedstream.client import find_queue
+from embedstream.commands import INTERRUPTED
 from embedstream.connection import connect, explaining, mask
-from embedstream.errors import JobUnknown
-from embedstream.jobs import JobState, JobStatus
 from embedstream.preflight import check
+from embedstream.queues import look_at_queue
 from embedstream.terminal import echo, echo_json, printable
 from embedstream.troubles import patiently
-from embedstream.watching import lost_blocks, why_ended
-from embedstream.workers import WorkerRecord
-from embedstream_producer.report import duration
+from embedstream.watching import lost_blocks
+from embedstream_producer.status_view import JobLook, job_lines, job_object, queue_lines, queue_object
 
 WATCH_SECONDS = 1.0
 
@@ -28,152 +29,78 @@ MOST_ENDED = 10
 """Ended jobs of a queue in the listing, the newest."""
 
 
+class Look(msgspec.Struct, frozen=True):
+    """One look, as it is shown."""
+
+    lines: list[str]
+    value: dict[str, Any]
+    over: bool
+    """Whether nothing can change any more."""
+
+
 def show_status(job: str | None, redis_url: str, watch: bool, as_json: bool) -> None:
     """Print one look at a job, or at all queues; with `watch` a look every second, until the job has ended."""
-    client = connect(redis_url)
     check(connect(redis_url, retries=0), redis_url)
+    nowhere = Broker(connect(redis_url), "")
+
+    def look() -> Look:
+        return look_at_all(nowhere) if job is None else look_at_job(nowhere, job)
+
     try:
         with explaining(redis_url):
-            nowhere = Broker(client, "")
-
-            def look() -> tuple[str | dict[str, Any], bool]:
-                """What is to be shown, and whether there is nothing more to come."""
-                if job is None:
-                    return fleet_object(nowhere) if as_json else "\n".join(map(printable, fleet_lines(nowhere))), False
-                broker = Broker(client, find_queue(nowhere, job))
-                status = broker.status(job)
-                lines = job_lines(status, waits_for(broker, status))
-                return job_object(status) if as_json else "\n".join(map(printable, lines)), status.state.ended
-
-            while True:
-                shown, ended = patiently(look, _say, mask(redis_url)) if watch else look()
-                if watch and not as_json and sys.stdout.isatty():
-                    click.clear()
-                if isinstance(shown, str):
-                    echo(shown)
-                else:
-                    echo_json(msgspec.json.encode(shown))
-                if not watch or ended:
-                    return
-                time.sleep(WATCH_SECONDS)
+            if not watch:
+                show(look(), as_json)
+            elif sys.stdout.isatty() and not as_json:
+                watch_live(look_after_look(look, redis_url))
+            else:
+                for each in look_after_look(look, redis_url):
+                    show(each, as_json)
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
+
+
+def look_after_look(look: Callable[[], Look], redis_url: str) -> Iterator[Look]:
+    """Until nothing can change any more. While Redis cannot be used it waits, and says so."""
+    while True:
+        seen = patiently(look, _say, mask(redis_url))
+        yield seen
+        if seen.over:
+            return
+        time.sleep(WATCH_SECONDS)
+
+
+def show(look: Look, as_json: bool) -> None:
+    """Once."""
+    if as_json:
+        echo_json(msgspec.json.encode(look.value))
+    else:
+        echo("\n".join(look.lines))
+
+
+def watch_live(looks: Iterator[Look]) -> None:
+    """In one place of the terminal, each look over the one before; the last one stays."""
+    with Live(console=Console(highlight=False), auto_refresh=False) as live:
+        for each in looks:
+            live.update(Text("\n".join(each.lines)), refresh=True)
+
+
+def look_at_job(nowhere: Broker, job: str) -> Look:
+    """Raises `JobUnknown`."""
+    broker = Broker(nowhere.client, find_queue(nowhere, job))
+    status, workers = broker.status(job), broker.workers()
+    waits = "" if status.state.ended else lost_blocks(broker, job, workers)
+    seen = JobLook(status, workers, waits)
+    return Look([printable(line) for line in job_lines(seen)], job_object(seen), status.state.ended)
+
+
+def look_at_all(nowhere: Broker) -> Look:
+    """All queues."""
+    looks = [look_at_queue(Broker(nowhere.client, queue), MOST_ENDED) for queue in nowhere.queues()]
+    lines = [printable(line) for look in looks for line in queue_lines(look)]
+    empty = ["no queue: neither job nor worker was here in the last 30 days"]
+    return Look(lines or empty, {"queues": [queue_object(look) for look in looks]}, False)
 
 
 def _say(notice: str) -> None:
     if notice:
-        click.echo(notice, err=True)
-
-
-def job_object(status: JobStatus) -> dict[str, Any]:
-    """A job for scripts."""
-    shown: dict[str, Any] = msgspec.to_builtins(status)
-    del shown["manifest"]
-    shown["spec"]["output"] = mask(status.spec.output)
-    return {
-        **shown,
-        "seconds": round(status.seconds, 3),
-        "padding": round(status.padding, 4),
-        "stalled": status.stalled,
-    }
-
-
-def fleet_object(broker: Broker) -> dict[str, Any]:
-    """All queues for scripts."""
-    return {
-        "queues": [
-            {
-                "queue": each.queue,
-                "jobs": [job_object(status) for status in jobs_of(each)],
-                "workers": [worker_object(worker) for worker in each.workers()],
-            }
-            for each in queues_of(broker)
-        ]
-    }
-
-
-def worker_object(worker: WorkerRecord) -> dict[str, Any]:
-    """A worker for scripts."""
-    return {**msgspec.to_builtins(worker), "roots": [mask(root) for root in worker.roots]}
-
-
-def queues_of(broker: Broker) -> list[Broker]:
-    """A broker for every queue known."""
-    return [Broker(broker.client, queue) for queue in broker.queues()]
-
-
-def jobs_of(broker: Broker) -> Iterator[JobStatus]:
-    """Open jobs, those to be finalized, and the last ones that ended."""
-    ids = [*broker.active_jobs(), *broker.outbox(), *broker.recent_jobs()[:MOST_ENDED]]
-    for job in dict.fromkeys(ids):
-        try:
-            yield broker.status(job)
-        except JobUnknown:
-            continue  # it expired
-
-
-def fleet_lines(broker: Broker) -> Iterator[str]:
-    """All queues for people."""
-    queues = queues_of(broker)
-    if not queues:
-        yield "no queue: neither job nor worker was here in the last 30 days"
-    for each in queues:
-        workers = each.workers()
-        yield f"queue {each.queue}: {len(workers)} worker(s)"
-        yield from (f"  {worker_line(worker)}" for worker in workers)
-        yield from (f"  {job_line(status)}" for status in jobs_of(each))
-
-
-def worker_line(worker: WorkerRecord) -> str:
-    """One worker."""
-    return (
-        f"worker {worker.name}  {worker.state}  {worker.engine} {worker.dtype} on {worker.device}  "
-        f"{worker.rows:,} rows, {worker.tokens:,} tokens committed"
-    )
-
-
-def job_line(status: JobStatus) -> str:
-    """One job in a listing."""
-    failed = f", {status.failed:,} FAILED" if status.failed else ""
-    note = "  stalled" if status.stalled else ""
-    return (
-        f"job {status.job}  {status.state}{note}  {status.rows:,} of {_total(status)} rows{failed}  "
-        f"{mask(status.spec.output)}"
-    )
-
-
-def waits_for(broker: Broker, status: JobStatus) -> str:
-    """What an open job waits for, if it is known."""
-    return "" if status.ended is not None else lost_blocks(broker, status.job, broker.workers())
-
-
-def job_lines(status: JobStatus, waits: str = "") -> Iterator[str]:
-    """One job in full, and what it waits for."""
-    yield job_line(status)
-    yield f"  queue {status.spec.queue}, model {status.spec.model}"
-    yield (
-        f"  blocks {status.done:,} of {status.blocks:,}, tokens {status.tokens:,}, "
-        f"padding {100 * status.padding:.1f} %, truncated {status.truncated:,}"
-    )
-    yield (
-        f"  {duration(status.seconds)} since its creation"
-        if status.ended is None
-        else f"  took {duration(status.seconds)}"
-    )
-    why = why_ended(status)
-    if why:
-        yield f"  {why}"
-    if waits:
-        yield f"  {waits}"
-    if status.stalled:
-        yield f"  {_stalled(status)}"
-
-
-def _total(status: JobStatus) -> str:
-    return f"{status.submitted:,}" if status.sealed else f"{status.submitted:,} or more"
-
-
-def _stalled(status: JobStatus) -> str:
-    if status.state is JobState.SUBMITTING and status.done >= status.blocks:
-        return "its producer is gone: run the same embed-submit again, it goes on"
-    return "no worker commits to it: look whether one is alive (embed-status) and at its log"
+        echo(notice, err=True)

@@ -1,0 +1,213 @@
+"""What embed-status says of a look: lines for people, objects for scripts. Asks nobody."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from embedstream.connection import mask
+from embedstream.jobs import JobState, JobStatus
+from embedstream.queues import QueueLook, is_stalled, rate_of, seconds_left
+from embedstream.watching import why_ended
+from embedstream.workers import InHand, Rate, WorkerRecord
+from embedstream_producer.report import duration, errors_of
+
+
+@dataclass(frozen=True)
+class JobLook:
+    """A job and the live workers of its queue."""
+
+    status: JobStatus
+    workers: Sequence[WorkerRecord]
+    waits: str = ""
+    """What it waits for, if that is known."""
+
+    @property
+    def in_hand(self) -> InHand:
+        """What is computed and not yet written."""
+        return sum((worker.in_hand.get(self.status.job, InHand()) for worker in self.workers), InHand())
+
+    @property
+    def rate(self) -> Rate:
+        """Per second: lately, or over all its time if it has ended."""
+        status = self.status
+        if status.state.ended:
+            return Rate(status.rows / max(status.seconds, 0.001), status.tokens / max(status.seconds, 0.001))
+        return rate_of(status.job, self.workers)
+
+    @property
+    def progress(self) -> float | None:
+        """Share of its rows that is done with, 0..1; None while more are being submitted."""
+        status = self.status
+        if not status.sealed:
+            return None
+        done = status.rows + status.failed + self.in_hand.rows
+        return min(1.0, done / status.submitted) if status.submitted else 1.0
+
+    @property
+    def stalled(self) -> bool:
+        return is_stalled(self.status, self.workers)
+
+    @property
+    def seconds_left(self) -> float | None:
+        """For what is submitted; None if nobody works on it."""
+        return seconds_left(self.status, self.workers)
+
+    @property
+    def shares(self) -> list[dict[str, Any]]:
+        """Who wrote its rows, and who works on it now."""
+        status, alive = self.status, {worker.name: worker for worker in self.workers}
+        rates = (
+            {} if status.state.ended else {w.name: w.rates[status.job] for w in self.workers if status.job in w.rates}
+        )
+        working = {*rates, *(name for name, worker in alive.items() if status.job in worker.in_hand)}
+        names = sorted({*status.workers, *working}, key=lambda name: (-status.workers.get(name, 0), name))
+        found = []
+        for name in names:
+            rows = status.workers.get(name, 0)
+            found.append(
+                {
+                    "name": name,
+                    "rows": rows,
+                    "share": round(rows / status.rows, 4) if status.rows else 0.0,
+                    "state": alive[name].state if name in alive else "gone",
+                    "rows_per_second": round(rates.get(name, Rate()).rows, 3),
+                }
+            )
+        return found
+
+
+def job_object(look: JobLook) -> dict[str, Any]:
+    """A job for scripts."""
+    status = look.status
+    shown: dict[str, Any] = msgspec.to_builtins(status)
+    del shown["manifest"]
+    shown["spec"]["output"] = mask(status.spec.output)
+    left = look.seconds_left
+    return {
+        **shown,
+        "seconds": round(status.seconds, 3),
+        "padding": round(status.padding, 4),
+        "stalled": look.stalled,
+        "progress": None if look.progress is None else round(look.progress, 4),
+        "rows_in_hand": look.in_hand.rows,
+        "rows_per_second": round(look.rate.rows, 3),
+        "tokens_per_second": round(look.rate.tokens, 3),
+        "seconds_left": None if left is None else round(left, 3),
+        "waits_for": look.waits,
+        "workers": look.shares,
+    }
+
+
+def queue_object(look: QueueLook) -> dict[str, Any]:
+    """A queue for scripts."""
+    return {
+        "queue": look.queue,
+        "blocks": look.blocks,
+        "claimed_blocks": look.claimed_blocks,
+        "bytes": look.bytes,
+        "oldest_block_seconds": round(look.oldest_block_seconds, 3),
+        "tokens": round(look.tokens),
+        "worker_tokens_per_second": round(look.worker_tokens_per_second, 3),
+        "drain_seconds": round(look.drain_seconds, 3),
+        "jobs": [job_object(JobLook(status, look.workers)) for status in look.jobs],
+        "unreadable_jobs": look.unreadable,
+        "workers": [worker_object(worker) for worker in look.workers],
+    }
+
+
+def worker_object(worker: WorkerRecord) -> dict[str, Any]:
+    """A worker for scripts."""
+    return {**msgspec.to_builtins(worker), "roots": [mask(root) for root in worker.roots]}
+
+
+def queue_lines(look: QueueLook) -> Iterator[str]:
+    """A queue for people."""
+    states = Counter(worker.state for worker in look.workers)
+    others = "".join(f", {states[state]} {state}" for state in ("starting", "draining") if states[state])
+    queued = "nothing queued"
+    if look.blocks:
+        by = "" if look.ready_workers else " by one worker"
+        queued = (
+            f"{look.blocks:,} blocks queued ({look.claimed_blocks:,} in workers' hands), the oldest for "
+            f"{duration(look.oldest_block_seconds)}, about {duration(look.drain_seconds)} of work{by}"
+        )
+    yield f"queue {look.queue}: {len(look.workers)} worker(s){others}, {queued}"
+    yield from (f"  {worker_line(worker)}" for worker in look.workers)
+    yield from (f"  {job_line(JobLook(status, look.workers))}" for status in look.jobs)
+    yield from (f"  {why}" for why in look.unreadable.values())
+
+
+def worker_line(worker: WorkerRecord) -> str:
+    """One worker."""
+    rate = sum(worker.rates.values(), Rate())
+    return (
+        f"worker {worker.name}  {worker.state}  {worker.engine} {worker.dtype} on {worker.device}  "
+        f"{_speed(rate)}{worker.rows:,} rows, {worker.tokens:,} tokens committed"
+    )
+
+
+def job_line(look: JobLook) -> str:
+    """One job in a listing."""
+    status = look.status
+    failed = f", {status.failed:,} FAILED" if status.failed else ""
+    note = "  stalled" if look.stalled else ""
+    return (
+        f"job {status.job}  {status.state}{note}  {status.rows:,} of {_total(status)} rows{failed}  "
+        f"{'' if status.state.ended else _outlook(look)}{mask(status.spec.output)}"
+    )
+
+
+def job_lines(look: JobLook) -> Iterator[str]:
+    """One job in full."""
+    status, ended = look.status, look.status.state.ended
+    yield job_line(look)
+    yield f"  queue {status.spec.queue}, model {status.spec.model}"
+    if not ended and look.in_hand.rows:
+        yield f"  {look.in_hand.rows:,} more rows are computed and not yet written"
+    yield f"  {_speed(look.rate)}padding {100 * status.padding:.1f} %, truncated {status.truncated:,}"
+    yield f"  blocks {status.done:,} of {status.blocks:,}, tokens {status.tokens:,}"
+    if status.failed:
+        share = 100 * status.failed / max(1, status.rows + status.failed)
+        where = f": see {errors_of(mask(status.spec.output))}" if ended else ""
+        yield f"  {status.failed:,} rows failed ({share:.2g} %){where}"
+    for each in look.shares:
+        speed = f", {each['rows_per_second']:,.0f} rows/s" if each["rows_per_second"] else ""
+        yield f"  {100 * each['share']:5.1f} %  {each['name']}  {each['rows']:,} rows{speed}, {each['state']}"
+    yield f"  took {duration(status.seconds)}" if ended else f"  {duration(status.seconds)} since its creation"
+    why = why_ended(status)
+    if why:
+        yield f"  {why}"
+    if look.waits:
+        yield f"  {look.waits}"
+    if look.stalled:
+        yield f"  {_stalled(look)}"
+    for refusal in sorted({worker.refused[status.job] for worker in look.workers if status.job in worker.refused}):
+        yield f"  refused by a worker: {refusal}"
+
+
+def _speed(rate: Rate) -> str:
+    return f"{rate.rows:,.0f} rows/s, {rate.tokens:,.0f} tokens/s, " if rate.tokens else ""
+
+
+def _outlook(look: JobLook) -> str:
+    progress = "" if look.progress is None else f"{100 * look.progress:.0f} %, "
+    left = "" if look.seconds_left is None else f"{duration(look.seconds_left)} left, "
+    return f"{progress}{left}".rstrip(", ") + ("  " if progress or left else "")
+
+
+def _total(status: JobStatus) -> str:
+    return f"{status.submitted:,}" if status.sealed else f"{status.submitted:,} or more"
+
+
+def _stalled(look: JobLook) -> str:
+    status = look.status
+    if status.state is JobState.SUBMITTING and status.done >= status.blocks:
+        return "its producer is gone: run the same embed-submit again, it goes on"
+    if not look.workers:
+        return f"no worker is alive on queue {status.spec.queue}: start one (embed-worker)"
+    return "no worker gets on with it: look at their logs"
