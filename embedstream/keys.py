@@ -17,6 +17,14 @@ RELEASED = "released"
 QUEUES = "embedstream:queues"
 """Sorted set of queue names, scored by the last sign of life in Redis seconds. A hint for listings only."""
 
+COORDINATORS = "embedstream:coordinators"
+"""Sorted set of coordinators by last heartbeat (ms). They serve every queue of a server."""
+
+
+def coordinator(name: str) -> str:
+    """What one live coordinator says of itself; expires when it stops saying it."""
+    return f"embedstream:coordinator:{name}"
+
 
 @dataclass(frozen=True)
 class Keys:
@@ -47,6 +55,11 @@ class Keys:
     def finalize(self) -> str:
         """Sorted set, the outbox: jobs to finalize by the time (ms) from which they may be taken."""
         return f"{self.prefix}:finalize"
+
+    @property
+    def ingest(self) -> str:
+        """Sorted set: jobs whose parts are to be read by a coordinator, by the time (ms) that it was asked for."""
+        return f"{self.prefix}:ingest"
 
     @property
     def pace(self) -> str:
@@ -98,3 +111,7 @@ class Keys:
     def suspect(self, job: str) -> str:
         """Hash: `<part>:<block>` -> chunks that killed their holders, the last being tried alone just now."""
         return f"{self.job(job)}:suspect"
+
+    def troubles(self, job: str) -> str:
+        """Hash: what a coordinator cannot do for the job at present -> why. Expires by itself."""
+        return f"{self.job(job)}:troubles"

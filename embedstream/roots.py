@@ -39,6 +39,13 @@ def check_output(roots: Iterable[str], output: str) -> None:
         raise OutputError(f"{mask(output)} is outside this worker's output roots ({', '.join(map(mask, roots))})")
 
 
+def canonical_root(root: str) -> str:
+    """A root as `allows` compares it. Raises `UsageError` for an address that cannot be used."""
+    if is_object(root):
+        return parse_object(root, "output root", whole_bucket=True).url
+    return root if is_redis(root) else canonical_output(root)
+
+
 def is_redis(address: str) -> bool:
     """Whether an output or root is in a Redis server rather than a folder."""
     return address.partition(":")[0].lower() in _SCHEMES and ":" in address

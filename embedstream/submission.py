@@ -74,6 +74,19 @@ def push_job(
     return Pushed.SEALED
 
 
+def push_part(
+    steps: Steps, job: str, number: int, part: Part, bound: int, jitter: Callable[[], float] = random.random
+) -> Plan[Pushed]:
+    """The same for one part; others may be pushed at the same time from elsewhere."""
+    try:
+        if not part.once and (yield from _has_holes(job, number)):
+            yield from _compare(job, number, part)
+        yield from _push_part(steps, job, number, part, bound, jitter)
+    except _Stop as stop:
+        return stop.pushed
+    return Pushed.SEALED
+
+
 def _has_holes(job: str, number: int) -> Plan[bool]:
     """Whether blocks are known behind others that are not, as after adoption."""
     first = 0

@@ -39,6 +39,7 @@ from embedstream_producer.corpus import STDIN, CorpusPart, check_sources, total_
 from embedstream_producer.embedded_run import Embedded, check_installed, made_folders
 from embedstream_producer.progress import LogHandler, Progress
 from embedstream_producer.refusals import Refusals
+from embedstream_producer.server_side import hand_over, part_names, without_coordinator
 from embedstream_producer.watch import Watch
 
 DETACHED = 130
@@ -62,6 +63,7 @@ class Options:
     settings: SpecSettings
     retry_failed: bool = False
     detach: bool = False
+    server_side: bool = False
     json: bool = False
     quiet: bool = False
 
@@ -71,23 +73,47 @@ def submit(options: Options) -> int:
     parse_max_errors(options.max_errors)
     if options.detach and options.redis_url is None:
         raise UsageError("--detach needs --redis: without it, server and worker end with this command")
+    if options.server_side and options.redis_url is None:
+        raise UsageError("--server-side needs --redis: coordinators find the job there")
+    if options.server_side and options.retry_failed:
+        raise UsageError("--server-side and --retry-failed exclude each other: failed rows are read on this machine")
     output = resolve_output(options)
-    parts = check_sources(options.corpus)
+    parts = [] if options.server_side else check_sources(options.corpus)
     spec = make_spec(
         queue=options.queue,
         output=output,
         model=options.model,
         revision=options.revision,
-        parts=[part.name for part in parts],
+        parts=part_names(options.corpus) if options.server_side else [part.name for part in parts],
         settings=options.settings,
     )
     sink = open_sink(spec.output, spec, options.redis_url)
+    if options.server_side:
+        return _submit_server_side(options, spec, sink)
     with contextlib.ExitStack() as stack:
         failed = None
         if options.retry_failed:
             failed = stack.enter_context(FailedRows(sink, spec))
             spec, sink = failed.spec, open_sink(spec.output, failed.spec, options.redis_url)
         return _submit(options, spec, sink, parts, failed)
+
+
+def _submit_server_side(options: Options, spec: JobSpec, sink: Sink) -> int:
+    assert options.redis_url is not None, "checked by submit"
+    with Progress(options.quiet, None) as progress:
+        stands, said = hand_over(options.redis_url, spec, sink, options.max_errors, progress.notice)
+        if said:
+            progress.tell(said)
+            broker, url = Broker(connect(options.redis_url), spec.queue), mask(options.redis_url)
+            missing = without_coordinator(broker, spec, url)
+            if missing:
+                progress.say(missing)
+    result = report.from_manifest(stands) if isinstance(stands, Manifest) else report.from_status(stands)
+    if options.json:
+        echo_json(msgspec.json.encode(result))
+    elif isinstance(stands, Manifest):
+        echo(f"{result.output} is finished already; nothing was done")
+    return report.exit_code(result, parse_max_errors(options.max_errors)) if isinstance(stands, Manifest) else 0
 
 
 def _submit(options: Options, spec: JobSpec, sink: Sink, parts: list[CorpusPart], failed: FailedRows | None) -> int:

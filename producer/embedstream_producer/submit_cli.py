@@ -41,6 +41,9 @@ from embedstream.settings import ENV_PREFIX
 @click.option("--max-errors", metavar="N|P%", help="The job fails when more rows fail, and is well with as many.")
 @click.option("--retry-failed", is_flag=True, help="Run again the rows of a finished output that failed in a worker.")
 @click.option("--detach", is_flag=True, help="Leave when all is submitted.")
+@click.option(
+    "--server-side", is_flag=True, help="Have the files read by coordinators (embed-coordinator), and leave at once."
+)
 @click.option("--json", "as_json", is_flag=True, envvar="EMBEDSTREAM_JSON", help="One JSON object on standard output.")
 @click.option("--quiet", is_flag=True, help="No progress.")
 @click.version_option(package_name="embedstream")
@@ -65,6 +68,7 @@ def embed_submit(
     max_errors: str | None,
     retry_failed: bool,
     detach: bool,
+    server_side: bool,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -101,6 +105,7 @@ def embed_submit(
         },
         retry_failed=retry_failed,
         detach=detach,
+        server_side=server_side,
         json=as_json,
         quiet=quiet,
     )

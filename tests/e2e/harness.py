@@ -20,6 +20,7 @@ from hashing_reference import reference_vector
 
 from embedstream.broker import Broker
 from embedstream.connection import connect
+from embedstream.coordination import coordinators
 
 MODEL = "hashing"
 BIN = Path(sys.executable).parent
@@ -99,6 +100,21 @@ class Fleet:
     def is_ready(self, process: subprocess.Popen[bytes]) -> bool:
         assert process.poll() is None, f"the worker left with {process.returncode}"
         return any(w.pid == process.pid and w.state == "ready" for w in self.broker.workers())
+
+    def start_coordinator(self, *args: object, **env: str) -> subprocess.Popen[bytes]:
+        """A coordinator; returns once it is there."""
+        log = (self.root / f"coordinator-{len(self.processes)}.log").open("wb")
+        roots = ["--input-root", str(self.root), "--output-root", str(self.root), "--output-root", "redis:"]
+        command = [str(BIN / "embed-coordinator"), "--redis", self.url, *roots, *map(str, args)]
+        process = subprocess.Popen(command, env=environment(**env), stderr=log)
+        self.processes.append(process)
+
+        def is_there() -> bool:
+            assert process.poll() is None, f"the coordinator left with {process.returncode}"
+            return any(c.pid == process.pid for c in coordinators(self.broker.client))
+
+        wait_until(is_there, f"coordinator ready ({log.name})")
+        return process
 
     def close(self) -> None:
         for process in self.processes:

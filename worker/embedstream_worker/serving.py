@@ -14,11 +14,10 @@ from types import FrameType
 import pyarrow as pa
 
 from embedstream.connection import connect, explaining
-from embedstream.dataset.sink import canonical_output
 from embedstream.exposition import Exposition, QueueCollector
 from embedstream.logs import identify
-from embedstream.objects import is_object, parse_object
 from embedstream.preflight import check, shortcomings
+from embedstream.roots import canonical_root
 from embedstream.settings import WorkerSettings
 from embedstream_worker.engines import EngineName, make_engine
 from embedstream_worker.engines.precision import Dtype
@@ -110,10 +109,3 @@ def leave_with_parent(parent: int, life: Life, orphaned: threading.Event) -> Non
         time.sleep(0.5)
     orphaned.set()
     life.stop()
-
-
-def canonical_root(root: str) -> str:
-    """An output root as `roots.allows` compares it."""
-    if is_object(root):
-        return parse_object(root, "output root", whole_bucket=True).url
-    return root if root.startswith(("redis:", "rediss:", "unix:")) else canonical_output(root)

@@ -1,0 +1,74 @@
+"""embed-coordinator."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+import click
+
+from embedstream.commands import run
+from embedstream.errors import UsageError
+from embedstream.settings import ENV_PREFIX
+from embedstream.terminal import PrintableFormatter
+
+PROCESSES = 2
+"""So that a part that takes hours holds nothing else up."""
+
+
+@click.command(context_settings={"auto_envvar_prefix": ENV_PREFIX, "show_default": True})
+@click.option("--redis", "redis_url", required=True, help="The fleet's Redis: redis://host:6379/0, rediss://, unix://.")
+@click.option(
+    "--processes",
+    type=click.IntRange(min=1),
+    default=PROCESSES,
+    help="Jobs done at once: parts of corpora read, manifests written.",
+)
+@click.option(
+    "--input-root",
+    "input_roots",
+    multiple=True,
+    envvar=[f"{ENV_PREFIX}_INPUT_ROOT", f"{ENV_PREFIX}_INPUT_ROOTS"],
+    help="Folder or s3:// prefix below which corpora may be read; repeatable. [default: the current folder]",
+)
+@click.option(
+    "--output-root",
+    "output_roots",
+    multiple=True,
+    envvar=[f"{ENV_PREFIX}_OUTPUT_ROOT", f"{ENV_PREFIX}_OUTPUT_ROOTS"],
+    help="Folder or URL below which it may write; repeatable. [default: the current folder, and redis:]",
+)
+@click.version_option(package_name="embedstream")
+def coordinator(redis_url: str, processes: int, input_roots: tuple[str, ...], output_roots: tuple[str, ...]) -> None:
+    """Do what jobs need beside vectors: read the parts of corpora submitted with --server-side, write manifests.
+
+    Any number may run, on any machine that sees corpora and outputs. Exit codes: 0 told to stop; 1 it failed; 2 it can
+    never run so.
+    """
+    try:
+        import rq  # noqa: F401
+    except ImportError as error:
+        raise UsageError("RQ is not installed: pip install 'embedstream[coordinator]'") from error
+    # Not at the top: loading it takes a while, in which Ctrl-C shall end this command as at any other time.
+    from embedstream.roots import canonical_root
+    from embedstream_coordinator.context import Context
+    from embedstream_coordinator.serving import serve
+
+    here = str(Path.cwd())
+    context = Context(
+        redis_url=redis_url,
+        input_roots=tuple(map(canonical_root, input_roots or (here,))),
+        output_roots=tuple(map(canonical_root, output_roots or (here, "redis:"))),
+    )
+    serve(context, processes)
+
+
+def main() -> None:
+    """Entry point."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(PrintableFormatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    logging.getLogger("embedstream").setLevel(logging.INFO)
+    logging.getLogger("embedstream_coordinator").setLevel(logging.INFO)
+    run(coordinator)

@@ -1,0 +1,40 @@
+"""What every job of this coordinator may use: the server, and where it may read and write."""
+
+from __future__ import annotations
+
+import msgspec
+
+from embedstream.broker import Broker
+from embedstream.connection import connect
+from embedstream.dataset.sink import Sink, open_sink
+from embedstream.errors import InputError
+from embedstream.jobs import JobSpec
+from embedstream.objects import is_object
+from embedstream.roots import allows, check_output
+
+
+class Context(msgspec.Struct, frozen=True, kw_only=True):
+    """Never taken from Redis: it is what the command line of this coordinator says."""
+
+    redis_url: str
+    input_roots: tuple[str, ...]
+    output_roots: tuple[str, ...]
+
+    def broker(self, queue: str) -> Broker:
+        """With a connection of its own."""
+        return Broker(connect(self.redis_url), queue)
+
+    def sink(self, spec: JobSpec) -> Sink:
+        """Raises `OutputError` or `UsageError` for an output that this coordinator may not write."""
+        check_output(self.output_roots, spec.output)
+        return open_sink(spec.output, spec, self.redis_url)
+
+    def check_input(self, source: str) -> None:
+        """Raise `InputError` for a part that this coordinator may not read."""
+        if not (source.startswith("/") or is_object(source)):
+            raise InputError(f"{source}: is no file that a coordinator could read: submit it without --server-side")
+        if not allows(self.input_roots, source):
+            raise InputError(
+                f"{source}: is outside this coordinator's input roots ({', '.join(self.input_roots)}): "
+                f"start it with --input-root, or submit without --server-side"
+            )

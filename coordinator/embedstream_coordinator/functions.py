@@ -1,0 +1,66 @@
+"""The functions that an RQ job may name, and no others: `FUNCTIONS` is all that is ever called by a name from Redis.
+
+Each may be run at any time, twice, by two at once, or be killed in the middle: what must happen once is a step of the
+broker. Each ends early when nothing is left to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from embedstream.coordination import clear_troubles, note_trouble
+from embedstream.errors import EmbedstreamError, JobUnknown
+from embedstream.finalizing import finalize_job
+from embedstream_coordinator.context import Context
+from embedstream_coordinator.ingesting import ingest_part
+
+Function = Callable[..., str]
+
+FINALIZE = "finalize"
+
+
+def part_trouble(part: int) -> str:
+    """The name under which trouble with a part is known."""
+    return f"part {part}"
+
+
+def finalize(context: Context, queue: str, job: str) -> str:
+    """Write a job's manifest if it waits for that."""
+    broker = context.broker(queue)
+    try:
+        context.sink(broker.status(job).spec)  # a lease that this coordinator cannot use would hold others up
+        done = finalize_job(broker, job, context.sink)
+    except JobUnknown:
+        return "the job is gone"
+    except EmbedstreamError as error:
+        note_trouble(broker, job, FINALIZE, str(error))
+        raise
+    clear_troubles(broker, job, [FINALIZE])
+    return "finalized" if done else "was finalized, or is being finalized, by somebody else"
+
+
+def ingest(context: Context, queue: str, job: str, part: int) -> str:
+    """Read one part of a corpus into blocks."""
+    broker, what = context.broker(queue), part_trouble(part)
+    try:
+        ended = ingest_part(context, broker, job, part)
+    except JobUnknown:
+        return "the job is gone"
+    except EmbedstreamError as error:
+        note_trouble(broker, job, what, str(error))
+        raise
+    clear_troubles(broker, job, [what])
+    return ended
+
+
+FUNCTIONS: dict[str, Function] = {
+    "embedstream.finalize": finalize,
+    "embedstream.ingest": ingest,
+}
+"""By the names that jobs in Redis carry."""
+
+TROUBLE_OF: dict[str, Callable[..., str]] = {
+    "embedstream.finalize": lambda: FINALIZE,
+    "embedstream.ingest": part_trouble,
+}
+"""What is in trouble when the process of such a job dies; takes the arguments after queue and job."""

@@ -1,0 +1,182 @@
+"""One coordinator: the dispatcher, and the processes that do the work, each started again when it ends."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from types import FrameType
+
+import msgspec
+import redis
+
+from embedstream.connection import connect, explaining, mask
+from embedstream.coordination import CoordinatorRecord, heartbeat, leave
+from embedstream.preflight import check, shortcomings
+from embedstream.troubles import trouble, waiting
+from embedstream_coordinator.context import Context
+from embedstream_coordinator.dispatching import Dispatcher
+from embedstream_coordinator.slot import Plan
+
+log = logging.getLogger(__name__)
+
+ROUND_SECONDS = 0.5
+"""Between two looks of the dispatcher: some commands each, on a server that carries thousands a second."""
+
+EXPIRE_SECONDS = 15.0
+"""A coordinator that said nothing for so long counts as gone, as a worker does."""
+
+RESTART_SECONDS = 1.0
+"""A process that ended is started again no sooner: while Redis is away they all end."""
+
+STOP_SECONDS = 8.0
+"""For the processes to end when this one is told to: below the 10 s that containers are given."""
+
+
+class Coordinator:
+    """A context manager would hide that `run` is all of its life."""
+
+    def __init__(self, context: Context, processes: int) -> None:
+        self._context = context
+        self._stopping = threading.Event()
+        name = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
+        self.record = CoordinatorRecord(
+            name=name,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            processes=processes,
+            input_roots=context.input_roots,
+            output_roots=tuple(map(mask, context.output_roots)),
+        )
+        self._slots = [_Slot(context, f"{name}-{number}") for number in range(processes)]
+        self._clause = ""
+
+    def stop(self) -> None:
+        """May be called from a signal handler."""
+        self._stopping.set()
+
+    def run(self) -> None:
+        """Until told to stop."""
+        dispatcher, client = Dispatcher(self._context), connect(self._context.redis_url)
+        try:
+            while not self._stopping.is_set():
+                for slot in self._slots:
+                    slot.keep_running()
+                try:
+                    heartbeat(client, self.record, EXPIRE_SECONDS)
+                    dispatcher.round()
+                except redis.RedisError as error:
+                    self._met(error)
+                else:
+                    self._over()
+                self._stopping.wait(ROUND_SECONDS)
+        finally:
+            self._end(client)
+
+    def _met(self, error: redis.RedisError) -> None:
+        """Say once what kind of trouble there is; what does not pass is raised."""
+        clause = trouble(error)
+        if clause is None:
+            raise error
+        if clause != self._clause:
+            self._clause = clause
+            log.warning(waiting(clause, mask(self._context.redis_url)))
+
+    def _over(self) -> None:
+        if self._clause:
+            self._clause = ""
+            log.warning("Redis is there again")
+
+    def _end(self, client: redis.Redis) -> None:
+        for slot in self._slots:
+            slot.tell_to_stop()
+        end = time.monotonic() + STOP_SECONDS
+        for slot in self._slots:
+            slot.end(end)
+        try:
+            leave(client, self.record.name)
+        except redis.RedisError as error:
+            log.info("not signed off: %s", error)  # its record expires
+
+
+class _Slot:
+    """One process, started when it is not there."""
+
+    def __init__(self, context: Context, name: str) -> None:
+        self._context = context
+        self._name = name
+        self._process: subprocess.Popen[bytes] | None = None
+        self._started = float("-inf")
+        self._starts = 0
+
+    def keep_running(self) -> None:
+        if self._process is not None and self._process.poll() is None:
+            return
+        if time.monotonic() - self._started < RESTART_SECONDS:
+            return
+        self._started = time.monotonic()
+        self._starts += 1
+        # A name of its own for each life: RQ refuses one that seems to be alive.
+        plan = Plan(name=f"{self._name}-{self._starts}", context=self._context)
+        self._close()
+        command = [sys.executable, "-P", "-m", "embedstream_coordinator.slot"]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(msgspec.json.encode(plan) + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            log.warning("a process of this coordinator ended as it began")
+
+    def tell_to_stop(self) -> None:
+        if self._process is not None:
+            self._process.terminate()
+
+    def end(self, until: float) -> None:
+        if self._process is None:
+            return
+        try:
+            self._process.wait(max(0.0, until - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._close()
+
+    def _close(self) -> None:
+        if self._process is not None and self._process.stdin is not None:
+            self._process.stdin.close()
+
+
+def serve(context: Context, processes: int) -> None:
+    """Run a coordinator until SIGTERM or SIGINT; a second signal ends it at once."""
+    coordinator = Coordinator(context, processes)
+    asked = threading.Event()
+
+    def stop(_signal: int, _frame: FrameType | None) -> None:
+        if asked.is_set():
+            os._exit(1)
+        asked.set()
+        coordinator.stop()
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    url = context.redis_url
+    with connect(url, retries=0) as client, explaining(url):
+        check(client, url)
+        for shortcoming in shortcomings(client, url):
+            log.warning(shortcoming)
+    log.info(
+        "coordinator %s: %d processes, reads below %s, writes below %s",
+        coordinator.record.name,
+        processes,
+        ", ".join(coordinator.record.input_roots),
+        ", ".join(coordinator.record.output_roots),
+    )
+    with explaining(url):
+        coordinator.run()

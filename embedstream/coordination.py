@@ -1,0 +1,119 @@
+"""What coordinators are asked for, what they say of themselves, and what they cannot do: plain facts in Redis.
+
+Nothing here decides anything. Writing a fact twice is harmless, and so is losing one: whoever submits, submits again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import redis
+
+from embedstream.broker import Broker
+from embedstream.keys import COORDINATORS, coordinator
+
+TROUBLES_SECONDS = 7 * 86_400
+"""How long it is known what could not be done for a job."""
+
+
+class CoordinatorRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """What a live coordinator says of itself."""
+
+    name: str
+    host: str
+    pid: int
+    processes: int
+    """How many jobs it does at once."""
+    input_roots: tuple[str, ...]
+    output_roots: tuple[str, ...]
+
+
+def heartbeat(client: redis.Redis, record: CoordinatorRecord, expire_seconds: float) -> None:
+    """Say that a coordinator lives."""
+    now = _now_ms(client)
+    with client.pipeline(transaction=False) as pipe:
+        pipe.set(coordinator(record.name), msgspec.json.encode(record), px=int(expire_seconds * 1000))
+        pipe.zadd(COORDINATORS, {record.name: now})
+        pipe.zremrangebyscore(COORDINATORS, "-inf", now - 3_600_000)
+        pipe.pexpire(COORDINATORS, 86_400_000)
+        pipe.execute()
+
+
+def leave(client: redis.Redis, name: str) -> None:
+    """Say that a coordinator is gone."""
+    with client.pipeline(transaction=False) as pipe:
+        pipe.delete(coordinator(name))
+        pipe.zrem(COORDINATORS, name)
+        pipe.execute()
+
+
+def coordinators(client: redis.Redis) -> list[CoordinatorRecord]:
+    """The live coordinators of a server."""
+    ask: Any = client
+    names = [raw.decode() for raw in ask.zrange(COORDINATORS, 0, -1)]
+    found = ask.mget([coordinator(name) for name in names]) if names else []
+    return [msgspec.json.decode(raw, type=CoordinatorRecord) for raw in found if raw is not None]
+
+
+def ask_to_ingest(broker: Broker, job: str) -> None:
+    """Have the parts of a job read by a coordinator."""
+    broker.client.zadd(broker.keys.ingest, {job: _now_ms(broker.client)})
+
+
+def forget_ingest(broker: Broker, job: str) -> None:
+    """Nothing is left to be read."""
+    broker.client.zrem(broker.keys.ingest, job)
+
+
+def to_ingest(broker: Broker) -> list[str]:
+    """Jobs whose parts a coordinator is to read, oldest first."""
+    ask: Any = broker.client
+    return [raw.decode() for raw in ask.zrange(broker.keys.ingest, 0, -1)]
+
+
+def is_ingested(broker: Broker, job: str) -> bool:
+    """Whether a coordinator is to read the job's parts."""
+    return broker.client.zscore(broker.keys.ingest, job) is not None
+
+
+def unsealed_parts(broker: Broker, job: str, parts: int) -> list[int]:
+    """The parts that are not read to their end yet."""
+    ask: Any = broker.client
+    sealed = ask.hmget(broker.keys.job(job), [f"sealed:{part}" for part in range(parts)]) if parts else []
+    return [part for part, count in enumerate(sealed) if count is None]
+
+
+def due_to_finalize(broker: Broker) -> list[str]:
+    """Jobs of the outbox that nobody has leased at the moment."""
+    ask: Any = broker.client
+    return [raw.decode() for raw in ask.zrangebyscore(broker.keys.finalize, "-inf", _now_ms(broker.client))]
+
+
+def note_trouble(broker: Broker, job: str, what: str, why: str) -> None:
+    """Keep for `embed-status` why something cannot be done for a job."""
+    key = broker.keys.troubles(job)
+    with broker.client.pipeline() as pipe:
+        pipe.hset(key, what, why)
+        pipe.expire(key, TROUBLES_SECONDS)
+        pipe.execute()
+
+
+def clear_troubles(broker: Broker, job: str, whats: Sequence[str]) -> None:
+    """These could be done."""
+    if whats:
+        broker.client.hdel(broker.keys.troubles(job), *whats)
+
+
+def troubles(broker: Broker, job: str) -> dict[str, str]:
+    """What could not be done for a job, and why."""
+    ask: Any = broker.client
+    found = ask.hgetall(broker.keys.troubles(job))
+    return {what.decode(): why.decode() for what, why in sorted(found.items())}
+
+
+def _now_ms(client: redis.Redis) -> int:
+    ask: Any = client
+    seconds, micros = ask.time()
+    return int(seconds * 1000 + micros // 1000)

@@ -1,0 +1,83 @@
+"""embed-submit --server-side: the job is made here, its parts are read by coordinators."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from embedstream.broker import Broker
+from embedstream.connection import connect, explaining, mask
+from embedstream.coordination import ask_to_ingest, coordinators
+from embedstream.dataset.sink import Manifest, Sink
+from embedstream.errors import UsageError
+from embedstream.jobs import JobSpec, JobState, JobStatus
+from embedstream.opening import finished_manifest, is_visible, open_job, refuse_forbidden
+from embedstream.preflight import check
+from embedstream.roots import allows
+from embedstream.troubles import Notice, patiently
+from embedstream_producer.corpus import STDIN, part_name
+
+
+def part_names(sources: Sequence[str]) -> list[str]:
+    """The parts of a corpus that need not be there on this machine.
+
+    Raises:
+        UsageError: standard input, or a source that is given twice.
+    """
+    names = [part_name(source) for source in sources]
+    if STDIN in names:
+        raise UsageError("--server-side: standard input is on this machine only: save it in a file that all can reach")
+    for number, name in enumerate(names):
+        if name in names[:number]:
+            raise UsageError(f"{sources[number]}: given twice")
+    return names
+
+
+def hand_over(url: str, spec: JobSpec, sink: Sink, max_errors: str, notice: Notice) -> tuple[JobStatus | Manifest, str]:
+    """Make the job and ask coordinators for its parts; returns where it stands, and what to say about it.
+
+    A dataset that is finished already is returned as its manifest. Doing it twice is harmless.
+    """
+    manifest = finished_manifest(sink, spec)
+    if manifest is not None:
+        return manifest, ""
+    client = connect(url)
+    check(connect(url, retries=0), url, notice)
+    with explaining(url):
+        broker = Broker(client, spec.queue)
+
+        def act() -> tuple[JobStatus, str]:
+            workers = broker.workers()
+            refuse_forbidden(workers, spec.output)
+            visible = is_visible(workers, spec.output)
+            if visible:
+                sink.check()
+            opened = open_job(broker, spec, sink, max_errors=max_errors, visible=visible, notice=notice)
+            if opened.state is JobState.SUBMITTING:
+                ask_to_ingest(broker, spec.job)
+            return broker.status(spec.job), _said(spec, opened.state, mask(url))
+
+        return patiently(act, notice, mask(url))
+
+
+def _said(spec: JobSpec, state: JobState, url: str) -> str:
+    if state is JobState.FINALIZING:
+        return f"job {spec.job} is being ended: run the same command again when it has (embed-status {spec.job})"
+    if state is not JobState.SUBMITTING:
+        return f"all of job {spec.job} is read already: `embed-status {spec.job} --redis {url}`"
+    count = f"{len(spec.parts):,} part{'' if len(spec.parts) == 1 else 's'}"
+    return f"job {spec.job}: {count} to be read by coordinators; `embed-status {spec.job} --redis {url}`"
+
+
+def without_coordinator(broker: Broker, spec: JobSpec, url: str) -> str:
+    """What to say when nobody could read the job's parts; empty if somebody can. `url` is shown."""
+    live = coordinators(broker.client)
+    if not live:
+        return f"no coordinator runs, so nobody reads its parts: start one with `embed-coordinator --redis {url}`"
+    unreadable = [part for part in spec.parts if not any(allows(each.input_roots, part) for each in live)]
+    if unreadable:
+        roots = ", ".join(sorted({root for each in live for root in each.input_roots}))
+        return (
+            f"no coordinator may read {unreadable[0]} (their input roots: {roots}): "
+            f"start one with `embed-coordinator --redis {url} --input-root FOLDER`"
+        )
+    return ""

@@ -1,0 +1,297 @@
+"""Coordinators as separate processes: they read parts and write manifests, and whoever is left goes on."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rq import Queue
+from rq.job import Job
+from rq.serializers import JSONSerializer
+
+from e2e.harness import (
+    BIN,
+    Fleet,
+    assert_exact,
+    assert_no_leftovers,
+    environment,
+    fleet,
+    read_errors,
+    read_manifest,
+    run,
+    wait_until,
+    write_corpus,
+)
+from embedstream.connection import connect
+from embedstream.coordination import coordinators, troubles
+from embedstream.jobs import JobState, job_id
+
+SMALL_QUEUE = {"EMBEDSTREAM_QUEUE_BYTES": "200000"}
+"""So that a part is read no faster than workers work."""
+
+
+@pytest.fixture
+def workers(redis_url: str, tmp_path: Path) -> Iterator[Fleet]:
+    with fleet(redis_url, tmp_path) as made:
+        yield made
+
+
+def write_parts(folder: Path, count: int, rows: int) -> tuple[list[Path], dict[str, str]]:
+    """Files of a corpus, and text by id."""
+    paths, texts = [folder / f"part{n}.jsonl" for n in range(count)], {}
+    for seed, path in enumerate(paths):
+        texts |= write_corpus(path, rows, seed=seed)
+    return paths, texts
+
+
+def submit_server_side(workers: Fleet, paths: list[Path], output: Path, *args: object) -> str:
+    """Returns the job."""
+    common = ["-o", output, "--redis", workers.url, "--model", "hashing", "--server-side", "--json", "--quiet"]
+    done = run("embed-submit", *paths, *common, *args)
+    assert done.returncode == 0, done.stderr
+    return str(json.loads(done.stdout)["job"])
+
+
+def wait_for_end(workers: Fleet, job: str, seconds: float = 60) -> None:
+    def is_completed() -> bool:
+        state = workers.broker.state(job)
+        assert state not in (JobState.FAILED, JobState.CANCELLED)
+        return state is JobState.COMPLETED
+
+    wait_until(is_completed, f"the end of job {job}", seconds)
+
+
+def test_several_parts_are_read_by_several_coordinators_into_the_dataset_of_one_reader(
+    workers: Fleet, tmp_path: Path
+) -> None:
+    paths, texts = write_parts(tmp_path, 6, 800)
+    with paths[4].open("a") as file:
+        file.write('{"id": "part1-7", "text": "an id of an earlier part"}\n')
+    first, second = workers.start_coordinator(), workers.start_coordinator()
+    job = submit_server_side(workers, paths, tmp_path / "out")
+    workers.start_worker()
+    wait_for_end(workers, job)
+    assert_exact(tmp_path / "out", texts, every=10)
+    assert [(e["code"], e["file"], e["line"]) for e in read_errors(tmp_path / "out")] == [
+        ("duplicate_id", str(paths[4]), 801)
+    ]
+    verified = run("embed-verify", tmp_path / "out", *[arg for path in paths for arg in ("--corpus", path)])
+    assert verified.returncode == 0, verified.stdout + verified.stderr
+    for process in (first, second):
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=20) == 0
+    assert coordinators(workers.broker.client) == []
+
+
+def test_parts_are_read_at_the_same_time(workers: Fleet, tmp_path: Path) -> None:
+    paths, texts = write_parts(tmp_path, 3, 4000)
+    workers.start_coordinator("--processes", 3, **SMALL_QUEUE)
+    job = submit_server_side(workers, paths, tmp_path / "out")
+    key = workers.broker.keys.job(job)
+    wait_until(lambda: None not in ask(workers).hmget(key, "next:0", "next:1", "next:2"), "blocks of every part")
+    assert ask(workers).hget(key, "sealed") == b"0", "a part was read to its end before the others began"
+    workers.start_worker()
+    wait_for_end(workers, job)
+    assert_exact(tmp_path / "out", texts, every=20)
+
+
+def test_a_coordinator_that_is_killed_is_taken_over(workers: Fleet, tmp_path: Path) -> None:
+    paths, texts = write_parts(tmp_path, 2, 4000)
+    first = workers.start_coordinator(**SMALL_QUEUE)
+    job = submit_server_side(workers, paths, tmp_path / "out")
+    wait_until(lambda: workers.broker.backlog(job) > 4, "some blocks")
+    first.kill()
+    first.wait()
+    workers.start_coordinator(**SMALL_QUEUE)
+    workers.start_worker()
+    wait_for_end(workers, job, seconds=120)
+    assert_exact(tmp_path / "out", texts, every=20)
+
+
+def test_a_coordinator_that_is_told_to_stop_leaves_at_once_and_the_next_one_goes_on(
+    workers: Fleet, tmp_path: Path
+) -> None:
+    paths, texts = write_parts(tmp_path, 2, 4000)
+    first = workers.start_coordinator(**SMALL_QUEUE)
+    job = submit_server_side(workers, paths, tmp_path / "out")
+    wait_until(lambda: workers.broker.backlog(job) > 4, "some blocks")
+    first.send_signal(signal.SIGTERM)
+    assert first.wait(timeout=20) == 0
+    workers.start_coordinator(**SMALL_QUEUE)
+    workers.start_worker()
+    wait_for_end(workers, job)
+    assert_exact(tmp_path / "out", texts, every=20)
+    assert troubles(workers.broker, job) == {}
+
+
+@pytest.mark.parametrize("point", ["submit.before", "submit.after#3", "seal.before", "seal.after"])
+def test_a_part_whose_reader_dies_is_read_on(workers: Fleet, tmp_path: Path, point: str) -> None:
+    paths, texts = write_parts(tmp_path, 2, 2000)
+    first = workers.start_coordinator(EMBEDSTREAM_FAILPOINTS=f"{point}=kill")
+    job = submit_server_side(workers, paths, tmp_path / "out")
+    wait_until(lambda: troubles(workers.broker, job) or workers.broker.state(job) is JobState.RUNNING, "a death")
+    first.kill()
+    first.wait()
+    workers.start_coordinator()
+    workers.start_worker()
+    wait_for_end(workers, job, seconds=120)
+    assert_exact(tmp_path / "out", texts, every=20)
+
+
+@pytest.mark.parametrize("point", ["take_finalize.before", "take_finalize.after", "file.renamed", "finalized.before"])
+def test_a_coordinator_alone_writes_the_manifest_though_another_died_at_it(
+    workers: Fleet, tmp_path: Path, point: str
+) -> None:
+    texts = write_corpus(tmp_path / "c.jsonl", 1000)
+    worker = workers.start_worker(EMBEDSTREAM_FAILPOINTS="take_finalize.before=kill")
+    common = ["-o", tmp_path / "out", "--redis", workers.url, "--model", "hashing"]
+    assert run("embed-submit", tmp_path / "c.jsonl", *common, "--detach", "--quiet").returncode == 0
+    assert worker.wait(timeout=60) == -signal.SIGKILL
+    job = job_id("hashing", str(tmp_path / "out"))
+    assert workers.broker.state(job) is JobState.FINALIZING
+    first = workers.start_coordinator(EMBEDSTREAM_FAILPOINTS=f"{point}=kill")
+    wait_until(lambda: "died" in troubles(workers.broker, job).get("finalize", ""), "a death")
+    assert "finalize: the coordinator's process for it died" in run("embed-status", job, "--redis", workers.url).stdout
+    first.kill()
+    first.wait()
+    workers.broker.free_finalize(job)  # its lease would run for a minute
+    workers.start_coordinator()
+    wait_for_end(workers, job, seconds=90)
+    assert_exact(tmp_path / "out", texts, every=20)
+    assert_no_leftovers(tmp_path / "out")
+    assert troubles(workers.broker, job) == {}
+
+
+def test_nothing_but_our_own_functions_is_called_whatever_lies_in_redis(workers: Fleet, tmp_path: Path) -> None:
+    client = connect(workers.url)
+    bait = tmp_path / "called"
+    queue, pickled = Queue("embedstream", client, serializer=JSONSerializer), Queue("embedstream", client)
+    foreign = [
+        queue.enqueue("os.mkdir", str(bait)),
+        queue.enqueue("embedstream_coordinator.functions.finalize", "hashing", "x"),
+        queue.enqueue("embedstream.finalize", "hashing", job="x"),
+        pickled.enqueue("os.mkdir", str(bait)),
+    ]
+    hooked = queue.enqueue("embedstream.finalize", "hashing", "0123456789abcdef")
+    client.hset(hooked.key, "success_callback_name", "os.getcwd")
+    workers.start_coordinator()
+    for job in foreign:
+        wait_until(lambda job=job: fetch(client, job).is_failed, f"the refusal of {job.id}")
+    wait_until(lambda: fetch(client, hooked).is_finished, "the job with a hook")
+    said = "\n".join(path.read_text() for path in tmp_path.glob("coordinator-*.log"))
+    assert "os.mkdir: is no function of a coordinator, so it is not called" in said
+    assert not bait.exists()
+    texts = write_corpus(tmp_path / "c.jsonl", 300)
+    job_name = submit_server_side(workers, [tmp_path / "c.jsonl"], tmp_path / "out")
+    workers.start_worker()
+    wait_for_end(workers, job_name)
+    assert_exact(tmp_path / "out", texts)
+
+
+def test_what_cannot_be_read_is_told_by_status_and_read_when_it_is_there(workers: Fleet, tmp_path: Path) -> None:
+    paths, texts = write_parts(tmp_path, 2, 500)
+    away = paths[1].rename(tmp_path / "away")
+    workers.start_coordinator()
+    workers.start_worker()
+    job = submit_server_side(workers, paths, tmp_path / "out")
+    wait_until(lambda: troubles(workers.broker, job), "the trouble")
+    shown = run("embed-status", job, "--redis", workers.url).stdout
+    assert f"part 1: {paths[1]}: no such file" in shown
+    assert "coordinators have read 1 of 2 parts" in shown
+    assert json.loads(run("embed-status", job, "--redis", workers.url, "--json").stdout)["troubles"] == {
+        "part 1": f"{paths[1]}: no such file"
+    }
+    info = subprocess.run([str(BIN / "rq"), "info", "-u", workers.url], capture_output=True, text=True, check=True)
+    assert "embedstream" in info.stdout
+    away.rename(paths[1])
+    wait_for_end(workers, job, seconds=90)
+    assert_exact(tmp_path / "out", texts)
+
+
+@pytest.mark.parametrize("kind", ["outside", "link", "standard input", "pipe"])
+def test_a_coordinator_reads_nothing_outside_its_input_roots(workers: Fleet, tmp_path: Path, kind: str) -> None:
+    inside, outside = tmp_path / "inside", tmp_path / "outside.jsonl"
+    inside.mkdir()
+    write_corpus(outside, 10)
+    part = {"outside": outside, "link": inside / "link", "pipe": inside / "pipe"}.get(kind, inside / "-")
+    if kind == "link":
+        part.symlink_to(outside)
+    if kind == "pipe":
+        subprocess.run(["mkfifo", str(part)], check=True)
+    job = submit_server_side(workers, [part], tmp_path / "out")
+    if kind == "standard input":
+        rename_part(workers, job, "-")
+    command = [str(BIN / "embed-coordinator"), "--redis", workers.url, "--input-root", str(inside)]
+    process = subprocess.Popen(command, env=environment(), cwd=inside, stderr=subprocess.DEVNULL)
+    workers.processes.append(process)
+    found = wait_until(lambda: troubles(workers.broker, job), "the refusal")
+    words = {"standard input": "is no file that a coordinator could read", "pipe": "is no regular file"}
+    assert words.get(kind, "is outside this coordinator's input roots") in found["part 0"]
+    assert workers.broker.backlog(job) == 0
+    process.terminate()
+    assert process.wait(timeout=20) == 0
+
+
+def rename_part(workers: Fleet, job: str, name: str) -> None:
+    """As somebody would who writes into Redis."""
+    key = workers.broker.keys.job(job)
+    spec = json.loads(ask(workers).hget(key, "spec"))
+    ask(workers).hset(key, "spec", json.dumps({**spec, "parts": [name]}))
+
+
+def test_without_a_coordinator_submit_and_status_say_so(workers: Fleet, tmp_path: Path) -> None:
+    write_corpus(tmp_path / "c.jsonl", 10)
+    common = ["-o", tmp_path / "out", "--redis", workers.url, "--model", "hashing", "--server-side"]
+    done = run("embed-submit", tmp_path / "c.jsonl", *common)
+    assert done.returncode == 0
+    assert "no coordinator runs, so nobody reads its parts: start one with `embed-coordinator --redis" in done.stderr
+    job = job_id("hashing", str(tmp_path / "out"))
+    assert "no coordinator runs" in run("embed-status", job, "--redis", workers.url).stdout
+
+
+def test_the_same_server_side_command_again_does_nothing_once_it_is_finished(workers: Fleet, tmp_path: Path) -> None:
+    write_corpus(tmp_path / "c.jsonl", 200)
+    workers.start_coordinator()
+    workers.start_worker()
+    job = submit_server_side(workers, [tmp_path / "c.jsonl"], tmp_path / "out")
+    wait_for_end(workers, job)
+    before = read_manifest(tmp_path / "out")
+    assert submit_server_side(workers, [tmp_path / "c.jsonl"], tmp_path / "out") == job
+    assert read_manifest(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["c.jsonl"], "--server-side needs --redis"),
+        (["-", "-o", "out", "--redis", "redis://nowhere"], "standard input is on this machine only"),
+        (["c.jsonl", "c.jsonl", "-o", "out", "--redis", "redis://nowhere"], "c.jsonl: given twice"),
+        (["c.jsonl", "--retry-failed", "--redis", "redis://nowhere"], "exclude each other"),
+    ],
+)
+def test_what_cannot_be_read_elsewhere_is_refused_in_one_sentence(args: list[str], said: str) -> None:
+    done = run("embed-submit", *args, "--server-side", "--model", "hashing")
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_coordinator_without_redis_says_so() -> None:
+    done = run("embed-coordinator", "--redis", "redis://127.0.0.1:1/0")
+    assert done.returncode == 2
+    assert "cannot be reached" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def fetch(client: Any, job: Job) -> Job:
+    return Job.fetch(job.id, connection=client, serializer=JSONSerializer)
+
+
+def ask(workers: Fleet) -> Any:
+    """redis-py types its replies as unions over all its configurations."""
+    return workers.broker.client
