@@ -5,6 +5,7 @@ Nothing here decides anything. Writing a fact twice is harmless, and so is losin
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ import msgspec
 import redis
 
 from embedstream.broker import Broker
-from embedstream.keys import COORDINATORS, coordinator
+from embedstream.keys import COMPACTIONS, COORDINATORS, compaction, coordinator
 
 TROUBLES_SECONDS = 7 * 86_400
 """How long it is known what could not be done for a job."""
@@ -28,6 +29,21 @@ class CoordinatorRecord(msgspec.Struct, frozen=True, kw_only=True):
     """How many jobs it does at once."""
     input_roots: tuple[str, ...]
     output_roots: tuple[str, ...]
+
+
+class Compaction(msgspec.Struct, frozen=True, kw_only=True):
+    """A dataset whose shards are to be merged."""
+
+    output: str
+    target_bytes: int
+    manifest: str = ""
+    """Digest of the manifest that is to be replaced; empty until somebody has looked."""
+    groups: tuple[str, ...] = ()
+    """The shards to be written."""
+
+    @property
+    def id(self) -> str:
+        return hashlib.blake2b(self.output.encode(), digest_size=8).hexdigest()
 
 
 def heartbeat(client: redis.Redis, record: CoordinatorRecord, expire_seconds: float) -> None:
@@ -111,6 +127,41 @@ def troubles(broker: Broker, job: str) -> dict[str, str]:
     ask: Any = broker.client
     found = ask.hgetall(broker.keys.troubles(job))
     return {what.decode(): why.decode() for what, why in sorted(found.items())}
+
+
+def save_compaction(client: redis.Redis, wanted: Compaction) -> None:
+    """Have a dataset's shards merged by coordinators, or keep how far that is."""
+    client.hset(COMPACTIONS, wanted.id, msgspec.json.encode(wanted).decode())
+
+
+def compactions(client: redis.Redis) -> list[Compaction]:
+    """The datasets whose shards are to be merged."""
+    ask: Any = client
+    found = ask.hgetall(COMPACTIONS)
+    return [msgspec.json.decode(found[id], type=Compaction) for id in sorted(found)]
+
+
+def end_compaction(client: redis.Redis, wanted: Compaction) -> None:
+    """Nothing is left to be merged."""
+    with client.pipeline() as pipe:
+        pipe.hdel(COMPACTIONS, wanted.id)
+        pipe.unlink(compaction(wanted.id))
+        pipe.execute()
+
+
+def note_compacted(client: redis.Redis, wanted: Compaction, what: str, said: str) -> None:
+    """Keep what became of one shard to be written, or (`trouble`) what stands in the way."""
+    key = compaction(wanted.id)
+    with client.pipeline() as pipe:
+        pipe.hset(key, what, said)
+        pipe.expire(key, TROUBLES_SECONDS)
+        pipe.execute()
+
+
+def compacted(client: redis.Redis, wanted: Compaction) -> dict[str, str]:
+    """What was kept."""
+    ask: Any = client
+    return {what.decode(): said.decode() for what, said in ask.hgetall(compaction(wanted.id)).items()}
 
 
 def _now_ms(client: redis.Redis) -> int:

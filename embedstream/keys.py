@@ -20,6 +20,14 @@ QUEUES = "embedstream:queues"
 COORDINATORS = "embedstream:coordinators"
 """Sorted set of coordinators by last heartbeat (ms). They serve every queue of a server."""
 
+COMPACTIONS = "embedstream:compactions"
+"""Hash: id -> `Compaction` as JSON, of datasets whose shards are to be merged by coordinators."""
+
+
+def compaction(id: str) -> str:
+    """Hash: merged shard -> its record as JSON, and `trouble`. Expires by itself."""
+    return f"embedstream:compaction:{id}"
+
 
 def coordinator(name: str) -> str:
     """What one live coordinator says of itself; expires when it stops saying it."""

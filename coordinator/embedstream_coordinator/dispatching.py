@@ -4,6 +4,7 @@ nothing that matters: a coordinator that takes over looks the same way.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 from collections.abc import Callable
@@ -17,7 +18,15 @@ from rq.serializers import JSONSerializer
 
 from embedstream.broker import Broker
 from embedstream.connection import connect
-from embedstream.coordination import due_to_finalize, forget_ingest, to_ingest, unsealed_parts
+from embedstream.coordination import (
+    Compaction,
+    compacted,
+    compactions,
+    due_to_finalize,
+    forget_ingest,
+    to_ingest,
+    unsealed_parts,
+)
 from embedstream.errors import EmbedstreamError, JobUnknown
 from embedstream.jobs import JobState
 from embedstream.roots import allows
@@ -52,6 +61,10 @@ job that runs changes its record every ten seconds. It is this process' own cloc
 OTHERWISE_SECONDS = 60.0
 
 
+EXPIRE_SECONDS = 3600.0
+"""Between two looks for what nobody will come back to: it is kept for weeks."""
+
+
 @dataclass(frozen=True)
 class _Seen:
     record: tuple[object, ...]
@@ -70,6 +83,7 @@ class Dispatcher:
         self._scheduler = RQScheduler([QUEUE], self._client, logging_level=logging.WARNING, serializer=JSONSerializer)
         self._seen: dict[str, _Seen] = {}
         self._refused: dict[str, str] = {}
+        self._next_expiry = clock()
 
     def round(self) -> None:
         """One look at everything. Raises `redis.RedisError`."""
@@ -80,6 +94,12 @@ class Dispatcher:
                 asked |= self._finalize(broker, job)
             for job in to_ingest(broker):
                 asked |= self._ingest(broker, job)
+            if self._clock() >= self._next_expiry:
+                asked |= self._ensure(f"expire-{_digest(queue)}", "embedstream.expire", queue)
+        if self._clock() >= self._next_expiry:
+            self._next_expiry = self._clock() + EXPIRE_SECONDS
+        for wanted in compactions(self._client):
+            asked |= self._compact(wanted)
         self._seen = {name: seen for name, seen in self._seen.items() if name in asked}
         self._enqueue_retries()
 
@@ -110,6 +130,18 @@ class Dispatcher:
         asked: set[str] = set()
         for part in unsealed_parts(broker, job, len(status.spec.parts))[:PARTS_AHEAD]:
             asked |= self._ensure(f"ingest-{job}-{part}", "embedstream.ingest", broker.queue, job, part)
+        return asked
+
+    def _compact(self, wanted: Compaction) -> set[str]:
+        if not allows(self._context.output_roots, wanted.output):
+            return set()
+        there = compacted(self._client, wanted)
+        missing = [shard for shard in wanted.groups if shard not in there]
+        if not missing:
+            return self._ensure(f"compact-{wanted.id}", "embedstream.compact", wanted.id)
+        asked: set[str] = set()
+        for shard in missing[:PARTS_AHEAD]:
+            asked |= self._ensure(f"merge-{shard}", "embedstream.merge", wanted.id, shard)
         return asked
 
     def _ensure(self, name: str, function: str, *args: object, first: bool = False) -> set[str]:
@@ -161,3 +193,8 @@ class Dispatcher:
         if self._refused.get(job) != why:
             self._refused[job] = why
             log.warning("job %s: %s", job, why)
+
+
+def _digest(queue: str) -> str:
+    """RQ's names have no room for every character of ours."""
+    return hashlib.blake2b(queue.encode(), digest_size=8).hexdigest()

@@ -11,7 +11,9 @@ from collections.abc import Callable
 from embedstream.coordination import clear_troubles, note_trouble
 from embedstream.errors import EmbedstreamError, JobUnknown
 from embedstream.finalizing import finalize_job
+from embedstream_coordinator import compacting
 from embedstream_coordinator.context import Context
+from embedstream_coordinator.expiring import expire_queue
 from embedstream_coordinator.ingesting import ingest_part
 
 Function = Callable[..., str]
@@ -53,9 +55,27 @@ def ingest(context: Context, queue: str, job: str, part: int) -> str:
     return ended
 
 
+def compact(context: Context, id: str) -> str:
+    """Look which shards of a dataset are to be merged; with all merged ones there, write the manifest."""
+    return compacting.plan_or_finish(context, id)
+
+
+def merge(context: Context, id: str, shard: str) -> str:
+    """Write one merged shard."""
+    return compacting.merge(context, id, shard)
+
+
+def expire(context: Context, queue: str) -> str:
+    """Forget what nobody will come back to."""
+    return expire_queue(context.broker(queue))
+
+
 FUNCTIONS: dict[str, Function] = {
     "embedstream.finalize": finalize,
     "embedstream.ingest": ingest,
+    "embedstream.compact": compact,
+    "embedstream.merge": merge,
+    "embedstream.expire": expire,
 }
 """By the names that jobs in Redis carry."""
 

@@ -43,7 +43,8 @@ def workers(redis_url: str, tmp_path: Path) -> Iterator[Fleet]:
 
 def write_parts(folder: Path, count: int, rows: int) -> tuple[list[Path], dict[str, str]]:
     """Files of a corpus, and text by id."""
-    paths, texts = [folder / f"part{n}.jsonl" for n in range(count)], {}
+    paths = [folder / f"part{n}.jsonl" for n in range(count)]
+    texts: dict[str, str] = {}
     for seed, path in enumerate(paths):
         texts |= write_corpus(path, rows, seed=seed)
     return paths, texts
@@ -180,8 +181,7 @@ def test_nothing_but_our_own_functions_is_called_whatever_lies_in_redis(workers:
     hooked = queue.enqueue("embedstream.finalize", "hashing", "0123456789abcdef")
     client.hset(hooked.key, "success_callback_name", "os.getcwd")
     workers.start_coordinator()
-    for job in foreign:
-        wait_until(lambda job=job: fetch(client, job).is_failed, f"the refusal of {job.id}")
+    wait_until(lambda: all(fetch(client, job).is_failed for job in foreign), "the refusals")
     wait_until(lambda: fetch(client, hooked).is_finished, "the job with a hook")
     said = "\n".join(path.read_text() for path in tmp_path.glob("coordinator-*.log"))
     assert "os.mkdir: is no function of a coordinator, so it is not called" in said

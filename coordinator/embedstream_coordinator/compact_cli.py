@@ -1,0 +1,46 @@
+"""embed-compact."""
+
+from __future__ import annotations
+
+import click
+
+from embedstream.commands import run
+from embedstream.settings import ENV_PREFIX, MIB
+
+
+@click.command(context_settings={"auto_envvar_prefix": ENV_PREFIX, "show_default": True})
+@click.argument("output")
+@click.option("--redis", "redis_url", help="Have it done by the coordinators of this fleet, and leave at once.")
+@click.option("--shard-mib", type=click.IntRange(min=1, max=1024), default=192, help="Size of a merged shard, in MiB.")
+@click.version_option(package_name="embedstream")
+def compact(output: str, redis_url: str | None, shard_mib: int) -> None:
+    """Merge the small shards of the finished dataset OUTPUT into large ones, ordered by part and row.
+
+    The new manifest is written before what it no longer lists is removed. Whoever reads meanwhile by the old one may
+    miss a file, and reads again.
+    """
+    # Not at the top: loading it takes a while, in which Ctrl-C shall end this command as at any other time.
+    from embedstream.connection import connect, explaining, mask
+    from embedstream.coordination import Compaction, coordinators, save_compaction
+    from embedstream.dataset.compaction import compact as compact_here
+    from embedstream.dataset.sink import canonical_output
+    from embedstream.preflight import check
+    from embedstream.terminal import echo
+
+    address = canonical_output(output)
+    if redis_url is None:
+        before, after = compact_here(address, shard_mib * MIB)
+        echo(f"{mask(address)}: {before:,} shards before, {after:,} now")
+        return
+    client = connect(redis_url)
+    check(connect(redis_url, retries=0), redis_url)
+    with explaining(redis_url):
+        save_compaction(client, Compaction(output=address, target_bytes=shard_mib * MIB))
+        echo(f"{mask(address)}: to be merged by coordinators; `embed-status --redis {mask(redis_url)}` shows it")
+        if not coordinators(client):
+            echo(f"no coordinator runs: start one with `embed-coordinator --redis {mask(redis_url)}`", err=True)
+
+
+def main() -> None:
+    """Entry point."""
+    run(compact)

@@ -1,0 +1,87 @@
+"""Merging the shards of a dataset on several machines: a plan, one RQ job for each merged shard, then the manifest."""
+
+from __future__ import annotations
+
+import msgspec
+import redis
+
+from embedstream.connection import connect
+from embedstream.coordination import Compaction, compacted, compactions, end_compaction, note_compacted, save_compaction
+from embedstream.dataset.compaction import (
+    Group,
+    open_finished,
+    plan_groups,
+    remove_unlisted,
+    replace_manifest,
+    write_group,
+)
+from embedstream.dataset.folder import FolderSink
+from embedstream.dataset.manifest import manifest_digest
+from embedstream.dataset.sink import Manifest, ShardRecord
+from embedstream.errors import EmbedstreamError
+from embedstream.roots import check_output
+from embedstream_coordinator.context import Context
+
+TROUBLE = "trouble"
+
+
+def plan_or_finish(context: Context, id: str) -> str:
+    """What can be done before the first, or after the last of the merged shards is there."""
+    client = connect(context.redis_url)
+    wanted = _find(client, id)
+    if wanted is None:
+        return "was done, or is no longer wanted"
+    try:
+        return _plan_or_finish(context, client, wanted)
+    except EmbedstreamError as error:
+        note_compacted(client, wanted, TROUBLE, str(error))
+        raise
+
+
+def _plan_or_finish(context: Context, client: redis.Redis, wanted: Compaction) -> str:
+    sink, manifest, groups = _open(context, wanted)
+    if wanted.manifest != manifest_digest(manifest) and groups:
+        # Never looked at; or its manifest is another by now, perhaps the one that we wrote before we died.
+        names = tuple(group.name for group in groups)
+        save_compaction(client, msgspec.structs.replace(wanted, manifest=manifest_digest(manifest), groups=names))
+        return f"{len(groups)} shards to be written"
+    if groups:
+        there = compacted(client, wanted)
+        if any(group.name not in there for group in groups):
+            return "merged shards are missing"
+        records = [msgspec.json.decode(there[group.name], type=ShardRecord) for group in groups]
+        manifest = replace_manifest(sink, manifest, groups, records)
+    removed = remove_unlisted(sink, manifest)
+    end_compaction(client, wanted)
+    return f"{len(manifest.shards)} shards; {removed} were removed"
+
+
+def merge(context: Context, id: str, shard: str) -> str:
+    """Write one merged shard."""
+    client = connect(context.redis_url)
+    wanted = _find(client, id)
+    if wanted is None or shard not in wanted.groups:
+        return "was done, or is no longer wanted"
+    try:
+        sink, manifest, groups = _open(context, wanted)
+        group = next((group for group in groups if group.name == shard), None)
+        if group is None:
+            # Another manifest stands: the plan is made anew.
+            save_compaction(client, Compaction(output=wanted.output, target_bytes=wanted.target_bytes))
+            return "another manifest stands"
+        record = write_group(sink, manifest, group)
+    except EmbedstreamError as error:
+        note_compacted(client, wanted, TROUBLE, f"{shard}: {error}")
+        raise
+    note_compacted(client, wanted, shard, msgspec.json.encode(record).decode())
+    return f"{record.rows} rows"
+
+
+def _open(context: Context, wanted: Compaction) -> tuple[FolderSink, Manifest, tuple[Group, ...]]:
+    check_output(context.output_roots, wanted.output)
+    sink, manifest = open_finished(wanted.output)
+    return sink, manifest, plan_groups(manifest, wanted.target_bytes)
+
+
+def _find(client: redis.Redis, id: str) -> Compaction | None:
+    return next((wanted for wanted in compactions(client) if wanted.id == id), None)

@@ -1,0 +1,65 @@
+"""What nobody will come back to: listings of jobs that are gone, and jobs whose producer has been gone for weeks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from embedstream.broker import Broker
+from embedstream.errors import BrokerError, JobUnknown
+from embedstream.jobs import JobState
+from embedstream.settings import Settings
+
+DAY_SECONDS = 86_400
+
+AT_ONCE = 500
+"""Keys looked at by one command."""
+
+
+def expire_queue(broker: Broker) -> str:
+    """Clear one queue; doing it twice is harmless. Raises `redis.RedisError`."""
+    listed = _forget_expired(broker)
+    ended = _end_abandoned(broker, Settings.from_environment().failed_days)
+    lost = _remove_orphans(broker)
+    return f"{listed} forgotten, {ended} ended, {lost} keys without a job removed"
+
+
+def _forget_expired(broker: Broker) -> int:
+    """Listings name ended jobs; those of them whose keys have expired are forgotten."""
+    gone = [job for job in broker.recent_jobs() if broker.state(job) is None]
+    if gone:
+        broker.client.zrem(broker.keys.recent, *gone)
+    return len(gone)
+
+
+def _end_abandoned(broker: Broker, days: float) -> int:
+    """A job that was never submitted to its end holds its share of the queue's bytes for ever: it is cancelled, and the
+    same command reopens it."""
+    ended = 0
+    for job in broker.active_jobs():
+        try:
+            status = broker.status(job)
+        except (JobUnknown, BrokerError):
+            continue
+        idle = status.now - max(status.pushed, status.committed)
+        if status.state is JobState.SUBMITTING and idle > days * DAY_SECONDS:
+            reason = f"its producer has been gone for {idle / DAY_SECONDS:.0f} days; the same embed-submit goes on"
+            broker.run(broker.cancel(job, JobState.CANCELLED, reason))
+            ended += 1
+    return ended
+
+
+def _remove_orphans(broker: Broker) -> int:
+    """Keys of jobs that have no hash any more, and that would never expire."""
+    ask: Any = broker.client
+    prefix, removed = f"{broker.keys.prefix}:job:", 0
+    names = list(ask.scan_iter(match=f"{_literal(prefix)}*:*", count=AT_ONCE))
+    for key in names:
+        job = key.decode().removeprefix(prefix).partition(":")[0]
+        if ask.ttl(key) == -1 and not ask.exists(broker.keys.job(job)):
+            removed += ask.unlink(key)
+    return removed
+
+
+def _literal(text: str) -> str:
+    """A text as a pattern that matches itself."""
+    return "".join(f"\\{c}" if c in "*?[]\\^" else c for c in text)

@@ -1,0 +1,140 @@
+"""embed-compact: fewer shards with the same rows, here and by coordinators, whoever dies meanwhile."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from verify_lab import Made, make_dataset
+
+from e2e.harness import (
+    Fleet,
+    fleet,
+    read_manifest,
+    run,
+    wait_until,
+)
+from embedstream.coordination import compactions
+from embedstream.dataset import compaction
+
+ROWS = 2000
+
+
+@pytest.fixture
+def workers(redis_url: str, tmp_path: Path) -> Iterator[Fleet]:
+    with fleet(redis_url, tmp_path) as made:
+        yield made
+
+
+def contents(output: Path) -> list[dict[str, Any]]:
+    """Every row and error row that the manifest lists, in the order of the corpus."""
+    rows = [
+        row
+        for shard in read_manifest(output)["shards"]
+        for kind in ("part", "errors")
+        if kind == "part" or shard["failed"]
+        for row in pq.read_table(output / f"{kind}-{shard['name']}.parquet").to_pylist()
+    ]
+    return sorted(rows, key=lambda row: (row["part"], row["row"]))
+
+
+def assert_whole(made: Made) -> None:
+    corpus = [arg for path in made.corpus for arg in ("--corpus", path)]
+    verified = run("embed-verify", made.folder, *corpus)
+    assert verified.returncode == 0, verified.stdout + verified.stderr
+
+
+def part_files(output: Path) -> set[str]:
+    return {path.name for path in output.glob("part-*.parquet")}
+
+
+def listed_files(output: Path) -> set[str]:
+    return {f"part-{shard['name']}.parquet" for shard in read_manifest(output)["shards"]}
+
+
+def test_small_shards_become_one_in_the_order_of_the_corpus(tmp_path: Path) -> None:
+    made = make_dataset(tmp_path, ROWS)
+    before, rows = read_manifest(made.folder), contents(made.folder)
+    errors = (made.folder / "errors.jsonl").read_bytes()
+    done = run("embed-compact", made.folder)
+    assert done.returncode == 0, done.stderr
+    assert "3 shards before, 1 now" in done.stdout
+    after = read_manifest(made.folder)
+    assert {**after, "shards": 0} == {**before, "shards": 0}, "only the list of shards may change"
+    assert part_files(made.folder) == listed_files(made.folder)
+    assert contents(made.folder) == rows
+    assert (made.folder / "errors.jsonl").read_bytes() == errors
+    assert_whole(made)
+    table: Any = pq.read_table(made.folder / f"part-{after['shards'][0]['name']}.parquet")
+    places = list(zip(table["part"].to_pylist(), table["row"].to_pylist(), strict=True))
+    assert places == sorted(places)
+    again = run("embed-compact", made.folder)
+    assert "1 shards before, 1 now" in again.stdout
+    assert read_manifest(made.folder) == after
+
+
+@pytest.mark.parametrize("bytes_per_shard", [1, 20_000, 60_000])
+def test_groups_of_any_size_hold_the_same_rows(tmp_path: Path, bytes_per_shard: int, monkeypatch: Any) -> None:
+    monkeypatch.setattr(compaction, "MOST_SHARE", 1000.0)
+    made = make_dataset(tmp_path, ROWS)
+    rows = contents(made.folder)
+    _, after = compaction.compact(str(made.folder), bytes_per_shard)
+    assert after > 1
+    assert contents(made.folder) == rows
+    assert_whole(made)
+
+
+@pytest.mark.parametrize(
+    "point",
+    ["file.written", *(f"file.renamed#{n}" for n in (1, 2, 3, 4)), "shard.discarding", "shard.discarded"],
+)
+def test_a_compaction_that_dies_leaves_a_whole_dataset_and_the_next_one_ends_it(tmp_path: Path, point: str) -> None:
+    made = make_dataset(tmp_path, ROWS)
+    rows = contents(made.folder)
+    died = run("embed-compact", made.folder, EMBEDSTREAM_FAILPOINTS=f"{point}=kill")
+    assert died.returncode == -signal.SIGKILL
+    assert contents(made.folder) == rows
+    assert_whole(made)
+    done = run("embed-compact", made.folder)
+    assert done.returncode == 0, done.stderr
+    assert len(read_manifest(made.folder)["shards"]) == 1
+    assert part_files(made.folder) == listed_files(made.folder)
+    assert contents(made.folder) == rows
+    assert_whole(made)
+
+
+def test_coordinators_merge_though_one_of_them_dies_before_it_removes_anything(workers: Fleet, tmp_path: Path) -> None:
+    made = make_dataset(tmp_path, ROWS)
+    rows = contents(made.folder)
+    first = workers.start_coordinator(EMBEDSTREAM_FAILPOINTS="shard.discarding=kill")
+    done = run("embed-compact", made.folder, "--redis", workers.url)
+    assert done.returncode == 0, done.stderr
+    wait_until(lambda: len(listed_files(made.folder)) == 1, "a new manifest")
+    assert len(part_files(made.folder)) > 1, "the first one removed what it was to die at"
+    assert_whole(made)
+    first.kill()
+    first.wait()
+    workers.start_coordinator()
+    wait_until(lambda: not compactions(workers.broker.client), "the end of the compaction", 120)
+    assert part_files(made.folder) == listed_files(made.folder)
+    assert contents(made.folder) == rows
+    assert_whole(made)
+
+
+def test_what_cannot_be_merged_is_told_in_one_sentence(workers: Fleet, tmp_path: Path) -> None:
+    missing = run("embed-compact", tmp_path / "nothing")
+    assert missing.returncode == 2
+    assert "no finished dataset, so there is nothing to merge" in missing.stderr
+    hashes = run("embed-compact", f"{workers.url}?prefix=docs:")
+    assert hashes.returncode == 2
+    assert "an output in Redis has no shards to merge" in hashes.stderr
+    alone = run("embed-compact", tmp_path / "nothing", "--redis", workers.url)
+    assert "no coordinator runs" in alone.stderr
+    shown = json.loads(run("embed-status", "--redis", workers.url, "--json").stdout)
+    assert shown["coordinators"] == []
+    assert "0 of 0 shards written" in run("embed-status", "--redis", workers.url).stdout
