@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import logging
-import sys
 from pathlib import Path
 
 import click
 
 from embedstream.commands import run
 from embedstream.errors import UsageError
+from embedstream.logs import LogFormat, set_up, tell_error
 from embedstream.settings import ENV_PREFIX
-from embedstream.terminal import PrintableFormatter
 
 PROCESSES = 2
 """So that a part that takes hours holds nothing else up."""
@@ -39,13 +37,29 @@ PROCESSES = 2
     envvar=[f"{ENV_PREFIX}_OUTPUT_ROOT", f"{ENV_PREFIX}_OUTPUT_ROOTS"],
     help="Folder or URL below which it may write; repeatable. [default: the current folder, and redis:]",
 )
+@click.option(
+    "--metrics-port",
+    type=click.IntRange(min=0, max=65535),
+    help="Serve /metrics (Prometheus), /healthz and /readyz; 0: any free port, which is logged. [default: off]",
+)
+@click.option("--metrics-host", default="127.0.0.1", help="Address to serve them at; 0.0.0.0 or :: for all.")
+@click.option("--log-format", type=click.Choice(["text", "json"]), default="text", help="json: one object a line.")
 @click.version_option(package_name="embedstream")
-def coordinator(redis_url: str, processes: int, input_roots: tuple[str, ...], output_roots: tuple[str, ...]) -> None:
+def coordinator(
+    redis_url: str,
+    processes: int,
+    input_roots: tuple[str, ...],
+    output_roots: tuple[str, ...],
+    metrics_port: int | None,
+    metrics_host: str,
+    log_format: LogFormat,
+) -> None:
     """Do what jobs need beside vectors: read the parts of corpora submitted with --server-side, write manifests.
 
     Any number may run, on any machine that sees corpora and outputs. Exit codes: 0 told to stop; 1 it failed; 2 it can
     never run so.
     """
+    set_up(log_format)
     try:
         import rq  # noqa: F401
     except ImportError as error:
@@ -61,14 +75,9 @@ def coordinator(redis_url: str, processes: int, input_roots: tuple[str, ...], ou
         input_roots=tuple(map(canonical_root, input_roots or (here,))),
         output_roots=tuple(map(canonical_root, output_roots or (here, "redis:"))),
     )
-    serve(context, processes)
+    serve(context, processes, log_format, None if metrics_port is None else (metrics_host, metrics_port))
 
 
 def main() -> None:
     """Entry point."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(PrintableFormatter("%(asctime)s %(levelname)s %(message)s"))
-    logging.basicConfig(level=logging.WARNING, handlers=[handler])
-    logging.getLogger("embedstream").setLevel(logging.INFO)
-    logging.getLogger("embedstream_coordinator").setLevel(logging.INFO)
-    run(coordinator)
+    run(coordinator, tell_error)

@@ -15,9 +15,12 @@ from types import FrameType
 
 import msgspec
 import redis
+from prometheus_client import CollectorRegistry
 
 from embedstream.connection import connect, explaining, mask
 from embedstream.coordination import CoordinatorRecord, heartbeat, leave
+from embedstream.exposition import Exposition, QueueCollector
+from embedstream.logs import LogFormat, identify
 from embedstream.preflight import check, shortcomings
 from embedstream.troubles import trouble, waiting
 from embedstream_coordinator.context import Context
@@ -42,7 +45,7 @@ STOP_SECONDS = 8.0
 class Coordinator:
     """A context manager would hide that `run` is all of its life."""
 
-    def __init__(self, context: Context, processes: int) -> None:
+    def __init__(self, context: Context, processes: int, log_format: LogFormat) -> None:
         self._context = context
         self._stopping = threading.Event()
         name = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
@@ -54,12 +57,17 @@ class Coordinator:
             input_roots=context.input_roots,
             output_roots=tuple(map(mask, context.output_roots)),
         )
-        self._slots = [_Slot(context, f"{name}-{number}") for number in range(processes)]
+        self._slots = [_Slot(context, f"{name}-{number}", log_format) for number in range(processes)]
         self._clause = ""
+        self._begun = False
 
     def stop(self) -> None:
         """May be called from a signal handler."""
         self._stopping.set()
+
+    def unready(self) -> str:
+        """Why this coordinator does nothing at the moment, the empty string if it does its work."""
+        return self._clause or ("" if self._begun else "starting")
 
     def run(self) -> None:
         """Until told to stop."""
@@ -89,6 +97,7 @@ class Coordinator:
             log.warning(waiting(clause, mask(self._context.redis_url)))
 
     def _over(self) -> None:
+        self._begun = True
         if self._clause:
             self._clause = ""
             log.warning("Redis is there again")
@@ -108,8 +117,9 @@ class Coordinator:
 class _Slot:
     """One process, started when it is not there."""
 
-    def __init__(self, context: Context, name: str) -> None:
+    def __init__(self, context: Context, name: str, log_format: LogFormat) -> None:
         self._context = context
+        self._log_format = log_format
         self._name = name
         self._process: subprocess.Popen[bytes] | None = None
         self._started = float("-inf")
@@ -123,7 +133,7 @@ class _Slot:
         self._started = time.monotonic()
         self._starts += 1
         # A name of its own for each life: RQ refuses one that seems to be alive.
-        plan = Plan(name=f"{self._name}-{self._starts}", context=self._context)
+        plan = Plan(name=f"{self._name}-{self._starts}", log_format=self._log_format, context=self._context)
         self._close()
         command = [sys.executable, "-P", "-m", "embedstream_coordinator.slot"]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
@@ -153,9 +163,13 @@ class _Slot:
             self._process.stdin.close()
 
 
-def serve(context: Context, processes: int) -> None:
-    """Run a coordinator until SIGTERM or SIGINT; a second signal ends it at once."""
-    coordinator = Coordinator(context, processes)
+def serve(context: Context, processes: int, log_format: LogFormat, listen: tuple[str, int] | None) -> None:
+    """Run a coordinator until SIGTERM or SIGINT; a second signal ends it at once.
+
+    `listen`: host and port of /metrics, /healthz and /readyz.
+    """
+    coordinator = Coordinator(context, processes, log_format)
+    identify(coordinator=coordinator.record.name)
     asked = threading.Event()
 
     def stop(_signal: int, _frame: FrameType | None) -> None:
@@ -178,5 +192,10 @@ def serve(context: Context, processes: int) -> None:
         ", ".join(coordinator.record.input_roots),
         ", ".join(coordinator.record.output_roots),
     )
+    if listen is not None:
+        registry = CollectorRegistry()
+        registry.register(QueueCollector(url))
+        served = Exposition(*listen, registry, lambda: "", coordinator.unready)
+        log.info("metrics at %s", served.url)
     with explaining(url):
         coordinator.run()

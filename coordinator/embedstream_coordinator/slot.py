@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import sys
@@ -12,6 +11,7 @@ import msgspec
 import pyarrow as pa
 
 from embedstream.connection import connect
+from embedstream.logs import LogFormat, set_up
 from embedstream_coordinator.context import Context
 from embedstream_coordinator.rq_types import ClosedWorker
 
@@ -21,13 +21,14 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     lives."""
 
     name: str
+    log_format: LogFormat
     context: Context
 
 
 def main() -> None:
     """Run until told to stop."""
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
     plan = msgspec.json.decode(sys.stdin.buffer.readline(), type=Plan)
+    set_up(plan.log_format)
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     # Arrow's own allocators keep what a part needed and are no faster here.
     pa.set_memory_pool(pa.system_memory_pool())

@@ -21,6 +21,7 @@ from embedstream.queues import look_at_queue
 from embedstream.terminal import echo, echo_json, printable
 from embedstream.troubles import patiently
 from embedstream.watching import lost_blocks
+from embedstream_producer.status_coordination import fleet_lines, fleet_object, troubles_of, waits_for
 from embedstream_producer.status_view import JobLook, job_lines, job_object, queue_lines, queue_object
 
 WATCH_SECONDS = 1.0
@@ -44,7 +45,7 @@ def show_status(job: str | None, redis_url: str, watch: bool, as_json: bool) -> 
     nowhere = Broker(connect(redis_url), "")
 
     def look() -> Look:
-        return look_at_all(nowhere) if job is None else look_at_job(nowhere, job)
+        return look_at_all(nowhere) if job is None else look_at_job(nowhere, job, mask(redis_url))
 
     try:
         with explaining(redis_url):
@@ -84,21 +85,23 @@ def watch_live(looks: Iterator[Look]) -> None:
             live.update(Text("\n".join(each.lines)), refresh=True)
 
 
-def look_at_job(nowhere: Broker, job: str) -> Look:
-    """Raises `JobUnknown`."""
+def look_at_job(nowhere: Broker, job: str, url: str) -> Look:
+    """Raises `JobUnknown`. `url` is shown."""
     broker = Broker(nowhere.client, find_queue(nowhere, job))
     status, workers = broker.status(job), broker.workers()
-    waits = "" if status.state.ended else lost_blocks(broker, job, workers)
-    seen = JobLook(status, workers, waits)
-    return Look([printable(line) for line in job_lines(seen)], job_object(seen), status.state.ended)
+    waits = "" if status.state.ended else waits_for(broker, status, workers, url) or lost_blocks(broker, job, workers)
+    seen, trouble = JobLook(status, workers, waits), troubles_of(broker, status)
+    lines = [*job_lines(seen), *(f"  {what}: {why}" for what, why in trouble.items())]
+    return Look([printable(line) for line in lines], {**job_object(seen), "troubles": trouble}, status.state.ended)
 
 
 def look_at_all(nowhere: Broker) -> Look:
     """All queues."""
     looks = [look_at_queue(Broker(nowhere.client, queue), MOST_ENDED) for queue in nowhere.queues()]
-    lines = [printable(line) for look in looks for line in queue_lines(look)]
+    lines = [*fleet_lines(nowhere), *(line for look in looks for line in queue_lines(look))]
     empty = ["no queue: neither job nor worker was here in the last 30 days"]
-    return Look(lines or empty, {"queues": [queue_object(look) for look in looks]}, False)
+    value = {**fleet_object(nowhere), "queues": [queue_object(look) for look in looks]}
+    return Look([printable(line) for line in lines] or empty, value, False)
 
 
 def _say(notice: str) -> None:

@@ -1,0 +1,61 @@
+"""What embed-status says of coordinators, and of what they have to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from embedstream.broker import Broker
+from embedstream.connection import mask
+from embedstream.coordination import (
+    Compaction,
+    compacted,
+    compactions,
+    coordinators,
+    is_ingested,
+    troubles,
+    unsealed_parts,
+)
+from embedstream.jobs import JobState, JobStatus
+from embedstream.workers import WorkerRecord
+from embedstream_producer.server_side import without_coordinator
+
+
+def waits_for(broker: Broker, status: JobStatus, workers: Sequence[WorkerRecord], url: str) -> str:
+    """What a job waits for a coordinator to do; empty if nothing. `url` is shown."""
+    if status.state is JobState.SUBMITTING and is_ingested(broker, status.job):
+        left = len(unsealed_parts(broker, status.job, len(status.spec.parts)))
+        read = f"coordinators have read {len(status.spec.parts) - left} of {len(status.spec.parts)} parts"
+        return without_coordinator(broker, status.spec, url) or read
+    if status.state is JobState.FINALIZING and not workers and not coordinators(broker.client):
+        return "its manifest waits for a worker or a coordinator: start one, or run the same embed-submit again"
+    return ""
+
+
+def troubles_of(broker: Broker, status: JobStatus) -> dict[str, str]:
+    """What coordinators cannot do for an open job at present, and why."""
+    return {} if status.state.ended else troubles(broker, status.job)
+
+
+def fleet_lines(nowhere: Broker) -> Iterator[str]:
+    """Coordinators, and datasets whose shards are being merged."""
+    for coordinator in coordinators(nowhere.client):
+        yield f"coordinator {coordinator.name}  {coordinator.processes} process(es)"
+    for wanted in compactions(nowhere.client):
+        yield _compaction_line(wanted, compacted(nowhere.client, wanted))
+
+
+def fleet_object(nowhere: Broker) -> dict[str, Any]:
+    """The same for scripts."""
+    return {
+        "coordinators": [msgspec.to_builtins(each) for each in coordinators(nowhere.client)],
+        "compactions": [{"id": each.id, "output": mask(each.output)} for each in compactions(nowhere.client)],
+    }
+
+
+def _compaction_line(wanted: Compaction, there: Mapping[str, str]) -> str:
+    written = sum(shard in there for shard in wanted.groups)
+    trouble = f"  {there['trouble']}" if "trouble" in there else ""
+    return f"compaction {wanted.id}  {written} of {len(wanted.groups)} shards written  {mask(wanted.output)}{trouble}"
