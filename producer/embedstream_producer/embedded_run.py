@@ -197,7 +197,11 @@ class WorkerProcess:
         return "\n".join([line for line in text.splitlines() if line.strip()][-count:])
 
 
-_NOT_INHERITED = {"EMBEDSTREAM_BURST", "EMBEDSTREAM_CHECK", "EMBEDSTREAM_REVISION", "EMBEDSTREAM_OUTPUT_ROOTS"}
+_NOT_INHERITED = {
+    f"EMBEDSTREAM_{name}"
+    for name in ("BURST", "CHECK", "REVISION", "OUTPUT_ROOTS", "METRICS_PORT", "METRICS_HOST", "LOG_FORMAT")
+}
+"""What is said to the workers of a fleet is not meant for this one."""
 
 
 def _ending(code: int) -> str:

@@ -22,6 +22,7 @@ from embedstream.connection import connect
 from embedstream.dataset.folder import FolderSink
 from embedstream.interactive import EmbedRequest, ask, vectors
 from embedstream.jobs import JobState
+from embedstream.metrics import DEVICE_BUSY
 from embedstream.plans import drive
 
 TEXTS = [f"text number {i} " + "word " * (i % 7) for i in range(64)]
@@ -82,9 +83,14 @@ def test_what_others_commit_first_is_left_out_of_the_shard(lab: WorkerLab) -> No
     lab.start()
     wait_until(lambda: lab.broker.status(job).done == 2, "the other worker's shard")
     others = parts(lab)
+    counted: Any = slow.worker.meter.registry.get_sample_value
+    busy = (DEVICE_BUSY.name, {"queue": lab.broker.queue})
+    wait_until(lambda: counted(*busy) > 0.5, "the slow worker to have worked for long")
     gate.open.set()
     finish(lab, job)
     assert_exact(lab.folder / "out", BY_ID)
+    pace: Any = lab.broker.client.hgetall(lab.broker.keys.pace)
+    assert int(pace[b"ms"]) > 500, "the work for a shard that was refused is lost from the pace"
     shards = {f"part-{shard['name']}.parquet": shard["rows"] for shard in read_manifest(lab.folder / "out")["shards"]}
     assert sorted(shards) == parts(lab), "the shard that was refused was left behind"
     assert sum(shards.pop(other) for other in others) == 16

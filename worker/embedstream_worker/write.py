@@ -189,11 +189,12 @@ class Write:
             self._closing = None
 
     def _write_and_commit(self, shard: OpenShard) -> None:
-        blocks = shard.blocks
+        blocks, worked = shard.blocks, 0.0
         while blocks:
             held = [block.held for block in blocks.values()]
             record = self._write(shard.job, list(blocks.values()))
-            answer = None if record is None else self._commit(shard.job, record, list(blocks.values()))
+            worked += self._meter.take_worked()
+            answer = None if record is None else self._commit(shard.job, record, list(blocks.values()), worked)
             if record is None or answer is None:
                 release(self._broker, self._consumer, self._held, held)
                 return
@@ -300,14 +301,13 @@ class Write:
                     self._discard(job, content.record.name)
                     return None
 
-    def _commit(self, job: OpenJob, record: ShardRecord, blocks: list[FinishedBlock]) -> Answer | None:
-        """The broker's answer; None if it has none.
+    def _commit(self, job: OpenJob, record: ShardRecord, blocks: list[FinishedBlock], worked: float) -> Answer | None:
+        """The broker's answer; None if it has none. `worked`: seconds that the worker was at work for this shard.
 
         That is when Redis stays away while the worker is told to stop (the shard lies there to be adopted), or refuses
         for good.
         """
-        worked_ms = round(1000 * self._meter.take_worked())
-        step = self._broker.commit(record, [block.to_commit() for block in blocks], job.spec, worked_ms)
+        step = self._broker.commit(record, [block.to_commit() for block in blocks], job.spec, round(1000 * worked))
         backoff, failures = ExponentialWithJitterBackoff(base=0.1, cap=5.0), 0
         outage = Outage(f"shard {record.name} waits to be committed")
         while True:
