@@ -9,6 +9,7 @@ import json
 import logging
 import sys
 from datetime import UTC, datetime
+from types import TracebackType
 from typing import Any, Literal
 
 from embedstream import commands
@@ -32,8 +33,14 @@ def set_up(form: LogFormat) -> None:
     )
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.captureWarnings(form == "json")
+    if form == "json":
+        sys.excepthook = _log_unexpected
     for name in OURS:
         logging.getLogger(name).setLevel(logging.INFO)
+
+
+def _log_unexpected(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    logging.getLogger("embedstream").critical("%s: %s", kind.__name__, error, exc_info=(kind, error, trace))
 
 
 def identify(**who: str) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 
 import msgspec
 
-from embedstream.broker import Broker
-from embedstream.errors import BrokerError, JobUnknown
+from embedstream.broker import Broker, parse_status
+from embedstream.errors import EmbedstreamError, JobUnknown
 from embedstream.jobs import JobStatus
 from embedstream.workers import Rate, WorkerRecord
 
@@ -56,22 +56,24 @@ def look_at_queue(broker: Broker, ended: int = 0) -> QueueLook:
     client: Any = broker.client
     active = broker.active_jobs()
     ids = dict.fromkeys([*active, *broker.outbox(), *(broker.recent_jobs()[:ended] if ended else ())])
-    jobs, unreadable = [], {}
-    for job in ids:
-        try:
-            jobs.append(broker.status(job))
-        except JobUnknown:
-            continue  # it expired
-        except BrokerError as error:
-            unreadable[job] = str(error)
     streams = broker.run(broker.look(active)) if active else []
     oldest = min((stream.oldest_ms for stream in streams if stream.oldest_ms), default=0)
     with client.pipeline(transaction=False) as pipe:
+        for job in ids:
+            pipe.hgetall(broker.keys.job(job))
         pipe.get(broker.keys.bytes)
         pipe.hmget(broker.keys.pace, "tokens", "bytes", "ms")
         pipe.time()
-        queued, pace, (seconds, micros) = pipe.execute()
+        *hashes, queued, pace, (seconds, micros) = pipe.execute()
     now = seconds + micros / 1e6
+    jobs, unreadable = [], {}
+    for job, raw in zip(ids, hashes, strict=True):
+        try:
+            jobs.append(parse_status(job, raw, now))
+        except JobUnknown:
+            continue  # it expired
+        except EmbedstreamError as error:
+            unreadable[job] = str(error)
     tokens, size, ms = (int(value or 0) for value in pace)
     return QueueLook(
         queue=broker.queue,

@@ -8,6 +8,7 @@ import msgspec
 import pytest
 from broker_lab import HOUR_MS, Lab, make_record, to_commit
 
+from embedstream.keys import QUEUES
 from embedstream.queues import (
     GUESSED_TOKENS_PER_BYTE,
     GUESSED_TOKENS_PER_SECOND,
@@ -141,6 +142,24 @@ def test_a_damaged_job_does_not_hide_the_others(lab: Lab) -> None:
     assert [status.job for status in look.jobs] == [sound]
     assert list(look.unreadable) == [broken]
     lab.client.hset(lab.keys.job(broken), "rows", 0)
+
+
+def test_a_thousand_jobs_are_looked_at_together(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = [lab.create(f"/{number}") for number in range(1000)]
+    lab.fill(jobs[500], 1)
+    monkeypatch.setattr(lab.broker, "status", lambda job: pytest.fail(f"{job} was asked for by itself"))
+    look = look_at_queue(lab.broker)
+    assert {status.job for status in look.jobs} == {*jobs}
+    assert look.blocks == 1
+
+
+def test_a_queue_without_a_sign_of_life_for_a_month_is_not_listed(lab: Lab) -> None:
+    now = int(lab.client.time()[0])
+    lab.client.zadd(QUEUES, {lab.broker.queue: now - 31 * 86_400})
+    assert lab.broker.queue not in lab.broker.queues()
+    lab.client.zadd(QUEUES, {lab.broker.queue: now - 29 * 86_400})
+    assert lab.broker.queue in lab.broker.queues()
+    lab.client.zrem(QUEUES, lab.broker.queue)
 
 
 def test_a_job_on_which_a_worker_computes_is_not_stalled(lab: Lab) -> None:

@@ -20,21 +20,22 @@ except ZeroDivisionError:
     log.exception("no")
 warnings.warn("a library warns")
 tell_error("it ends")
+raise OSError("unexpected")
 """
 
 
 def logged(form: str) -> list[str]:
     done = subprocess.run(
-        [sys.executable, "-c", LOG.format(form=form)], capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", LOG.format(form=form)], capture_output=True, text=True, timeout=60, check=False
     )
-    assert done.stdout == ""
+    assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.isascii()
     return done.stderr.splitlines()
 
 
 def test_json_is_one_object_a_line_with_what_it_is_about() -> None:
     lines = [json.loads(line) for line in logged("json")]
-    assert [line["level"] for line in lines] == ["info", "warning", "error", "warning", "error"]
+    assert [line["level"] for line in lines] == ["info", "warning", "error", "warning", "error", "critical"]
     assert all((line["queue"], line["worker"]) == ("q", "w") for line in lines)
     assert lines[0]["message"] == "block done"
     assert (lines[0]["job"], lines[0]["block"], lines[0]["logger"]) == ("j", "3:7", "embedstream_worker.x")
@@ -43,10 +44,13 @@ def test_json_is_one_object_a_line_with_what_it_is_about() -> None:
     assert "ZeroDivisionError" in lines[2]["exception"]
     assert "a library warns" in lines[3]["message"]
     assert lines[4]["message"] == "it ends"
+    assert lines[5]["message"] == "OSError: unexpected"
+    assert "Traceback" in lines[5]["exception"]
 
 
 def test_text_is_for_people() -> None:
     lines = logged("text")
     assert lines[0].endswith(" INFO block done")
     assert lines[1].endswith("id\\nsecond line")
-    assert lines[-1] == "Error: it ends"
+    assert "Error: it ends" in lines
+    assert lines[-1] == "OSError: unexpected"
