@@ -6,7 +6,10 @@ import logging
 import random
 import time
 from collections.abc import Callable, Container
+from typing import Any
 
+import numpy as np
+import pyarrow.compute as pc
 import redis
 from redis.backoff import ExponentialWithJitterBackoff
 
@@ -34,10 +37,6 @@ OTHER_BYTES_PER_TOKEN = 64
 
 LEAST_BLOCK_TOKENS = 256
 """What the smallest block counts, one that holds nothing but refused rows: a window is at most some hundred blocks."""
-
-FIRST_WINDOW_TOKENS = 32_768
-"""What the first window after idleness holds; each that follows holds twice as much, up to a full one. The model waits
-for the first: not until a full window is tokenized."""
 
 MOST_PER_CLAIM = 128
 """Blocks claimed at once, however small the last ones were: the next ones may be as large as blocks can be."""
@@ -83,7 +82,6 @@ class Intake:
         self._settings = settings
         self._window_tokens = window_tokens
         self._meter = meter
-        self._wanted_tokens = 0  # the next window's
         self._burst = burst
         self._hopeless = hopeless
         self._turn = 0
@@ -145,9 +143,8 @@ class Intake:
             self._fill_with_one(blocks, jobs, streams)
             return
         tokens, closes = 0.0, 0.0
-        self._wanted_tokens = min(self._window_tokens, max(2 * self._wanted_tokens, FIRST_WINDOW_TOKENS))
         while not self._life.stopping.is_set():
-            wanted = min(MOST_PER_CLAIM, max(1, int((self._wanted_tokens - tokens) / self._block_tokens)))
+            wanted = min(MOST_PER_CLAIM, max(1, int((self._window_tokens - tokens) / self._block_tokens)))
             claimed = self._sweep(jobs, wanted) or self._claim(jobs, wanted, 0)
             if not claimed:
                 if blocks and self._nothing_to_come(blocks):
@@ -165,10 +162,7 @@ class Intake:
                 estimate = estimate_tokens(held)
                 tokens += estimate
                 self._block_tokens += 0.1 * (estimate - self._block_tokens)
-            if not blocks:
-                self._wanted_tokens = 0
-                return
-            if self._careful or tokens >= self._wanted_tokens or time.monotonic() >= closes:
+            if not blocks or self._careful or tokens >= self._window_tokens or time.monotonic() >= closes:
                 return
 
     def _without_suspects(self, claimed: list[Claimed]) -> list[Claimed]:
@@ -277,5 +271,7 @@ class Intake:
 def estimate_tokens(held: HeldBlock) -> float:
     """What a block counts in a window."""
     rows = held.block.rows
-    text = rows.column("text").nbytes / BYTES_PER_TOKEN + rows.num_rows
+    column: Any = rows.column("text")
+    sizes = pc.binary_length(column).to_numpy()
+    text = float(np.minimum(sizes / BYTES_PER_TOKEN, held.job.max_length).sum()) + rows.num_rows
     return max(LEAST_BLOCK_TOKENS, text, (rows.nbytes + held.size) / OTHER_BYTES_PER_TOKEN)
