@@ -98,13 +98,13 @@ def write_group(sink: FolderSink, manifest: Manifest, group: Group) -> ShardReco
     errors: list[pa.RecordBatch] = []
     blocks: list[BlockRecord] = []
     sources: list[ShardRecord] = []
-    padded = 0.0
+    padded = 0
     for name, runs in group.blocks.items():
         source = sink.footer(part_file(name))[0].shard
         chosen = [block for block in source.blocks if _is_in(block, runs)]
         sources.append(source)
         blocks += chosen
-        padded += source.padded * sum(block.rows for block in chosen) / max(1, source.rows)
+        padded += _share(source, chosen)
         rows += _of_blocks(sink, part_file(name), source, runs, "rows")
         if listed[name].failed:
             errors += _of_blocks(sink, errors_file(name), source, runs, "failed")
@@ -124,7 +124,7 @@ def write_group(sink: FolderSink, manifest: Manifest, group: Group) -> ShardReco
         skipped=sum(block.skipped for block in blocks),
         truncated=_sum(data, "truncated"),
         tokens=_sum(data, "n_tokens"),
-        padded=round(padded),
+        padded=padded,
         dtype="+".join(sorted({source.dtype for source in sources})),
         engine="+".join(sorted({source.engine for source in sources})),
         worker="",
@@ -208,6 +208,13 @@ def _of_blocks(
             if low < high:
                 yield batch.slice(low - start, high - low)
         start = end
+
+
+def _share(source: ShardRecord, chosen: Sequence[BlockRecord]) -> int:
+    """A shard's padded tokens for some of its blocks; the shares of all of them add up to the whole."""
+    count, wanted = len(source.blocks), set(chosen)
+    ends = [source.padded * at // count for at in range(count + 1)]
+    return sum(ends[at + 1] - ends[at] for at, block in enumerate(source.blocks) if block in wanted)
 
 
 def _first_block(record: ShardRecord) -> tuple[int, int]:

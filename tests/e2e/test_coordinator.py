@@ -28,8 +28,9 @@ from e2e.harness import (
     write_corpus,
 )
 from embedstream.connection import connect
-from embedstream.coordination import coordinators, troubles
+from embedstream.coordination import coordinators, troubles, unsealed_parts
 from embedstream.jobs import JobState, job_id
+from embedstream_coordinator.rq_types import make_queue
 
 SMALL_QUEUE = {"EMBEDSTREAM_QUEUE_BYTES": "200000"}
 """So that a part is read no faster than workers work."""
@@ -93,9 +94,9 @@ def test_parts_are_read_at_the_same_time(workers: Fleet, tmp_path: Path) -> None
     paths, texts = write_parts(tmp_path, 3, 4000)
     workers.start_coordinator("--processes", 3, **SMALL_QUEUE)
     job = submit_server_side(workers, paths, tmp_path / "out")
-    key = workers.broker.keys.job(job)
-    wait_until(lambda: None not in ask(workers).hmget(key, "next:0", "next:1", "next:2"), "blocks of every part")
-    assert ask(workers).hget(key, "sealed") == b"0", "a part was read to its end before the others began"
+    running = make_queue(workers.broker.client).started_job_registry
+    wait_until(lambda: len(running.get_job_ids()) == 3, "three readers")
+    assert unsealed_parts(workers.broker, job, 3) == [0, 1, 2]
     workers.start_worker()
     wait_for_end(workers, job)
     assert_exact(tmp_path / "out", texts, every=20)
