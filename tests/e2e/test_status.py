@@ -147,6 +147,20 @@ def test_a_watched_job_is_shown_live_until_it_has_ended(workers: Fleet, tmp_path
     assert b"20 of 20 rows" in shown
 
 
+def test_watching_all_queues_ends_with_ctrl_c(workers: Fleet) -> None:
+    workers.start_worker()
+    ours, theirs = pty.openpty()
+    command = [str(BIN / "embed-status"), "--redis", workers.url, "--watch"]
+    watching = subprocess.Popen(command, stdout=theirs, stderr=theirs, env=environment(TERM="xterm", COLUMNS="200"))
+    os.close(theirs)
+    read_until(ours, b"queue hashing: 1 worker(s), nothing queued")
+    watching.send_signal(signal.SIGINT)
+    assert watching.wait(30) == 130
+    shown = read_until(ours, b"\x1b[?25h")  # the cursor is back
+    os.close(ours)
+    assert b"Traceback" not in shown
+
+
 def read_until(terminal: int, word: bytes) -> bytes:
     """What a program wrote, until it wrote this."""
     shown = b""

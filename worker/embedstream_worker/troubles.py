@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 
 import redis
 
@@ -18,9 +19,10 @@ SAME_SECONDS = 60.0
 class Outage:
     """The troubles of one thread, one after the other."""
 
-    def __init__(self, work: str) -> None:
-        """`work`: what the thread cannot do meanwhile, as in "committing"."""
+    def __init__(self, work: str, about: Mapping[str, str] | None = None) -> None:
+        """`work`: what the thread cannot do meanwhile, as in "committing". `about`: see `embedstream.logs`."""
         self._work = work
+        self._about = about
         self._clause = ""
         self._met = 0.0
         self._to_end = False
@@ -32,10 +34,10 @@ class Outage:
         self._clause, self._met = clause, now
         if new:
             self._to_end = True
-            log.warning("%s: Redis %s, trying again (%s)", self._work, clause, error)
+            log.warning("%s: Redis %s, trying again (%s)", self._work, clause, error, extra=self._about)
 
     def over(self) -> None:
         """A try has succeeded."""
         if self._to_end:
             self._to_end = False
-            log.info("%s: Redis can be used again", self._work)
+            log.info("%s: Redis can be used again", self._work, extra=self._about)

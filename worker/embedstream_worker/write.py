@@ -309,7 +309,7 @@ class Write:
         """
         step = self._broker.commit(record, [block.to_commit() for block in blocks], job.spec, round(1000 * worked))
         backoff, failures = ExponentialWithJitterBackoff(base=0.1, cap=5.0), 0
-        outage = Outage(f"shard {record.name} waits to be committed")
+        outage = Outage(f"shard {record.name} waits to be committed", about(job.id))
         while True:
             last = self._life.stopping.is_set()
             try:
