@@ -13,6 +13,7 @@ import msgspec
 import redis
 
 from embedstream.broker import Broker
+from embedstream.errors import BrokerError
 from embedstream.keys import COMPACTIONS, COORDINATORS, compaction, coordinator
 
 TROUBLES_SECONDS = 7 * 86_400
@@ -135,10 +136,13 @@ def save_compaction(client: redis.Redis, wanted: Compaction) -> None:
 
 
 def compactions(client: redis.Redis) -> list[Compaction]:
-    """The datasets whose shards are to be merged."""
+    """The datasets whose shards are to be merged. Raises `BrokerError` for what is none."""
     ask: Any = client
     found = ask.hgetall(COMPACTIONS)
-    return [msgspec.json.decode(found[id], type=Compaction) for id in sorted(found)]
+    try:
+        return [msgspec.json.decode(found[id], type=Compaction) for id in sorted(found)]
+    except msgspec.MsgspecError as error:
+        raise BrokerError(f"{COMPACTIONS} is damaged in Redis ({error}): remove it, and compact again") from error
 
 
 def end_compaction(client: redis.Redis, wanted: Compaction) -> None:

@@ -24,6 +24,9 @@ from embedstream_coordinator.context import Context
 
 TROUBLE = "trouble"
 
+MOST_BYTES = 1 << 30
+"""Of a merged shard, whatever Redis says: it is held in memory."""
+
 
 def plan_or_finish(context: Context, id: str) -> str:
     """What can be done before the first, or after the last of the merged shards is there."""
@@ -80,7 +83,7 @@ def merge(context: Context, id: str, shard: str) -> str:
 def _open(context: Context, wanted: Compaction) -> tuple[FolderSink, Manifest, tuple[Group, ...]]:
     check_output(context.output_roots, wanted.output)
     sink, manifest = open_finished(wanted.output)
-    return sink, manifest, plan_groups(manifest, wanted.target_bytes)
+    return sink, manifest, plan_groups(manifest, min(wanted.target_bytes, MOST_BYTES))
 
 
 def _find(client: redis.Redis, id: str) -> Compaction | None:

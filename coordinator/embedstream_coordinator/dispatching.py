@@ -86,7 +86,7 @@ class Dispatcher:
         self._next_expiry = clock()
 
     def round(self) -> None:
-        """One look at everything. Raises `redis.RedisError`."""
+        """One look at everything. Raises `redis.RedisError`; `BrokerError` for what is damaged there."""
         asked: set[str] = set()
         for queue in self._nowhere.queues():
             broker = Broker(self._client, queue)
@@ -98,10 +98,10 @@ class Dispatcher:
                 asked |= self._ensure(f"expire-{_digest(queue)}", "embedstream.expire", queue)
         if self._clock() >= self._next_expiry:
             self._next_expiry = self._clock() + EXPIRE_SECONDS
+        self._enqueue_retries()
         for wanted in compactions(self._client):
             asked |= self._compact(wanted)
         self._seen = {name: seen for name, seen in self._seen.items() if name in asked}
-        self._enqueue_retries()
 
     def _finalize(self, broker: Broker, job: str) -> set[str]:
         try:

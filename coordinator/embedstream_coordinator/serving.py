@@ -19,6 +19,7 @@ from prometheus_client import CollectorRegistry
 
 from embedstream.connection import connect, explaining, mask
 from embedstream.coordination import CoordinatorRecord, heartbeat, leave
+from embedstream.errors import BrokerError
 from embedstream.exposition import Exposition, QueueCollector
 from embedstream.logs import LogFormat, identify
 from embedstream.preflight import check, shortcomings
@@ -58,7 +59,7 @@ class Coordinator:
             output_roots=tuple(map(mask, context.output_roots)),
         )
         self._slots = [_Slot(context, f"{name}-{number}", log_format) for number in range(processes)]
-        self._clause = ""
+        self._trouble = ""
         self._begun = False
 
     def stop(self) -> None:
@@ -67,7 +68,7 @@ class Coordinator:
 
     def unready(self) -> str:
         """Why this coordinator does nothing at the moment, the empty string if it does its work."""
-        return self._clause or ("" if self._begun else "starting")
+        return self._trouble or ("" if self._begun else "starting")
 
     def run(self) -> None:
         """Until told to stop."""
@@ -79,7 +80,7 @@ class Coordinator:
                 try:
                     heartbeat(client, self.record, EXPIRE_SECONDS)
                     dispatcher.round()
-                except redis.RedisError as error:
+                except (redis.RedisError, BrokerError) as error:
                     self._met(error)
                 else:
                     self._over()
@@ -87,20 +88,24 @@ class Coordinator:
         finally:
             self._end(client)
 
-    def _met(self, error: redis.RedisError) -> None:
+    def _met(self, error: redis.RedisError | BrokerError) -> None:
         """Say once what kind of trouble there is; what does not pass is raised."""
-        clause = trouble(error)
-        if clause is None:
-            raise error
-        if clause != self._clause:
-            self._clause = clause
-            log.warning(waiting(clause, mask(self._context.redis_url)))
+        if isinstance(error, BrokerError):
+            said = str(error)
+        else:
+            clause = trouble(error)
+            if clause is None:
+                raise error
+            said = waiting(clause, mask(self._context.redis_url))
+        if said != self._trouble:
+            self._trouble = said
+            log.warning(said)
 
     def _over(self) -> None:
         self._begun = True
-        if self._clause:
-            self._clause = ""
-            log.warning("Redis is there again")
+        if self._trouble:
+            self._trouble = ""
+            log.warning("all is well again")
 
     def _end(self, client: redis.Redis) -> None:
         for slot in self._slots:
