@@ -1,0 +1,179 @@
+"""The compose file: read by compose itself, and every service's command run as a process of this machine."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import redis
+from e2e.harness import assert_exact, wait_until, write_corpus
+
+from deploy.compose_lab import Stack, seconds, stack, write_env
+from deploy.images import REPOSITORY, compose, services
+from embedstream.connection import connect
+from embedstream.errors import JobUnknown
+from embedstream.jobs import job_id
+
+SLOW = "[[fault:slow]]"
+"""0.2 s of a worker's time in each text that holds it."""
+
+
+@pytest.fixture
+def env_file(tmp_path: Path) -> Path:
+    return write_env(tmp_path / "env", REDIS_PASSWORD="word")
+
+
+def service_names(env_file: Path, *profiles: str) -> set[str]:
+    chosen = [word for profile in profiles for word in ("--profile", profile)]
+    done = compose(*chosen, "config", "--services", env_file=env_file)
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.split())
+
+
+def test_without_a_password_compose_says_what_to_do(tmp_path: Path) -> None:
+    done = compose("config", env_file=write_env(tmp_path / "env"))
+    assert done.returncode != 0
+    assert "copy .env.example to .env" in done.stderr
+
+
+def test_the_example_of_the_env_file_names_every_variable_that_has_no_default(tmp_path: Path) -> None:
+    example = (REPOSITORY / ".env.example").read_text()
+    wanted = set(re.findall(r"\$\{(\w+):\?", (REPOSITORY / "docker-compose.yml").read_text()))
+    named = set(re.findall(r"^(\w+)=", example, flags=re.MULTILINE))
+    assert wanted <= named
+    filled = tmp_path / "env"
+    filled.write_text(example.replace("REDIS_PASSWORD=", "REDIS_PASSWORD=word"))
+    assert service_names(filled) == {"redis", "coordinator", "worker"}
+
+
+def test_profiles_choose_the_device_and_the_monitoring(env_file: Path) -> None:
+    always = {"redis", "coordinator"}
+    assert service_names(env_file, "gpu") == always | {"worker"}
+    assert service_names(env_file, "cpu") == always | {"worker-cpu"}
+    assert service_names(env_file, "cpu", "monitoring") == always | {"worker-cpu", "prometheus", "grafana"}
+
+
+def test_only_the_worker_of_the_gpu_profile_reserves_devices(env_file: Path) -> None:
+    reserving = {
+        name: said["deploy"]["resources"]["reservations"]["devices"]
+        for name, said in services(env_file).items()
+        if "devices" in said.get("deploy", {}).get("resources", {}).get("reservations", {})
+    }
+    assert list(reserving) == ["worker"]
+    (device,) = reserving["worker"]
+    assert (device["driver"], device["capabilities"]) == ("nvidia", ["gpu"])
+
+
+def test_workers_have_longer_to_stop_than_they_drain(env_file: Path) -> None:
+    for name in ("worker", "worker-cpu"):
+        said = services(env_file)[name]
+        drain = float(said["environment"]["EMBEDSTREAM_DRAIN_SECONDS"])
+        assert seconds(said["stop_grace_period"]) >= drain + 10
+
+
+def test_our_own_services_run_without_rights_and_under_an_init(env_file: Path) -> None:
+    ours = {name: said for name, said in services(env_file).items() if "build" in said}
+    assert set(ours) == {"worker", "worker-cpu", "coordinator", "submit"}
+    for said in ours.values():
+        assert said["init"] is True
+        assert said["user"] == "1000:1000"
+        assert said["cap_drop"] == ["ALL"]
+
+
+def test_nothing_is_published_beyond_this_machine(env_file: Path) -> None:
+    published = {name: [port["host_ip"] for port in said.get("ports", [])] for name, said in services(env_file).items()}
+    assert {name: hosts for name, hosts in published.items() if hosts} == {
+        "prometheus": ["127.0.0.1"],
+        "grafana": ["127.0.0.1"],
+    }
+
+
+def test_images_that_are_not_ours_are_pinned(env_file: Path) -> None:
+    for name, said in services(env_file).items():
+        if "build" not in said:
+            assert re.search(r":v?\d+\.\d+", said["image"]), f"{name}: {said['image']}"
+
+
+def test_every_file_that_is_mounted_exists(env_file: Path) -> None:
+    for said in services(env_file).values():
+        for volume in said.get("volumes", []):
+            if volume["type"] == "bind":
+                assert Path(volume["source"]).is_dir(), volume["source"]
+
+
+def test_redis_keeps_its_data_and_throws_nothing_away(tmp_path: Path) -> None:
+    with stack(tmp_path) as fleet:
+        client = connect(fleet.url)
+        settings = {name: client.config_get(name)[name] for name in ("appendonly", "maxmemory-policy", "maxmemory")}
+        assert settings == {"appendonly": "yes", "maxmemory-policy": "noeviction", "maxmemory": str(2 << 30)}
+        with pytest.raises(redis.AuthenticationError):
+            connect(fleet.url.replace("s3cretWord", "")).ping()
+        container = fleet.containers[0]
+        container.environment["REDISCLI_AUTH"] = "wrong"
+        assert not fleet.healthy(container)
+
+
+def test_a_worker_is_healthy_only_when_it_is_ready_and_leaves_within_its_grace(tmp_path: Path) -> None:
+    with stack(tmp_path) as fleet:
+        container = fleet.start("worker")
+        wait_until(lambda: fleet.healthy(container), "worker healthy")
+        assert fleet.is_ready(container)
+        assert fleet.stop(container) == 0
+        assert fleet.check(container).returncode == 1
+
+
+def submit_and_wait(fleet: Stack, corpus: str) -> None:
+    code, said = fleet.run("submit", corpus)
+    assert code == 0, said
+    assert "completed" in said
+
+
+def test_a_job_goes_through_while_workers_come_and_go(tmp_path: Path) -> None:
+    (tmp_path / "faults").mkdir()
+    faults = {"EMBEDSTREAM_HASHING_FAULTS": str(tmp_path / "faults"), "EMBEDSTREAM_WINDOW_TOKENS": "2000"}
+    with stack(tmp_path, **faults) as fleet:
+        corpus = tmp_path / "data" / "corpus.jsonl"
+        texts = write_corpus(corpus, 12_000, length=10)
+        texts = {id: f"{text} {SLOW}" if i % 128 == 0 else text for i, (id, text) in enumerate(texts.items())}
+        corpus.write_text("".join(json.dumps({"id": id, "text": text}) + "\n" for id, text in texts.items()))
+        output = f"{corpus}.vectors"
+
+        first = fleet.scale("worker-cpu", 1)
+        submit = fleet.start("submit", ["corpus.jsonl"])
+        job = job_id("hashing", output)
+
+        def rows() -> int:
+            try:
+                return fleet.broker.status(job).rows
+            except JobUnknown:
+                return 0
+
+        wait_until(rows, "the first rows of one worker")
+        added = [*fleet.scale("worker-cpu", 3), *fleet.scale("worker", 1)]
+        by_worker: dict[int, int] = {}
+
+        def all_have_worked() -> bool:
+            by_worker.update({worker.pid: worker.rows for worker in fleet.broker.workers()})
+            return all(by_worker.get(container.process.pid) for container in added)
+
+        wait_until(all_have_worked, "rows of each worker that was added in mid-job")
+        assert submit.process.poll() is None, "the job was over before all had a share of it"
+        assert fleet.stop(first[0]) == 0
+        assert [fleet.stop(container) for container in added[:2]] == [0, 0]
+
+        assert submit.process.wait(120) == 0, submit.log.read_text()
+        assert_exact(Path(output), texts, every=50)
+        again, said = fleet.run("submit", "corpus.jsonl")
+        assert again == 0, said
+
+
+def test_a_wrong_password_is_one_sentence(tmp_path: Path) -> None:
+    with stack(tmp_path) as fleet:
+        write_corpus(tmp_path / "data" / "corpus.jsonl", 10)
+        fleet.services["submit"]["environment"]["EMBEDSTREAM_REDIS_URL"] = "redis://:wrong@redis:6379/0"
+        code, said = fleet.run("submit", "corpus.jsonl")
+        assert code == 2
+        assert "password" in said
+        assert "Traceback" not in said
