@@ -1,0 +1,194 @@
+"""The manifests as kustomize renders them, against the schemas of Kubernetes and of KEDA."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import kubernetes_validate
+import pytest
+import yaml
+
+from deploy.images import REPOSITORY, Dockerfile, tool
+from embedstream import metrics
+from embedstream.jobs import DEFAULT_MODEL, queue_name
+
+KUBERNETES = REPOSITORY / "deploy" / "kubernetes"
+FOLDERS = (".", "gpu", "base")
+VERSIONS = ("1.29", "1.37")
+CRD = Path(__file__).parent / "schemas" / "keda.sh_scaledobjects.yaml"
+"""Of KEDA, as it is installed in a cluster."""
+
+Manifest = dict[str, Any]
+
+
+def render(folder: str) -> list[Manifest]:
+    """`kubectl apply -k` without the cluster."""
+    command = [tool("kubectl"), "kustomize", str(KUBERNETES / folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "deprecated" not in done.stderr, done.stderr
+    return list(yaml.safe_load_all(done.stdout))
+
+
+def all_manifests() -> list[Manifest]:
+    return [*render("."), yaml.safe_load((KUBERNETES / "submit.yaml").read_text())]
+
+
+def the(kind: str, name: str, folder: str = ".") -> Manifest:
+    (found,) = [each for each in render(folder) if (each["kind"], each["metadata"]["name"]) == (kind, name)]
+    return found
+
+
+def container(manifest: Manifest) -> Manifest:
+    (found,) = manifest["spec"]["template"]["spec"]["containers"]
+    assert isinstance(found, dict)
+    return found
+
+
+def scaled_object_schema() -> Manifest:
+    """The CRD's schema, in which what is not named is refused."""
+    (version,) = yaml.safe_load(CRD.read_text())["spec"]["versions"]
+    schema = version["schema"]["openAPIV3Schema"]
+    schema["properties"]["metadata"]["additionalProperties"] = True
+    return closed(schema)
+
+
+def closed(schema: Any) -> Any:
+    if isinstance(schema, list):
+        return [closed(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    made = {name: closed(value) for name, value in schema.items()}
+    if isinstance(made.get("properties"), dict):
+        made.setdefault("additionalProperties", False)
+    return made
+
+
+def check(manifest: Manifest, version: str) -> None:
+    """Raises if a schema does not know it so."""
+    if manifest["apiVersion"].startswith("keda.sh/"):
+        jsonschema.validate(manifest, scaled_object_schema())
+    else:
+        named = copy.deepcopy(manifest)
+        named["metadata"].setdefault("name", named["metadata"].pop("generateName", ""))
+        kubernetes_validate.validate(named, version, strict=True)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_every_manifest_is_what_kubernetes_knows(folder: str, version: str) -> None:
+    manifests = render(folder)
+    assert {"Deployment", "StatefulSet", "Service", "ConfigMap"} <= {each["kind"] for each in manifests}
+    for manifest in manifests:
+        check(manifest, version)
+
+
+def test_the_job_that_submits_is_what_kubernetes_knows() -> None:
+    check(yaml.safe_load((KUBERNETES / "submit.yaml").read_text()), VERSIONS[-1])
+
+
+def test_a_field_that_nobody_knows_is_found() -> None:
+    deployment, scaled = the("Deployment", "worker"), the("ScaledObject", "worker")
+    deployment["spec"]["template"]["spec"]["terminationGrace"] = 40
+    with pytest.raises(jsonschema.ValidationError):
+        check(deployment, VERSIONS[-1])
+    scaled["spec"]["coolDownPeriod"] = 900
+    with pytest.raises(jsonschema.ValidationError):
+        check(scaled, VERSIONS[-1])
+
+
+def test_every_file_is_used() -> None:
+    used = {KUBERNETES / "submit.yaml"}
+    for kustomization in KUBERNETES.rglob("kustomization.yaml"):
+        said = yaml.safe_load(kustomization.read_text())
+        names = [*said.get("resources", []), *(patch["path"] for patch in said.get("patches", []))]
+        used |= {kustomization, *(kustomization.parent / name for name in names)}
+    assert {path for path in KUBERNETES.rglob("*") if path.is_file()} <= used
+
+
+def test_all_is_in_one_namespace() -> None:
+    for manifest in all_manifests():
+        if manifest["kind"] == "Namespace":
+            assert manifest["metadata"]["name"] == "embedstream"
+        else:
+            assert manifest["metadata"]["namespace"] == "embedstream"
+
+
+def test_what_is_referred_to_exists() -> None:
+    manifests = all_manifests()
+    names = {(each["kind"], each["metadata"].get("name")) for each in manifests}
+    for manifest in manifests:
+        template = manifest["spec"].get("template") if manifest["kind"] != "ConfigMap" and "spec" in manifest else None
+        for volume in template["spec"].get("volumes", []) if template else []:
+            if "persistentVolumeClaim" in volume:
+                assert ("PersistentVolumeClaim", volume["persistentVolumeClaim"]["claimName"]) in names
+        for source in container(manifest).get("envFrom", []) if template else []:
+            assert ("ConfigMap", source["configMapRef"]["name"]) in names
+    assert ("Deployment", the("ScaledObject", "worker")["spec"]["scaleTargetRef"]["name"]) in names
+    selector = the("Service", "redis")["spec"]["selector"].items()
+    assert selector <= the("StatefulSet", "redis")["spec"]["template"]["metadata"]["labels"].items()
+
+
+@pytest.mark.parametrize("name", ["worker", "coordinator"])
+def test_probes_ask_the_port_at_which_metrics_are_served(name: str) -> None:
+    said = container(the("Deployment", name))
+    env = {each["name"]: each.get("value") for each in said["env"]}
+    (port,) = said["ports"]
+    annotations = the("Deployment", name)["spec"]["template"]["metadata"]["annotations"]
+    assert str(port["containerPort"]) == env["EMBEDSTREAM_METRICS_PORT"] == annotations["prometheus.io/port"]
+    assert env["EMBEDSTREAM_METRICS_HOST"] == "0.0.0.0"
+    assert (said["readinessProbe"]["httpGet"], said["livenessProbe"]["httpGet"]) == (
+        {"path": "/readyz", "port": port["name"]},
+        {"path": "/healthz", "port": port["name"]},
+    )
+
+
+def test_a_worker_has_longer_to_stop_than_it_drains_and_minutes_to_start() -> None:
+    template = the("Deployment", "worker")["spec"]["template"]["spec"]
+    env = {each["name"]: each.get("value") for each in template["containers"][0]["env"]}
+    assert template["terminationGracePeriodSeconds"] >= float(env["EMBEDSTREAM_DRAIN_SECONDS"]) + 10
+    startup = template["containers"][0]["startupProbe"]
+    assert startup["periodSeconds"] * startup["failureThreshold"] >= 600
+
+
+def test_only_workers_of_the_gpu_fleet_ask_for_a_device() -> None:
+    assert container(the("Deployment", "worker", "gpu"))["resources"]["limits"]["nvidia.com/gpu"] == 1
+    assert "nvidia.com/gpu" not in container(the("Deployment", "worker", "base"))["resources"]["limits"]
+    assert container(the("Deployment", "worker", "gpu"))["image"].startswith("embedstream/worker-cuda:")
+    assert container(the("Deployment", "worker", "base"))["image"].startswith("embedstream/worker-cpu:")
+
+
+def test_pods_run_without_rights_and_as_the_image_does() -> None:
+    user = int((Dockerfile().said("runtime", "USER") or "").split(":")[0])
+    for manifest in all_manifests():
+        if manifest["kind"] in ("Deployment", "StatefulSet", "Job"):
+            pod, inner = manifest["spec"]["template"]["spec"], container(manifest)
+            assert pod["securityContext"]["runAsNonRoot"] is True
+            assert inner["securityContext"]["readOnlyRootFilesystem"] is True
+            assert inner["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+            assert inner["image"].startswith("redis:") or pod["securityContext"]["runAsUser"] == user
+
+
+def test_images_are_targets_of_the_dockerfile() -> None:
+    targets = set(Dockerfile().parents)
+    for manifest in [*all_manifests(), *render("base")]:
+        if manifest["kind"] in ("Deployment", "Job"):
+            name, _, _ = container(manifest)["image"].removeprefix("embedstream/").partition(":")
+            assert name in targets
+
+
+def test_the_autoscaler_asks_for_the_queue_of_the_configured_model_in_metrics_that_exist() -> None:
+    (config,) = [each for each in render(".") if each["kind"] == "ConfigMap"]
+    assert config["data"]["EMBEDSTREAM_MODEL"] == DEFAULT_MODEL
+    spec = the("ScaledObject", "worker")["spec"]
+    (trigger,) = spec["triggers"]
+    query = trigger["metadata"]["query"]
+    assert f'queue="{queue_name(DEFAULT_MODEL)}"' in query
+    assert metrics.QUEUE_TOKENS.name in query
+    assert metrics.QUEUE_PACE.name in query
+    assert trigger["metadata"]["ignoreNullValues"] == "false", "or workers go when Prometheus does"
+    assert spec["minReplicaCount"] == 0
+    assert spec["cooldownPeriod"] >= 600
