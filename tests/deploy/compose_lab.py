@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -124,8 +125,7 @@ class Stack:
         target = said.get("build", {}).get("target", "")
         test = said.get("healthcheck", {}).get("test") or ["CMD", *self.dockerfile.command(target, "HEALTHCHECK")]
         command = ["sh", "-c", test[1]] if test[0] == "CMD-SHELL" else test[1:]
-        port = container.environment.get("EMBEDSTREAM_METRICS_PORT", "")
-        command = [word.replace("127.0.0.1:9400", f"127.0.0.1:{port}") for word in command]
+        assert command, f"{container.service} has no health check"
         if command[0] == "sh":
             command[2] = command[2].replace("redis-cli", f"redis-cli -p {self.port(container)}")
         return subprocess.run(
@@ -143,7 +143,7 @@ class Stack:
             self.stop(container)
         started = [self.start(service) for _ in range(count - len(alive))]
         for container in started:
-            wait_until(lambda container=container: self.is_ready(container), f"{service} ready ({container.log})")
+            wait_until(partial(self.is_ready, container), f"{service} ready ({container.log})")
         return started
 
     def alive(self, service: str) -> list[Container]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from e2e.harness import assert_exact, wait_until, write_corpus
 
 from deploy.compose_lab import Container, Stack, seconds, stack, write_env
 from deploy.images import REPOSITORY, compose, services
+from embedstream import metrics
 from embedstream.connection import connect
 
 SLOW = "[[fault:slow]]"
@@ -151,6 +153,34 @@ def test_a_job_goes_through_while_workers_come_and_go(tmp_path: Path) -> None:
         assert_exact(Path(output), texts, every=50)
         again, said = fleet.run("submit", "corpus.jsonl")
         assert again == 0, said
+
+
+def test_a_coordinator_is_healthy_reads_a_corpus_by_itself_and_tells_what_is_queued(tmp_path: Path) -> None:
+    with stack(tmp_path) as fleet:
+        coordinator = fleet.start("coordinator")
+        wait_until(lambda: fleet.healthy(coordinator), "coordinator healthy")
+        texts = write_corpus(tmp_path / "data" / "corpus.jsonl", 2000)
+        code, said = fleet.run("submit", "corpus.jsonl", "--server-side")
+        assert code == 0, said
+        address = f"http://127.0.0.1:{coordinator.environment['EMBEDSTREAM_METRICS_PORT']}/metrics"
+
+        def queued_seconds() -> float:
+            """As the autoscaler asks for it, while no worker is there."""
+            with urllib.request.urlopen(address) as answer:
+                told = {
+                    line.split("{")[0]: line.split()[-1] for line in answer.read().decode().splitlines() if "{" in line
+                }
+            tokens, pace = (float(told.get(metric.name, 0)) for metric in (metrics.QUEUE_TOKENS, metrics.QUEUE_PACE))
+            return tokens / pace if pace else 0.0
+
+        wait_until(queued_seconds, "seconds to drain, told with no worker alive")
+        fleet.scale("worker-cpu", 1)
+        output = tmp_path / "data" / "corpus.jsonl.vectors"
+        wait_until((output / "_manifest.json").exists, "the manifest")
+        assert_exact(output, texts, every=50)
+        wait_until(lambda: queued_seconds() == 0, "nothing left to drain")
+        assert fleet.stop(coordinator) == 0
+        assert fleet.check(coordinator).returncode != 0
 
 
 def test_a_wrong_password_is_one_sentence(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def container(manifest: Manifest) -> Manifest:
     return found
 
 
-def scaled_object_schema() -> Manifest:
+def scaled_object_schema() -> Any:
     """The CRD's schema, in which what is not named is refused."""
     (version,) = yaml.safe_load(CRD.read_text())["spec"]["versions"]
     schema = version["schema"]["openAPIV3Schema"]

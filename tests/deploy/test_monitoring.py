@@ -61,29 +61,29 @@ def expressions() -> Iterator[tuple[str, str]]:
         yield "scaledobject", trigger["metadata"]["query"]
 
 
-def selectors(node: Any) -> Iterator[Any]:
-    """Every vector selector below a node of the syntax tree."""
-    if isinstance(node, promql_parser.VectorSelector):
+def nodes(node: Any, kind: type) -> Iterator[Any]:
+    """Every node of a kind in a syntax tree."""
+    if isinstance(node, kind):
         yield node
-    for name in ("expr", "lhs", "rhs", "vector_selector", "param"):
-        if getattr(node, name, None) is not None and not isinstance(getattr(node, name), str | float):
-            yield from selectors(getattr(node, name))
-    for argument in getattr(node, "args", None) or []:
-        yield from selectors(argument)
+    below = [getattr(node, name, None) for name in ("expr", "lhs", "rhs", "vector_selector", "param")]
+    for inner in (*below, *(getattr(node, "args", None) or ())):
+        if inner is not None and not isinstance(inner, str | float):
+            yield from nodes(inner, kind)
 
 
 @pytest.mark.parametrize(("where", "expression"), list(expressions()))
 def test_every_metric_and_label_that_is_asked_for_exists(where: str, expression: str) -> None:
     known = series()
     tree = promql_parser.parse(expression)
-    found = list(selectors(tree))
+    found = list(nodes(tree, promql_parser.VectorSelector))
     assert {each.name for each in found} == set(re.findall(r"embedstream_\w+", expression)), where
     assert found
     for selector in found:
         assert selector.name in known, where
         assert {matcher.name for matcher in selector.matchers.matchers} <= known[selector.name], where
-    for names in re.findall(r"by \(([\w, ]+)\)", expression):
-        assert all(set(names.split(", ")) <= known[selector.name] for selector in found), where
+    for aggregate in nodes(tree, promql_parser.AggregateExpr):
+        for selector in nodes(aggregate.expr, promql_parser.VectorSelector):
+            assert set(aggregate.modifier.labels if aggregate.modifier else ()) <= known[selector.name], where
 
 
 def test_counters_are_only_asked_for_their_growth() -> None:
