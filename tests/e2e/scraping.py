@@ -19,7 +19,7 @@ def logged_url(log: Path) -> str:
     return str(found[1])
 
 
-def ask(url: str) -> tuple[int, str]:
+def get(url: str) -> tuple[int, str]:
     """Status and body."""
     try:
         with urllib.request.urlopen(url, timeout=20) as reply:
@@ -31,7 +31,7 @@ def ask(url: str) -> tuple[int, str]:
 
 def scrape(url: str) -> dict[str, Metric]:
     """Families by name, as Prometheus' own parser reads them."""
-    status, text = ask(f"{url}/metrics")
+    status, text = get(f"{url}/metrics")
     assert status == 200, text
     return {family.name: family for family in text_string_to_metric_families(text)}
 

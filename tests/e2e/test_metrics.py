@@ -7,9 +7,12 @@ import json
 import signal
 import socket
 import subprocess
+import threading
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import RedisServer
@@ -17,10 +20,14 @@ from prometheus_client import CollectorRegistry, Metric
 from worker_lab import Gate, ScriptedEngine, worker_lab
 
 from e2e.harness import Fleet, fleet, read_manifest, run, wait_until, write_corpus
-from e2e.scraping import ask, logged_url, scrape, value
+from e2e.scraping import get, logged_url, scrape, value
+from embedstream.broker import Broker
+from embedstream.connection import connect
 from embedstream.exposition import Exposition, QueueCollector
+from embedstream.interactive import EmbedRequest, ask
 from embedstream.jobs import job_id
 from embedstream.metrics import QUEUE_METRICS, WORKER_METRICS
+from embedstream.plans import drive
 from embedstream.queues import GUESSED_TOKENS_PER_SECOND
 
 
@@ -138,14 +145,35 @@ def test_a_worker_is_unready_until_it_is_warm(redis_server: RedisServer, tmp_pat
         try:
             for gate in (loading, warming):
                 assert gate.arrived.wait(30)
-                assert ask(f"{url}/readyz") == (503, "starting\n")
-                assert ask(f"{url}/healthz") == (200, "ok\n")
+                assert get(f"{url}/readyz") == (503, "starting\n")
+                assert get(f"{url}/healthz") == (200, "ok\n")
                 assert value(scrape(url), "embedstream_ready") == 0
                 gate.open.set()
-            wait_until(lambda: ask(f"{url}/readyz") == (200, "ok\n"), "the worker to be ready")
+            wait_until(lambda: get(f"{url}/readyz") == (200, "ok\n"), "the worker to be ready")
             assert value(scrape(url), "embedstream_ready") == 1
         finally:
             served.close()
+
+
+def test_time_spent_on_requests_does_not_slow_the_pace_of_a_queue(redis_server: RedisServer, tmp_path: Path) -> None:
+    gate = Gate()
+    with worker_lab(redis_server.url, tmp_path) as lab:
+        worker = lab.start(ScriptedEngine(gate)).worker
+        busy = partial(
+            worker.meter.registry.get_sample_value, "embedstream_device_busy_seconds_total", {"queue": lab.broker.queue}
+        )
+        wait_until(lambda: worker.state == "ready", "the worker")
+        broker = Broker(connect(lab.url), lab.broker.queue)
+        request = ask(broker, EmbedRequest(texts=("a",)), 60, time.monotonic)
+        asking = threading.Thread(target=lambda: drive(request, broker))
+        asking.start()
+        wait_until(lambda: (busy() or 0) > 1, "a long request")
+        gate.open.set()
+        asking.join(30)
+        job = lab.job(["a text"] * 100)
+        wait_until(lambda: lab.ended(job), "the job to end")
+        pace: Any = lab.broker.client.hgetall(lab.broker.keys.pace)
+        assert 0 < int(pace[b"ms"]) < 1000
 
 
 def test_a_worker_that_drains_is_healthy_and_not_ready(workers: Fleet, tmp_path: Path) -> None:
@@ -155,13 +183,13 @@ def test_a_worker_that_drains_is_healthy_and_not_ready(workers: Fleet, tmp_path:
     options = ["--metrics-port", 0, "--drain-seconds", 3]
     worker = workers.start_worker(*options, EMBEDSTREAM_HASHING_FAULTS=str(strikes))
     url = logged_url(tmp_path / "worker-0.log")
-    assert ask(f"{url}/readyz") == (200, "ok\n")
+    assert get(f"{url}/readyz") == (200, "ok\n")
     args = ["-o", tmp_path / "out", "--redis", workers.url, "--model", "hashing", "--detach"]
     assert run("embed-submit", tmp_path / "c.jsonl", *args).returncode == 0
     wait_until(lambda: list(strikes.iterdir()), "a batch in the model")
     worker.send_signal(signal.SIGTERM)
-    wait_until(lambda: ask(f"{url}/readyz") == (503, "draining\n"), "the worker to drain")
-    assert ask(f"{url}/healthz") == (200, "ok\n")
+    wait_until(lambda: get(f"{url}/readyz") == (503, "draining\n"), "the worker to drain")
+    assert get(f"{url}/healthz") == (200, "ok\n")
     families = scrape(url)
     assert value(families, "embedstream_ready") == 0
     assert value(families, "embedstream_queue_claimed_blocks") == 1
@@ -213,9 +241,9 @@ def test_other_paths_are_not_found_and_any_address_can_be_served() -> None:
     try:
         url = served.url.removesuffix("/metrics")
         assert url.startswith("http://[::1]:")
-        assert ask(f"{url}/healthz") == (503, "the device is lost\n")
-        assert ask(f"{url}/readyz?verbose") == (200, "ok\n")
-        assert ask(f"{url}/")[0] == 404
+        assert get(f"{url}/healthz") == (503, "the device is lost\n")
+        assert get(f"{url}/readyz?verbose") == (200, "ok\n")
+        assert get(f"{url}/")[0] == 404
     finally:
         served.close()
 

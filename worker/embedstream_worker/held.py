@@ -101,6 +101,12 @@ class Held:
         finally:
             self.awaited = False
 
+    @property
+    def empty(self) -> bool:
+        """Whether nothing is held."""
+        with self._lock:
+            return not self._entries
+
     def entries(self, stream: str) -> set[str]:
         """The entries held of one stream."""
         with self._lock:

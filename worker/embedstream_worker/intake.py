@@ -138,6 +138,8 @@ class Intake:
 
     def _fill(self, blocks: list[HeldBlock], jobs: list[OpenJob]) -> None:
         """Claim a window's blocks."""
+        if self._held.empty:
+            self._meter.take_worked()  # for requests: no shard's work, and none of the queue's pace
         streams = {self._broker.keys.blocks(job.id): job for job in jobs}
         if self._careful:
             self._fill_with_one(blocks, jobs, streams)

@@ -146,7 +146,7 @@ class Meter:
         self._info.labels(self._queue, worker, model, engine, device, dtype).set(1)
 
     def take_worked(self) -> float:
-        """Seconds since the last call in which any stage was at work. For one thread."""
+        """Seconds since the last call in which any stage was at work. For the writer, and while nothing is held."""
         worked = self._working.seconds
         since, self._taken = worked - self._taken, worked
         return since
