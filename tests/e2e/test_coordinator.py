@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from redis_lab import own_server
 from rq import Queue
 from rq.job import Job
 from rq.serializers import JSONSerializer
@@ -28,7 +31,7 @@ from e2e.harness import (
     write_corpus,
 )
 from embedstream.connection import connect
-from embedstream.coordination import coordinators, troubles, unsealed_parts
+from embedstream.coordination import compactions, coordinators, troubles, unsealed_parts
 from embedstream.jobs import JobState, job_id
 from embedstream_coordinator.rq_types import make_queue
 
@@ -287,6 +290,63 @@ def test_a_coordinator_without_redis_says_so() -> None:
     assert done.returncode == 2
     assert "cannot be reached" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_a_user_with_the_documented_rights_can_be_a_coordinator(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "operations.md").read_text().replace("\\\n", "")
+    (rule,) = re.findall(r"^ACL SETUSER coordinator (.*)$", text, re.MULTILINE)
+    paths, texts = write_parts(tmp_path, 3, 300)
+    away = paths[2].rename(tmp_path / "away")
+    with own_server() as server:
+        server.client().execute_command("ACL", "SETUSER", "coordinator", *rule.replace("PASSWORD", "secret").split())
+        url = server.tcp_url.replace("redis://", "redis://coordinator:secret@")
+        with fleet(url, tmp_path) as workers:
+            process = workers.start_coordinator()
+            job = submit_server_side(workers, paths, tmp_path / "out")
+            workers.start_worker()
+            wait_until(lambda: troubles(workers.broker, job), "a failure, to be tried again")
+            away.rename(paths[2])
+            wait_for_end(workers, job, seconds=90)
+            done = run("embed-compact", tmp_path / "out", "--redis", url)
+            assert done.returncode == 0, done.stderr
+            wait_until(lambda: not compactions(workers.broker.client), "the compaction")
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(timeout=20) == 0
+        denied = {entry[b"object"] for entry in server.client().execute_command("ACL", "LOG")}
+        assert denied <= {b"config"}, "more than it may do without"
+    assert_exact(tmp_path / "out", texts)
+
+
+def test_numbers_of_all_queues_are_served_with_no_worker_alive(workers: Fleet, tmp_path: Path) -> None:
+    paths, _ = write_parts(tmp_path, 1, 2000)
+    process = workers.start_coordinator("--metrics-port", 0, "--log-format", "json")
+    job = submit_server_side(workers, paths, tmp_path / "out")
+    wait_until(lambda: workers.broker.state(job) is JobState.RUNNING, "a part that is read")
+    log = tmp_path / "coordinator-0.log"
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    (url,) = [line["message"].removeprefix("metrics at ") for line in lines if "metrics at" in line["message"]]
+    served = urllib.request.urlopen(url).read().decode()
+    drain = re.findall(r'^embedstream_queue_drain_seconds\{queue="hashing"\} (\S+)$', served, re.MULTILINE)
+    assert float(drain[0]) > 0
+    assert urllib.request.urlopen(url.replace("/metrics", "/readyz")).status == 200
+    assert all("coordinator" in line for line in lines)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=20) == 0
+
+
+def test_a_coordinator_waits_for_redis_and_goes_on(tmp_path: Path) -> None:
+    paths, texts = write_parts(tmp_path, 2, 3000)
+    with own_server() as server, fleet(server.url, tmp_path) as workers:
+        process = workers.start_coordinator(**SMALL_QUEUE)
+        job = submit_server_side(workers, paths, tmp_path / "out")
+        wait_until(lambda: workers.broker.backlog(job) > 2, "some blocks")
+        server.kill()
+        wait_until(lambda: "waiting for it" in (tmp_path / "coordinator-0.log").read_text(), "the coordinator's word")
+        server.start()
+        workers.start_worker()
+        wait_for_end(workers, job, seconds=120)
+        assert process.poll() is None
+    assert_exact(tmp_path / "out", texts, every=20)
 
 
 def fetch(client: Any, job: Job) -> Job:
