@@ -20,9 +20,6 @@ from embedstream.submission import Part, Pushed, push_part
 from embedstream_coordinator.context import Context
 from embedstream_producer.corpus import CorpusPart, open_part
 
-LOOK_BLOCKS = 64
-"""Blocks of an earlier part between two looks whether this process is still wanted."""
-
 
 class Abandoned(EmbedstreamError):
     """Whoever started this process is gone; somebody else will go on."""
@@ -52,9 +49,8 @@ def ingest_part(context: Context, broker: Broker, job: str, part: int) -> str:
     bound = broker.memory_bound(Settings.from_environment().queue_bytes)
     with DuplicateIndex() as index:
         for earlier in range(part):
-            for block in _open(context, spec, earlier).blocks(spec, index):
-                if block.number % LOOK_BLOCKS == 0:
-                    still_wanted()
+            for _ in _open(context, spec, earlier).ids(spec, index):
+                still_wanted()
         mine = _open(context, spec, part)
 
         def blocks() -> Iterator[Block]:

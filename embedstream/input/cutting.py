@@ -25,8 +25,7 @@ def cut_part(
     """
     packer = Packer(part, spec.keep)
     for outcomes in batches:
-        records = [outcome for outcome in outcomes if type(outcome) is Record]
-        earlier = iter(duplicates.check(part, [r.row for r in records], [r.id for r in records]))
+        earlier = iter(_check_ids(part, outcomes, duplicates))
         for outcome in outcomes:
             block: Block | None = None
             if outcome is None:
@@ -42,6 +41,20 @@ def cut_part(
     last = packer.finish()
     if last is not None:
         yield last
+
+
+def enter_ids(part: int, batches: Iterable[Sequence[Outcome]], duplicates: DuplicateIndex) -> Iterator[int]:
+    """Enter the ids of a part, as `cut_part` would, without making blocks of it; the rows so far, now and then."""
+    done = 0
+    for outcomes in batches:
+        _check_ids(part, outcomes, duplicates)
+        done += len(outcomes)
+        yield done
+
+
+def _check_ids(part: int, outcomes: Sequence[Outcome], duplicates: DuplicateIndex) -> list[Position | None]:
+    records = [outcome for outcome in outcomes if type(outcome) is Record]
+    return duplicates.check(part, [record.row for record in records], [record.id for record in records])
 
 
 def _refuse(packer: Packer, refusal: Refusal, on_refusal: Callable[[Refusal], None] | None) -> Block | None:

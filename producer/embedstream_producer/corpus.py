@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from embedstream.blocks import Block, Refusal
 from embedstream.errors import InputError, UsageError
-from embedstream.input.cutting import cut_part
+from embedstream.input.cutting import cut_part, enter_ids
 from embedstream.input.duplicates import DuplicateIndex
 from embedstream.input.records import Outcome, Record, RecordReader
 from embedstream.input.refusals import Code
@@ -60,6 +60,8 @@ class CorpusPart(Protocol):
         on_refusal: Callable[[Refusal], None] | None = None,
         on_position: Callable[[int], None] | None = None,
     ) -> Iterator[Block]: ...
+
+    def ids(self, spec: JobSpec, duplicates: DuplicateIndex) -> Iterator[int]: ...
 
     def hint(self, spec: JobSpec) -> str | None: ...
 
@@ -111,6 +113,17 @@ class FilePart:
         try:
             outcomes = _judge_all(RecordReader(spec), head, on_position)
             yield from cut_part(self.index, outcomes, spec, duplicates, on_refusal)
+        finally:
+            self._close(head)
+
+    def ids(self, spec: JobSpec, duplicates: DuplicateIndex) -> Iterator[int]:
+        """Read the part for nothing but its ids, which decide about those of later parts; yields rows so far.
+
+        Raises as `blocks` does.
+        """
+        head = self._open()
+        try:
+            yield from enter_ids(self.index, _judge_all(RecordReader(spec), head, None), duplicates)
         finally:
             self._close(head)
 

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from embedstream.blocks import Block, Refusal
 from embedstream.errors import InputError
 from embedstream.input.columns import ColumnReader
-from embedstream.input.cutting import cut_part
+from embedstream.input.cutting import cut_part, enter_ids
 from embedstream.input.duplicates import DuplicateIndex
 from embedstream.input.records import Outcome
 from embedstream.jobs import JobSpec
@@ -63,6 +63,13 @@ class ParquetPart:
             reader = ColumnReader(spec, file.schema_arrow, self.label)
             outcomes = self._judged(file, reader, on_position)
             yield from cut_part(self.index, outcomes, spec, duplicates, on_refusal)
+        self._opens.check_unchanged()
+
+    def ids(self, spec: JobSpec, duplicates: DuplicateIndex) -> Iterator[int]:
+        """As `FilePart.ids`."""
+        with self._opened() as file:
+            reader = ColumnReader(spec, file.schema_arrow, self.label)
+            yield from enter_ids(self.index, self._judged(file, reader, None), duplicates)
         self._opens.check_unchanged()
 
     def hint(self, spec: JobSpec) -> str | None:
