@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import sys
 from pathlib import Path
 
 import click
@@ -38,6 +40,13 @@ PROCESSES = 2
     help="Folder or URL below which it may write; repeatable. [default: the current folder, and redis:]",
 )
 @click.option(
+    "--check",
+    "only_check",
+    envvar=f"{ENV_PREFIX}_CHECK",
+    is_flag=True,
+    help="Exit 0 if a coordinator of this machine is there, else 1.",
+)
+@click.option(
     "--metrics-port",
     type=click.IntRange(min=0, max=65535),
     help="Serve /metrics (Prometheus), /healthz and /readyz; 0: any free port, which is logged. [default: off]",
@@ -50,6 +59,7 @@ def coordinator(
     processes: int,
     input_roots: tuple[str, ...],
     output_roots: tuple[str, ...],
+    only_check: bool,
     metrics_port: int | None,
     metrics_host: str,
     log_format: LogFormat,
@@ -59,6 +69,8 @@ def coordinator(
     Any number may run, on any machine that sees corpora and outputs. Exit codes: 0 told to stop; 1 it failed; 2 it can
     never run so.
     """
+    if only_check:
+        sys.exit(0 if is_there(redis_url) else 1)
     set_up(log_format)
     try:
         import rq  # noqa: F401
@@ -76,6 +88,15 @@ def coordinator(
         output_roots=tuple(map(canonical_root, output_roots or (here, "redis:"))),
     )
     serve(context, processes, log_format, None if metrics_port is None else (metrics_host, metrics_port))
+
+
+def is_there(redis_url: str) -> bool:
+    """Whether a coordinator of this machine lives."""
+    from embedstream.connection import connect, explaining
+    from embedstream.coordination import coordinators
+
+    with explaining(redis_url):
+        return any(each.host == socket.gethostname() for each in coordinators(connect(redis_url, retries=0)))
 
 
 def main() -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import signal
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from verify_lab import Made, make_dataset
+from s3_server import S3Server
+from verify_lab import Made, Maker, make_dataset, make_spec, write_lines
 
 from e2e.harness import (
     Fleet,
@@ -21,6 +23,7 @@ from e2e.harness import (
 )
 from embedstream.coordination import compactions
 from embedstream.dataset import compaction
+from embedstream.dataset.sink import open_sink
 
 ROWS = 2000
 
@@ -138,3 +141,37 @@ def test_what_cannot_be_merged_is_told_in_one_sentence(workers: Fleet, tmp_path:
     shown = json.loads(run("embed-status", "--redis", workers.url, "--json").stdout)
     assert shown["coordinators"] == []
     assert "0 of 0 shards written" in run("embed-status", "--redis", workers.url).stdout
+
+
+def test_a_dataset_in_a_bucket_is_merged_there(
+    s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    bucket = f"b-{uuid.uuid4().hex[:12]}"
+    s3_server.client().create_bucket(Bucket=bucket)
+    corpus = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for path in corpus:
+        write_lines(path, 700)
+    output = f"s3://{bucket}/wiki"
+    spec = make_spec(Path("/unused"), corpus, output=output)
+    maker = Maker(spec, open_sink(output, spec))
+    blocks = maker.blocks()
+    for i in range(3):
+        maker.write(blocks[i::3])
+    before = maker.end()
+    assert compaction.compact(output) == (3, 1)
+    after = maker.sink.read_manifest()
+    assert after is not None
+    assert (after.rows, after.failed, len(after.shards)) == (before.rows, before.failed, 1)
+    names = {key.rpartition("/")[2] for key in s3_server.keys(bucket)} - {""}
+    shard = after.shards[0].name
+    assert names == {"_manifest.json", "errors.jsonl", f"part-{shard}.parquet", f"errors-{shard}.parquet"}
+    verified = run(
+        "embed-verify",
+        output,
+        *[a for path in corpus for a in ("--corpus", path)],
+        timeout=120,
+        **s3_server.environment,
+    )
+    assert verified.returncode == 0, verified.stdout + verified.stderr

@@ -134,6 +134,31 @@ def test_a_coordinator_that_is_told_to_stop_leaves_at_once_and_the_next_one_goes
     assert troubles(workers.broker, job) == {}
 
 
+def test_a_job_begun_by_coordinators_is_ended_by_embed_submit(workers: Fleet, tmp_path: Path) -> None:
+    paths, texts = write_parts(tmp_path, 3, 2000)
+    with paths[2].open("a") as file:
+        file.write('{"id": "part0-7", "text": "an id of an earlier part"}\n')
+    first = workers.start_coordinator(**SMALL_QUEUE)
+    submit_server_side(workers, paths, tmp_path / "out")
+    wait_until(lambda: sum(workers.broker.backlog(job) for job in workers.broker.active_jobs()) > 3, "some blocks")
+    first.kill()
+    first.wait()
+    workers.start_worker()
+    done = run("embed-submit", *paths, "-o", tmp_path / "out", "--redis", workers.url, "--model", "hashing")
+    assert done.returncode == 3, done.stderr
+    assert_exact(tmp_path / "out", texts, every=20)
+    assert [(e["code"], e["line"]) for e in read_errors(tmp_path / "out")] == [("duplicate_id", 2001)]
+
+
+def test_check_tells_whether_a_coordinator_is_there(workers: Fleet) -> None:
+    assert run("embed-coordinator", "--check", "--redis", workers.url).returncode == 1
+    process = workers.start_coordinator()
+    assert run("embed-coordinator", "--check", "--redis", workers.url).returncode == 0
+    process.terminate()
+    assert process.wait(timeout=20) == 0
+    assert run("embed-coordinator", "--check", "--redis", workers.url).returncode == 1
+
+
 @pytest.mark.parametrize("point", ["submit.before", "submit.after#3", "seal.before", "seal.after"])
 def test_a_part_whose_reader_dies_is_read_on(workers: Fleet, tmp_path: Path, point: str) -> None:
     paths, texts = write_parts(tmp_path, 2, 2000)

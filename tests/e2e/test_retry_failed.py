@@ -14,6 +14,7 @@ from worker_lab import Running, ScriptedEngine, WorkerLab, worker_lab
 from e2e.harness import assert_exact, assert_no_leftovers, read_errors, read_manifest, run, start_submit, wait_until
 from embedstream.broker import Broker
 from embedstream.connection import connect
+from embedstream.dataset import compaction
 from embedstream.dataset.sink import open_sink
 from embedstream.steps import Code
 from embedstream_worker.housekeeping import Housekeeping
@@ -251,3 +252,22 @@ def test_an_output_that_is_not_finished_is_refused(lab: WorkerLab, state: str) -
     assert refused.returncode == 2
     assert "--retry-failed: " in refused.stderr
     assert "without it first" in refused.stderr
+
+
+def test_a_dataset_with_rows_that_were_run_again_can_be_merged(lab: WorkerLab, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = lab.folder / "out"
+    finished_with_failures(lab)
+    worker = start(lab, broken(["t40"]))
+    assert run("embed-submit", *command(lab, "--retry-failed")).returncode == 3
+    worker.stop()
+    monkeypatch.setattr(compaction, "MOST_SHARE", 1000.0)
+    before, after = compaction.compact(str(out), 200_000)
+    assert after > before, "the groups are smaller than the shards: all is cut anew"
+    assert_exact(out, good("t40"))
+    assert codes(out) == [(3, "invalid_json"), (42, "not_finite"), (302, "duplicate_id")]
+    verified = run("embed-verify", out, "--corpus", lab.folder / "c.jsonl")
+    assert verified.returncode == 0, verified.stdout + verified.stderr
+    start(lab)
+    assert run("embed-submit", *command(lab, "--retry-failed")).returncode == 3
+    assert_exact(out, TEXTS)
+    assert codes(out) == REFUSED
