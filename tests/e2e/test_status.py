@@ -44,35 +44,36 @@ def submit(workers: Fleet, corpus: Path, output: Path) -> str:
 
 
 def slow_corpus(path: Path, rows: int) -> None:
-    """Each of its texts takes 0.2 s."""
+    """Each batch of its texts takes 0.2 s."""
     path.write_text("".join(f'{{"id": "{i}", "text": "[[fault:slow]] {i}"}}\n' for i in range(rows)))
 
 
 def test_a_job_shows_progress_rates_and_what_is_left_while_it_runs(workers: Fleet, tmp_path: Path) -> None:
-    slow_corpus(tmp_path / "c.jsonl", 400)
-    worker = workers.start_worker("--batch-tokens", 30, EMBEDSTREAM_HASHING_FAULTS=str(tmp_path))
+    slow_corpus(tmp_path / "c.jsonl", 2000)
     job = submit(workers, tmp_path / "c.jsonl", tmp_path / "out")
+    worker = workers.start_worker("--batch-tokens", 30, EMBEDSTREAM_HASHING_FAULTS=str(tmp_path))
     seen = wait_until(lambda: (s := status(workers, job))["rows_in_hand"] and s["seconds_left"] and s, "rows in hand")
     assert seen["state"] == "running"
     assert seen["stalled"] is False
     assert 0 < seen["progress"] < 1
-    assert seen["progress"] == pytest.approx(seen["rows_in_hand"] / 400, abs=0.01)
-    assert 0 < seen["rows_per_second"] <= 5 * 3
+    assert seen["progress"] == pytest.approx(seen["rows_in_hand"] / 2000, abs=0.001)
+    most_rows_in_a_batch = 30 / 4  # texts of 16 bytes, tokens of 4
+    assert 0 < seen["rows_per_second"] <= 5 * most_rows_in_a_batch
     assert seen["tokens_per_second"] > seen["rows_per_second"]
-    left = (400 - seen["rows_in_hand"]) / seen["rows_per_second"]
+    left = (2000 - seen["rows_in_hand"]) / seen["rows_per_second"]
     assert seen["seconds_left"] == pytest.approx(left, rel=0.05)
     (share,) = seen["workers"]
     assert (share["rows"], share["state"]) == (0, "ready")
     assert share["rows_per_second"] == seen["rows_per_second"]
     shown = lines(workers, job)
-    assert re.search(r"running  0 of 400 rows  \d+ %, .* left", shown)
+    assert re.search(r"running  0 of 2,000 rows  \d+ %, .* left", shown)
     assert re.search(r"\d+ more rows are computed and not yet written", shown)
     assert re.search(r"\d+ rows/s, \d+ tokens/s, padding", shown)
     (queue,) = status(workers)["queues"]
-    assert (queue["queue"], queue["blocks"], queue["claimed_blocks"]) == ("hashing", 2, 2)
+    assert (queue["queue"], queue["blocks"], queue["claimed_blocks"]) == ("hashing", 8, 8)
     assert queue["drain_seconds"] > 0
     listing = lines(workers)
-    assert re.search(r"queue hashing: 1 worker\(s\), 2 blocks queued \(2 in workers' hands\), the oldest for", listing)
+    assert re.search(r"queue hashing: 1 worker\(s\), 8 blocks queued \(8 in workers' hands\), the oldest for", listing)
     assert re.search(rf"worker .*-{worker.pid}-\w+  ready  hashing .*  \d+ rows/s", listing)
 
 
