@@ -1,0 +1,144 @@
+"""`python tests/reference_page.py > docs/reference.md` makes that page of the commands as click knows them."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import textwrap
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import msgspec
+
+from embedstream import settings
+from embedstream.settings import ENV_PREFIX, Settings
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "reference.md"
+
+INTRODUCTION = """\
+# Flags and variables
+
+Made from the code by `python tests/reference_page.py`; a test compares. A flag comes before its variable, and both
+before the default. A variable holds for every command that has it; an empty one counts as not set. For a flag that is
+repeatable its values are separated by spaces; for one without a value it is 1 or 0. All commands have `--version` and
+`--help`, too.
+"""
+
+WITHOUT_FLAGS = """\
+## Variables without a flag
+
+`Client` and `AsyncClient` read these, and EMBEDSTREAM_REDIS_URL, EMBEDSTREAM_MODEL and EMBEDSTREAM_QUEUE, too.
+"""
+
+OTHERS = {
+    "EMBEDSTREAM_CACHE_DIR": "Where workers keep what they found out about models and machines. "
+    "Default: `~/.cache/embedstream`.",
+    "EMBEDSTREAM_FAILPOINTS": "For tests: where a process kills or stops itself, or loses a reply.",
+    "EMBEDSTREAM_HASHING_FAULTS": "For tests: a folder of orders to the engine `hashing`.",
+    "XDG_STATE_HOME": "Where embedded mode keeps its server's file if the output is no folder. "
+    "Default: `~/.local/state`.",
+    "XDG_RUNTIME_DIR": "Where its socket may lie if `/tmp` cannot hold it.",
+    "AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL": "The store that `s3://` means, if it is not AWS'.",
+    "AWS_REGION, AWS_DEFAULT_REGION": "Its region. Credentials come by AWS' usual variables and files, too.",
+}
+
+
+def commands() -> dict[str, click.Command]:
+    """Every console script of the package and the one command that its module defines."""
+    scripts: dict[str, str] = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["scripts"]
+    found = {}
+    for name, entry in sorted(scripts.items()):
+        module = importlib.import_module(entry.partition(":")[0])
+        (found[name],) = [value for value in vars(module).values() if isinstance(value, click.Command)]
+    return found
+
+
+def variables(option: click.Option) -> list[str]:
+    """The environment variables that click reads for an option, the first that is set."""
+    if option.envvar is None:
+        assert option.name is not None
+        return [f"{ENV_PREFIX}_{option.name.upper()}"]
+    return [option.envvar] if isinstance(option.envvar, str) else list(option.envvar)
+
+
+def shown_options(command: click.Command) -> Iterator[click.Option]:
+    """The options that people use, without those that all commands have."""
+    for option in command.params:
+        if isinstance(option, click.Option) and not option.hidden and option.name not in ("version", "help"):
+            yield option
+
+
+def page() -> str:
+    """The whole page."""
+    sections = [_section(name, command) for name, command in commands().items()]
+    own = _table(["variable", "default", "what"], [_setting(name) for name in _without_flag()])
+    others = _table(["variable", "what"], [[f"`{name}`".replace(", ", "`, `"), what] for name, what in OTHERS.items()])
+    return (
+        "\n".join([INTRODUCTION, *sections, WITHOUT_FLAGS, own, "What else programs read:\n", others]).rstrip() + "\n"
+    )
+
+
+def _section(name: str, command: click.Command) -> str:
+    with click.Context(command, info_name=name) as context:
+        rows = [_option(option, context) for option in shown_options(command)]
+        usage = " ".join([name, *filter(None, command.collect_usage_pieces(context))])
+    help_text = " ".join(inspect.cleandoc(command.help or "").split("\n"))
+    paragraphs = [textwrap.fill(each.strip(), 120) for each in help_text.split("  ")]
+    table = _table(["flag", "variable", "default", "what"], rows)
+    return f"## {name}\n\n```\n{usage}\n```\n\n" + "\n\n".join(paragraphs) + f"\n\n{table}"
+
+
+def _option(option: click.Option, context: click.Context) -> list[str]:
+    flags = ", ".join(option.opts)
+    if not option.is_flag:
+        flags += f" {option.make_metavar(context).removesuffix(' RANGE')}"
+        if isinstance(option.type, click.IntRange | click.FloatRange):
+            bounds = (("from", option.type.min), ("to", option.type.max))
+            flags += "".join(f" {word} {bound}" for word, bound in bounds if bound is not None)
+    what, _, default = (option.help or "").replace("]", "").partition("[default: ")
+    if isinstance(option.show_default, str):
+        default = option.show_default
+    elif not default and not option.is_flag and not option.multiple and isinstance(option.default, str | int | float):
+        default = f"`{option.default}`"
+    named = ", ".join(f"`{name}`" for name in variables(option))
+    return [f"`{flags}`", named, default.rstrip(". "), what.strip() + (" Required." if option.required else "")]
+
+
+def _without_flag() -> list[str]:
+    with_flag = {name for each in commands().values() for option in shown_options(each) for name in variables(option)}
+    return [name for name in Settings.__struct_fields__ if f"{ENV_PREFIX}_{name.upper()}" not in with_flag]
+
+
+def _setting(name: str) -> list[str]:
+    default = getattr(Settings(), name)
+    shown = "" if default is None else f"`{default}`"
+    return [f"`{ENV_PREFIX}_{name.upper()}`", shown, _field_docs(Settings).get(name, "")]
+
+
+def _field_docs(struct: type[msgspec.Struct]) -> dict[str, str]:
+    """The strings below a struct's fields, which exist in its source alone."""
+    tree = ast.parse(inspect.getsource(settings))
+    (found,) = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == struct.__name__]
+    docs = {}
+    for field, below in zip(found.body, found.body[1:], strict=False):
+        if (
+            isinstance(field, ast.AnnAssign)
+            and isinstance(field.target, ast.Name)
+            and isinstance(below, ast.Expr)
+            and isinstance(below.value, ast.Constant)
+        ):
+            docs[field.target.id] = " ".join(str(below.value.value).split())
+    return docs
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+if __name__ == "__main__":
+    print(page(), end="")
