@@ -186,11 +186,11 @@ def write_env(path: Path, **values: Any) -> Path:
 
 
 @contextlib.contextmanager
-def stack(root: Path, **extra: str) -> Iterator[Stack]:
-    """A project with Redis up, a password, and the hashing model."""
-    env = {"REDIS_PASSWORD": "s3cretWord", "EMBEDSTREAM_MODEL": MODEL, "EMBEDSTREAM_DATA": root / "data"}
+def stack(root: Path, extra: dict[str, str] | None = None, **env: str) -> Iterator[Stack]:
+    """A project with Redis up, a password, and the hashing model; `env` is added to its .env file."""
+    env |= {"REDIS_PASSWORD": "s3cretWord", "EMBEDSTREAM_MODEL": MODEL, "EMBEDSTREAM_DATA": str(root / "data")}
     (root / "data").mkdir()
-    made = Stack(root, write_env(root / "env", **env), extra)
+    made = Stack(root, write_env(root / "env", **env), extra or {})
     try:
         made.start_redis()
         yield made

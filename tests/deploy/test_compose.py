@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import redis
 from e2e.harness import assert_exact, wait_until, write_corpus
+from s3_server import S3Server
 
 from deploy.compose_lab import Container, Stack, seconds, stack, write_env
 from deploy.images import REPOSITORY, compose, services
@@ -38,14 +39,30 @@ def test_without_a_password_compose_says_what_to_do(tmp_path: Path) -> None:
     assert "copy .env.example to .env" in done.stderr
 
 
-def test_the_example_of_the_env_file_names_every_variable_that_has_no_default(tmp_path: Path) -> None:
+def test_the_example_of_the_env_file_names_every_variable(tmp_path: Path) -> None:
     example = (REPOSITORY / ".env.example").read_text()
-    wanted = set(re.findall(r"\$\{(\w+):\?", (REPOSITORY / "docker-compose.yml").read_text()))
+    asked = set(re.findall(r"\$\{(\w+)", (REPOSITORY / "docker-compose.yml").read_text()))
     named = set(re.findall(r"^(\w+)=", example, flags=re.MULTILINE))
-    assert wanted <= named
+    assert named == asked | {"COMPOSE_PROFILES"}
     filled = tmp_path / "env"
     filled.write_text(example.replace("REDIS_PASSWORD=", "REDIS_PASSWORD=word"))
     assert service_names(filled) == {"redis", "coordinator", "worker"}
+
+
+def test_an_example_that_is_not_filled_in_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "env").write_text((REPOSITORY / ".env.example").read_text())
+    assert "copy .env.example to .env" in compose("config", env_file=tmp_path / "env").stderr
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/operations.md", "docker-compose.yml", ".env.example"])
+def test_pages_name_services_and_profiles_that_exist(page: str, env_file: Path) -> None:
+    running = services(env_file)
+    text = (REPOSITORY / page).read_text()
+    named = re.findall(r"docker compose (?:run --rm|exec|stop|up -d --build) ([a-z][\w-]*)", text)
+    named += re.findall(r"--scale ([\w-]+)=", text)
+    assert set(named) <= set(running)
+    profiles = {profile for said in running.values() for profile in said.get("profiles", [])}
+    assert {name for line in re.findall(r"COMPOSE_PROFILES=([\w,]+)", text) for name in line.split(",")} <= profiles
 
 
 def test_profiles_choose_the_device_and_the_monitoring(env_file: Path) -> None:
@@ -133,7 +150,7 @@ def at_work(fleet: Stack, containers: list[Container]) -> bool:
 def test_a_job_goes_through_while_workers_come_and_go(tmp_path: Path) -> None:
     (tmp_path / "faults").mkdir()
     faults = {"EMBEDSTREAM_HASHING_FAULTS": str(tmp_path / "faults"), "EMBEDSTREAM_WINDOW_TOKENS": "2000"}
-    with stack(tmp_path, **faults) as fleet:
+    with stack(tmp_path, faults) as fleet:
         corpus = tmp_path / "data" / "corpus.jsonl"
         texts = write_corpus(corpus, 12_000, length=10)
         texts = {id: f"{text} {SLOW}" if i % 40 == 0 else text for i, (id, text) in enumerate(texts.items())}
@@ -180,6 +197,34 @@ def test_a_coordinator_is_healthy_reads_a_corpus_by_itself_and_tells_what_is_que
         wait_until(lambda: queued_seconds() == 0, "nothing left to drain")
         assert fleet.stop(coordinator) == 0
         assert fleet.check(coordinator).returncode != 0
+
+
+def test_corpora_and_vectors_lie_in_a_bucket_with_the_credentials_of_the_env_file(
+    tmp_path: Path, s3_server: S3Server
+) -> None:
+    bucket, client = "compose", s3_server.client()
+    client.create_bucket(Bucket=bucket)
+    texts: dict[str, str] = {}
+    for name in ("a", "b"):
+        texts |= write_corpus(tmp_path / f"{name}.jsonl", 1500)
+        client.upload_file(str(tmp_path / f"{name}.jsonl"), bucket, f"in/{name}.jsonl")
+    corpora = [f"s3://{bucket}/in/{name}.jsonl" for name in ("a", "b")]
+    roots = {"EMBEDSTREAM_INPUT_ROOTS": f"s3://{bucket}/in", "EMBEDSTREAM_OUTPUT_ROOTS": f"s3://{bucket}/out"}
+    with stack(tmp_path, {"AWS_EC2_METADATA_DISABLED": "true"}, **roots, **s3_server.environment) as fleet:
+        fleet.start("coordinator")
+        fleet.scale("worker-cpu", 2)
+        code, said = fleet.run("submit", *corpora, "-o", f"s3://{bucket}/out/vectors", "--server-side")
+        assert code == 0, said
+        manifest = "out/vectors/_manifest.json"
+        wait_until(lambda: manifest in s3_server.keys(bucket, "out/"), "the manifest")
+        write_corpus(tmp_path / "data" / "corpus.jsonl", 10)
+        code, said = fleet.run("submit", "corpus.jsonl")
+        assert (code, "output root" in said) == (2, True), said
+    here = tmp_path / "here"
+    here.mkdir()
+    for key in s3_server.keys(bucket, "out/vectors/"):
+        client.download_file(bucket, key, str(here / Path(key).name))
+    assert_exact(here, texts, every=50)
 
 
 def test_a_wrong_password_is_one_sentence(tmp_path: Path) -> None:
