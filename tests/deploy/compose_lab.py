@@ -128,6 +128,10 @@ class Stack:
         assert command, f"{container.service} has no health check"
         if command[0] == "sh":
             command[2] = command[2].replace("redis-cli", f"redis-cli -p {self.port(container)}")
+        return self.execute(container, *command)
+
+    def execute(self, container: Container, *command: str) -> subprocess.CompletedProcess[str]:
+        """`docker compose exec`."""
         return subprocess.run(
             command, env=container.environment, cwd=container.folder, capture_output=True, text=True, check=False
         )

@@ -176,6 +176,7 @@ def test_a_coordinator_is_healthy_reads_a_corpus_by_itself_and_tells_what_is_que
         coordinator = fleet.start("coordinator")
         wait_until(lambda: fleet.healthy(coordinator), "coordinator healthy")
         texts = write_corpus(tmp_path / "data" / "corpus.jsonl", 2000)
+        output = tmp_path / "data" / "corpus.jsonl.vectors"
         code, said = fleet.run("submit", "corpus.jsonl", "--server-side")
         assert code == 0, said
         address = f"http://127.0.0.1:{coordinator.environment['EMBEDSTREAM_METRICS_PORT']}/metrics"
@@ -190,8 +191,10 @@ def test_a_coordinator_is_healthy_reads_a_corpus_by_itself_and_tells_what_is_que
             return tokens / pace if pace else 0.0
 
         wait_until(queued_seconds, "seconds to drain, told with no worker alive")
+        looked = fleet.execute(coordinator, "embed-status", "--json")
+        assert looked.returncode == 0, looked.stderr
+        assert output.name in looked.stdout
         fleet.scale("worker-cpu", 1)
-        output = tmp_path / "data" / "corpus.jsonl.vectors"
         wait_until((output / "_manifest.json").exists, "the manifest")
         assert_exact(output, texts, every=50)
         wait_until(lambda: queued_seconds() == 0, "nothing left to drain")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
+import re
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -25,12 +28,17 @@ CRD = Path(__file__).parent / "schemas" / "keda.sh_scaledobjects.yaml"
 Manifest = dict[str, Any]
 
 
-def render(folder: str) -> list[Manifest]:
-    """`kubectl apply -k` without the cluster."""
+@functools.cache
+def rendered(folder: str) -> str:
     command = [tool("kubectl"), "kustomize", str(KUBERNETES / folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "deprecated" not in done.stderr, done.stderr
-    return list(yaml.safe_load_all(done.stdout))
+    return done.stdout
+
+
+def render(folder: str) -> list[Manifest]:
+    """`kubectl apply -k` without the cluster."""
+    return list(yaml.safe_load_all(rendered(folder)))
 
 
 def all_manifests() -> list[Manifest]:
@@ -98,6 +106,25 @@ def test_a_field_that_nobody_knows_is_found() -> None:
     scaled["spec"]["coolDownPeriod"] = 900
     with pytest.raises(jsonschema.ValidationError):
         check(scaled, VERSIONS[-1])
+
+
+def test_the_kustomization_of_the_docs_makes_a_fleet_of_ones_own(tmp_path: Path) -> None:
+    page = (REPOSITORY / "docs" / "operations.md").read_text()
+    (block,) = re.findall(r"```yaml\n(# kustomization.yaml\n.*?)```", page, flags=re.DOTALL)
+    (tmp_path / "kustomization.yaml").write_text(block)
+    shutil.copytree(KUBERNETES, tmp_path / "embedstream" / "deploy" / "kubernetes")
+    done = subprocess.run([tool("kubectl"), "kustomize", str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    made = {
+        (each["kind"], each["metadata"]["name"].partition("-")[0]): each for each in yaml.safe_load_all(done.stdout)
+    }
+    for manifest in made.values():
+        check(manifest, VERSIONS[-1])
+    model = made["ConfigMap", "embedstream"]["data"]["EMBEDSTREAM_MODEL"]
+    assert f'"{queue_name(model)}"' in made["ScaledObject", "worker"]["spec"]["triggers"][0]["metadata"]["query"]
+    assert container(made["Deployment", "worker"])["image"] == "images.example/worker-cuda:1"
+    config = container(made["Deployment", "worker"])["envFrom"][0]["configMapRef"]["name"]
+    assert config == made["ConfigMap", "embedstream"]["metadata"]["name"]
 
 
 def test_every_file_is_used() -> None:
