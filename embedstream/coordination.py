@@ -102,6 +102,32 @@ def unsealed_parts(broker: Broker, job: str, parts: int) -> list[int]:
     return [part for part, count in enumerate(sealed) if count is None]
 
 
+Repeated = list[tuple[int, int, int]]
+"""Rows of a part whose ids an earlier part has: row, and part and row of the first one with that id."""
+
+
+def note_repeated(broker: Broker, job: str, part: int, rows: Repeated) -> None:
+    """Keep what was found when the ids of a part were compared with those before."""
+    key = broker.keys.repeated(job)
+    with broker.client.pipeline() as pipe:
+        pipe.hset(key, str(part), msgspec.msgpack.encode(rows))
+        pipe.expire(key, TROUBLES_SECONDS)
+        pipe.execute()
+
+
+def compared_parts(broker: Broker, job: str) -> set[int]:
+    """The parts for which that was found."""
+    ask: Any = broker.client
+    return {int(part) for part in ask.hkeys(broker.keys.repeated(job))}
+
+
+def repeated_rows(broker: Broker, job: str, part: int) -> Repeated | None:
+    """What was found for a part; None if it is not known yet."""
+    ask: Any = broker.client
+    raw = ask.hget(broker.keys.repeated(job), str(part))
+    return None if raw is None else msgspec.msgpack.decode(raw, type=Repeated)
+
+
 def due_to_finalize(broker: Broker) -> list[str]:
     """Jobs of the outbox that nobody has leased at the moment."""
     ask: Any = broker.client

@@ -123,3 +123,7 @@ class Keys:
     def troubles(self, job: str) -> str:
         """Hash: what a coordinator cannot do for the job at present -> why. Expires by itself."""
         return f"{self.job(job)}:troubles"
+
+    def repeated(self, job: str) -> str:
+        """Hash: part -> which of its rows have an id of an earlier part, and where that is. Expires by itself."""
+        return f"{self.job(job)}:repeated"

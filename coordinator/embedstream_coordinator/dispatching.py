@@ -22,6 +22,7 @@ from embedstream.coordination import (
     Compaction,
     compacted,
     compactions,
+    compared_parts,
     due_to_finalize,
     forget_ingest,
     to_ingest,
@@ -128,7 +129,10 @@ class Dispatcher:
             forget_ingest(broker, job)
             return set()
         asked: set[str] = set()
-        for part in unsealed_parts(broker, job, len(status.spec.parts))[:PARTS_AHEAD]:
+        unread, compared = unsealed_parts(broker, job, len(status.spec.parts)), {0, *compared_parts(broker, job)}
+        if not compared.issuperset(unread):
+            asked |= self._ensure(f"ids-{job}", "embedstream.ids", broker.queue, job, first=True)
+        for part in [part for part in unread if part in compared][:PARTS_AHEAD]:
             asked |= self._ensure(f"ingest-{job}-{part}", "embedstream.ingest", broker.queue, job, part)
         return asked
 

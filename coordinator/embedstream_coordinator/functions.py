@@ -11,14 +11,16 @@ from collections.abc import Callable
 from embedstream.coordination import clear_troubles, note_trouble
 from embedstream.errors import EmbedstreamError, JobUnknown
 from embedstream.finalizing import finalize_job
+from embedstream.jobs import JobState
 from embedstream_coordinator import compacting
 from embedstream_coordinator.context import Context
 from embedstream_coordinator.expiring import expire_queue
-from embedstream_coordinator.ingesting import ingest_part
+from embedstream_coordinator.ingesting import compare_ids, ingest_part
 
 Function = Callable[..., str]
 
 FINALIZE = "finalize"
+IDS = "ids"
 
 
 def part_trouble(part: int) -> str:
@@ -37,8 +39,10 @@ def finalize(context: Context, queue: str, job: str) -> str:
     except EmbedstreamError as error:
         note_trouble(broker, job, FINALIZE, str(error))
         raise
+    if not done and broker.state(job) is JobState.FINALIZING:
+        return "somebody else holds its lease, or died with it"
     clear_troubles(broker, job, [FINALIZE])
-    return "finalized" if done else "was finalized, or is being finalized, by somebody else"
+    return "finalized" if done else "was finalized by somebody else"
 
 
 def ingest(context: Context, queue: str, job: str, part: int) -> str:
@@ -52,6 +56,20 @@ def ingest(context: Context, queue: str, job: str, part: int) -> str:
         note_trouble(broker, job, what, str(error))
         raise
     clear_troubles(broker, job, [what])
+    return ended
+
+
+def ids(context: Context, queue: str, job: str) -> str:
+    """Compare the ids of a job's parts."""
+    broker = context.broker(queue)
+    try:
+        ended = compare_ids(context, broker, job)
+    except JobUnknown:
+        return "the job is gone"
+    except EmbedstreamError as error:
+        note_trouble(broker, job, IDS, str(error))
+        raise
+    clear_troubles(broker, job, [IDS])
     return ended
 
 
@@ -73,6 +91,7 @@ def expire(context: Context, queue: str) -> str:
 FUNCTIONS: dict[str, Function] = {
     "embedstream.finalize": finalize,
     "embedstream.ingest": ingest,
+    "embedstream.ids": ids,
     "embedstream.compact": compact,
     "embedstream.merge": merge,
     "embedstream.expire": expire,
@@ -82,5 +101,6 @@ FUNCTIONS: dict[str, Function] = {
 TROUBLE_OF: dict[str, Callable[..., str]] = {
     "embedstream.finalize": lambda: FINALIZE,
     "embedstream.ingest": part_trouble,
+    "embedstream.ids": lambda: IDS,
 }
 """What is in trouble when the process of such a job dies; takes the arguments after queue and job."""

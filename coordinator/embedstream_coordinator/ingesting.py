@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from embedstream.blocks import Block
 from embedstream.broker import Broker
 from embedstream.connection import mask
-from embedstream.coordination import unsealed_parts
+from embedstream.coordination import Repeated, note_repeated, repeated_rows, unsealed_parts
 from embedstream.errors import EmbedstreamError, InputError
-from embedstream.input.duplicates import DuplicateIndex
+from embedstream.input.duplicates import DuplicateIndex, Position
 from embedstream.jobs import JobSpec, JobState
 from embedstream.objects import is_object
 from embedstream.plans import drive
@@ -19,6 +19,9 @@ from embedstream.settings import Settings
 from embedstream.submission import Part, Pushed, push_part
 from embedstream_coordinator.context import Context
 from embedstream_producer.corpus import CorpusPart, open_part
+
+MOST_REPEATED = 1_000_000
+"""Rows with ids of earlier parts, over all parts: so that Redis stays small."""
 
 
 class Abandoned(EmbedstreamError):
@@ -28,8 +31,8 @@ class Abandoned(EmbedstreamError):
 def ingest_part(context: Context, broker: Broker, job: str, part: int) -> str:
     """Submit and seal what is missing of one part; returns how that ended.
 
-    Parts are read at the same time, by several processes and machines. An id counts as used if an earlier part has it,
-    so their ids are gone through first: the blocks are those that one reader of all parts would make.
+    Parts are read at the same time, by several processes and machines. Which rows have an id of an earlier part was
+    found by `compare_ids`: so the blocks are those that one reader of all parts would make.
 
     Raises:
         InputError: a part may not be read, or cannot be.
@@ -40,17 +43,12 @@ def ingest_part(context: Context, broker: Broker, job: str, part: int) -> str:
     status = broker.status(job)
     if status.state is not JobState.SUBMITTING or part not in unsealed_parts(broker, job, len(status.spec.parts)):
         return "was read already, or is no longer wanted"
-    spec, parent = status.spec, os.getppid()
-
-    def still_wanted() -> None:
-        if os.getppid() != parent:
-            raise Abandoned("the coordinator is gone")
-
+    spec, still_wanted = status.spec, _wanted_by(os.getppid())
     bound = broker.memory_bound(Settings.from_environment().queue_bytes)
-    with DuplicateIndex() as index:
-        for earlier in range(part):
-            for _ in _open(context, spec, earlier).ids(spec, index):
-                still_wanted()
+    repeated = repeated_rows(broker, job, part) if part else []
+    if repeated is None:
+        return "waits until its ids are compared with those of earlier parts"
+    with EarlierIds(repeated) as index:
         mine = _open(context, spec, part)
 
         def blocks() -> Iterator[Block]:
@@ -59,6 +57,52 @@ def ingest_part(context: Context, broker: Broker, job: str, part: int) -> str:
         plan = push_part(broker, job, part, Part(mine.label, blocks), bound)
         pushed = drive(plan, broker, url=mask(context.redis_url), tick=still_wanted)
     return {Pushed.SEALED: "read", Pushed.ENDED: "the job ended", Pushed.LOST: "Redis does not know the job"}[pushed]
+
+
+def compare_ids(context: Context, broker: Broker, job: str) -> str:
+    """Go through the ids of all parts, in their order, and keep which rows of a part have an id of an earlier one.
+
+    Twice is harmless, and so is dying in the middle: the next one begins anew. Raises as `ingest_part` does.
+    """
+    status, still_wanted = broker.status(job), _wanted_by(os.getppid())
+    if status.state is not JobState.SUBMITTING:
+        return "no longer wanted"
+    spec, found = status.spec, 0
+    with DuplicateIndex() as index:
+        for part in range(len(spec.parts)):
+            rows: Repeated = []
+            for seen in _open(context, spec, part).ids(spec, index):
+                rows += [(row, first.part, first.row) for row, first in seen if first.part != part]
+                still_wanted()
+                if found + len(rows) > MOST_REPEATED:
+                    raise InputError(
+                        f"more than {MOST_REPEATED:,} rows have ids of earlier files: submit without --server-side"
+                    )
+            found += len(rows)
+            note_repeated(broker, job, part, rows)
+    return f"{found} rows have ids of earlier parts"
+
+
+class EarlierIds(DuplicateIndex):
+    """The ids of one part, with what is known of its rows whose ids earlier parts have."""
+
+    def __init__(self, repeated: Repeated) -> None:
+        super().__init__()
+        self._repeated = {row: Position(part, first) for row, part, first in repeated}
+
+    def check(self, part: int, rows: Sequence[int], ids: Sequence[str]) -> list[Position | None]:
+        own = super().check(part, rows, ids)
+        return [self._repeated.get(row, position) for row, position in zip(rows, own, strict=True)]
+
+
+def _wanted_by(parent: int) -> Callable[[], None]:
+    """What raises `Abandoned` once the process that this one was made by is gone."""
+
+    def check() -> None:
+        if os.getppid() != parent:
+            raise Abandoned("the coordinator is gone")
+
+    return check
 
 
 def _open(context: Context, spec: JobSpec, part: int) -> CorpusPart:

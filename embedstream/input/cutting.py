@@ -43,13 +43,15 @@ def cut_part(
         yield last
 
 
-def enter_ids(part: int, batches: Iterable[Sequence[Outcome]], duplicates: DuplicateIndex) -> Iterator[int]:
-    """Enter the ids of a part, as `cut_part` would, without making blocks of it; the rows so far, now and then."""
-    done = 0
+def enter_ids(
+    part: int, batches: Iterable[Sequence[Outcome]], duplicates: DuplicateIndex
+) -> Iterator[list[tuple[int, Position]]]:
+    """Enter the ids of a part, as `cut_part` would, without making blocks of it; yields for each batch the rows whose
+    ids were used before, and where."""
     for outcomes in batches:
-        _check_ids(part, outcomes, duplicates)
-        done += len(outcomes)
-        yield done
+        rows = [outcome.row for outcome in outcomes if type(outcome) is Record]
+        earlier = _check_ids(part, outcomes, duplicates)
+        yield [(row, position) for row, position in zip(rows, earlier, strict=True) if position is not None]
 
 
 def _check_ids(part: int, outcomes: Sequence[Outcome], duplicates: DuplicateIndex) -> list[Position | None]:

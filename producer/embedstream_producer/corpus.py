@@ -18,7 +18,7 @@ import pyarrow as pa
 from embedstream.blocks import Block, Refusal
 from embedstream.errors import InputError, UsageError
 from embedstream.input.cutting import cut_part, enter_ids
-from embedstream.input.duplicates import DuplicateIndex
+from embedstream.input.duplicates import DuplicateIndex, Position
 from embedstream.input.records import Outcome, Record, RecordReader
 from embedstream.input.refusals import Code
 from embedstream.jobs import JobSpec
@@ -61,7 +61,7 @@ class CorpusPart(Protocol):
         on_position: Callable[[int], None] | None = None,
     ) -> Iterator[Block]: ...
 
-    def ids(self, spec: JobSpec, duplicates: DuplicateIndex) -> Iterator[int]: ...
+    def ids(self, spec: JobSpec, duplicates: DuplicateIndex) -> Iterator[list[tuple[int, Position]]]: ...
 
     def hint(self, spec: JobSpec) -> str | None: ...
 
@@ -116,8 +116,8 @@ class FilePart:
         finally:
             self._close(head)
 
-    def ids(self, spec: JobSpec, duplicates: DuplicateIndex) -> Iterator[int]:
-        """Read the part for nothing but its ids, which decide about those of later parts; yields rows so far.
+    def ids(self, spec: JobSpec, duplicates: DuplicateIndex) -> Iterator[list[tuple[int, Position]]]:
+        """Read the part for nothing but its ids, which decide about those of later parts; see `enter_ids`.
 
         Raises as `blocks` does.
         """

@@ -13,7 +13,7 @@ from embedstream.blocks import Block, Refusal
 from embedstream.errors import InputError
 from embedstream.input.columns import ColumnReader
 from embedstream.input.cutting import cut_part, enter_ids
-from embedstream.input.duplicates import DuplicateIndex
+from embedstream.input.duplicates import DuplicateIndex, Position
 from embedstream.input.records import Outcome
 from embedstream.jobs import JobSpec
 
@@ -65,7 +65,7 @@ class ParquetPart:
             yield from cut_part(self.index, outcomes, spec, duplicates, on_refusal)
         self._opens.check_unchanged()
 
-    def ids(self, spec: JobSpec, duplicates: DuplicateIndex) -> Iterator[int]:
+    def ids(self, spec: JobSpec, duplicates: DuplicateIndex) -> Iterator[list[tuple[int, Position]]]:
         """As `FilePart.ids`."""
         with self._opened() as file:
             reader = ColumnReader(spec, file.schema_arrow, self.label)

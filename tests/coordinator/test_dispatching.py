@@ -10,7 +10,7 @@ from rq.job import Job, JobStatus
 from rq.serializers import JSONSerializer
 
 from embedstream.connection import connect
-from embedstream.coordination import ask_to_ingest, to_ingest
+from embedstream.coordination import ask_to_ingest, note_repeated, to_ingest
 from embedstream_coordinator.context import Context
 from embedstream_coordinator.dispatching import PARTS_AHEAD, PATIENCE, Dispatcher
 from embedstream_coordinator.rq_types import make_queue
@@ -61,6 +61,7 @@ def test_each_unread_part_and_each_manifest_has_one_job_however_many_dispatch(
 ) -> None:
     job = lab.create(parts=2)
     ask_to_ingest(lab.broker, job)
+    note_repeated(lab.broker, job, 1, [])
     ended = lab.create("/out/other")
     lab.broker.run(lab.broker.cancel(ended))
     other = make_dispatcher(redis_url, clock)
@@ -73,6 +74,7 @@ def test_each_unread_part_and_each_manifest_has_one_job_however_many_dispatch(
 def test_a_part_that_is_read_has_none_and_a_job_that_is_read_is_forgotten(lab: Lab, dispatcher: Dispatcher) -> None:
     job = lab.create(parts=2)
     ask_to_ingest(lab.broker, job)
+    note_repeated(lab.broker, job, 1, [])
     lab.broker.run(lab.broker.seal(job, 0, 0))
     dispatcher.round()
     assert ids(lab) == [f"ingest-{job}-1"]
@@ -81,9 +83,21 @@ def test_a_part_that_is_read_has_none_and_a_job_that_is_read_is_forgotten(lab: L
     assert to_ingest(lab.broker) == []
 
 
+def test_parts_wait_until_their_ids_are_compared_with_those_before(lab: Lab, dispatcher: Dispatcher) -> None:
+    job = lab.create(parts=3)
+    ask_to_ingest(lab.broker, job)
+    dispatcher.round()
+    assert sorted(ids(lab)) == [f"ids-{job}", f"ingest-{job}-0"]
+    note_repeated(lab.broker, job, 1, [(7, 0, 3)])
+    dispatcher.round()
+    assert sorted(ids(lab)) == [f"ids-{job}", f"ingest-{job}-0", f"ingest-{job}-1"]
+
+
 def test_a_corpus_of_many_parts_keeps_the_queue_short(lab: Lab, dispatcher: Dispatcher) -> None:
     job = lab.create(parts=3 * PARTS_AHEAD)
     ask_to_ingest(lab.broker, job)
+    for part in range(3 * PARTS_AHEAD):
+        note_repeated(lab.broker, job, part, [])
     dispatcher.round()
     assert len(ids(lab)) == PARTS_AHEAD
 

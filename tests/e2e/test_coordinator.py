@@ -77,13 +77,15 @@ def test_several_parts_are_read_by_several_coordinators_into_the_dataset_of_one_
     paths, texts = write_parts(tmp_path, 6, 800)
     with paths[4].open("a") as file:
         file.write('{"id": "part1-7", "text": "an id of an earlier part"}\n')
+        file.write('{"id": "part4-7", "text": "an id of the same part"}\n')
+        file.write('{"id": "part1-7", "text": "an id of an earlier part, again"}\n')
     first, second = workers.start_coordinator(), workers.start_coordinator()
     job = submit_server_side(workers, paths, tmp_path / "out")
     workers.start_worker()
     wait_for_end(workers, job)
     assert_exact(tmp_path / "out", texts, every=10)
     assert [(e["code"], e["file"], e["line"]) for e in read_errors(tmp_path / "out")] == [
-        ("duplicate_id", str(paths[4]), 801)
+        ("duplicate_id", str(paths[4]), line) for line in (801, 802, 803)
     ]
     verified = run("embed-verify", tmp_path / "out", *[arg for path in paths for arg in ("--corpus", path)])
     assert verified.returncode == 0, verified.stdout + verified.stderr
@@ -230,10 +232,10 @@ def test_what_cannot_be_read_is_told_by_status_and_read_when_it_is_there(workers
     job = submit_server_side(workers, paths, tmp_path / "out")
     wait_until(lambda: troubles(workers.broker, job), "the trouble")
     shown = run("embed-status", job, "--redis", workers.url).stdout
-    assert f"part 1: {paths[1]}: no such file" in shown
+    assert f"ids: {paths[1]}: no such file" in shown
     assert "coordinators have read 1 of 2 parts" in shown
     assert json.loads(run("embed-status", job, "--redis", workers.url, "--json").stdout)["troubles"] == {
-        "part 1": f"{paths[1]}: no such file"
+        "ids": f"{paths[1]}: no such file"
     }
     info = subprocess.run([str(BIN / "rq"), "info", "-u", workers.url], capture_output=True, text=True, check=True)
     assert "embedstream" in info.stdout
