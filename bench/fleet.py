@@ -53,15 +53,18 @@ def serve_redis() -> Iterator[Server]:
 
 
 class Worker:
-    """One embed-worker process, ready when this returns. Its log lies beside its outputs."""
+    """One embed-worker process, ready when this returns. Its log lies beside its outputs.
 
-    def __init__(self, server: Server, root: Path, model: str, queue: str, *options: str) -> None:
+    `variables`: EMBEDSTREAM_* that it is to find in its environment.
+    """
+
+    def __init__(self, server: Server, root: Path, model: str, queue: str, *options: str, **variables: str) -> None:
         self.queue = queue
-        self.log = root / f"worker-{queue}.log"
+        self.log = root / f"worker-{queue}-{len(list(root.glob('worker-*.log')))}.log"
         command = [str(BIN / "embed-worker"), "--model", model, "--redis", server.url, "--queue", queue]
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
-                [*command, "--output-root", str(root), *options], env=environment(), stderr=log
+                [*command, "--output-root", str(root), *options], env={**environment(), **variables}, stderr=log
             )
         broker = Broker(connect(server.url), queue)
         while not any(w.pid == self.pid and w.state == "ready" for w in broker.workers()):
@@ -96,3 +99,9 @@ def submit(server: Server, corpus: Path, output: Path, model: str, queue: str, *
         raise SystemExit(f"embed-submit ended with {done.returncode}")
     report: dict[str, Any] = json.loads(done.stdout)
     return report
+
+
+def cpu_seconds(pid: int) -> float:
+    """User and system time of a process (Linux)."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / 100

@@ -21,7 +21,7 @@ from typing import Any
 
 import corpora
 from environments import PLACE, python_of
-from fleet import BIN, Server, Worker, environment, serve_redis, submit
+from fleet import BIN, Server, Worker, cpu_seconds, environment, serve_redis, submit
 from measure import machine, table
 from peers.protocol import peak_mib
 from stages import measure_stages
@@ -73,12 +73,6 @@ def end_to_end(server: Server, place: Path, chunks: int, profile: Path | None) -
 def warm_corpus(place: Path) -> Path:
     path = place / "warm.jsonl"
     return path if path.exists() else corpora.write_corpus(path, corpora.synthetic_texts(2000, CHARACTERS, seed=7))
-
-
-def cpu_seconds(pid: int) -> float:
-    """User and system time of a process (Linux)."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / 100
 
 
 def producer_alone(server: Server, place: Path, chunks: int, number: int) -> list[str]:

@@ -39,6 +39,7 @@ OTHERS = {
     "Default: `~/.cache/embedstream`.",
     "EMBEDSTREAM_FAILPOINTS": "For tests: where a process kills or stops itself, or loses a reply.",
     "EMBEDSTREAM_HASHING_FAULTS": "For tests: a folder of orders to the engine `hashing`.",
+    "EMBEDSTREAM_HASHING_TOKENS_PER_SECOND": "For measuring: how fast the device is that the engine `hashing` acts.",
     "XDG_STATE_HOME": "Where embedded mode keeps its server's file if the output is no folder. "
     "Default: `~/.local/state`.",
     "XDG_RUNTIME_DIR": "Where its socket may lie if `/tmp` cannot hold it.",

@@ -12,6 +12,8 @@ from embedstream_worker.engines.base import Engine
 from embedstream_worker.engines.hashing import HashingEngine
 from embedstream_worker.engines.hashing_faults import VARIABLE as FAULTS
 from embedstream_worker.engines.hashing_faults import FaultyHashingEngine
+from embedstream_worker.engines.hashing_paced import VARIABLE as PACE
+from embedstream_worker.engines.hashing_paced import PacedHashingEngine, parse_pace
 from embedstream_worker.engines.precision import Dtype
 from embedstream_worker.model_folder import NOTHING, Trust
 
@@ -43,9 +45,7 @@ def make_engine(
     if threads is not None and engine != "onnxruntime":
         raise ModelError(f"--threads {threads}: only --engine onnxruntime takes it; the others choose by the cores")
     if engine == "hashing" or (engine == "auto" and model == HASHING_MODEL):
-        faults = os.environ.get(FAULTS)
-        hashing = FaultyHashingEngine(Path(faults)) if faults else HashingEngine()
-        return hashing, "computed from the text's bytes, no model"
+        return _make_hashing(), "computed from the text's bytes, no model"
     from embedstream_worker.models import resolve_model
 
     # Engines are imported only when they are wanted: torch alone takes seconds.
@@ -75,3 +75,11 @@ def make_engine(
     from embedstream_worker.engines.auto_engine import AutoEngine
 
     return AutoEngine(folder, device, dtype), folder.source
+
+
+def _make_hashing() -> HashingEngine:
+    """The engine of tests and measurements, as its variables want it."""
+    if faults := os.environ.get(FAULTS):
+        return FaultyHashingEngine(Path(faults))
+    pace = os.environ.get(PACE)
+    return PacedHashingEngine(parse_pace(pace)) if pace else HashingEngine()

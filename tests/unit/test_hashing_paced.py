@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+
+from embedstream.errors import ModelError
+from embedstream_worker.batching import gather_batch
+from embedstream_worker.engines import make_engine
+from embedstream_worker.engines.base import TokenBatch
+from embedstream_worker.engines.hashing import HashingEngine
+from embedstream_worker.engines.hashing_paced import VARIABLE
+
+
+def batch_of(texts: list[str]) -> TokenBatch:
+    tokens = HashingEngine().tokenizer().encode(texts, 8192)
+    return gather_batch(tokens, np.arange(len(texts)), 0, "document")
+
+
+def test_a_paced_engine_takes_its_time_per_token_without_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "1000")
+    engine, _ = make_engine("auto", "hashing")
+    batch = batch_of(["x" * 400, "y" * 400])
+    begun, used = time.monotonic(), time.thread_time()
+    vectors = engine.embed(batch)["embedding"]
+    assert time.monotonic() - begun >= 200 / 1000
+    assert time.thread_time() - used < 0.1
+    assert np.array_equal(vectors, HashingEngine().embed(batch)["embedding"])
+
+
+@pytest.mark.parametrize("pace", ["fast", "0", "-1", "nan", "inf"])
+def test_a_pace_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch, pace: str) -> None:
+    monkeypatch.setenv(VARIABLE, pace)
+    with pytest.raises(ModelError, match=f"{VARIABLE}={pace}: give a number"):
+        make_engine("hashing", "hashing")

@@ -1,0 +1,43 @@
+"""The hashing engine at the speed of a device: a fixed time per token, slept away. For measuring how a fleet scales.
+
+Off unless EMBEDSTREAM_HASHING_TOKENS_PER_SECOND says how many tokens a second the device computes. The vectors are the
+same as without.
+"""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import numpy.typing as npt
+
+from embedstream.errors import ModelError
+from embedstream_worker.engines.base import TokenBatch
+from embedstream_worker.engines.hashing import HashingEngine
+
+VARIABLE = "EMBEDSTREAM_HASHING_TOKENS_PER_SECOND"
+
+
+def parse_pace(text: str) -> float:
+    """Tokens per second. Raises `ModelError`."""
+    try:
+        pace = float(text)
+    except ValueError:
+        pace = 0.0
+    if not 0 < pace < float("inf"):
+        raise ModelError(f"{VARIABLE}={text}: give a number of tokens per second above 0, or leave it out")
+    return pace
+
+
+class PacedHashingEngine(HashingEngine):
+    """A batch of n tokens takes n / tokens_per_second seconds, what the vectors themselves take included."""
+
+    def __init__(self, tokens_per_second: float, dim: int = 384) -> None:
+        super().__init__(dim)
+        self._tokens_per_second = tokens_per_second
+
+    def embed(self, batch: TokenBatch) -> dict[str, npt.NDArray[np.float32]]:
+        ends = time.monotonic() + len(batch.ids) / self._tokens_per_second
+        vectors = super().embed(batch)
+        time.sleep(max(0.0, ends - time.monotonic()))
+        return vectors
