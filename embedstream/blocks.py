@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from embedstream.errors import BlockError
 from embedstream.ipc_bounds import buffer_sizes
-from embedstream.jobs import FORMAT_VERSION
+from embedstream.jobs import FORMAT_VERSION, other_version
 from embedstream.settings import BLOCK_LIMITS, MIB
 
 MAX_BODY_BYTES = 8 * MIB
@@ -160,6 +160,8 @@ def decode_block(fields: Mapping[bytes, bytes], keep: tuple[str, ...], parts: in
     """
     try:
         version = int(fields[b"v"])
+        if version != FORMAT_VERSION:  # the other fields of another version may be others
+            raise BlockError(other_version("block", version, "this worker"))
         part, number, count = int(fields[b"part"]), int(fields[b"block"]), int(fields[b"rows"])
         skipped = int(fields.get(b"skipped", b"0"))
         checksum = fields[b"sum"]
@@ -168,10 +170,6 @@ def decode_block(fields: Mapping[bytes, bytes], keep: tuple[str, ...], parts: in
         raise BlockError(f"stream entry lacks a field: {error}") from error
     except ValueError as error:
         raise BlockError("stream entry has a field that is no number") from error
-    if version != FORMAT_VERSION:
-        raise BlockError(
-            f"block has format version {_shown(version)}, this worker reads {FORMAT_VERSION}: upgrade the older side"
-        )
     if not (0 <= part < parts and 0 <= number < MOST_BLOCKS):
         raise BlockError(f"block {_shown(part)}:{_shown(number)} is out of bounds: its job has {parts} parts")
     name = f"block {part}:{number}"

@@ -11,7 +11,7 @@ from typing import Literal
 
 import msgspec
 
-from embedstream.errors import UsageError
+from embedstream.errors import EmbedstreamError, UsageError
 
 FORMAT_VERSION = 1
 """Version of spec, block and manifest formats."""
@@ -109,14 +109,36 @@ def decode_spec(data: bytes | str) -> JobSpec:
     Raises:
         UsageError: it is not a spec of this version.
     """
+    refuse_other_version(data, "job spec", UsageError)
     try:
         spec = msgspec.json.decode(data, type=JobSpec)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise UsageError(f"job spec cannot be read: {error}") from error
-    if spec.v != FORMAT_VERSION:
-        raise UsageError(f"job spec has format version {spec.v}, this embedstream reads {FORMAT_VERSION}: upgrade it")
     spec.check()
     return spec
+
+
+class _Versioned(msgspec.Struct):
+    v: int = FORMAT_VERSION
+
+
+def refuse_other_version(data: bytes | str, what: str, error: type[EmbedstreamError]) -> None:
+    """Raise `error` if JSON says that it is of another format version, whatever else it holds.
+
+    What is no such JSON passes: its own decoder says what is wrong with it.
+    """
+    try:
+        version = msgspec.json.decode(data, type=_Versioned).v
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return
+    if version != FORMAT_VERSION:
+        raise error(other_version(what, version, "this embedstream"))
+
+
+def other_version(what: str, version: int, reader: str) -> str:
+    """The one sentence about data of another format version: which side is the older one."""
+    older = "it" if version > FORMAT_VERSION else "the side that wrote that"
+    return f"{what} has format version {str(version)[:20]}, {reader} reads {FORMAT_VERSION}: upgrade {older}"
 
 
 def public_spec(spec: JobSpec) -> JobSpec:

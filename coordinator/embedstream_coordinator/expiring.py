@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from embedstream.broker import Broker
-from embedstream.errors import BrokerError, JobUnknown
+from embedstream.errors import EmbedstreamError
 from embedstream.jobs import JobState
 from embedstream.settings import Settings
 
@@ -38,7 +38,7 @@ def _end_abandoned(broker: Broker, days: float) -> int:
     for job in broker.active_jobs():
         try:
             status = broker.status(job)
-        except (JobUnknown, BrokerError):
+        except EmbedstreamError:  # it is gone, damaged, or newer than this coordinator
             continue
         idle = status.now - max(status.pushed, status.committed)
         if status.state is JobState.SUBMITTING and idle > days * DAY_SECONDS:

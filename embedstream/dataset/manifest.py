@@ -18,7 +18,16 @@ from embedstream.dataset.sink import (
     ShardRecord,
 )
 from embedstream.errors import ManifestDamaged, OutputError, SpecDiffers, UsageError
-from embedstream.jobs import FORMAT_VERSION, JobSpec, JobState, JobStatus, decode_spec, differing_field, public_spec
+from embedstream.jobs import (
+    FORMAT_VERSION,
+    JobSpec,
+    JobState,
+    JobStatus,
+    decode_spec,
+    differing_field,
+    public_spec,
+    refuse_other_version,
+)
 
 
 def build_manifest(status: JobStatus, shards: Sequence[ShardRecord], state: JobState, ended: float) -> Manifest:
@@ -104,6 +113,7 @@ def decode_manifest(data: bytes | str, where: str) -> Manifest:
         ManifestDamaged: it is none.
         OutputError: it is of another version.
     """
+    refuse_other_version(data, f"{where}: the manifest", OutputError)
     try:
         manifest = msgspec.json.decode(data, type=Manifest)
         spec = decode_spec(bytes(manifest.spec))
@@ -112,10 +122,6 @@ def decode_manifest(data: bytes | str, where: str) -> Manifest:
             f"{where}: the manifest cannot be read ({error}): restore it, or remove it and run the same embed-submit "
             f"again, which takes over what lies there"
         ) from error
-    if manifest.v != FORMAT_VERSION:
-        raise OutputError(
-            f"{where}: manifest of format {manifest.v}, this embedstream reads {FORMAT_VERSION}: upgrade it"
-        )
     return msgspec.structs.replace(manifest, spec=msgspec.Raw(spec.encode()))
 
 

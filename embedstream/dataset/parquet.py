@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from embedstream.dataset.sink import ShardRecord
 from embedstream.errors import OutputError, UsageError
-from embedstream.jobs import FORMAT_VERSION, JobSpec, decode_spec
+from embedstream.jobs import FORMAT_VERSION, JobSpec, decode_spec, refuse_other_version
 
 FOOTER_KEY = "embedstream"
 """Key of the file's own metadata under which a shard says what it is."""
@@ -103,11 +103,10 @@ def read_footer(file: pa.NativeFile, path: str) -> tuple[Footer, int]:
     raw = (metadata.metadata or {}).get(FOOTER_KEY.encode())
     if raw is None:
         raise OutputError(f"{path}: a Parquet file, but not a shard of a dataset")
+    refuse_other_version(raw, f"{path}: the shard", OutputError)
     try:
         footer = msgspec.json.decode(raw, type=Footer)
         footer.job_spec()
     except (msgspec.MsgspecError, UnicodeDecodeError, UsageError) as error:
         raise OutputError(f"{path}: its footer cannot be read ({error})") from error
-    if footer.v != FORMAT_VERSION:
-        raise OutputError(f"{path}: shard format {footer.v}, this embedstream reads {FORMAT_VERSION}: upgrade it")
     return footer, metadata.num_rows

@@ -38,6 +38,15 @@ def test_a_job_whose_producer_has_been_gone_for_weeks_is_cancelled_and_can_go_on
     assert expire_queue(lab.broker).startswith("0 forgotten, 0 ended"), "twice is harmless"
 
 
+def test_a_job_of_a_newer_version_is_left_alone_and_holds_nothing_else_up(lab: Lab) -> None:
+    newer, job = lab.create("/newer"), lab.create()
+    aged(lab, newer, 31)
+    aged(lab, job, 31)
+    lab.client.hset(lab.keys.job(newer), "spec", '{"v": 2}')
+    assert expire_queue(lab.broker).startswith("0 forgotten, 1 ended")
+    assert (lab.broker.state(newer), lab.broker.state(job)) == (JobState.SUBMITTING, JobState.FINALIZING)
+
+
 def test_a_job_that_moved_within_weeks_stays(lab: Lab) -> None:
     job = lab.create()
     aged(lab, job, 29)
