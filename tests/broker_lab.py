@@ -18,6 +18,8 @@ from embedstream.steps import Answer, Code, CommitBlock, Lease
 
 BOUND = 1_000_000
 HOUR_MS = 3_600_000
+NO_EXPIRY = -1
+"""What PTTL answers; a key that has gone since it was listed is -2."""
 
 
 def make_entry(part: int, block: int, size: int = 100, rows: int = 10, variant: int = 0) -> Entry:
@@ -166,6 +168,6 @@ class Lab:
             key = raw.decode()
             if key not in named and not key.startswith((keys.worker(""), keys.reply(""), keys.caller(""))):
                 wrong.append(f"{key}: not a key that keys.py names, or its job is gone")
-            elif (key in ended or key not in named or key == keys.interactive) and self.client.pttl(key) < 0:
+            elif (key in ended or key not in named or key == keys.interactive) and self.client.pttl(key) == NO_EXPIRY:
                 wrong.append(f"{key}: has no expiry")
         return wrong

@@ -115,5 +115,5 @@ def leaked_keys(client: redis.Redis) -> list[str]:
     return [
         key.decode()
         for key in whole.scan_iter("embedstream:*", count=1000)
-        if key not in lasting and not key.endswith((b":recent", b":interactive")) and whole.ttl(key) < 0
+        if key not in lasting and not key.endswith((b":recent", b":interactive")) and whole.ttl(key) == -1
     ]

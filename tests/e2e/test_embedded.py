@@ -20,6 +20,9 @@ from e2e.harness import (
     write_corpus,
 )
 
+PACED = {"EMBEDSTREAM_HASHING_TOKENS_PER_SECOND": "400000"}
+"""40,000 rows then take some five seconds: no run ends before it is broken after its first shard."""
+
 
 def test_one_command_gives_vectors_and_leaves_nothing_running(tmp_path: Path) -> None:
     texts = write_corpus(tmp_path / "c.jsonl", 2000)
@@ -79,9 +82,9 @@ def test_a_job_that_failed_without_a_row_makes_way_for_the_right_command(
 
 
 def test_killed_and_run_again_it_goes_on_and_doubles_nothing(tmp_path: Path) -> None:
-    texts = write_corpus(tmp_path / "c.jsonl", 100_000)
+    texts = write_corpus(tmp_path / "c.jsonl", 40_000)
     args = [tmp_path / "c.jsonl", "-o", tmp_path / "out", "--model", "hashing", "--json"]
-    first = start_submit(*args)
+    first = start_submit(*args, **PACED)
     wait_until(lambda: list((tmp_path / "out").glob("part-*.parquet")), "a first shard")
     first.send_signal(signal.SIGKILL)
     first.wait()
@@ -98,9 +101,9 @@ def test_killed_and_run_again_it_goes_on_and_doubles_nothing(tmp_path: Path) -> 
 
 
 def test_a_lost_server_state_is_made_good_from_the_shards(tmp_path: Path) -> None:
-    texts = write_corpus(tmp_path / "c.jsonl", 100_000)
+    texts = write_corpus(tmp_path / "c.jsonl", 40_000)
     args = [tmp_path / "c.jsonl", "-o", tmp_path / "out", "--model", "hashing", "--json"]
-    first = start_submit(*args)
+    first = start_submit(*args, **PACED)
     wait_until(lambda: list((tmp_path / "out").glob("part-*.parquet")), "a first shard")
     first.send_signal(signal.SIGKILL)
     first.wait()
@@ -130,9 +133,9 @@ def test_a_second_run_at_the_same_time_is_told_who_holds_the_output(tmp_path: Pa
 
 
 def test_ctrl_c_stops_everything_and_the_same_command_goes_on(tmp_path: Path) -> None:
-    texts = write_corpus(tmp_path / "c.jsonl", 100_000)
+    texts = write_corpus(tmp_path / "c.jsonl", 40_000)
     args = [tmp_path / "c.jsonl", "-o", tmp_path / "out", "--model", "hashing", "--json"]
-    first = start_submit(*args)
+    first = start_submit(*args, **PACED)
     wait_until(lambda: list((tmp_path / "out").glob("part-*.parquet")), "a first shard")
     first.send_signal(signal.SIGINT)
     _, err = first.communicate(timeout=60)
@@ -163,9 +166,9 @@ def test_bad_usage_leaves_nothing_half_made(tmp_path: Path) -> None:
 
 
 def test_vectors_of_another_model_are_never_added_to_a_half_done_dataset(tmp_path: Path) -> None:
-    write_corpus(tmp_path / "c.jsonl", 60_000)
+    write_corpus(tmp_path / "c.jsonl", 40_000)
     args = [tmp_path / "c.jsonl", "-o", tmp_path / "out"]
-    first = start_submit(*args, EMBEDSTREAM_ENGINE="hashing")
+    first = start_submit(*args, EMBEDSTREAM_ENGINE="hashing", **PACED)
     wait_until(lambda: list((tmp_path / "out").glob("part-*.parquet")), "a first shard")
     first.send_signal(signal.SIGINT)
     first.communicate(timeout=60)
