@@ -28,6 +28,9 @@ from embedstream.steps import CommitBlock
 BLOCKS_PER_SHARD = 64
 """Of 256 chunks with 384 dimensions and 500 characters each: some 32 MiB, at which a worker closes a shard."""
 
+INTERLEAVED = 4
+"""For the size of a job: no two blocks of a shard follow each other, which is the manifest's worst case."""
+
 NO_BOUND = 1 << 40
 
 
@@ -42,6 +45,8 @@ class Load:
     shards: int = 0
     """How many; 0: until the time is up."""
     seconds: float = float("inf")
+    interleaved: int = 1
+    """Shards that are filled at the same time, a block each in turn: what so many workers make of one corpus."""
 
 
 def block_of(characters: int) -> Entry:
@@ -64,23 +69,25 @@ def turn_over(load: Load) -> tuple[int, float]:
     sink.check()
     open_job(broker, spec, sink, max_errors="", visible=True, notice=lambda _: None)
     rows, body, done, begun = load.body.rows, load.body, 0, time.perf_counter()
+    at_once = BLOCKS_PER_SHARD * load.interleaved
     while done // BLOCKS_PER_SHARD < (load.shards or sys.maxsize) and time.perf_counter() - begun < load.seconds:
-        for number in range(done, done + BLOCKS_PER_SHARD):
-            entry = numbered(body, number)
-            expect("OK", broker.run(broker.submit(spec.job, entry, NO_BOUND)).code.value)
-        claimed = broker.claim("bench", [spec.job], BLOCKS_PER_SHARD, 0)
-        numbers = range(done, done + BLOCKS_PER_SHARD)
-        record = ShardRecord(
-            name=f"{done:012x}", job=spec.job, space="space", rows=rows * BLOCKS_PER_SHARD, failed=0, skipped=0,
-            blocks=tuple(BlockRecord(0, n, rows, 0, 0, n.to_bytes(8, "big").hex()) for n in numbers),
-            truncated=0, tokens=1, padded=1, dim=384, dtype="float32", normalized=True, engine="hashing",
-            worker="bench", checksum="sha256:" + "0" * 64,
-        )  # fmt: skip
+        numbers = range(done, done + at_once)
+        for number in numbers:
+            expect("OK", broker.run(broker.submit(spec.job, numbered(body, number), NO_BOUND)).code.value)
+        claimed = broker.claim("bench", [spec.job], at_once, 0)
         blocks = [
             CommitBlock(0, n, n.to_bytes(8, "big"), c.entry, body.size) for n, c in zip(numbers, claimed, strict=True)
         ]
-        expect("COMMITTED", broker.run(broker.commit(record, blocks)).code.value)
-        done += BLOCKS_PER_SHARD
+        for shard in range(load.interleaved):
+            held = blocks[shard :: load.interleaved]
+            record = ShardRecord(
+                name=f"{done + shard:012x}", job=spec.job, space="space", rows=rows * len(held), failed=0, skipped=0,
+                blocks=tuple(BlockRecord(0, b.block, rows, 0, 0, b.sum.hex()) for b in held), truncated=0, tokens=1,
+                padded=1, dim=384, dtype="float32", normalized=True, engine="hashing", worker="bench",
+                checksum="sha256:" + "0" * 64,
+            )  # fmt: skip
+            expect("COMMITTED", broker.run(broker.commit(record, held)).code.value)
+        done += at_once
     return done, time.perf_counter() - begun
 
 
@@ -139,17 +146,17 @@ def measure_size(server: Server, place: Path, millions: float) -> list[str]:
 
 
 def _size(server: Server, place: Path, millions: float) -> list[str]:
-    shards = round(millions * 1e6 / BLOCK_LIMITS.chunks / BLOCKS_PER_SHARD)
+    shards = INTERLEAVED * round(millions * 1e6 / BLOCK_LIMITS.chunks / BLOCKS_PER_SHARD / INTERLEAVED)
     queue, output = f"size-{shards}", place / f"size-{shards}"
-    turn_over(Load(server.url, str(output), queue, block_of(8), shards=shards))
+    turn_over(Load(server.url, str(output), queue, block_of(8), shards=shards, interleaved=INTERLEAVED))
     broker = Broker(connect(server.url), queue)
     client: Any = broker.client
     job = broker.active_jobs()[0]
     keys = [broker.keys.job(job), broker.keys.done(job, 0), broker.keys.sums(job, 0), broker.keys.shards(job)]
     keys += [broker.keys.blocks(job)]
     sizes = [int(client.memory_usage(key, samples=0) or 0) for key in keys]
-    for number in range(shards):  # what finalizing looks at: a file of the right size, 0 here
-        (output / part_file(f"{number * BLOCKS_PER_SHARD:012x}")).touch()
+    for name in broker.shard_names(job):  # what finalizing looks at: a file of the right size, 0 here
+        (output / part_file(name)).touch()
     broker.run(broker.seal(job, 0, shards * BLOCKS_PER_SHARD))
     before, begun = peak_mib(_pid()), time.perf_counter()
     if not finalize_job(broker, job, lambda spec: open_sink(spec.output, spec, server.url)):

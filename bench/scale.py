@@ -65,9 +65,9 @@ def growth(server: Server, place: Path, fleet: list[Worker], counts: list[int], 
         chunks = round(count * CHUNKS_PER_SECOND * seconds)
         corpus = corpora.write_corpus(place / "growth.jsonl", corpora.synthetic_texts(chunks, CHARACTERS))
         pids = [server.pid, *(worker.pid for worker in fleet)]
-        before = sum(cpu_seconds(pid) for pid in pids)
+        before, redis = sum(map(cpu_seconds, pids)), cpu_seconds(server.pid)
         report = submit(server, corpus, place / f"growth-{count}", MODEL, QUEUE)
-        used = sum(cpu_seconds(pid) for pid in pids) - before
+        used, redis = sum(map(cpu_seconds, pids)) - before, cpu_seconds(server.pid) - redis
         if report["rows"] != chunks:
             raise SystemExit(f"{report['rows']} rows of {chunks}")
         pace = chunks / report["seconds"]
@@ -75,9 +75,19 @@ def growth(server: Server, place: Path, fleet: list[Worker], counts: list[int], 
         rows.append([
             str(count), f"{chunks:,}", f"{report['seconds']:.2f}", f"{pace:,.0f}", f"{pace / count / first:.1%}",
             f"{pace / count / CHUNKS_PER_SECOND:.1%}", f"{used / report['seconds']:.2f}",
+            f"{redis / report['seconds']:.3f}",
         ])  # fmt: skip
         print(rows[-1], file=sys.stderr)
-    head = ["workers", "chunks", "s", "chunks/s", "of linear", "of the engines' own pace", "cores in use"]
+    head = [
+        "workers",
+        "chunks",
+        "s",
+        "chunks/s",
+        "of linear",
+        "of the engines' own pace",
+        "cores in use",
+        "of it Redis",
+    ]
     return table(head, rows)
 
 
