@@ -7,7 +7,7 @@ import json
 import struct
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pytest
@@ -49,6 +49,17 @@ def test_a_worker_takes_a_sample_as_it_is_described(name: str) -> None:
     sample = described(name)
     block = decode_block(entry_of(name), tuple(sample["keep"]))
     assert sample_blocks.described(block, tuple(sample["keep"])) == sample
+
+
+@pytest.mark.parametrize("compression", [None, "lz4", "zstd"])
+def test_a_worker_takes_a_body_however_it_is_compressed(compression: Literal["lz4", "zstd"] | None) -> None:
+    fields = entry_of("plain")
+    with pa.ipc.open_stream(fields[b"body"]) as reader:
+        rows = reader.read_next_batch()
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, rows.schema, options=pa.ipc.IpcWriteOptions(compression=compression)) as writer:
+        writer.write_batch(rows)
+    assert decode_block({**fields, b"body": sink.getvalue().to_pybytes()}, ()).rows.equals(rows)
 
 
 @pytest.mark.parametrize("name", NAMES)
