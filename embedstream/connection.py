@@ -7,7 +7,7 @@ import re
 import ssl
 from collections.abc import Iterator
 from typing import Any
-from urllib.parse import parse_qsl, urlsplit, urlunsplit
+from urllib.parse import SplitResult, parse_qsl, urlsplit, urlunsplit
 
 import redis
 import redis.asyncio
@@ -35,11 +35,27 @@ _KNOWN_TLS = ("ssl_ca_certs", "ssl_ca_path", "ssl_cert_reqs", "ssl_certfile", "s
 """What a URL's query may say; redis-py would fail on others at the first command, or answer in another type."""
 
 
+def _cut_short(parts: SplitResult) -> bool:
+    """Whether an unescaped character in the password has ended what stands before the host."""
+    if "@" in parts.path or "@" in parts.fragment:
+        return True
+    try:
+        return parts.port is not None and parts.hostname is None
+    except ValueError:
+        return "@" in parts.query
+
+
 def _options(url: str, timeout: float) -> dict[str, Any]:
     """Raises `UsageError` for a URL that is none, `ValueError` for one that is none to `urlsplit`."""
     parts = urlsplit(url)
     if parts.scheme not in _SCHEMES:
         raise UsageError(f"Redis URL {mask(url)!r}: use redis://host:6379/0, rediss:// (TLS) or unix:///path/to/socket")
+    if parts.scheme != "unix" and _cut_short(parts):
+        # Nothing of it is shown: any piece may be one of a password.
+        raise UsageError(
+            f"Redis URL {parts.scheme}://***: in a password, / ? # and @ are written as %2F %3F %23 and %40; "
+            "the whole is redis://USER:PASSWORD@host:6379/0"
+        )
     known = (*_KNOWN, *_KNOWN_TLS) if parts.scheme == "rediss" else _KNOWN
     for name, _ in parse_qsl(parts.query, keep_blank_values=True):
         if name in _KNOWN_TLS and name not in known:

@@ -119,6 +119,16 @@ def test_a_url_that_is_none(url: str) -> None:
         assert SECRET not in str(caught.value)
 
 
+@pytest.mark.parametrize("mark", ["@%s/", "/%s", "?%s", "#%s", "/@%s", "#@%s"])
+def test_a_password_with_an_unescaped_mark_is_not_shown(mark: str) -> None:
+    url = f"redis://:first{mark % SECRET}@h:6379/0"
+    for connect in (connection.connect, connection.connect_async):
+        with pytest.raises(UsageError, match="in a password") as caught:
+            connect(url)
+        assert SECRET not in str(caught.value)
+        assert "first" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("url", "shown"),
     [
