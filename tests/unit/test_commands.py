@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 import msgspec
 import pytest
+from click.testing import CliRunner
 from rich.console import Console
 
 from embedstream.commands import run
@@ -146,3 +147,11 @@ def test_a_variable_that_cannot_be_read_is_named() -> None:
 def test_where_the_errors_are_is_said_for_each_kind_of_output() -> None:
     assert errors_of("/data/out") == "/data/out/errors.jsonl"
     assert errors_of("redis:?prefix=docs:&ttl=60") == "the hash docs:_errors"
+
+
+@pytest.mark.parametrize("flag", ["--lease-seconds", "--stall-seconds", "--drain-seconds"])
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_seconds_that_no_clock_can_count_are_refused(flag: str, value: str) -> None:
+    done = CliRunner().invoke(worker, ["--model", "hashing", "--redis", "redis://127.0.0.1:1", flag, value])
+    assert done.exit_code == 2
+    assert f"{value} is no number of seconds" in done.output

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 import socket
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -24,6 +25,16 @@ DEFAULTS = WorkerSettings()
 
 HASHING = "hashing"
 """The model of tests and measurements."""
+
+
+class Seconds(click.FloatRange):
+    """A finite number: NaN passes every comparison of a range, and nothing can wait for infinity."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        seconds = super().convert(value, param, ctx)
+        if not math.isfinite(seconds):
+            self.fail(f"{value} is no number of seconds", param, ctx)
+        return seconds
 
 
 def usable_device(name: str) -> str:
@@ -63,19 +74,19 @@ def usable_device(name: str) -> str:
 )
 @click.option(
     "--lease-seconds",
-    type=click.FloatRange(min=1),
+    type=Seconds(min=1),
     default=DEFAULTS.lease_seconds,
     help="Idle time after which others take a block over.",
 )
 @click.option(
     "--stall-seconds",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Seconds(min=0, min_open=True),
     default=DEFAULTS.stall_seconds,
     help="Leave with exit code 75, to be started again, when no batch comes back for so long.",
 )
 @click.option(
     "--drain-seconds",
-    type=click.FloatRange(min=0),
+    type=Seconds(min=0),
     default=DEFAULTS.drain_seconds,
     help="After SIGTERM, time to finish and commit what is in the model; the rest is handed back.",
 )
