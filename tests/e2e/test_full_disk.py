@@ -11,7 +11,7 @@ import pytest
 from conftest import RedisServer
 from worker_lab import Gate, ScriptedEngine, WorkerLab, pack, worker_lab
 
-from e2e.harness import MODEL, assert_exact, assert_no_leftovers, environment, run, wait_until, write_corpus
+from e2e.harness import BIN, MODEL, assert_exact, assert_no_leftovers, environment, run, wait_until, write_corpus
 
 TEXTS = [f"text number {i} " + "word " * (i % 7) for i in range(512)]
 BY_ID = {f"t{i}": text for i, text in enumerate(TEXTS)}
@@ -112,7 +112,7 @@ def test_a_folder_that_vanished_with_rows_in_it_is_waited_for_and_never_made_ane
 def test_embedded_mode_on_a_full_disk_goes_on_when_there_is_space(small_disk: Path, tmp_path: Path) -> None:
     """Its private server's file lies on the same disk."""
     texts = write_corpus(tmp_path / "c.jsonl", 600, length=10)
-    command = ["embed-submit", str(tmp_path / "c.jsonl"), "-o", str(small_disk / "out"), "--model", MODEL]
+    command = [str(BIN / "embed-submit"), str(tmp_path / "c.jsonl"), "-o", str(small_disk / "out"), "--model", MODEL]
     (small_disk / "out").mkdir()
     ballast = fill(small_disk)
     os.truncate(ballast, ballast.stat().st_size - 128 * 1024)  # room for the server to start, and little more
