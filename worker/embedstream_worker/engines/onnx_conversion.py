@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import gc
 import io
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, Literal
 
-import tokenizers
 import torch
 from sentence_transformers import SentenceTransformer
 
 from embedstream.errors import ModelError
 from embedstream_worker.engines.base import Role
-from embedstream_worker.engines.checking import Vectors, check_batches
+from embedstream_worker.engines.conversion import convert_with
 from embedstream_worker.engines.openvino_cache import Conversion, NotConvertible
-from embedstream_worker.engines.text_input import InputKind, TextModel
-from embedstream_worker.engines.torch_engine import TorchEngine, is_out_of_memory, sentence_vectors
-from embedstream_worker.engines.torch_graph import Graph, finite_attention, graph_example, graph_names
+from embedstream_worker.engines.text_input import TextModel
+from embedstream_worker.engines.torch_engine import is_out_of_memory, sentence_vectors
+from embedstream_worker.engines.torch_graph import Graph, finite_attention, graph_example
 from embedstream_worker.engines.torch_loading import quiet
 from embedstream_worker.models import ModelFolder
 
@@ -41,7 +39,7 @@ def convert(folder: ModelFolder, into: Path) -> Conversion:
         ModelError: the model cannot be loaded.
         NotConvertible: the architecture cannot be exported, or there is nothing to gain from it.
     """
-    return _convert(folder, _write_whole, into)
+    return convert_with(_write_whole, ".onnx", folder, into)
 
 
 def convert_tail(folder: ModelFolder, given: Carried, into: Path) -> Conversion:
@@ -50,28 +48,7 @@ def convert_tail(folder: ModelFolder, given: Carried, into: Path) -> Conversion:
     def write(modules: SentenceTransformer, model: TextModel, role: Role, path: Path) -> None:
         _write_tail(modules, model, role, given, path)
 
-    return _convert(folder, write, into)
-
-
-_Write = Callable[[SentenceTransformer, TextModel, Role, Path], None]
-
-
-def _convert(folder: ModelFolder, write: _Write, into: Path) -> Conversion:
-    engine = TorchEngine(folder, "cpu", "float32")
-    engine.start()
-    model = engine.text_model
-    if model.input.kind is not InputKind.PADDED:
-        raise NotConvertible("it is a table of vectors, which torch looks up as fast")
-    if not isinstance(model.input.source, tokenizers.Tokenizer):
-        raise NotConvertible("its tokenizer is written in Python, which is the slower half of it")
-    references: list[Vectors] = [engine.embed(batch)["embedding"] for batch in check_batches(model)]
-    graphs = graph_names(engine.modules, model)
-    for role, name in graphs.items():
-        if role == name:
-            write(engine.modules, model, role, into / f"{role}.onnx")
-    engine.close()
-    gc.collect()  # the weights are in the graphs now; the originals' memory is wanted back before those are loaded
-    return Conversion(model, graphs, references)
+    return convert_with(write, ".onnx", folder, into)
 
 
 def _write_whole(modules: SentenceTransformer, model: TextModel, role: Role, path: Path) -> None:

@@ -17,13 +17,14 @@ import numpy.typing as npt
 import onnxruntime
 
 from embedstream.errors import ModelError
-from embedstream_worker.engines.base import EngineInfo, OutOfMemory, OutputInfo, Role, TextTokenizer, TokenBatch
+from embedstream_worker.engines.base import EngineInfo, OutOfMemory, OutputInfo, Role, TokenBatch
 from embedstream_worker.engines.calibration import calibration_hash
 from embedstream_worker.engines.checking import CheckFailed, check_batches, compare, require
 from embedstream_worker.engines.onnx_slot import INPUTS, Slot, Step, Way
 from embedstream_worker.engines.openvino_cache import Cache, Conversion, Entry, NotConvertible
 from embedstream_worker.engines.precision import Dtype, cpu_cores, streams_for
-from embedstream_worker.engines.text_input import TextModel, warm_up_batches
+from embedstream_worker.engines.text_engine import TextEngine
+from embedstream_worker.engines.text_input import TextModel
 from embedstream_worker.fingerprint import file_sha256
 from embedstream_worker.models import ModelFolder
 
@@ -43,7 +44,7 @@ _TOKEN_OUTPUTS = ("last_hidden_state", "token_embeddings")
 _TEXT_OUTPUT = "sentence_embedding"
 
 
-class OnnxEngine:
+class OnnxEngine(TextEngine):
     """Vectors equal to sentence-transformers' own in float32, without torch once the graphs are in the cache.
 
     A folder's own `onnx/model.onnx` is used as it is, followed by the folder's tail; else, or if its vectors are wrong,
@@ -53,8 +54,6 @@ class OnnxEngine:
     `--engine auto` never takes it: on the CPU it is as fast as torch in float32 and slower than OpenVINO, and on CUDA
     torch runs in bfloat16.
     """
-
-    in_flight = 1
 
     def __init__(
         self,
@@ -79,6 +78,7 @@ class OnnxEngine:
             raise ModelError(
                 f"--dtype {dtype}: onnxruntime computes in float32; use another engine, or --dtype float32"
             )
+        super().__init__()
         self._folder = folder
         self._wanted_device = device
         self._given_cache = cache
@@ -88,22 +88,7 @@ class OnnxEngine:
         self._affinity = tuple(affinity)
         self._device = ("cpu", 0)
         self._cache: Cache | None = None
-        self._model: TextModel | None = None
-        self._info: EngineInfo | None = None
         self._slots: SimpleQueue[Slot] = SimpleQueue()
-
-    @property
-    def info(self) -> EngineInfo:
-        if self._info is None:
-            raise RuntimeError("the engine is not started")
-        return self._info
-
-    @property
-    def text_model(self) -> TextModel:
-        """Everything of the started model but its weights."""
-        if self._model is None:
-            raise RuntimeError("the engine is not started")
-        return self._model
 
     @property
     def held_bytes(self) -> int:
@@ -143,21 +128,6 @@ class OnnxEngine:
             outputs={"embedding": OutputInfo(kind="dense", dim=model.dim, normalized=model.normalized)},
         )
 
-    def warm_up(self, batch_tokens: int) -> float:
-        """Run the smallest, the longest and the fullest batch that the budget allows; seconds taken."""
-        begun = time.perf_counter()
-        for batch in warm_up_batches(self.text_model, batch_tokens):
-            for _ in range(self.in_flight):  # the slots take turns, and each has memory of its own
-                self.embed(batch)
-        return time.perf_counter() - begun
-
-    def tokenizer(self) -> TextTokenizer:
-        return self.text_model.input.tokenizer()
-
-    def prompt(self, role: Role, prompt: str | None, prompt_name: str | None) -> str:
-        """The prompt as sentence-transformers picks it. Raises `ModelError`: see `TextModel.prompt`."""
-        return self.text_model.prompt(role, prompt, prompt_name)
-
     def embed(self, batch: TokenBatch) -> dict[str, npt.NDArray[np.float32]]:
         """Vectors by output name, [n, dim], in the batch's order. Raises `OutOfMemory`."""
         slot = self._slots.get()
@@ -178,12 +148,12 @@ class OnnxEngine:
     def close(self) -> None:
         """Give the model's memory back. Calls that are under way end first."""
         self._drop_slots()
-        self._model = None
+        self._text_model = None
         if self._cache is not None:
             self._cache.close()
 
     def _drop_slots(self) -> None:
-        for _ in range(self.in_flight if self._model else 0):
+        for _ in range(self.in_flight if self._text_model else 0):
             self._slots.get()
 
     def _open(self, fingerprint: str, cache: Cache) -> TextModel:
@@ -195,7 +165,7 @@ class OnnxEngine:
             except (NotConvertible, CheckFailed) as error:
                 log.warning("%s is not used, the model is exported anew: %s", carried, error)
                 self._drop_slots()
-                self._model = None
+                self._text_model = None
         entry = cache.entry(_key(fingerprint, "whole"), self._folder.name, self._convert)
         steps = {name: self._step(_graph(entry, name), None) for name in set(entry.conversion.graphs.values())}
         self._use({role: (steps[name],) for role, name in entry.conversion.graphs.items()}, entry.conversion)
@@ -265,7 +235,7 @@ class OnnxEngine:
         """Make slots, and prove that what comes out of them is the model. Raises `CheckFailed`."""
         model = conversion.model
         self.in_flight = self._runs if self._device[0] == "cpu" else 1
-        self._model = model
+        self._text_model = model
         for _ in range(self.in_flight):
             self._slots.put(Slot(ways, model, self._device))
         try:

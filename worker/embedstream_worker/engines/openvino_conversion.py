@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import io
 import logging
 import os
@@ -13,17 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import openvino
-import tokenizers
 import torch
 from sentence_transformers import SentenceTransformer
 
 from embedstream.errors import ModelError
 from embedstream_worker.engines.base import Role
-from embedstream_worker.engines.checking import Vectors, check_batches
+from embedstream_worker.engines.conversion import convert_with
 from embedstream_worker.engines.openvino_cache import Conversion, NotConvertible
-from embedstream_worker.engines.text_input import InputKind, TextModel
-from embedstream_worker.engines.torch_engine import TorchEngine, is_out_of_memory
-from embedstream_worker.engines.torch_graph import Graph, finite_attention, graph_example, graph_names
+from embedstream_worker.engines.text_input import TextModel
+from embedstream_worker.engines.torch_engine import is_out_of_memory
+from embedstream_worker.engines.torch_graph import Graph, finite_attention, graph_example
 from embedstream_worker.engines.torch_loading import quiet
 from embedstream_worker.models import ModelFolder
 
@@ -35,21 +33,7 @@ def convert(folder: ModelFolder, into: Path) -> Conversion:
         ModelError: the model cannot be loaded.
         NotConvertible: OpenVINO has no way to run this architecture, or nothing to gain from it.
     """
-    engine = TorchEngine(folder, "cpu", "float32")
-    engine.start()
-    model = engine.text_model
-    if model.input.kind is not InputKind.PADDED:
-        raise NotConvertible("it is a table of vectors, which torch looks up as fast")
-    if not isinstance(model.input.source, tokenizers.Tokenizer):
-        raise NotConvertible("its tokenizer is written in Python, which is the slower half of it")
-    references: list[Vectors] = [engine.embed(batch)["embedding"] for batch in check_batches(model)]
-    graphs = graph_names(engine.modules, model)
-    for role, name in graphs.items():
-        if role == name:
-            _write_graph(engine.modules, model, role, into / f"{role}.xml")
-    engine.close()
-    gc.collect()  # the weights are in the graphs now; the originals' memory is wanted back before those are compiled
-    return Conversion(model, graphs, references)
+    return convert_with(_write_graph, ".xml", folder, into)
 
 
 def _write_graph(modules: SentenceTransformer, model: TextModel, role: Role, path: Path) -> None:

@@ -22,7 +22,6 @@ from embedstream_worker.engines.base import (
     OutOfMemory,
     OutputInfo,
     Role,
-    TextTokenizer,
     TokenBatch,
 )
 from embedstream_worker.engines.calibration import calibration_hash, calibration_texts
@@ -31,7 +30,8 @@ from embedstream_worker.engines.exact import ExactModel
 from embedstream_worker.engines.openvino_cache import Cache, Conversion, Entry, NotConvertible
 from embedstream_worker.engines.openvino_trial import run_trial
 from embedstream_worker.engines.precision import Dtype, Precision, cpu_cores, cpu_has_bfloat16, cpu_name, streams_for
-from embedstream_worker.engines.text_input import TextInput, TextModel, warm_up_batches
+from embedstream_worker.engines.text_engine import TextEngine
+from embedstream_worker.engines.text_input import TextInput, TextModel
 from embedstream_worker.models import ModelFolder
 
 log = logging.getLogger(__name__)
@@ -51,35 +51,19 @@ class EngineUnfit(ModelError):
     """This engine cannot run this model rightly on this machine; another may."""
 
 
-class OpenVinoEngine:
+class OpenVinoEngine(TextEngine):
     """Vectors equal to sentence-transformers' own within the precision, several times as fast as its float32.
 
     `embed` may be called from several threads: each call takes one of `in_flight` requests, and waits for it.
     """
 
-    in_flight = 1
-
     def __init__(self, folder: ModelFolder, dtype: Dtype = "auto", cache: Cache | None = None) -> None:
+        super().__init__()
         self._folder = folder
         self._wanted_dtype = dtype
         self._cache = cache or Cache()
-        self._model: TextModel | None = None
-        self._info: EngineInfo | None = None
         self._slots: SimpleQueue[_Slot] = SimpleQueue()
         self._exact = ExactModel(folder)
-
-    @property
-    def info(self) -> EngineInfo:
-        if self._info is None:
-            raise RuntimeError("the engine is not started")
-        return self._info
-
-    @property
-    def text_model(self) -> TextModel:
-        """Everything of the started model but its weights."""
-        if self._model is None:
-            raise RuntimeError("the engine is not started")
-        return self._model
 
     def start(self) -> None:
         """Convert the model, or read what was converted, and prove that its vectors are right.
@@ -123,21 +107,6 @@ class OpenVinoEngine:
             outputs={"embedding": OutputInfo(kind="dense", dim=model.dim, normalized=model.normalized)},
         )
 
-    def warm_up(self, batch_tokens: int) -> float:
-        """Run the smallest, the longest and the fullest batch that the budget allows; seconds taken."""
-        begun = time.perf_counter()
-        for batch in warm_up_batches(self.text_model, batch_tokens):
-            for _ in range(self.in_flight):  # the requests take turns, and each has memory of its own
-                self.embed(batch)
-        return time.perf_counter() - begun
-
-    def tokenizer(self) -> TextTokenizer:
-        return self.text_model.input.tokenizer()
-
-    def prompt(self, role: Role, prompt: str | None, prompt_name: str | None) -> str:
-        """The prompt as sentence-transformers picks it. Raises `ModelError`: see `TextModel.prompt`."""
-        return self.text_model.prompt(role, prompt, prompt_name)
-
     def embed(self, batch: TokenBatch) -> dict[str, npt.NDArray[np.float32]]:
         """Vectors by output name, [n, dim], in the batch's order. Raises `OutOfMemory`."""
         slot = self._slots.get()
@@ -161,9 +130,9 @@ class OpenVinoEngine:
     def close(self) -> None:
         """Give the model's memory back. Calls that are under way end first."""
         self._exact.close()
-        for _ in range(self.in_flight if self._model else 0):
+        for _ in range(self.in_flight if self._text_model else 0):
             self._slots.get()
-        self._model = None
+        self._text_model = None
         self._cache.close()
 
     def _require_trial(self, precision: Precision, fingerprint: str) -> None:
@@ -210,7 +179,7 @@ class OpenVinoEngine:
         for _ in range(self.in_flight):
             requests = {name: graph.create_infer_request() for name, graph in compiled.items()}
             self._slots.put({role: requests[name] for role, name in entry.conversion.graphs.items()})
-        self._model = entry.conversion.model
+        self._text_model = entry.conversion.model
 
     def _check(self, conversion: Conversion, precision: Precision) -> Agreement:
         vectors = [self.embed(batch)["embedding"] for batch in check_batches(conversion.model)]

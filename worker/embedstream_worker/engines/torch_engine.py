@@ -19,7 +19,6 @@ from embedstream_worker.engines.base import (
     OutOfMemory,
     OutputInfo,
     Role,
-    TextTokenizer,
     TokenBatch,
 )
 from embedstream_worker.engines.batch_budget import Probe, find_budget
@@ -28,7 +27,8 @@ from embedstream_worker.engines.exact import ExactModel
 from embedstream_worker.engines.lanes import CudaLanes, DirectLanes, Lanes
 from embedstream_worker.engines.packed_attention import CannotPack
 from embedstream_worker.engines.precision import Dtype, Precision
-from embedstream_worker.engines.text_input import ROLE_PROMPTS, InputKind, TextInput, TextModel, warm_up_batches
+from embedstream_worker.engines.text_engine import TextEngine
+from embedstream_worker.engines.text_input import ROLE_PROMPTS, InputKind, TextInput, TextModel
 from embedstream_worker.engines.torch_device import pick_device, pick_dtype
 from embedstream_worker.engines.torch_features import (
     Packing,
@@ -59,7 +59,7 @@ _PROBE_ROW_TOKENS = 128  # the time of a batch hangs on its tokens, and hardly o
 _PROBE_RUNS = 3
 
 
-class TorchEngine:
+class TorchEngine(TextEngine):
     """Vectors equal to `encode_document` and `encode_query` of sentence-transformers, within the precision.
 
     In bfloat16 only the transformer computes in it; pooling and what follows stay in float32. `batches` "auto" packs
@@ -67,34 +67,18 @@ class TorchEngine:
     several threads.
     """
 
-    in_flight = 1
-
     def __init__(
         self, folder: ModelFolder, device: str = "auto", dtype: Dtype = "auto", batches: Batches = "auto"
     ) -> None:
+        super().__init__()
         self._folder = folder
         self._wanted_device = device
         self._wanted_dtype = dtype
         self._wanted_batches = batches
         self._model: SentenceTransformer | None = None
-        self._text_model: TextModel | None = None
-        self._info: EngineInfo | None = None
         self._lanes: Lanes = DirectLanes(torch.device("cpu"))
         self._packed = False
         self._exact = ExactModel(folder)
-
-    @property
-    def info(self) -> EngineInfo:
-        if self._info is None:
-            raise RuntimeError("the engine is not started")
-        return self._info
-
-    @property
-    def text_model(self) -> TextModel:
-        """Everything of the started model but its weights."""
-        if self._text_model is None:
-            raise RuntimeError("the engine is not started")
-        return self._text_model
 
     @property
     def modules(self) -> SentenceTransformer:
@@ -132,21 +116,6 @@ class TorchEngine:
         if device.type == "cuda":
             how = "padded" if self._info.padded else "packed without padding"
             log.info("torch in %s on %s: batches of %d tokens, %s", dtype, device, self._info.batch_tokens, how)
-
-    def warm_up(self, batch_tokens: int) -> float:
-        """Run the smallest, the longest and the fullest batch that the budget allows; seconds taken."""
-        begun = time.perf_counter()
-        for batch in warm_up_batches(self.text_model, batch_tokens):
-            for _ in range(self.in_flight):  # the lanes take turns, and each has memory of its own
-                self.embed(batch)
-        return time.perf_counter() - begun
-
-    def tokenizer(self) -> TextTokenizer:
-        return self.text_model.input.tokenizer()
-
-    def prompt(self, role: Role, prompt: str | None, prompt_name: str | None) -> str:
-        """The prompt as sentence-transformers picks it. Raises `ModelError`: see `TextModel.prompt`."""
-        return self.text_model.prompt(role, prompt, prompt_name)
 
     def embed(self, batch: TokenBatch) -> dict[str, npt.NDArray[np.float32]]:
         """Vectors by output name, [n, dim], in the batch's order. Raises `OutOfMemory`."""
