@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import logging
-
 import redis
 
 from embedstream.broker import Broker
+from embedstream.logs import about
 from embedstream.steps import Code
 from embedstream.troubles import passes
 from embedstream_worker.held import Held, HeldBlock, RowErrors
 from embedstream_worker.pipeline import Life
-
-log = logging.getLogger(__name__)
+from embedstream_worker.troubles import Outage
 
 ALONE = 2
 """From this delivery on a block has the whole worker to itself, so that the next death counts against it only."""
@@ -40,6 +38,7 @@ class Trial:
         self._held = held
         self._life = life
         self._block = block
+        self._outage = Outage("a chunk that may be poison waits to be noted", about(block.job.id))
         self._guilty = self._ask()
 
     @property
@@ -66,6 +65,7 @@ class Trial:
             except redis.RedisError as error:
                 self._wait(error)
             else:
+                self._outage.over()
                 if answer.code is not Code.OK:
                     raise NotOurs
                 return
@@ -74,13 +74,16 @@ class Trial:
         block = self._block.block
         while True:
             try:
-                return self._broker.suspected(self._block.job.id, block.part, block.number)
+                known = self._broker.suspected(self._block.job.id, block.part, block.number)
             except redis.RedisError as error:
                 self._wait(error)
+            else:
+                self._outage.over()
+                return known
 
     def _wait(self, error: redis.RedisError) -> None:
         if not passes(error):
             raise error
-        log.warning("Redis cannot be used (%s); a chunk that may be poison waits to be noted", error)
+        self._outage.met(error)
         if self._life.stopping.wait(WAIT_SECONDS):
             raise NotOurs from error
