@@ -11,6 +11,7 @@ from redis.exceptions import ResponseError
 
 from embedstream.connection import CLUSTER, explain, mask
 from embedstream.errors import BrokerError
+from embedstream.rights import missing_rights
 from embedstream.troubles import UNREACHABLE, Notice, patiently, trouble
 
 log = logging.getLogger(__name__)
@@ -62,6 +63,25 @@ def _unfit(client: redis.Redis) -> str:
     if numbers and numbers < OLDEST:
         return f"is version {version}, and 6.2 is the oldest that will do: upgrade it"
     return CLUSTER if told.get("redis_mode") == "cluster" else ""
+
+
+def refuse_few_rights(client: redis.Redis, url: str, queue: str) -> None:
+    """Prove that this user may do what a worker of the queue does.
+
+    Raises:
+        BrokerError: it may not, or Redis refuses for another reason that does not pass.
+    """
+    try:
+        missing = missing_rights(client, queue)
+    except redis.RedisError as error:
+        if trouble(error) is not None:
+            return  # away just now: what is forbidden shows later
+        raise BrokerError(explain(error, url)) from error
+    if missing:
+        raise BrokerError(
+            f"Redis at {mask(url)} {missing}, which a worker needs: give it the rights that docs/operations.md lists "
+            f'under "A user with few rights"'
+        )
 
 
 def shortcomings(client: redis.Redis, url: str) -> list[str]:

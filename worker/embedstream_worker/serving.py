@@ -16,7 +16,7 @@ import pyarrow as pa
 from embedstream.connection import connect, explaining
 from embedstream.exposition import Exposition, QueueCollector
 from embedstream.logs import identify
-from embedstream.preflight import check, shortcomings
+from embedstream.preflight import check, refuse_few_rights, shortcomings
 from embedstream.roots import canonical_root
 from embedstream.settings import WorkerSettings
 from embedstream_worker.engines import EngineName, make_engine
@@ -65,8 +65,10 @@ def serve(
         log.info("metrics at %s", served.url)
     with connect(redis_url, retries=0) as client, explaining(redis_url):
         check(client, redis_url)
-        for shortcoming in () if embedded else shortcomings(client, redis_url):
-            log.warning(shortcoming)
+        if not embedded:
+            refuse_few_rights(client, redis_url, queue)
+            for shortcoming in shortcomings(client, redis_url):
+                log.warning(shortcoming)
     # Arrow's own allocators keep what a shard needed and are no faster here: a third more memory for nothing.
     pa.set_memory_pool(pa.system_memory_pool())
     made, source = make_engine(engine, model, revision, device, dtype, threads, trust)
