@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -21,11 +21,14 @@ _ADVICE = {
     errno.EACCES: "permission denied: make it writable for this user",
     errno.EPERM: "permission denied: make it writable for this user",
     errno.EROFS: "the file system is mounted read-only: choose another output (-o)",
-    errno.ENOENT: "the folder is gone: bring it back, or mount its disk again",
     errno.ENOTDIR: "a part of the path is a file, not a folder: choose another output (-o)",
     errno.EEXIST: "there is a file of that name: choose another output (-o)",
     errno.ENAMETOOLONG: "the path is too long: choose another output (-o)",
 }
+
+
+SWEPT_TRIES = 3
+"""How often a file is written before it is given up that others remove half-written: each does so once."""
 
 
 class Readable(Protocol):
@@ -40,26 +43,44 @@ def write_durable(path: Path, pieces: Iterable[Readable]) -> None:
     When this returns, the file survives a power cut. A reader never sees it half-written; what a crash leaves is named
     `<name>.tmp-<uuid>`.
 
+    The finalizer of the same output removes such files, and cannot know that one is still being written: then it is
+    written again, if the pieces can be had again.
+
     Raises:
         OutputError: with nothing changed at `path`.
     """
-    temporary = path.with_name(f"{path.name}{TEMPORARY}{uuid.uuid4().hex}")
+    tries = SWEPT_TRIES if isinstance(pieces, Sequence) else 1
     try:
-        try:
-            with temporary.open("xb") as file:
-                for piece in pieces:
-                    file.write(piece)
-                file.flush()
-                os.fsync(file.fileno())
-            reach("file.written")
-            temporary.replace(path)
-            reach("file.renamed")
-        except BaseException:
-            remove(temporary)
-            raise
+        while not _put(path, pieces):
+            tries -= 1
+            if not tries:
+                raise OutputError(f"{path}: cannot write: somebody removes it half-written: try again")
         sync_folder(path.parent)
     except OSError as error:
         raise cannot("write", path, error) from error
+
+
+def _put(path: Path, pieces: Iterable[Readable]) -> bool:
+    """Whether the file is in its place; if not, somebody has removed it on its way there, and the folder is there."""
+    temporary = path.with_name(f"{path.name}{TEMPORARY}{uuid.uuid4().hex}")
+    try:
+        with temporary.open("xb") as file:
+            for piece in pieces:
+                file.write(piece)
+            file.flush()
+            os.fsync(file.fileno())
+        reach("file.written")
+        try:
+            temporary.replace(path)
+        except FileNotFoundError:
+            if not path.parent.is_dir():
+                raise
+            return False
+        reach("file.renamed")
+    except BaseException:
+        remove(temporary)
+        raise
+    return True
 
 
 def remove(path: Path) -> None:
@@ -83,7 +104,16 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def cannot(verb: str, path: Path, error: OSError) -> OutputError:
-    """One sentence about what could not be done."""
+def cannot(verb: str, path: Path, error: OSError, folder: Path | None = None) -> OutputError:
+    """One sentence about what could not be done. `folder`: where that was; None: where `path` lies."""
     why = _ADVICE.get(error.errno or 0) or error.strerror or str(error)
+    if error.errno == errno.ENOENT:
+        why = _missing(verb, folder or path.parent)
     return OutputError(f"{path}: cannot {verb}: {why}")
+
+
+def _missing(verb: str, folder: Path) -> str:
+    """Why something is said not to be there."""
+    if not folder.is_dir():
+        return "the folder is gone: bring it back, or mount its disk again"
+    return f"{folder} takes no files: choose another output (-o)" if verb == "write" else "the file is gone: restore it"

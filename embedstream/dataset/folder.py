@@ -203,10 +203,20 @@ class FolderSink:
         steps = [self._write_errors, self._write_manifest]
         for step in reversed(steps) if manifest.retries else steps:
             step(manifest)
-        # What writers left that died. One that is still at it, though its job has ended, will see and try again.
-        left = [name for name in self.files.names() if name.startswith(OURS) and TEMPORARY in name]
-        if left:
-            self.files.remove(left)
+        self._tidy(manifest)
+
+    def _tidy(self, manifest: Manifest) -> None:
+        """Remove what nobody needs once the manifest stands. What cannot be removed counts for nothing."""
+        # What writers left that died; one that is still at it will see, and write again.
+        names = set(self.files.names())
+        left = {name for name in names if name.startswith(OURS) and TEMPORARY in name}
+        # Error rows that were run again: those that are left of them lie in newer shards.
+        left |= {errors_file(shard.name) for shard in manifest.shards if not shard.failed} & names
+        try:
+            if left:
+                self.files.remove(sorted(left))
+        except OutputError as error:
+            log.warning("%s; it counts for nothing, as the manifest does not list it", error)
 
     def mend(self, manifest: Manifest) -> None:
         """Count the lines of `errors.jsonl`, and write it again if they are not as many as the manifest says."""

@@ -2,7 +2,7 @@
 
 Until the new manifest takes the place of the old one, at once, the old one is true: a failed row is an error. From then
 on the row is in the dataset, or an error by its newest message. No shard is touched: what is left of older errors goes
-into new shards, and the older ones are listed without theirs.
+into new shards, and the older ones are listed without theirs, whose files are removed last.
 """
 
 from __future__ import annotations

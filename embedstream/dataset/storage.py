@@ -82,7 +82,8 @@ class Folder:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise cannot("write", self._folder, error) from error
+            there = next(folder for folder in self._folder.absolute().parents if folder.is_dir())
+            raise cannot("write", self._folder, error, there) from error
 
     def prove_writable(self) -> None:
         probe = self._folder / f".probe-{uuid.uuid4().hex}"
@@ -90,7 +91,7 @@ class Folder:
             probe.touch(exist_ok=False)
             probe.unlink()
         except OSError as error:
-            raise cannot("write", self._folder, error) from error
+            raise cannot("write", self._folder, error, self._folder) from error
 
     def names(self) -> list[str]:
         try:

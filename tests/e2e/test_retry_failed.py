@@ -7,6 +7,7 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from conftest import RedisServer
 from worker_lab import Running, ScriptedEngine, WorkerLab, worker_lab
@@ -79,7 +80,7 @@ REFUSED = [(3, "invalid_json"), (302, "duplicate_id")]
 def test_rows_that_failed_in_a_worker_are_added_and_refused_ones_stay(lab: WorkerLab, fleet: bool) -> None:
     out = lab.folder / "out"
     finished_with_failures(lab)
-    before = {path.name: path.read_bytes() for path in out.iterdir() if path.suffix == ".parquet"}
+    before = {path.name: path.read_bytes() for path in out.glob("part-*.parquet")}
     if fleet:
         start(lab)
     again = run("embed-submit", *command(lab, "--retry-failed", fleet=fleet))
@@ -96,8 +97,13 @@ def test_rows_that_failed_in_a_worker_are_added_and_refused_ones_stay(lab: Worke
         sum(shard["rows"] for shard in manifest["shards"]) == manifest["rows"] == manifest["parts"][0]["rows"] == ROWS
     )
     assert sum(shard["failed"] for shard in manifest["shards"]) == manifest["failed"] == manifest["parts"][0]["failed"]
+    errors = pq.read_table(sorted(out.glob("errors-*.parquet"))).column("code").to_pylist()
+    assert sorted(errors) == ["duplicate_id", "invalid_json"], (
+        "who reads all error files is told of rows that are there"
+    )
     verified = run("embed-verify", out, "--corpus", lab.folder / "c.jsonl")
     assert verified.returncode == 0, verified.stdout + verified.stderr
+    assert "not listed" not in verified.stdout + verified.stderr
     plain = run("embed-submit", *command(lab, fleet=fleet))
     assert plain.returncode == 3
     assert json.loads(plain.stdout) == report

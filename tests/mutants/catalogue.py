@@ -278,15 +278,15 @@ MUTANTS = (
     mutant(
         "a file is renamed before it is on disk",
         "embedstream/dataset/files.py",
-        "                os.fsync(file.fileno())\n",
+        "            os.fsync(file.fileno())\n",
         "",
         f"{FOLDER}::test_each_file_is_on_disk_before_the_next_step",
     ),
     mutant(
         "half-written files of dead writers stay",
         "embedstream/dataset/folder.py",
-        "            self.files.remove(left)\n",
-        "            pass\n",
+        "                self.files.remove(sorted(left))\n",
+        "                pass\n",
         walk("worker-file.written=kill"),
     ),
     mutant(

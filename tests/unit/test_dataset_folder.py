@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -16,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from dataset_lab import Dataset, contents_of, make_content, make_error, make_spec
 
+from embedstream.dataset.files import write_durable
 from embedstream.dataset.folder import FolderSink
 from embedstream.dataset.parquet import read_footer
 from embedstream.dataset.sink import ShardContent, open_sink
@@ -100,6 +102,7 @@ def test_a_kill_before_the_rename_leaves_nothing_that_counts(dataset: Dataset) -
 import os, sys
 from pathlib import Path
 from dataset_lab import make_content, make_error, make_spec
+from embedstream.dataset.files import write_durable
 from embedstream.dataset.folder import FolderSink
 spec = make_spec(sys.argv[1])
 rename = Path.replace
@@ -243,6 +246,51 @@ def test_a_folder_that_is_gone_is_one_sentence(dataset: Dataset) -> None:
     folder_of(dataset).rmdir()
     with pytest.raises(OutputError, match=r"out/part-a.parquet: cannot write: the folder is gone: bring it back"):
         dataset.sink.write_shard(make_content(dataset.spec))
+
+
+@pytest.mark.parametrize("output", ["/proc/x", "/proc/x/y/z"])
+def test_a_place_where_no_folder_can_be_made_is_not_called_gone(output: str) -> None:
+    with pytest.raises(OutputError, match=rf"{output}: cannot write: /proc takes no files: choose another output"):
+        FolderSink(output).check()
+
+
+def test_a_file_that_is_gone_from_a_folder_that_is_there_is_said_to_be(dataset: Dataset) -> None:
+    dataset.write(make_content(dataset.spec))
+    dataset.end()
+    (folder_of(dataset) / "part-a.parquet").unlink()
+    with pytest.raises(OutputError, match=r"part-a.parquet: cannot read: the file is gone: restore it"):
+        list(dataset.sink.read())
+
+
+class Interrupted(list[bytes]):
+    """Pieces of a file; something happens while they are written, at first or each time."""
+
+    def __init__(self, act: Callable[[], object], times: int = 1) -> None:
+        super().__init__([b"one ", b"file"])
+        self._act = act
+        self._times = times
+
+    def __iter__(self) -> Iterator[bytes]:
+        yield from super().__iter__()
+        if self._times:
+            self._times -= 1
+            self._act()
+
+
+def test_a_file_that_a_finalizer_sweeps_away_half_written_is_written_again(dataset: Dataset) -> None:
+    dataset.write(make_content(dataset.spec))
+    path = folder_of(dataset) / "part-late.parquet"
+    write_durable(path, Interrupted(dataset.end))
+    assert path.read_bytes() == b"one file"
+    assert names_in(dataset) == ["_manifest.json", "part-a.parquet", "part-late.parquet"]
+
+
+def test_a_file_that_is_swept_away_for_ever_is_an_error_that_does_not_call_the_folder_gone(dataset: Dataset) -> None:
+    dataset.write(make_content(dataset.spec))
+    for pieces in (Interrupted(dataset.end, times=99), iter(Interrupted(dataset.end))):
+        with pytest.raises(OutputError, match=r"errors.jsonl: cannot write: somebody removes it half-written: try ag"):
+            write_durable(folder_of(dataset) / "errors.jsonl", pieces)
+        assert names_in(dataset) == ["_manifest.json", "part-a.parquet"]
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_no_file(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
