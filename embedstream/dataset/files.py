@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import uuid
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -24,6 +25,14 @@ _ADVICE = {
     errno.ENOTDIR: "a part of the path is a file, not a folder: choose another output (-o)",
     errno.EEXIST: "there is a file of that name: choose another output (-o)",
     errno.ENAMETOOLONG: "the path is too long: choose another output (-o)",
+}
+
+_SPECIAL = {
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFDIR: "a folder",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
 }
 
 
@@ -81,6 +90,20 @@ def _put(path: Path, pieces: Iterable[Readable]) -> bool:
         remove(temporary)
         raise
     return True
+
+
+def refuse_special(path: Path) -> None:
+    """Raise `OutputError` if what lies there is no regular file: opening a named pipe may never return.
+
+    A link counts as what it leads to. What cannot be looked at is told of by whoever opens it.
+    """
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return
+    if not stat.S_ISREG(mode):
+        what = _SPECIAL.get(stat.S_IFMT(mode), "something else")
+        raise OutputError(f"{path}: cannot read: is {what}, not a file: restore the file, or move it out of the folder")
 
 
 def remove(path: Path) -> None:

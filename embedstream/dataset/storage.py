@@ -11,7 +11,7 @@ from typing import Protocol
 
 import pyarrow as pa
 
-from embedstream.dataset.files import Readable, cannot, sync_folder, write_durable
+from embedstream.dataset.files import Readable, cannot, refuse_special, sync_folder, write_durable
 from embedstream.errors import OutputError
 from embedstream.failpoints import reach
 from embedstream.objects import is_object, parse_object
@@ -112,6 +112,7 @@ class Folder:
 
     def checksum(self, name: str) -> tuple[int, str]:
         path = self._folder / name
+        refuse_special(path)
         try:
             with path.open("rb") as file:
                 checksum = hashlib.file_digest(file, "sha256").hexdigest()
@@ -120,6 +121,7 @@ class Folder:
             raise cannot("read", path, error) from error
 
     def open(self, name: str) -> pa.NativeFile:
+        refuse_special(self._folder / name)
         try:
             return pa.OSFile(str(self._folder / name), "rb")
         except OSError as error:
@@ -127,6 +129,7 @@ class Folder:
 
     def read(self, name: str) -> bytes | None:
         path = self._folder / name
+        refuse_special(path)
         try:
             return path.read_bytes()
         except (FileNotFoundError, NotADirectoryError):

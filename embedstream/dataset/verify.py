@@ -12,9 +12,12 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 
-from embedstream.dataset.findings import Findings, Kind
+from embedstream.blocks import MOST_INPUT_ROWS
+from embedstream.dataset.block_spans import BlockSpans
+from embedstream.dataset.findings import Finding, Findings, Kind
 from embedstream.dataset.folder import BATCH_ROWS, ERRORS, MANIFEST, FolderSink, errors_file, part_file
 from embedstream.dataset.hashing import model_inputs, text_digests
+from embedstream.dataset.locating import locate
 from embedstream.dataset.manifest import manifest_spec
 from embedstream.dataset.places import PAGE_ROWS, Mask, Numbers, PlaceNumbers, Places, Rows
 from embedstream.dataset.schema import ErrorRow, dataset_schema, errors_schema
@@ -50,6 +53,7 @@ class FolderCheck:
         self._names = set(sink.files.names())
         self._dims = {output.name: output.dim for output in manifest.outputs}
         self._per_part = np.zeros((len(self.spec.parts), 2), np.int64)
+        self._spans = BlockSpans()
         self._totals = dict.fromkeys(_TOTALS, 0)
         self._errors_sound = True
         """Whether nothing was wrong with the files of error rows, so that they can be told as people read them."""
@@ -66,10 +70,13 @@ class FolderCheck:
                 self._check_shard(shard, sums)
         if self._whole:
             for part, said in enumerate(self.manifest.parts):
-                self._count(f"part {part} ({said.source})", "rows", said.rows, int(self._per_part[part, 0]))
-                self._count(f"part {part} ({said.source})", "error rows", said.failed, int(self._per_part[part, 1]))
+                source = f"part {part} ({said.source}): "
+                self._count(None, "rows", said.rows, int(self._per_part[part, 0]), source)
+                self._count(None, "error rows", said.failed, int(self._per_part[part, 1]), source)
             for what, found in self._totals.items():
-                self._count(MANIFEST, f"{what} (by the shards' footers)", getattr(self.manifest, what), found, MANIFEST)
+                self._count(MANIFEST, f"{what} (by the shards' footers)", getattr(self.manifest, what), found)
+            if self.numbers is None:
+                self._check_order()
             if self._errors_sound:
                 self._check_errors_file()
 
@@ -95,7 +102,7 @@ class FolderCheck:
                 self._lost(Kind.MISSING_FILE, "the manifest lists this file, and it is not there", name)
                 continue
             if isinstance(found, OutputError):
-                self._lost(Kind.UNREADABLE, str(found), name)
+                self._lost(Kind.UNREADABLE, self._why(name, found), name)
                 continue
             before = self.findings.total
             size, checksum = found
@@ -109,9 +116,13 @@ class FolderCheck:
             try:
                 self._check_file(shard, name, is_data)
             except OutputError as error:
-                self._lost(Kind.UNREADABLE, str(error), name)
+                self._lost(Kind.UNREADABLE, self._why(name, error), name)
             if not is_data and self.findings.total > before:
                 self._errors_sound = False
+
+    def _why(self, name: str, error: OutputError) -> str:
+        """What an error says beside the file's name."""
+        return str(error).removeprefix(f"{self.sink.files.path(name)}: ")
 
     def _lost(self, kind: Kind, message: str, name: str) -> None:
         self.findings.add(kind, message, name)
@@ -123,9 +134,11 @@ class FolderCheck:
         if differing_field(footer.job_spec(), self.spec) is not None:
             self.findings.add(Kind.FOOTER, "was made by a job with another spec", name)
         expected = dataset_schema(self.spec, self._dims) if is_data else errors_schema()
-        self._count(name, "rows", shard.rows if is_data else shard.failed, rows, name)
+        self._count(name, "rows", shard.rows if is_data else shard.failed, rows)
         columns = self._columns() if is_data else expected.names
         sums = np.zeros(2, np.int64)
+        # Of rows that were run again blocks were made that are not those of the corpus.
+        spans = self._spans.file(footer.shard.blocks if shard.blocks else (), not is_data, rows)
         start = 0
         for batch in self.sink.batches(name, columns, BATCH_ROWS):
             try:
@@ -134,21 +147,21 @@ class FolderCheck:
                 raise OutputError(f"rows from {start:,} on are damaged ({error})") from error
             wrong = [c for c in columns if not batch.schema.field(c).equals(expected.field(c))]
             if wrong:
-                said = expected.field(wrong[0]).type
-                message = f"column {wrong[0]} is {batch.schema.field(wrong[0]).type}, expected {said}"
-                self._lost(Kind.COLUMNS, message, name)
+                found, said = (_typed(schema.field(wrong[0])) for schema in (batch.schema, expected))
+                self._lost(Kind.COLUMNS, f"column {wrong[0]} is {found}, expected {said}", name)
                 return
             if is_data:
                 self._check_rows(batch, Located(self.findings, name, start, batch))
                 sums += [_sum(batch.column("n_tokens")), _sum(batch.column("truncated"))]
             else:
                 self._check_error_rows(batch, Located(self.findings, name, start, batch))
+            spans.add(start, batch.column("row").to_numpy())
             start += batch.num_rows
         if is_data:
             for what in _TOTALS:
                 self._totals[what] += getattr(footer.shard, what)
-            self._count(name, "tokens", footer.shard.tokens, int(sums[0]), name)
-            self._count(name, "truncated texts", footer.shard.truncated, int(sums[1]), name)
+            self._count(name, "tokens", footer.shard.tokens, int(sums[0]))
+            self._count(name, "truncated texts", footer.shard.truncated, int(sums[1]))
 
     def _columns(self) -> list[str]:
         columns = ["part", "row", "id", "chunk", "n_tokens", "truncated", *self._dims]
@@ -156,9 +169,9 @@ class FolderCheck:
             columns += ["input_hash", *(["text"] if self.spec.text else []), *self.spec.keep]
         return columns
 
-    def _count(self, what: str, of: str, said: int, found: int, name: str | None = None) -> None:
+    def _count(self, name: str | None, of: str, said: int, found: int, where: str = "") -> None:
         if said != found:
-            self.findings.add(Kind.COUNT, f"{what}: {found:,} {of}, expected {said:,}", name)
+            self.findings.add(Kind.COUNT, f"{where}{found:,} {of}, expected {said:,}", name)
 
     def _check_rows(self, batch: pa.RecordBatch, located: Located) -> None:
         for output in self.manifest.outputs:
@@ -205,11 +218,22 @@ class FolderCheck:
     def _places(self, batch: pa.RecordBatch, located: Located) -> Iterator[tuple[int, Mask, Rows]]:
         """The batch by part: its number, which rows are of it, and their row numbers. Impossible places are told."""
         part, row, chunk = (batch.column(name).to_numpy() for name in ("part", "row", "chunk"))
-        impossible = (part < 0) | (part >= len(self.spec.parts)) | (row < 0) | (chunk != 0)
+        impossible = (part < 0) | (part >= len(self.spec.parts)) | (row < 0) | (row >= MOST_INPUT_ROWS) | (chunk != 0)
         located.add(Kind.PLACE, impossible)
         for each in np.unique(part[~impossible]):
             chosen = (part == each) & ~impossible
             yield int(each), chosen, row[chosen].astype(np.int64)
+
+    def _check_order(self) -> None:
+        """What a corpus would tell better: rows that are not between those of the neighbouring blocks."""
+        misplaced = self._spans.misplaced()
+        told = list(misplaced)[: max(0, self.findings.room(Kind.PLACE))]
+        located = locate(self.sink, self.manifest, set(told))
+        for place in told:
+            there = located.get(place, Finding(message=""))
+            message = f"part {place.part} row {place.row}: {misplaced[place]}"
+            self.findings.add(Kind.PLACE, message, there.file, there.row, there.id)
+        self.findings.count(Kind.PLACE, len(misplaced) - len(told))
 
     def _check_errors_file(self) -> None:
         """`errors.jsonl` is made of the shards' error rows, in the manifest's order, and of nothing else."""
@@ -227,7 +251,10 @@ class FolderCheck:
                     if not differs and (line is None or row is None or line != row + b"\n"):
                         differs = f"line {lines + (line is None)} differs: expected {_shown(row)}"
         except OSError as error:
-            self.findings.add(Kind.UNREADABLE, str(self.sink.files.cannot_read(ERRORS, error)), ERRORS)
+            self._lost(Kind.UNREADABLE, self._why(ERRORS, self.sink.files.cannot_read(ERRORS, error)), ERRORS)
+            return
+        except OutputError as error:
+            self._lost(Kind.UNREADABLE, self._why(ERRORS, error), ERRORS)
             return
         if differs:
             self.findings.add(Kind.ERRORS, f"{lines:,} lines, {self.manifest.failed:,} rows failed; {differs}", ERRORS)
@@ -248,6 +275,11 @@ def _shown(line: bytes | None) -> str:
         return "the end"
     row = msgspec.json.decode(line, type=ErrorRow)
     return f"{row.code} of {row.file}:{row.line}{'' if row.id is None else f' (id {row.id})'}"
+
+
+def _typed(field: pa.Field[Any]) -> str:
+    """A column's type with all that counts of it: vectors say of their numbers whether they may be null."""
+    return str(field.type) if field.nullable else f"{field.type} not null"
 
 
 def _sum(column: Any) -> int:

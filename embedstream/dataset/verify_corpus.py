@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from typing import NamedTuple
 
 import numpy as np
 
 from embedstream.blocks import Block
 from embedstream.dataset.findings import MOST_SHOWN, Finding, Kind
-from embedstream.dataset.folder import BATCH_ROWS, errors_file, part_file
 from embedstream.dataset.hashing import model_inputs, text_digests
+from embedstream.dataset.locating import Place, locate
 from embedstream.dataset.places import Mask, Places, Rows
 from embedstream.dataset.sink import Manifest
 from embedstream.dataset.verify import FolderCheck
 from embedstream.dataset.verify_rows import id_numbers, kept_numbers
-from embedstream.errors import OutputError
 
 
 class Listed:
@@ -36,11 +34,6 @@ class Listed:
         return at >= 0 and block <= runs[at][1]
 
 
-class _Place(NamedTuple):
-    part: int
-    row: int
-
-
 class CorpusCheck:
     """Compares blocks, in any order, with what a `FolderCheck` that was run kept of the dataset."""
 
@@ -50,7 +43,7 @@ class CorpusCheck:
         self._numbers = check.numbers
         self._findings = check.findings
         self._listed = Listed(check.manifest)
-        self._unlocated: list[tuple[Kind, _Place, str, str | None]] = []
+        self._unlocated: list[tuple[Kind, Place, str, str | None]] = []
         self.rows = 0
         """Rows of the corpus so far that must come out, refused ones included."""
 
@@ -101,7 +94,7 @@ class CorpusCheck:
         waiting = sum(other is kind for other, *_ in self._unlocated)
         told = found[: max(0, self._findings.room(kind) - waiting)]
         for at in told:
-            place = _Place(part, int(rows[at]))
+            place = Place(part, int(rows[at]))
             self._unlocated.append((kind, place, f"{label}:{place.row + 1}: {words}", ids[at]))
         self._findings.count(kind, len(found) - len(told))
 
@@ -112,7 +105,8 @@ class CorpusCheck:
             for places, words in ((self._check.good, "no such row"), (self._check.failed, "no such row to fail"))
             for place in self._left(places)
         ]
-        located = self._locate({place for _, place, *_ in self._unlocated} | {place for place, _ in extra})
+        wanted = {place for _, place, *_ in self._unlocated} | {place for place, _ in extra}
+        located = locate(self._check.sink, self._check.manifest, wanted)
         nowhere = Finding(message="")
         for kind, place, message, id in self._unlocated:
             there = located.get(place, nowhere)
@@ -124,30 +118,10 @@ class CorpusCheck:
             message = f"{label}:{place.row + 1}: {words} in the corpus"
             self._findings.add(Kind.NOT_IN_CORPUS, message, there.file, there.row, there.id)
 
-    def _left(self, places: Places) -> list[_Place]:
-        left: list[_Place] = []
+    def _left(self, places: Places) -> list[Place]:
+        left: list[Place] = []
         for part, rows in places:
             shown = rows[: MOST_SHOWN - len(left)]
-            left += [_Place(part, int(row)) for row in shown]
+            left += [Place(part, int(row)) for row in shown]
             self._findings.count(Kind.NOT_IN_CORPUS, len(rows) - len(shown))
         return left
-
-    def _locate(self, wanted: set[_Place]) -> dict[_Place, Finding]:
-        """Which file and row of it holds a place; a second, narrow reading for a few places."""
-        located: dict[_Place, Finding] = {}
-        if not wanted:
-            return located
-        for shard in self._check.manifest.shards:
-            for name in (part_file(shard.name), *([errors_file(shard.name)] if shard.failed else [])):
-                start = 0
-                try:
-                    for batch in self._check.sink.batches(name, ["part", "row", "id"], BATCH_ROWS):
-                        part, row = (batch.column(column).to_numpy() for column in ("part", "row"))
-                        for place in wanted - located.keys():
-                            for at in np.flatnonzero((part == place.part) & (row == place.row))[:1]:
-                                id = batch.column("id")[int(at)].as_py()
-                                located[place] = Finding(message="", file=name, row=start + int(at), id=id)
-                        start += batch.num_rows
-                except OutputError:
-                    continue  # told by the first reading
-        return located

@@ -188,7 +188,7 @@ def verdict_lines(verdict: Verdict) -> Iterator[str]:
         yield f"verified: {what} ({pace})"
     else:
         total = sum(found.count for found in verdict.findings.values())
-        yield f"NOT as it should be: {total:,} findings in {what} ({pace})"
+        yield f"NOT as it should be: {total:,} finding{'s' * (total != 1)} in {what} ({pace})"
 
 
 def _told(finding: Finding) -> str:

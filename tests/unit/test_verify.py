@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -170,8 +171,87 @@ def test_a_row_in_two_shards_is_found(made: Made) -> None:
     first = pq.read_table(made.part(0)).slice(0, 1).to_pylist()[0]
     path = made.part(1)
     rewrite(made, path, lambda table: replaced(table, "row", [first["row"], *table.column("row").to_pylist()[1:]]))
-    found = only(check(made), "doubled")
-    assert (found.file, found.row, found.id) == (path.name, 0, ids(path)[0])
+    verdict = check(made)
+    assert kinds(verdict) == {"doubled": 1, "place": 1}
+    for kind in ("doubled", "place"):
+        found = verdict.findings[kind].first[0]
+        assert (found.row, found.id) in ((0, ids(path)[0]), (0, first["id"]))
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        (-1, "is at a place that no corpus has"),
+        (1 << 53, "is at a place that no corpus has"),
+        (1 << 50, "comes in an earlier block than row 26"),
+    ],
+)
+@pytest.mark.parametrize("errors", [False, True])
+def test_a_row_number_that_cannot_be_is_found_without_the_corpus(made: Made, errors: bool, row: int, says: str) -> None:
+    path = made.folder / f"errors-{made.records[0].name}.parquet" if errors else made.part()
+    rows = pq.read_table(path).column("row").to_pylist()
+    rewrite(made, path, lambda table: replaced(table, "row", [*rows[:-1], row]))
+    [found] = check(made).findings["place"].first
+    assert (found.file, found.row, found.id) == (path.name, len(rows) - 1, ids(path)[-1])
+    assert found.message.startswith(f"part 1 row {row}: {says}")
+
+
+def test_a_row_with_the_number_of_a_blank_line_of_another_block_is_found_without_the_corpus(made: Made) -> None:
+    path = made.part()
+    rows: list[Any] = pq.read_table(path).column("row").to_pylist()
+    blank = [number for number, line in enumerate(made.corpus[1].read_text().splitlines()) if not line]
+    beyond = next(number for number in blank if number > rows[-1] + 20)
+    rewrite(made, path, lambda table: replaced(table, "row", [*rows[:-1], beyond]))
+    found = only(check(made), "place")
+    assert found.file == made.part(1).name
+    assert f"comes in a later block than row {beyond}" in found.message
+
+
+def test_a_named_pipe_in_place_of_a_file_is_told_at_once(made: Made) -> None:
+    for path in (made.part(), made.errors(), made.folder / "errors.jsonl"):
+        whole = path.read_bytes()
+        path.unlink()
+        os.mkfifo(path)
+        found = check(made).findings["unreadable"].first[0]
+        assert (found.file, found.message.partition(":")[0]) == (path.name, "cannot read")
+        assert "is a named pipe, not a file" in found.message
+        path.unlink()
+        path.write_bytes(whole)
+    (made.folder / "_manifest.json").unlink()
+    os.mkfifo(made.folder / "_manifest.json")
+    with pytest.raises(OutputError, match=r"_manifest\.json: cannot read: is a named pipe, not a file"):
+        check(made)
+
+
+def test_a_finding_names_its_file_once(made: Made) -> None:
+    path = made.part()
+    whole = path.read_bytes()
+    for damaged in (whole[:-100], whole[:200] + bytes(300) + whole[500:], b""):
+        path.write_bytes(damaged)
+        told = list(verdict_lines(check(made)))
+        assert [line.count(path.name) for line in told if path.name in line] == [1] * (len(told) - 3)
+    path.write_bytes(whole)
+    rewrite(made, path, lambda table: table.slice(1))
+    assert f"  {path.name}: {made.records[0].rows - 1} rows, expected {made.records[0].rows}" in verdict_lines(
+        check(made)
+    )
+
+
+def test_one_finding_is_one(made: Made) -> None:
+    path = made.part()
+    path.unlink()
+    assert "NOT as it should be: 1 finding in " in list(verdict_lines(check(made)))[-1]
+
+
+def test_a_column_that_may_be_null_is_told_apart_from_one_that_may_not(made: Made) -> None:
+    path = made.part(1)
+
+    def change(table: pa.Table) -> pa.Table:
+        at = table.schema.get_field_index("id")
+        return table.set_column(at, pa.field("id", pa.string()), table.column("id"))
+
+    rewrite(made, path, change)
+    assert only(check(made), "columns").message == "column id is string, expected string not null"
 
 
 @pytest.mark.parametrize("row", [-1, 1 << 50])
