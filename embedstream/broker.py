@@ -383,7 +383,7 @@ def parse_status(job: str, raw: Mapping[bytes, bytes], now: float) -> JobStatus:
             **number,
         )
     except (KeyError, ValueError) as error:
-        raise BrokerError(f"job {job} is damaged in Redis: {error!r}") from error
+        raise BrokerError(f"its record in Redis is damaged: {error!r}") from error
 
 
 def _stream_gone(error: ResponseError) -> bool:

@@ -84,12 +84,14 @@ QUEUE_OLDEST = Metric(
     "embedstream_queue_oldest_block_age_seconds", "gauge", "Age of the oldest of them; 0 if there is none."
 )
 QUEUE_TOKENS = Metric(
-    "embedstream_queue_tokens", "gauge", "Their tokens, estimated from their bytes and from recent commits."
+    "embedstream_queue_tokens",
+    "gauge",
+    "Tokens of those that somebody takes, estimated from their bytes and from recent commits.",
 )
 QUEUE_PACE = Metric(
     "embedstream_queue_worker_tokens_per_second",
     "gauge",
-    "What one worker does, over recent commits; kept for 30 days without any. 1000 before the first.",
+    "What one worker does, over recent commits; kept for 30 days without any. Before the first a guess: 1000.",
 )
 QUEUE_DRAIN = Metric(
     "embedstream_queue_drain_seconds",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import msgspec
@@ -13,7 +13,8 @@ from embedstream.jobs import JobStatus
 from embedstream.workers import Rate, WorkerRecord
 
 GUESSED_TOKENS_PER_SECOND = 1000.0
-"""What a worker is taken to do before any was measured: a small model on few cores. The first commits correct it."""
+"""What a worker is taken to do before any was measured: a small model on few cores. The first commits correct it.
+For an autoscaler, which needs a number to start a first worker; people are told that it is not known."""
 
 GUESSED_TOKENS_PER_BYTE = 0.5
 """Tokens in a queued byte before any was measured: English, four characters a token, compressed to a half."""
@@ -29,16 +30,21 @@ class QueueLook(msgspec.Struct, frozen=True, kw_only=True):
     blocks: int
     claimed_blocks: int
     """Those of them that are in workers' hands."""
+    refused_blocks: int
+    """Those of them that nobody here takes: their jobs cannot be read by this version, or every ready worker refuses
+    them. More workers of the same kind would not help, so they count as no work in `tokens`."""
     oldest_block_seconds: float
     """Age of the oldest queued block; 0 if there is none."""
     tokens: float
-    """Estimate of the queued tokens: `bytes`, and what bytes came to in recent commits."""
+    """Estimate of the queued tokens, refused blocks left out: bytes, and what bytes came to in recent commits."""
     worker_tokens_per_second: float
     """What one worker does: measured over recent commits, by any worker; a guess before the first."""
+    measured: bool
+    """Whether it was measured. If not, `drain_seconds` is a guess, too."""
     jobs: list[JobStatus]
     """Jobs that have not ended, oldest first, then some that have, newest first."""
     unreadable: dict[str, str]
-    """Jobs that are damaged in Redis, and how."""
+    """Jobs that are of another format version, or damaged in Redis, and what is to be done."""
     workers: list[WorkerRecord]
 
     @property
@@ -66,7 +72,8 @@ def look_at_queue(broker: Broker, ended: int = 0) -> QueueLook:
         pipe.time()
         *hashes, queued, pace, (seconds, micros) = pipe.execute()
     now = seconds + micros / 1e6
-    jobs, unreadable = [], {}
+    jobs, unreadable, workers = [], {}, broker.workers()
+    refused, refused_bytes = _refused_by_all(workers), 0
     for job, raw in zip(ids, hashes, strict=True):
         try:
             jobs.append(parse_status(job, raw, now))
@@ -74,20 +81,38 @@ def look_at_queue(broker: Broker, ended: int = 0) -> QueueLook:
             continue  # it expired
         except EmbedstreamError as error:
             unreadable[job] = str(error)
+            refused.add(job)
+        if job in refused:
+            refused_bytes += _queued_bytes(raw)
     tokens, size, ms = (int(value or 0) for value in pace)
+    queued_bytes, measured = int(queued or 0), bool(tokens and ms)
     return QueueLook(
         queue=broker.queue,
         now=now,
-        bytes=int(queued or 0),
+        bytes=queued_bytes,
         blocks=sum(stream.blocks for stream in streams),
         claimed_blocks=sum(stream.claimed for stream in streams),
+        refused_blocks=sum(stream.blocks for job, stream in zip(active, streams, strict=True) if job in refused),
         oldest_block_seconds=max(0.0, now - oldest / 1000) if oldest else 0.0,
-        tokens=int(queued or 0) * (tokens / size if tokens and size else GUESSED_TOKENS_PER_BYTE),
-        worker_tokens_per_second=1000 * tokens / ms if tokens and ms else GUESSED_TOKENS_PER_SECOND,
+        tokens=max(0, queued_bytes - refused_bytes) * (tokens / size if tokens and size else GUESSED_TOKENS_PER_BYTE),
+        worker_tokens_per_second=1000 * tokens / ms if measured else GUESSED_TOKENS_PER_SECOND,
+        measured=measured,
         jobs=jobs,
         unreadable=unreadable,
-        workers=broker.workers(),
+        workers=workers,
     )
+
+
+def _refused_by_all(workers: Iterable[WorkerRecord]) -> set[str]:
+    """Jobs that no ready worker will ever take; none if there is no ready worker that could say so."""
+    ready = [set(worker.refused) for worker in workers if worker.state == "ready"]
+    return set.intersection(*ready) if ready else set()
+
+
+def _queued_bytes(raw: Mapping[bytes, bytes]) -> int:
+    """Of a job's hash, which may be damaged."""
+    queued = raw.get(b"queued", b"")
+    return int(queued) if queued.isdigit() else 0
 
 
 def rate_of(job: str, workers: Iterable[WorkerRecord]) -> Rate:

@@ -109,11 +109,12 @@ def queue_object(look: QueueLook) -> dict[str, Any]:
         "queue": look.queue,
         "blocks": look.blocks,
         "claimed_blocks": look.claimed_blocks,
+        "refused_blocks": look.refused_blocks,
         "bytes": look.bytes,
         "oldest_block_seconds": round(look.oldest_block_seconds, 3),
         "tokens": round(look.tokens),
-        "worker_tokens_per_second": round(look.worker_tokens_per_second, 3),
-        "drain_seconds": round(look.drain_seconds, 3),
+        "worker_tokens_per_second": round(look.worker_tokens_per_second, 3) if look.measured else None,
+        "drain_seconds": round(look.drain_seconds, 3) if look.measured or not look.tokens else None,
         "jobs": [job_object(JobLook(status, look.workers)) for status in look.jobs],
         "unreadable_jobs": look.unreadable,
         "workers": [worker_object(worker) for worker in look.workers],
@@ -129,17 +130,11 @@ def queue_lines(look: QueueLook) -> Iterator[str]:
     """A queue for people."""
     states = Counter(worker.state for worker in look.workers)
     others = "".join(f", {states[state]} {state}" for state in ("starting", "draining") if states[state])
-    queued = "nothing queued"
-    if look.blocks:
-        by = "" if look.ready_workers else " by one worker"
-        queued = (
-            f"{look.blocks:,} blocks queued ({look.claimed_blocks:,} in workers' hands), the oldest for "
-            f"{duration(look.oldest_block_seconds)}, about {duration(look.drain_seconds)} of work{by}"
-        )
+    queued = _queued(look) if look.blocks else "nothing queued"
     yield f"queue {look.queue}: {len(look.workers)} worker(s){others}, {queued}"
     yield from (f"  {worker_line(worker)}" for worker in look.workers)
     yield from (f"  {job_line(JobLook(status, look.workers))}" for status in look.jobs)
-    yield from (f"  {why}" for why in look.unreadable.values())
+    yield from (f"  job {job}  unreadable: {why}" for job, why in look.unreadable.items())
 
 
 def worker_line(worker: WorkerRecord) -> str:
@@ -188,6 +183,20 @@ def job_lines(look: JobLook) -> Iterator[str]:
         yield f"  {_stalled(look)}"
     for refusal in sorted({worker.refused[status.job] for worker in look.workers if status.job in worker.refused}):
         yield f"  refused by a worker: {refusal}"
+
+
+def _queued(look: QueueLook) -> str:
+    said = [
+        f"{look.blocks:,} block{'' if look.blocks == 1 else 's'} queued ({look.claimed_blocks:,} in workers' hands)",
+        f"the oldest for {duration(look.oldest_block_seconds)}",
+    ]
+    if look.refused_blocks:
+        said.append(f"{look.refused_blocks:,} of them for nobody here")
+    if look.tokens and look.measured:
+        said.append(f"about {duration(look.drain_seconds)} of work{'' if look.ready_workers else ' by one worker'}")
+    elif look.tokens:
+        said.append("how long they take is not known before the first commit")
+    return ", ".join(said)
 
 
 def _speed(rate: Rate) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import msgspec
 import pytest
 from broker_lab import HOUR_MS, Lab, make_record, to_commit
 
+from embedstream.jobs import FORMAT_VERSION
 from embedstream.keys import QUEUES
 from embedstream.queues import (
     GUESSED_TOKENS_PER_BYTE,
@@ -77,6 +79,7 @@ def test_before_anything_was_measured_the_time_to_drain_is_a_guess_above_zero(la
     lab.submit(lab.create(), 0, 0, size=8000)
     look = look_at_queue(lab.broker)
     assert look.drain_seconds == 8000 * GUESSED_TOKENS_PER_BYTE / GUESSED_TOKENS_PER_SECOND
+    assert not look.measured
 
 
 def test_the_time_to_drain_follows_recent_commits_when_no_worker_is_left(lab: Lab) -> None:
@@ -85,7 +88,7 @@ def test_the_time_to_drain_follows_recent_commits_when_no_worker_is_left(lab: La
         lab.submit(job, 0, block, size=100)
     commit(lab, job, 2, tokens=6000, worked_ms=3000, name="a")
     look = look_at_queue(lab.broker)
-    assert look.worker_tokens_per_second == 2000
+    assert (look.worker_tokens_per_second, look.measured) == (2000, True)
     assert look.tokens == 800 * 6000 / 200
     assert look.drain_seconds == look.tokens / 2000
     for name in ("w1", "w2"):
@@ -142,6 +145,38 @@ def test_a_damaged_job_does_not_hide_the_others(lab: Lab) -> None:
     assert [status.job for status in look.jobs] == [sound]
     assert list(look.unreadable) == [broken]
     lab.client.hset(lab.keys.job(broken), "rows", 0)
+
+
+def test_blocks_of_a_job_of_another_version_call_for_no_worker(lab: Lab) -> None:
+    ours, newer = lab.create("/ours"), lab.create("/newer")
+    lab.submit(ours, 0, 0, size=1000)
+    for block in range(3):
+        lab.submit(newer, 0, block, size=5000)
+    spec = lab.client.hget(lab.keys.job(newer), "spec")
+    lab.client.hset(lab.keys.job(newer), "spec", json.dumps({"v": FORMAT_VERSION + 1}))
+    look = look_at_queue(lab.broker)
+    assert list(look.unreadable) == [newer]
+    assert (look.blocks, look.refused_blocks, look.bytes) == (4, 3, 16_000)
+    assert look.tokens == 1000 * GUESSED_TOKENS_PER_BYTE
+    lab.client.hset(lab.keys.job(newer), "spec", spec)
+    assert look_at_queue(lab.broker).tokens == 16_000 * GUESSED_TOKENS_PER_BYTE
+
+
+def test_blocks_that_every_ready_worker_refuses_call_for_no_more_of_them(lab: Lab) -> None:
+    wanted, foreign = lab.create("/wanted"), lab.create("/foreign")
+    lab.submit(wanted, 0, 0, size=1000)
+    lab.submit(foreign, 0, 0, size=3000)
+
+    def tokens() -> float:
+        return look_at_queue(lab.broker).tokens / GUESSED_TOKENS_PER_BYTE
+
+    lab.broker.heartbeat(worker("starting", state="starting"), 60)
+    assert tokens() == 4000, "a worker that starts has not looked yet, so nobody refuses"
+    lab.broker.heartbeat(worker("w1", refused={foreign: "no such root"}), 60)
+    assert tokens() == 1000
+    assert look_at_queue(lab.broker).refused_blocks == 1
+    lab.broker.heartbeat(worker("w2"), 60)
+    assert tokens() == 4000, "another kind of worker takes it"
 
 
 def test_a_thousand_jobs_are_looked_at_together(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
