@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
@@ -12,7 +13,7 @@ import pyarrow as pa
 
 from embedstream import interactive
 from embedstream.broker import Broker
-from embedstream.connection import REQUEST_TIMEOUT_SECONDS, connect, explaining, mask
+from embedstream.connection import REQUEST_TIMEOUT_SECONDS, connect, explaining, mask, with_redis
 from embedstream.dataset.sink import Sink, open_sink
 from embedstream.errors import JobUnknown, OutputError, RequestError, UsageError
 from embedstream.input.duplicates import DuplicateIndex
@@ -270,12 +271,15 @@ def make_request(
     return EmbedRequest(texts=texts, role=role, prompt=prompt, prompt_name=prompt_name, max_length=max_length)
 
 
-def find_queue(broker: Broker, job: str) -> str:
-    """The queue that a job is on. Raises `JobUnknown`."""
-    for queue in broker.queues():
-        if Broker(broker.client, queue).state(job) is not None:
-            return queue
-    raise JobUnknown(f"no job {job} on this server: it never was, or has expired (embed-status lists them)")
+def find_queue(broker: Broker, job: str, queue: str | None = None) -> str:
+    """The queue that a job is on; `queue`: look at no other. Raises `JobUnknown`."""
+    for name in broker.queues() if queue is None else (queue,):
+        if Broker(broker.client, name).state(job) is not None:
+            return name
+    where = (
+        "this server" if queue is None else f"queue {queue} (without --queue and EMBEDSTREAM_QUEUE all are looked at)"
+    )
+    raise JobUnknown(f"no job {job} on {where}: it never was, or has expired (embed-status lists them)")
 
 
 def still_open(status: JobStatus, timeout: float | None) -> str:
@@ -293,10 +297,10 @@ def was_cancelled(job: str, answer: Answer) -> bool:
 
 
 def start_command(model: str, url: str, queue: str) -> str:
-    """The command that starts a worker for a queue."""
+    """The command that starts a worker for a queue, as `with_redis` writes it."""
     model = model_address(model)
-    named = "" if queue_name(model) == queue else f" --queue {queue}"
-    return f"embed-worker --model {model} --redis {url}{named}"
+    named = "" if queue_name(model) == queue else f" --queue {shlex.quote(queue)}"
+    return with_redis(f"embed-worker --model {shlex.quote(model)}{named}", url)
 
 
 def unanswered(broker: Broker, timeout: float, model: str, url: str) -> RequestError:
@@ -309,5 +313,5 @@ def unanswered(broker: Broker, timeout: float, model: str, url: str) -> RequestE
         )
     return RequestError(
         f"queue {broker.queue}: no answer in {timeout:g} s, as no worker is ready: "
-        f"start one with `{start_command(model, url, broker.queue)}`"
+        f"start one with {start_command(model, url, broker.queue)}"
     )

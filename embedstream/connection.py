@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
+import shlex
 import ssl
 from collections.abc import Iterator
 from typing import Any
@@ -27,6 +29,8 @@ REQUEST_TIMEOUT_SECONDS = 5.0
 """The same for interactive requests, whose callers wait seconds: a server that hangs costs them little more."""
 
 CLUSTER = "is a cluster node, and a queue's keys do not fit into one slot with the list of queues: use a single server"
+
+REDIS_VARIABLE = "EMBEDSTREAM_REDIS_URL"
 
 _SCHEMES = ("redis", "rediss", "unix")
 
@@ -155,3 +159,15 @@ def mask(url: str) -> str:
         parts = parts._replace(netloc=f"{parts.username or ''}:***@{host}")
     # urlunsplit drops the slashes of unix:///path.
     return urlunsplit(parts).replace("unix:/", "unix:///", 1) if url.startswith("unix:///") else urlunsplit(parts)
+
+
+def with_redis(command: str, url: str) -> str:
+    """A command for people to paste, in backquotes, with the Redis that this process was given and no password.
+
+    What EMBEDSTREAM_REDIS_URL says already is left out; a URL with a password is referred to, not shown.
+    """
+    if url == os.environ.get(REDIS_VARIABLE):
+        return f"`{command}`"
+    if mask(url) == url:
+        return f"`{command} --redis {shlex.quote(url)}`"
+    return f"`{command}` with the same --redis, or with {REDIS_VARIABLE} set"

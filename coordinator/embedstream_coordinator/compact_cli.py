@@ -20,7 +20,7 @@ def compact(output: str, redis_url: str | None, shard_mib: int) -> None:
     miss a file, and reads again.
     """
     # Not at the top: loading it takes a while, in which Ctrl-C shall end this command as at any other time.
-    from embedstream.connection import connect, explaining, mask
+    from embedstream.connection import connect, explaining, mask, with_redis
     from embedstream.coordination import Compaction, coordinators, save_compaction
     from embedstream.dataset.compaction import compact as compact_here
     from embedstream.dataset.sink import canonical_output
@@ -36,9 +36,9 @@ def compact(output: str, redis_url: str | None, shard_mib: int) -> None:
     check(connect(redis_url, retries=0), redis_url)
     with explaining(redis_url):
         save_compaction(client, Compaction(output=address, target_bytes=shard_mib * MIB))
-        echo(f"{mask(address)}: to be merged by coordinators; `embed-status --redis {mask(redis_url)}` shows it")
+        echo(f"{mask(address)}: to be merged by coordinators; {with_redis('embed-status', redis_url)} shows it")
         if not coordinators(client):
-            echo(f"no coordinator runs: start one with `embed-coordinator --redis {mask(redis_url)}`", err=True)
+            echo(f"no coordinator runs: start one with {with_redis('embed-coordinator', redis_url)}", err=True)
 
 
 def main() -> None:

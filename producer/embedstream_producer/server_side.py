@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from embedstream.broker import Broker
-from embedstream.connection import connect, explaining, mask
+from embedstream.connection import connect, explaining, mask, with_redis
 from embedstream.coordination import ask_to_ingest, coordinators
 from embedstream.dataset.sink import Manifest, Sink
 from embedstream.errors import UsageError
@@ -54,30 +54,31 @@ def hand_over(url: str, spec: JobSpec, sink: Sink, max_errors: str, notice: Noti
             opened = open_job(broker, spec, sink, max_errors=max_errors, visible=visible, notice=notice)
             if opened.state is JobState.SUBMITTING:
                 ask_to_ingest(broker, spec.job)
-            return broker.status(spec.job), _said(spec, opened.state, mask(url))
+            return broker.status(spec.job), _said(spec, opened.state, url)
 
         return patiently(act, notice, mask(url))
 
 
 def _said(spec: JobSpec, state: JobState, url: str) -> str:
+    look_again = with_redis(f"embed-status {spec.job}", url)
     if state is JobState.FINALIZING:
-        return f"job {spec.job} is being ended: run the same command again when it has (embed-status {spec.job})"
+        return f"job {spec.job} is being ended: run the same command again when it has: {look_again}"
     if state is not JobState.SUBMITTING:
-        return f"all of job {spec.job} is read already: `embed-status {spec.job} --redis {url}`"
+        return f"all of job {spec.job} is read already: {look_again}"
     count = f"{len(spec.parts):,} part{'' if len(spec.parts) == 1 else 's'}"
-    return f"job {spec.job}: {count} to be read by coordinators; `embed-status {spec.job} --redis {url}`"
+    return f"job {spec.job}: {count} to be read by coordinators: {look_again}"
 
 
 def without_coordinator(broker: Broker, spec: JobSpec, url: str) -> str:
-    """What to say when nobody could read the job's parts; empty if somebody can. `url` is shown."""
+    """What to say when nobody could read the job's parts; empty if somebody can. `url`: of Redis."""
     live = coordinators(broker.client)
     if not live:
-        return f"no coordinator runs, so nobody reads its parts: start one with `embed-coordinator --redis {url}`"
+        return f"no coordinator runs, so nobody reads its parts: start one with {with_redis('embed-coordinator', url)}"
     unreadable = [part for part in spec.parts if not any(allows(each.input_roots, part) for each in live)]
     if unreadable:
         roots = ", ".join(sorted({root for each in live for root in each.input_roots}))
         return (
             f"no coordinator may read {unreadable[0]} (their input roots: {roots}): "
-            f"start one with `embed-coordinator --redis {url} --input-root FOLDER`"
+            f"start one with {with_redis('embed-coordinator --input-root FOLDER', url)}"
         )
     return ""

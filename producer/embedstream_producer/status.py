@@ -16,6 +16,7 @@ from embedstream.broker import Broker
 from embedstream.client import find_queue
 from embedstream.commands import INTERRUPTED
 from embedstream.connection import connect, explaining, mask
+from embedstream.errors import BrokerError, UsageError
 from embedstream.preflight import check
 from embedstream.queues import look_at_queue
 from embedstream.terminal import echo, echo_json, printable
@@ -39,13 +40,16 @@ class Look(msgspec.Struct, frozen=True):
     """Whether nothing can change any more."""
 
 
-def show_status(job: str | None, redis_url: str, watch: bool, as_json: bool) -> None:
-    """Print one look at a job, or at all queues; with `watch` a look every second, until the job has ended."""
+def show_status(job: str | None, queue: str | None, redis_url: str, watch: bool, as_json: bool) -> None:
+    """Print one look at a job, or at all queues; with `watch` a look every second, until the job has ended.
+
+    `queue`: at this one only.
+    """
     check(connect(redis_url, retries=0), redis_url)
     nowhere = Broker(connect(redis_url), "")
 
     def look() -> Look:
-        return look_at_all(nowhere) if job is None else look_at_job(nowhere, job, mask(redis_url))
+        return look_at_all(nowhere, queue) if job is None else look_at_job(nowhere, job, queue, redis_url)
 
     try:
         with explaining(redis_url):
@@ -85,23 +89,36 @@ def watch_live(looks: Iterator[Look]) -> None:
             live.update(Text("\n".join(each.lines)), refresh=True)
 
 
-def look_at_job(nowhere: Broker, job: str, url: str) -> Look:
-    """Raises `JobUnknown`. `url` is shown."""
-    broker = Broker(nowhere.client, find_queue(nowhere, job))
-    status, workers = broker.status(job), broker.workers()
+def look_at_job(nowhere: Broker, job: str, queue: str | None, url: str) -> Look:
+    """One job; `queue`: on this one only.
+
+    Raises:
+        JobUnknown: there is none.
+        BrokerError: this version cannot read it.
+    """
+    broker = Broker(nowhere.client, find_queue(nowhere, job, queue))
+    workers = broker.workers()
+    try:
+        status = broker.status(job)
+    except (BrokerError, UsageError) as error:
+        raise BrokerError(f"job {job} on queue {broker.queue}: {error}") from error
     waits = "" if status.state.ended else waits_for(broker, status, workers, url) or lost_blocks(broker, job, workers)
     seen, trouble = JobLook(status, workers, waits), troubles_of(broker, status)
     lines = [*job_lines(seen), *(f"  {what}: {why}" for what, why in trouble.items())]
     return Look([printable(line) for line in lines], {**job_object(seen), "troubles": trouble}, status.state.ended)
 
 
-def look_at_all(nowhere: Broker) -> Look:
-    """All queues."""
-    looks = [look_at_queue(Broker(nowhere.client, queue), MOST_ENDED) for queue in nowhere.queues()]
+def look_at_all(nowhere: Broker, queue: str | None = None) -> Look:
+    """All queues, or this one."""
+    known = nowhere.queues()
+    looks = [look_at_queue(Broker(nowhere.client, name), MOST_ENDED) for name in known if queue in (None, name)]
     lines = [*fleet_lines(nowhere), *(line for look in looks for line in queue_lines(look))]
-    empty = ["no queue: neither job nor worker was here in the last 30 days"]
+    if not looks:
+        others = f"; there are {', '.join(known)}" if known else ""
+        missing = f"no queue{'' if queue is None else f' {queue}'}"
+        lines.append(f"{missing}: neither job nor worker was there in the last 30 days{others}")
     value = {**fleet_object(nowhere), "queues": [queue_object(look) for look in looks]}
-    return Look([printable(line) for line in lines] or empty, value, False)
+    return Look([printable(line) for line in lines], value, False)
 
 
 def _say(notice: str) -> None:

@@ -12,17 +12,18 @@ from embedstream.settings import ENV_PREFIX
 @click.command(context_settings={"auto_envvar_prefix": ENV_PREFIX})
 @click.argument("job", required=False)
 @click.option("--redis", "redis_url", help="The fleet's Redis: redis://host:6379/0, rediss://, unix://.")
+@click.option("--queue", help="Look at this queue only.  [default: all]")
 @click.option("--watch", is_flag=True, help="Look again every second, until the job has ended.")
 @click.option("--json", "as_json", is_flag=True, envvar="EMBEDSTREAM_JSON", help="One JSON object per look.")
 @click.version_option(package_name="embedstream")
-def status(job: str | None, redis_url: str | None, watch: bool, as_json: bool) -> None:
+def status(job: str | None, redis_url: str | None, queue: str | None, watch: bool, as_json: bool) -> None:
     """Show one JOB, or all queues with their jobs and workers."""
     if not redis_url:
         raise UsageError("no Redis: give --redis URL, or set EMBEDSTREAM_REDIS_URL")
     # Not at the top: loading it takes a while, in which Ctrl-C shall end this command as at any other time.
     from embedstream_producer.status import show_status
 
-    show_status(job, redis_url, watch, as_json)
+    show_status(job, queue or None, redis_url, watch, as_json)
 
 
 def main() -> None:

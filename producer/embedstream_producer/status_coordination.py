@@ -24,7 +24,7 @@ from embedstream_producer.server_side import without_coordinator
 
 
 def waits_for(broker: Broker, status: JobStatus, workers: Sequence[WorkerRecord], url: str) -> str:
-    """What a job waits for a coordinator to do; empty if nothing. `url` is shown."""
+    """What a job waits for a coordinator to do; empty if nothing. `url`: of Redis."""
     if status.state is JobState.SUBMITTING and is_ingested(broker, status.job):
         left = len(unsealed_parts(broker, status.job, len(status.spec.parts)))
         read = f"coordinators have read {len(status.spec.parts) - left} of {len(status.spec.parts)} parts"

@@ -11,7 +11,7 @@ import msgspec
 
 from embedstream.blocks import Block, Refusal
 from embedstream.broker import Broker
-from embedstream.connection import connect, explaining, mask
+from embedstream.connection import connect, explaining, mask, with_redis
 from embedstream.dataset.sink import Manifest, Sink, open_sink
 from embedstream.errors import EmbedstreamError, ModelError, UsageError
 from embedstream.input.duplicates import DuplicateIndex
@@ -77,6 +77,8 @@ def submit(options: Options) -> int:
         raise UsageError("--server-side needs --redis: coordinators find the job there")
     if options.server_side and options.retry_failed:
         raise UsageError("--server-side and --retry-failed exclude each other: failed rows are read on this machine")
+    if options.redis_url is not None:
+        connect(options.redis_url)  # refuses what is no URL, also where nobody is asked because all is finished
     output = resolve_output(options)
     parts = [] if options.server_side else check_sources(options.corpus)
     spec = make_spec(
@@ -104,8 +106,8 @@ def _submit_server_side(options: Options, spec: JobSpec, sink: Sink) -> int:
         stands, said = hand_over(options.redis_url, spec, sink, options.max_errors, progress.notice)
         if said:
             progress.tell(said)
-            broker, url = Broker(connect(options.redis_url), spec.queue), mask(options.redis_url)
-            missing = without_coordinator(broker, spec, url)
+            broker = Broker(connect(options.redis_url), spec.queue)
+            missing = without_coordinator(broker, spec, options.redis_url)
             if missing:
                 progress.say(missing)
     result = report.from_manifest(stands) if isinstance(stands, Manifest) else report.from_status(stands)
@@ -196,9 +198,9 @@ class Run:
         if self.options.redis_url is None:
             self._progress.say("stopped; the same command goes on from here")
         elif self._opened:
-            url = mask(self.options.redis_url)
+            look_again = with_redis(f"embed-status {self.spec.job}", self.options.redis_url)
             self._progress.say(
-                f"detached from job {self.spec.job}; look again with `embed-status {self.spec.job} --redis {url}`; "
+                f"detached from job {self.spec.job}; look again with {look_again}; "
                 f"if not all was submitted, the same command goes on"
             )
         return DETACHED
@@ -357,7 +359,7 @@ class Run:
         else:
             self._progress.tell(
                 f"all is submitted; job {self.spec.job} goes on without this command: "
-                f"`embed-status {self.spec.job} --redis {mask(url)}`"
+                f"{with_redis(f'embed-status {self.spec.job}', url)}"
             )
 
 

@@ -156,7 +156,7 @@ class Watch:
         if not workers and status.state is not JobState.FINALIZING:
             if not self._without_worker:
                 self._without_worker = True
-                self._progress.notice(without_worker(self._broker, self._spec, mask(self._url)))
+                self._progress.notice(without_worker(self._broker, self._spec, self._url))
         elif self._without_worker:
             self._without_worker = False
             self._progress.notice("")
@@ -188,5 +188,5 @@ def without_worker(broker: Broker, spec: JobSpec, url: str) -> str:
     served = f"queues with workers: {', '.join(others)}" if others else "no queue has one"
     return (
         f"waiting for a worker on queue {spec.queue} ({served}): "
-        f"start one with `{start_command(spec.model, url, spec.queue)}`"
+        f"start one with {start_command(spec.model, url, spec.queue)}"
     )

@@ -140,3 +140,15 @@ def test_a_password_with_an_unescaped_mark_is_not_shown(mark: str) -> None:
 )
 def test_a_password_is_masked(url: str, shown: str) -> None:
     assert connection.mask(url) == shown
+
+
+def test_a_command_to_paste_names_redis_and_no_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, secret = "unix:///tmp/my redis.sock", f"redis://:{SECRET}@h:6379/0"
+    monkeypatch.delenv("EMBEDSTREAM_REDIS_URL", raising=False)
+    assert connection.with_redis("embed-status", plain) == "`embed-status --redis 'unix:///tmp/my redis.sock'`"
+    referred = "`embed-status` with the same --redis, or with EMBEDSTREAM_REDIS_URL set"
+    assert connection.with_redis("embed-status", secret) == referred
+    for url in (plain, secret):
+        monkeypatch.setenv("EMBEDSTREAM_REDIS_URL", url)
+        assert connection.with_redis("embed-status", url) == "`embed-status`"
+    assert connection.with_redis("embed-status", plain) == "`embed-status --redis 'unix:///tmp/my redis.sock'`"

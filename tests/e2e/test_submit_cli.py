@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -18,7 +20,7 @@ from mini_worker import MiniWorker
 from e2e.harness import BIN, environment, read_errors, read_manifest, run, start_submit, wait_until
 from embedstream.broker import Broker
 from embedstream.connection import connect
-from embedstream.jobs import job_id
+from embedstream.jobs import FORMAT_VERSION, job_id
 
 
 @pytest.fixture
@@ -185,6 +187,9 @@ def test_a_finished_output_is_not_touched_and_needs_no_server(tmp_path: Path, ur
         done = run("embed-submit", *command, *more)
         assert done.returncode == 0, done.stderr
         assert "finished already" in done.stdout
+    wrong = run("embed-submit", *command, "--redis", "localhost:6379")
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert "use redis://host:6379/0" in wrong.stderr
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
 
 
@@ -206,12 +211,27 @@ def test_a_submit_without_a_worker_names_the_command_and_the_queues_that_have_on
         submit = start_submit(corpus(tmp_path), "-o", tmp_path / "out", *fleet_args(url, queue), "--json")
         assert submit.stderr is not None
         said = next(line for line in submit.stderr if "waiting for a worker" in line)
-        assert f"embed-worker --model mini --redis {url} --queue {queue}" in said
+        assert f"embed-worker --model mini --queue {queue} --redis {url}" in said
         assert f"{queue}-other" in said
         with MiniWorker(url, queue):
             out, err = submit.communicate(timeout=60)
     assert submit.returncode == 0, err
     assert json.loads(out)["rows"] == 50
+
+
+def test_a_printed_command_can_be_pasted_whatever_the_password(tmp_path: Path, url: str, queue: str) -> None:
+    secret = f"{url}?username=default&password=hunter2"
+    command = [corpus(tmp_path), "-o", tmp_path / "out", "--queue", queue, "--model", "mini", "--detach"]
+    job = job_id(queue, str(tmp_path / "out"))
+    for args, variable, later in [(["--redis", url], "", ""), ([], secret, secret), (["--redis", secret], "", secret)]:
+        said = run("embed-submit", *command, *args, EMBEDSTREAM_REDIS_URL=variable).stderr
+        (printed,) = re.findall(rf"`(embed-status {job}.*?)`", said)
+        assert "***" not in printed
+        assert "hunter2" not in said
+        pasted = run(*shlex.split(printed), EMBEDSTREAM_REDIS_URL=later)
+        assert pasted.returncode == 0, pasted.stderr
+        assert job in pasted.stdout
+    Broker(connect(url), queue).run(Broker(connect(url), queue).cancel(job))
 
 
 def test_ctrl_c_detaches_from_a_fleet_and_says_how_to_look_again(tmp_path: Path, url: str, queue: str) -> None:
@@ -295,6 +315,44 @@ def test_status_shows_jobs_queues_and_workers(tmp_path: Path, url: str, queue: s
         assert (as_json["state"], as_json["rows"]) == ("completed", 50)
         queues = json.loads(run("embed-status", "--redis", url, "--json").stdout)["queues"]
         assert [q["jobs"][0]["job"] for q in queues if q["queue"] == queue] == [job]
+
+
+def test_one_queue_can_be_looked_at_and_a_job_sought_there(tmp_path: Path, url: str, queue: str) -> None:
+    job = job_id(queue, str(tmp_path / "out"))
+    run("embed-submit", corpus(tmp_path), "-o", tmp_path / "out", *fleet_args(url, queue), "--detach")
+    with MiniWorker(url, f"{queue}-other"):
+        listed = json.loads(run("embed-status", "--redis", url, "--queue", queue, "--json").stdout)["queues"]
+        assert [each["queue"] for each in listed] == [queue]
+        nothing = run("embed-status", "--redis", url, "--queue", "no-such")
+        assert nothing.returncode == 0
+        assert "no queue no-such: neither job nor worker was there in the last 30 days; there are" in nothing.stdout
+        assert f"{queue}-other" in nothing.stdout
+        for command in ("embed-status", "embed-cancel"):
+            elsewhere = run(command, job, "--redis", url, "--queue", f"{queue}-other")
+            assert elsewhere.returncode == 2
+            assert f"no job {job} on queue {queue}-other (without --queue" in elsewhere.stderr
+    assert run("embed-cancel", job, "--redis", url, EMBEDSTREAM_QUEUE=queue).returncode == 0
+    assert f"job {job}  finalizing" in run("embed-status", job, "--redis", url, EMBEDSTREAM_QUEUE=queue).stdout
+
+
+def test_a_job_of_another_version_is_listed_by_its_id_and_can_be_cancelled(
+    tmp_path: Path, url: str, queue: str
+) -> None:
+    job, broker = job_id(queue, str(tmp_path / "out")), Broker(connect(url), queue)
+    run("embed-submit", corpus(tmp_path), "-o", tmp_path / "out", *fleet_args(url, queue), "--detach")
+    newer = FORMAT_VERSION + 1
+    broker.client.hset(broker.keys.job(job), "spec", json.dumps({"v": newer}))
+    why = f"job spec has format version {newer}, this embedstream reads {FORMAT_VERSION}: upgrade it"
+    listing = run("embed-status", "--redis", url, "--queue", queue)
+    assert f"  job {job}  unreadable: {why}\n" in listing.stdout
+    assert "1 block queued (0 in workers' hands), the oldest for" in listing.stdout
+    assert "1 of them for nobody here\n" in listing.stdout
+    (looked,) = json.loads(run("embed-status", "--redis", url, "--queue", queue, "--json").stdout)["queues"]
+    assert (looked["unreadable_jobs"], looked["refused_blocks"], looked["drain_seconds"]) == ({job: why}, 1, 0)
+    one = run("embed-status", job, "--redis", url)
+    assert (one.returncode, one.stderr) == (2, f"Error: job {job} on queue {queue}: {why}\n")
+    assert "is cancelled" in run("embed-cancel", job, "--redis", url).stdout
+    assert broker.backlog(job) == 0
 
 
 @pytest.mark.parametrize("command", ["embed-status", "embed-cancel"])
