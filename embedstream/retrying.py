@@ -15,12 +15,9 @@ from embedstream.dataset.ordering import Ordering
 from embedstream.dataset.schema import ErrorRow
 from embedstream.dataset.sink import Manifest, Sink
 from embedstream.errors import CorpusChanged, UsageError
-from embedstream.input.refusals import Code
+from embedstream.input.refusals import FOR_GOOD
 from embedstream.jobs import JobSpec, JobState, Retry
 from embedstream.packing import Packer
-
-_FOR_GOOD = frozenset(Code)
-"""What the producer refuses would be refused again; every other code is a worker's."""
 
 
 class _Failed(msgspec.Struct, array_like=True):
@@ -77,7 +74,7 @@ class FailedRows:
 
 def could_succeed(error: ErrorRow) -> bool:
     """Whether a worker failed at the row, and not the row at our rules."""
-    return error.code not in _FOR_GOOD
+    return error.code not in FOR_GOOD
 
 
 def pick(

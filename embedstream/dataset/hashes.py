@@ -7,6 +7,7 @@ import shlex
 import uuid
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import islice
 from typing import Any, TypeAlias, TypeVar
 from urllib.parse import parse_qs, urlsplit
 
@@ -24,6 +25,7 @@ from embedstream.dataset.schema import ErrorRow, placed_errors, vector_type
 from embedstream.dataset.sink import Manifest, ManifestShard, ShardContent, ShardRecord
 from embedstream.errors import OutputError, UsageError
 from embedstream.failpoints import reach
+from embedstream.input.refusals import FOR_GOOD
 from embedstream.jobs import JobSpec
 
 T = TypeVar("T")
@@ -34,7 +36,7 @@ SLICE_ROWS = 256
 SLICE_BYTES = 1024 * 1024
 """What goes to the server at once: enough that round trips vanish, little enough that others are served between."""
 
-_OWN_NAMES = ("_errors", "_manifest", "_probe", "_retry")
+_OWN_NAMES = ("_errors", "_manifest", "_pending", "_probe")
 """What follows the prefix in keys that are no row's; rows with such an id get their chunk number behind it."""
 
 
@@ -43,8 +45,8 @@ class RedisSink:
 
     A row is written before its block is committed, and writing it again leaves the same hash. Error rows lie in the
     hash `prefix + "_errors"`, the manifest in the string `prefix + "_manifest"`. With a time to live, each key has it
-    from its last writing on. How failed rows that are run again end is noted in the hash `prefix + "_retry"`, and takes
-    effect with the manifest.
+    from its last writing on. How a row ends that fails, or is run again, is noted by shard in the hash
+    `prefix + "_pending"`, and takes effect with a manifest that lists the shard: another one may have been committed.
     """
 
     def __init__(self, address: RedisAddress, server: str, spec: JobSpec | None = None) -> None:
@@ -88,9 +90,10 @@ class RedisSink:
             self._write_rows(batch, spec)
             if spec.retry is not None:
                 places = zip(*(_list(batch, name) for name in ("part", "row", "chunk")), strict=True)
-                self._put("_retry", {f"{record.name}:{part}:{row}:{chunk}": b"" for part, row, chunk in places})
+                self._put("_pending", {_pending(record, *place): b"" for place in places})
         for batch in content.errors.to_batches(max_chunksize=SLICE_ROWS):
-            self._write_errors(batch, spec, record.name)
+            placed = placed_errors(batch, spec.parts)
+            self._put("_pending", {_pending(record, *place): error for *place, error in placed})
         return record
 
     def _write_rows(self, batch: pa.RecordBatch, spec: JobSpec) -> None:
@@ -125,13 +128,6 @@ class RedisSink:
         self._run(pipe)
         reach("hashes.written")
 
-    def _write_errors(self, batch: pa.RecordBatch, spec: JobSpec, shard: str) -> None:
-        fields = {f"{part}:{row}:{chunk}": error for part, row, chunk, error in placed_errors(batch, spec.parts)}
-        if spec.retry is None:
-            self._put("_errors", fields)
-        else:
-            self._put("_retry", {f"{shard}:{place}": error for place, error in fields.items()})
-
     def _put(self, name: str, fields: dict[str, bytes]) -> None:
         if not fields:
             return
@@ -143,7 +139,13 @@ class RedisSink:
         self._run(pipe)
 
     def discard_shard(self, name: str) -> None:
-        """Nothing: whoever commits those rows has written, or will write, the same keys."""
+        """Forget how its rows end. Whoever commits those rows has written, or will write, the same keys.
+
+        Raises:
+            OutputError: the server cannot be reached or refuses.
+        """
+        if self._spec is not None:
+            self._forget(f"{self._spec.job}:{name}:")
 
     def find_shards(self, known: Container[str] = ()) -> Iterator[ShardRecord]:  # noqa: ARG002
         """None: hashes do not say which shard they came in."""
@@ -156,33 +158,57 @@ class RedisSink:
         return None if data is None else decode_manifest(data, f"{mask(self._server)} {key}")
 
     def finalize(self, manifest: Manifest) -> None:
-        """Write the manifest; the errors are there already, save for what was run again. Raises `OutputError`."""
+        """Write the manifest and the errors of its shards: at once if they replace others. Raises `OutputError`."""
+        job = manifest.job if self._spec is None else self._spec.job
         pipe = self._client.pipeline(transaction=True)
-        if self._spec is not None and self._spec.retry is not None:
-            ended = list(self._ended_retries({shard.name.encode() for shard in manifest.shards}))
-            errors = f"{self._prefix}_errors"
-            for start in range(0, len(ended), SLICE_ROWS):
-                some = ended[start : start + SLICE_ROWS]
+        errors, replaces = f"{self._prefix}_errors", self._spec is not None and self._spec.retry is not None
+        ended = self._ended(job, {shard.name for shard in manifest.shards})
+        while some := list(islice(ended, SLICE_ROWS)):
+            bad = {place: error for place, error in some if error}
+            if replaces:
                 if good := [place for place, error in some if not error]:
                     pipe.hdel(errors, *good)
-                if bad := {place: error for place, error in some if error}:
+                if bad:
                     pipe.hset(errors, mapping=bad)
-            pipe.unlink(f"{self._prefix}_retry")
+            else:
+                self._put("_errors", bad)
+            self._remove_failed(bad.values(), {manifest.job, *manifest.retries, job})
         pipe.set(f"{self._prefix}_manifest", encode_manifest(manifest), ex=self._ttl)
         self._run(pipe)
+        self._forget(f"{job}:")
 
-    def _ended_retries(self, shards: set[bytes]) -> Iterator[tuple[bytes, bytes]]:
-        """Places of the rows in these shards that were run again, each with its new error, or with nothing."""
-        for field, error in self._scan_hash("_retry"):
-            shard, _, place = field.partition(b":")
+    def _ended(self, job: str, shards: set[str]) -> Iterator[tuple[str, bytes]]:
+        """Places of the rows in these shards that failed or were run again, each with its error, or with nothing."""
+        for field, error in self._scan_hash("_pending", f"{job}:*"):
+            _, shard, place = field.decode().split(":", 2)
             if shard in shards:
                 yield place, error
 
-    def _scan_hash(self, name: str) -> Iterator[tuple[bytes, bytes]]:
+    def _remove_failed(self, errors: Iterable[bytes], jobs: set[str]) -> None:
+        """Remove the hashes of failed rows: a worker that came too late had vectors for them.
+
+        Not of rows that were refused: what is there under the id of such a one is another row's.
+        """
+        rows = [msgspec.json.decode(error, type=ErrorRow) for error in errors]
+        keys = [
+            self._key(row.id, row.chunk).encode() for row in rows if row.code not in FOR_GOOD and row.id is not None
+        ]
+        ours = {job.encode() for job in jobs}
+        late = [key for key, (job,) in zip(keys, self._fields(keys, ["job"]), strict=True) if job in ours]
+        if late:
+            self._ask(lambda: self._client.unlink(*late))
+
+    def _forget(self, beginning: str) -> None:
+        """Take fields out of the pending ones."""
+        key, found = f"{self._prefix}_pending", self._scan_hash("_pending", f"{beginning}*")
+        while some := [field for field, _ in islice(found, SLICE_ROWS)]:
+            self._ask(partial(self._client.hdel, key, *some))
+
+    def _scan_hash(self, name: str, pattern: str = "*") -> Iterator[tuple[bytes, bytes]]:
         cursor = -1
         while cursor:
             key = f"{self._prefix}{name}"
-            cursor, fields = self._ask(partial(self._client.hscan, key, max(cursor, 0), count=100))
+            cursor, fields = self._ask(partial(self._client.hscan, key, max(cursor, 0), match=pattern, count=100))
             yield from fields.items()
 
     def mend(self, manifest: Manifest) -> None:
@@ -316,6 +342,11 @@ class RedisSink:
             ) from error
         except (redis.RedisError, OSError) as error:
             raise OutputError(f"output {self._prefix}*: {explain(error, self._server)}") from error
+
+
+def _pending(record: ShardRecord, part: int, row: int, chunk: int) -> str:
+    """The field that says how a row ends if the shard is committed."""
+    return f"{record.job}:{record.name}:{part}:{row}:{chunk}"
 
 
 def _escaped(prefix: str) -> str:

@@ -33,6 +33,10 @@ class Code(enum.StrEnum):
     KEPT_TOO_LONG = "kept_too_long"  # kept fields of more than LONGEST_KEPT_BYTES
 
 
+FOR_GOOD = frozenset(Code)
+"""What the producer refuses would be refused again; every other code of an error row is a worker's."""
+
+
 class RowRefused(Exception):
     """Carries a verdict out of the functions that judge a row."""
 

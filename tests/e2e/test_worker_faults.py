@@ -10,16 +10,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from conftest import RedisServer
 from hashing_reference import reference_vector
-from worker_lab import Gate, ScriptedEngine, WorkerLab, refusal, reply_is_lost, worker_lab
+from worker_lab import Gate, ScriptedEngine, WorkerLab, pack, refusal, reply_is_lost, worker_lab
 
 from e2e.harness import assert_exact, read_errors, read_manifest, read_rows, wait_until
 from embedstream import scripts
 from embedstream.broker import Broker
 from embedstream.connection import connect
 from embedstream.dataset.folder import FolderSink
+from embedstream.dataset.sink import open_sink
 from embedstream.interactive import EmbedRequest, ask, vectors
 from embedstream.jobs import JobState
 from embedstream.metrics import DEVICE_BUSY
@@ -97,6 +99,28 @@ def test_what_others_commit_first_is_left_out_of_the_shard(lab: WorkerLab) -> No
     assert sum(shards.values()) == 48
     slow.stop()
     assert slow.error is None
+
+
+@pytest.mark.parametrize("late_fails", [True, False], ids=["the late one fails it", "the first one fails it"])
+def test_a_row_that_fails_in_one_of_two_workers_ends_once_in_a_redis_output(lab: WorkerLab, late_fails: bool) -> None:
+    output = f"redis:?prefix={lab.broker.queue}:"
+    job = lab.create(msgspec.structs.replace(lab.spec(), output=output))
+    lab.submit(job, pack(TEXTS, 8))
+    gate, nan = Gate(), [TEXTS[3]]
+    late = lab.start(ScriptedEngine(gate, nan if late_fails else ()), roots=["redis:"])
+    assert gate.arrived.wait(30)
+    lab.expire_leases(job, blocks=2)
+    lab.start(ScriptedEngine(nan=() if late_fails else nan), roots=["redis:"])
+    wait_until(lambda: lab.broker.status(job).done == 2, "the other worker's shard")
+    gate.open.set()
+    finish(lab, job)
+    late.stop()
+    sink = open_sink(output, queue_url=lab.url)
+    vectors_of = sorted(str(id) for batch in sink.read(["id"]) for id in batch.column("id").to_pylist())
+    errors = [error.id for error in sink.read_errors()]
+    assert sorted([*vectors_of, *map(str, errors)]) == sorted(BY_ID)
+    assert errors == ([] if late_fails else ["t3"])
+    assert not lab.broker.client.exists(f"{lab.broker.queue}:_pending")
 
 
 def test_a_job_cancelled_while_its_blocks_are_in_the_model_leaves_no_shard(lab: WorkerLab) -> None:

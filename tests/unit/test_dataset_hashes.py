@@ -17,7 +17,8 @@ from conftest import RedisServer
 from dataset_lab import DIM, Dataset, contents_of, make_content, make_error, make_spec, vectors
 from redisvl.redis.utils import array_to_buffer, buffer_to_array
 
-from embedstream.dataset.sink import canonical_output, open_sink
+from embedstream.dataset.schema import errors_schema
+from embedstream.dataset.sink import BlockRecord, ShardContent, canonical_output, open_sink
 from embedstream.errors import OutputError, UsageError
 from embedstream.jobs import JobSpec
 
@@ -98,6 +99,12 @@ def dump(client: redis.Redis, prefix: str) -> dict[bytes, dict[bytes, bytes]]:
     return {key: raw.hgetall(key) for key in keys_below(client, prefix)}
 
 
+def dump_all(client: redis.Redis, prefix: str) -> dict[bytes, bytes | None]:
+    """Keys of whatever type, with their content."""
+    raw: Any = client
+    return {key: raw.dump(key) for key in keys_below(client, prefix)}
+
+
 def keys_below(client: redis.Redis, prefix: str) -> list[bytes]:
     raw: Any = client
     return [*raw.scan_iter(prefix.replace("[", "\\[") + "*")]
@@ -140,6 +147,7 @@ def test_errors_are_kept_by_place_and_only_once(make: Make, client: redis.Redis,
     content = make_content(dataset.spec, errors=[make_error(1, 4), make_error(0, 9)])
     dataset.write(content)
     dataset.sink.write_shard(content)
+    dataset.end()
     found = client.hgetall(f"{prefix}_errors")
     assert sorted(found) == [b"0:9:0", b"1:4:0"]
     assert json.loads(found[b"1:4:0"])["file"] == "/data/b.jsonl"
@@ -147,6 +155,88 @@ def test_errors_are_kept_by_place_and_only_once(make: Make, client: redis.Redis,
         ("/data/a.jsonl", 10),
         ("/data/b.jsonl", 5),
     ]
+
+
+FAILED = make_error(0, 2, id="0-2", code="engine_error", message="it broke", original="text 0/2 café")
+
+
+def without_its_last_row(content: ShardContent) -> ShardContent:
+    """The same shard of a worker in which the row failed."""
+    record = msgspec.structs.replace(content.record, rows=2, failed=1, blocks=(BlockRecord(0, 0, 2, 1, 0, "0" * 16),))
+    errors = pa.Table.from_pylist([FAILED], schema=errors_schema())
+    return ShardContent(record, content.data.slice(0, 2), errors)
+
+
+def ids_of(dataset: Dataset) -> list[str]:
+    return sorted(row["id"] for batch in dataset.sink.read() for row in batch.to_pylist())
+
+
+@pytest.mark.parametrize("killed", [False, True], ids=["refused", "killed before its commit"])
+def test_a_late_worker_that_fails_a_row_with_a_vector_leaves_no_error(
+    make: Make, client: redis.Redis, prefix: str, killed: bool
+) -> None:
+    dataset = make()
+    late = make_content(dataset.spec, name="late")
+    dataset.write(make_content(dataset.spec, name="first"))
+    dataset.sink.write_shard(without_its_last_row(late))
+    if not killed:
+        dataset.sink.discard_shard("late")
+        assert not client.exists(f"{prefix}_pending")
+    dataset.end()
+    assert ids_of(dataset) == ["0-0", "0-1", "0-2"]
+    assert list(dataset.sink.read_errors()) == []
+    assert not client.exists(f"{prefix}_errors", f"{prefix}_pending")
+
+
+def test_a_worker_that_fails_a_row_after_the_end_of_its_job_leaves_no_error(
+    make: Make, client: redis.Redis, prefix: str
+) -> None:
+    dataset = make()
+    dataset.write(make_content(dataset.spec, name="first"))
+    dataset.end()
+    before = dump_all(client, prefix)
+    dataset.sink.write_shard(without_its_last_row(make_content(dataset.spec, name="first")))
+    dataset.sink.discard_shard("first")
+    assert dump_all(client, prefix) == before
+
+
+def test_a_late_workers_vector_of_a_row_that_failed_is_removed(make: Make, client: redis.Redis, prefix: str) -> None:
+    dataset = make()
+    dataset.write(without_its_last_row(make_content(dataset.spec, name="first")))
+    dataset.sink.write_shard(make_content(dataset.spec, name="late"))
+    dataset.sink.discard_shard("late")
+    assert client.exists(f"{prefix}0-2")
+    dataset.end()
+    assert ids_of(dataset) == ["0-0", "0-1"]
+    assert [error.id for error in dataset.sink.read_errors()] == ["0-2"]
+    assert not client.exists(f"{prefix}0-2")
+
+
+def test_a_refused_row_does_not_take_the_vector_of_the_row_whose_id_it_repeats(make: Make) -> None:
+    dataset = make()
+    dataset.write(make_content(dataset.spec, errors=[make_error(0, 7, id="0-1", code="duplicate_id")]))
+    dataset.end()
+    assert ids_of(dataset) == ["0-0", "0-1", "0-2"]
+    assert [error.code for error in dataset.sink.read_errors()] == ["duplicate_id"]
+
+
+def test_a_failed_row_does_not_take_the_vector_of_another_jobs_row(
+    make: Make, client: redis.Redis, prefix: str
+) -> None:
+    dataset = make()
+    client.hset(f"{prefix}0-2", mapping={"job": "another", "id": "0-2"})
+    dataset.write(without_its_last_row(make_content(dataset.spec, name="first")))
+    dataset.end()
+    assert client.hget(f"{prefix}0-2", "job") == b"another"
+
+
+def test_the_end_of_one_job_takes_no_errors_of_another_that_runs(make: Make) -> None:
+    running, ending = make(), make("&ttl=500")
+    running.write(without_its_last_row(make_content(running.spec, name="first")))
+    ending.write(make_content(ending.spec, name="second"))
+    ending.end()
+    running.end()
+    assert [error.id for error in running.sink.read_errors()] == ["0-2"]
 
 
 def test_with_a_time_to_live_every_key_has_it(make: Make, client: redis.Redis, prefix: str) -> None:
