@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -16,7 +16,7 @@ from embedstream import scripts
 from embedstream.errors import BrokerError, JobUnknown
 from embedstream.failpoints import reach
 from embedstream.jobs import JobState, JobStatus, decode_spec
-from embedstream.keys import GROUP, QUEUES, RELEASED, Keys
+from embedstream.keys import GROUP, QUEUES, RELEASED
 from embedstream.steps import MOST_BLOCKS, CommitBlock, Step, Steps
 from embedstream.workers import WorkerRecord
 
@@ -25,6 +25,9 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 Fields = dict[bytes, bytes]
+
+SHARDS_AT_ONCE = 64
+"""Records asked for at once: some hundred kilobytes."""
 
 
 @dataclass(frozen=True)
@@ -225,10 +228,17 @@ class Broker(Steps):
         """The number that the part's next block must have."""
         return int(self._raw.hget(self.keys.job(job), f"next:{part}") or 0)
 
-    def shard_records(self, job: str) -> list[bytes]:
-        """The committed shards' records as JSON, by name."""
-        raw = self._raw.hgetall(self.keys.shards(job))
-        return [raw[name] for name in sorted(raw)]
+    def shard_records(self, job: str) -> Iterator[bytes]:
+        """The committed shards' records as JSON, by name; asked for in pieces, so that others are served meanwhile.
+
+        Raises `BrokerError` for one that is gone by then.
+        """
+        names = sorted(self.shard_names(job))
+        for start in range(0, len(names), SHARDS_AT_ONCE):
+            records = self._raw.hmget(self.keys.shards(job), names[start : start + SHARDS_AT_ONCE])
+            if None in records:
+                raise BrokerError(f"job {job}: records of shards vanish from Redis: run the same embed-submit again")
+            yield from records
 
     def shard_names(self, job: str) -> frozenset[str]:
         """The committed shards."""
@@ -391,9 +401,3 @@ def _stream_gone(error: ResponseError) -> bool:
     text = str(error)
     # The last is fakeredis', where Redis says NOGROUP.
     return text.startswith(("NOGROUP", "UNBLOCKED")) or "no such key" in text or "requires the key to exist" in text
-
-
-def job_keys(keys: Keys, job: str, parts: int) -> list[str]:
-    """Every key that a job may have, its stream excepted once it ended."""
-    per_part = [key for part in range(parts) for key in (keys.done(job, part), keys.sums(job, part))]
-    return [keys.job(job), keys.shards(job), keys.suspect(job), *per_part]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import msgspec
 
@@ -37,7 +37,7 @@ def finalize_job(
         return False
     settings = settings or Settings.from_environment()
     status = broker.status(job)
-    shards = [_decode_record(job, raw) for raw in broker.shard_records(job)]
+    shards = (_decode_record(job, raw) for raw in broker.shard_records(job))
     try:
         state, manifest = _write_manifest(sink_for(status.spec), status, shards, lease)
     except EmbedstreamError:
@@ -50,7 +50,7 @@ def finalize_job(
 
 
 def _write_manifest(
-    sink: Sink, status: JobStatus, shards: list[ShardRecord], lease: Lease
+    sink: Sink, status: JobStatus, shards: Iterator[ShardRecord], lease: Lease
 ) -> tuple[JobState, Manifest | None]:
     """How the job ends, and the manifest that says so."""
     if status.spec.retry is None:
@@ -59,7 +59,7 @@ def _write_manifest(
         return state, finalize(sink, status, shards, state, lease.now / 1000)
     if lease.verdict:
         return JobState(lease.verdict), None  # the dataset stays as it was; the same command goes on
-    manifest = finalize_retry(sink, status, shards)
+    manifest = finalize_retry(sink, status, list(shards))
     return JobState.FAILED if manifest is None else JobState.COMPLETED, manifest
 
 

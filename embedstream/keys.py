@@ -127,3 +127,9 @@ class Keys:
     def repeated(self, job: str) -> str:
         """Hash: part -> which of its rows have an id of an earlier part, and where that is. Expires by itself."""
         return f"{self.job(job)}:repeated"
+
+
+def job_keys(keys: Keys, job: str, parts: int) -> list[str]:
+    """Every key that a job may have, its stream excepted once it ended."""
+    per_part = [key for part in range(parts) for key in (keys.done(job, part), keys.sums(job, part))]
+    return [keys.job(job), keys.shards(job), keys.suspect(job), *per_part]

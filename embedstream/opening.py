@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Literal, TypedDict
 
 from embedstream.adoption import Adopted, adopt_shards
-from embedstream.broker import Broker, job_keys
+from embedstream.broker import Broker
 from embedstream.connection import mask
 from embedstream.dataset.manifest import manifest_spec, refuse_other_spec
 from embedstream.dataset.sink import Manifest, Sink, canonical_output
 from embedstream.errors import BrokerError, OutputError
 from embedstream.failpoints import reach
 from embedstream.jobs import JobSpec, JobState, decode_spec, model_address, queue_name
+from embedstream.keys import job_keys
 from embedstream.objects import is_object
 from embedstream.plans import drive, silent
 from embedstream.roots import allows, is_redis

@@ -10,10 +10,10 @@ from typing import Any
 import redis
 
 from embedstream.blocks import Entry
-from embedstream.broker import Broker, Claimed, job_keys
+from embedstream.broker import Broker, Claimed
 from embedstream.dataset.sink import BlockRecord, ShardRecord
 from embedstream.jobs import JobSpec, JobState
-from embedstream.keys import Keys
+from embedstream.keys import Keys, job_keys
 from embedstream.steps import Answer, Code, CommitBlock, Lease
 
 BOUND = 1_000_000

@@ -18,8 +18,8 @@ from embedstream.dataset.content import check_content, in_order
 from embedstream.dataset.files import TEMPORARY
 from embedstream.dataset.manifest import (
     decode_manifest,
-    encode_manifest,
     list_shard,
+    manifest_pieces,
     manifest_spec,
     refuse_other_spec,
 )
@@ -234,7 +234,7 @@ class FolderSink:
             self.files.write(ERRORS, (row + b"\n" for row in self.error_lines(manifest, sources)))
 
     def _write_manifest(self, manifest: Manifest) -> None:
-        self.files.write(MANIFEST, [encode_manifest(manifest)])
+        self.files.write(MANIFEST, manifest_pieces(manifest))
 
     def error_lines(self, manifest: Manifest, sources: Sequence[str]) -> Iterator[bytes]:
         """The listed shards' error rows as JSON, in the order of the corpus."""

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
-from itertools import pairwise
+from collections.abc import Iterable, Iterator
 
 import msgspec
 
 from embedstream.connection import mask
+from embedstream.dataset.shard_sums import ShardSums
 from embedstream.dataset.sink import (
     BlockRecord,
+    BlockRuns,
     Manifest,
     ManifestOutput,
     ManifestPart,
@@ -29,45 +30,53 @@ from embedstream.jobs import (
     refuse_other_version,
 )
 
+SHARDS_AT_ONCE = 256
+"""Encoded at once: some hundred kilobytes."""
 
-def build_manifest(status: JobStatus, shards: Sequence[ShardRecord], state: JobState, ended: float) -> Manifest:
-    """The manifest of a job that ends in `state` at `ended` (Unix seconds). Equal arguments give equal manifests.
 
-    Its counts are sums over the shards, so they are true of what it lists, whatever Redis counted.
+def build_manifest(status: JobStatus, shards: Iterable[ShardRecord], state: JobState, ended: float) -> Manifest:
+    """The manifest of a job that ends in `state` at `ended` (Unix seconds). Equal shards, in whatever order, give equal
+    manifests.
+
+    Its counts are sums over the shards, so they are true of what it lists, whatever Redis counted. Each shard is looked
+    at once, and no more is kept of it than what the manifest lists.
 
     Raises:
         OutputError: a block lies in two shards, shards are of several spaces, or a completed job lacks blocks.
     """
-    shards = sorted(shards, key=lambda shard: shard.name)
-    blocks = sorted((block for shard in shards for block in shard.blocks), key=lambda b: (b.part, b.block))
-    _check(status, shards, blocks)
-    partial = not status.sealed or len(blocks) < status.blocks
+    sums = ShardSums(status.job, len(status.spec.parts))
+    listed = sorted((list_shard(sums.add(shard)) for shard in shards), key=lambda shard: shard.name)
+    partial = not status.sealed or sums.blocks < status.blocks
     if partial and state is JobState.COMPLETED:
         raise OutputError(
-            f"job {status.job}: its shards hold {len(blocks)} of {status.blocks} blocks, so it is not complete: "
+            f"job {status.job}: its shards hold {sums.blocks} of {status.blocks} blocks, so it is not complete: "
             f"cancel it (embed-cancel {status.job}) and submit it again"
         )
-    rows, failed = sum(s.rows for s in shards), sum(s.failed for s in shards)
+    first = sums.first
     return Manifest(
         v=FORMAT_VERSION,
         job=status.job,
         state=state.value,
         partial=partial,
         spec=msgspec.Raw(public_spec(status.spec).encode()),
-        space=status.space or next((s.space for s in shards), ""),
-        prompt=next((s.prompt for s in shards), ""),
-        outputs=_outputs(status.spec, shards),
-        parts=_parts(status, blocks, whole=not partial),
-        rows=rows,
-        failed=failed,
-        skipped=sum(s.skipped for s in shards),
-        truncated=sum(s.truncated for s in shards),
-        tokens=sum(s.tokens for s in shards),
-        padded=sum(s.padded for s in shards),
+        space=status.space or (first.space if first else ""),
+        prompt=first.prompt if first else "",
+        outputs=_outputs(status.spec, first),
+        parts=tuple(
+            # How many blocks a part has is known when none is missing.
+            ManifestPart(source=source, blocks=-1 if partial else part.blocks, rows=part.rows, failed=part.failed)
+            for source, part in zip(status.spec.parts, sums.parts, strict=True)
+        ),
+        rows=sums.rows,
+        failed=sums.failed,
+        skipped=sums.skipped,
+        truncated=sums.truncated,
+        tokens=sums.tokens,
+        padded=sums.padded,
         created=status.created,
         ended=ended,
-        engines=tuple(sorted({s.engine for s in shards})),
-        shards=tuple(map(list_shard, shards)),
+        engines=tuple(sorted(sums.engines)),
+        shards=tuple(listed),
     )
 
 
@@ -80,12 +89,12 @@ def list_shard(shard: ShardRecord) -> ManifestShard:
         bytes=shard.bytes,
         checksum=shard.checksum,
         dtype=shard.dtype,
-        blocks=block_runs(shard.blocks),
+        runs=encode_runs(block_runs(shard.blocks)),
         errors_checksum=shard.errors_checksum,
     )
 
 
-def block_runs(blocks: Iterable[BlockRecord]) -> tuple[tuple[int, int, int], ...]:
+def block_runs(blocks: Iterable[BlockRecord]) -> BlockRuns:
     """Blocks in any order as runs of consecutive ones: (part, first, last), in order."""
     runs: list[tuple[int, int, int]] = []
     for part, block in sorted((b.part, b.block) for b in blocks):
@@ -96,14 +105,31 @@ def block_runs(blocks: Iterable[BlockRecord]) -> tuple[tuple[int, int, int], ...
     return tuple(runs)
 
 
+def encode_runs(runs: BlockRuns) -> msgspec.Raw:
+    """As the manifest lists them."""
+    return msgspec.Raw(msgspec.json.encode(runs))
+
+
+def manifest_pieces(manifest: Manifest) -> Iterator[bytes]:
+    """One line of JSON, in pieces of some shards each."""
+    before, hole, after = msgspec.json.encode(msgspec.structs.replace(manifest, shards=())).partition(b'"shards":[]')
+    yield before + hole[:-1]
+    for start in range(0, len(manifest.shards), SHARDS_AT_ONCE):
+        yield b"," * (start > 0) + msgspec.json.encode(manifest.shards[start : start + SHARDS_AT_ONCE])[1:-1]
+    yield hole[-1:] + after + b"\n"
+
+
 def encode_manifest(manifest: Manifest) -> bytes:
     """One line of JSON."""
-    return msgspec.json.encode(manifest) + b"\n"
+    return b"".join(manifest_pieces(manifest))
 
 
 def manifest_digest(manifest: Manifest) -> str:
     """16 hex digits: equal for equal manifests."""
-    return hashlib.blake2b(encode_manifest(manifest), digest_size=8).hexdigest()
+    digest = hashlib.blake2b(digest_size=8)
+    for piece in manifest_pieces(manifest):
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 def decode_manifest(data: bytes | str, where: str) -> Manifest:
@@ -117,12 +143,14 @@ def decode_manifest(data: bytes | str, where: str) -> Manifest:
     try:
         manifest = msgspec.json.decode(data, type=Manifest)
         spec = decode_spec(bytes(manifest.spec))
+        # Equal whatever blanks the file has, and no reference to it is left.
+        shards = tuple(msgspec.structs.replace(shard, runs=encode_runs(shard.blocks)) for shard in manifest.shards)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, UsageError) as error:
         raise ManifestDamaged(
             f"{where}: the manifest cannot be read ({error}): restore it, or remove it and run the same embed-submit "
             f"again, which takes over what lies there"
         ) from error
-    return msgspec.structs.replace(manifest, spec=msgspec.Raw(spec.encode()))
+    return msgspec.structs.replace(manifest, spec=msgspec.Raw(spec.encode()), shards=shards)
 
 
 def manifest_spec(manifest: Manifest) -> JobSpec:
@@ -144,26 +172,8 @@ def refuse_other_spec(output: str, made: JobSpec, wanted: JobSpec) -> None:
     raise SpecDiffers(output, field, getattr(made, name), getattr(wanted, name))
 
 
-def _check(status: JobStatus, shards: Sequence[ShardRecord], blocks: Sequence[BlockRecord]) -> None:
-    for before, after in pairwise(blocks):
-        if (before.part, before.block) == (after.part, after.block):
-            raise OutputError(f"job {status.job}: block {after.part}:{after.block} lies in two shards")
-    for block in blocks:
-        if not 0 <= block.part < len(status.spec.parts):
-            raise OutputError(f"job {status.job}: a shard holds part {block.part} of {len(status.spec.parts)} parts")
-    for shard in shards:
-        if shard.space != shards[0].space or shard.dim != shards[0].dim or shard.normalized != shards[0].normalized:
-            raise OutputError(
-                f"job {status.job}: shards {shards[0].name} and {shard.name} hold vectors that cannot be compared "
-                f"(spaces {shards[0].space} and {shard.space})"
-            )
-        if sum(b.rows for b in shard.blocks) != shard.rows or sum(b.failed for b in shard.blocks) != shard.failed:
-            raise OutputError(f"job {status.job}: shard {shard.name} does not add up to its blocks")
-
-
-def _outputs(spec: JobSpec, shards: Sequence[ShardRecord]) -> tuple[ManifestOutput, ...]:
+def _outputs(spec: JobSpec, first: ShardRecord | None) -> tuple[ManifestOutput, ...]:
     """What the model really gave; what was asked for when there is no shard to tell."""
-    first = shards[0] if shards else None
     return tuple(
         ManifestOutput(
             name=output.name,
@@ -173,18 +183,4 @@ def _outputs(spec: JobSpec, shards: Sequence[ShardRecord]) -> tuple[ManifestOutp
             normalized=first.normalized if first else bool(output.normalized),
         )
         for output in spec.outputs
-    )
-
-
-def _parts(status: JobStatus, blocks: Sequence[BlockRecord], whole: bool) -> tuple[ManifestPart, ...]:
-    """Per part what its blocks add up to. How many blocks a part has is known when none is missing."""
-    counts = [[0, 0, 0] for _ in status.spec.parts]
-    for block in blocks:
-        count = counts[block.part]
-        count[0] += 1
-        count[1] += block.rows
-        count[2] += block.failed
-    return tuple(
-        ManifestPart(source=source, blocks=n if whole else -1, rows=rows, failed=failed)
-        for source, (n, rows, failed) in zip(status.spec.parts, counts, strict=True)
     )

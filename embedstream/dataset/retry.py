@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import msgspec
 
 from embedstream.dataset.manifest import list_shard, manifest_digest
-from embedstream.dataset.sink import Manifest, ManifestPart, ManifestShard, ShardRecord, Sink
+from embedstream.dataset.sink import NO_BLOCKS, Manifest, ManifestPart, ManifestShard, ShardRecord, Sink
 from embedstream.errors import OutputError
 from embedstream.jobs import JobState, JobStatus
 
@@ -50,7 +50,7 @@ def merged(manifest: Manifest, job: str, shards: Sequence[ShardRecord], kept: Se
         if shards
         else manifest.shards
     )
-    added = [msgspec.structs.replace(list_shard(s), blocks=()) for s in shards]
+    added = [msgspec.structs.replace(list_shard(s), runs=NO_BLOCKS) for s in shards]
     by_part = [0] * len(manifest.parts)
     for shard in shards:
         for block in shard.blocks:

@@ -76,8 +76,15 @@ class ShardContent:
     errors: pa.Table
 
 
+BlockRuns = tuple[tuple[int, int, int], ...]
+"""Consecutive blocks: (part, first, last)."""
+
+NO_BLOCKS = msgspec.Raw(b"[]")
+
+
 class ManifestShard(msgspec.Struct, frozen=True):
-    """A shard as the manifest lists it."""
+    """A shard as the manifest lists it. Its blocks stay JSON in memory: as tuples they take ten times as much, and a
+    billion chunks have millions of them."""
 
     name: ShardName
     rows: int
@@ -85,10 +92,15 @@ class ManifestShard(msgspec.Struct, frozen=True):
     bytes: int
     checksum: str
     dtype: str
-    blocks: tuple[tuple[int, int, int], ...]
-    """Runs of blocks: (part, first, last)."""
+    runs: msgspec.Raw = msgspec.field(name="blocks")
+    """`BlockRuns` as compact JSON."""
     errors_checksum: str = ""
     """Of the file of error rows; empty if there is none."""
+
+    @property
+    def blocks(self) -> BlockRuns:
+        """Decoded at each look."""
+        return msgspec.json.decode(self.runs, type=BlockRuns)
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from broker_lab import HOUR_MS, Lab
 
+from embedstream.broker import SHARDS_AT_ONCE
 from embedstream.dataset.sink import open_sink
 from embedstream.errors import BrokerError
 from embedstream.jobs import JobState
@@ -269,3 +270,14 @@ def test_a_damaged_job_is_reported(lab: Lab) -> None:
     lab.client.hdel(lab.keys.job(job), "rows")
     with pytest.raises(BrokerError, match="damaged"):
         lab.broker.status(job)
+
+
+def test_records_of_many_shards_are_asked_for_in_pieces_and_one_that_vanishes_meanwhile_is_missed(lab: Lab) -> None:
+    job, names = lab.create(), [f"s{number:03}" for number in range(SHARDS_AT_ONCE + 1)]
+    lab.client.hset(lab.keys.shards(job), mapping={name: name for name in reversed(names)})
+    assert list(lab.broker.shard_records(job)) == [name.encode() for name in names]
+    records = lab.broker.shard_records(job)
+    assert next(records) == b"s000"
+    lab.client.hdel(lab.keys.shards(job), names[-1])
+    with pytest.raises(BrokerError, match="records of shards vanish"):
+        list(records)

@@ -254,7 +254,7 @@ MUTANTS = (
         "embedstream/dataset/folder.py",
         "        if manifest.failed or ERRORS in self.files.names():\n",
         (
-            "        self.files.write(MANIFEST, [encode_manifest(manifest)])\n"
+            "        self.files.write(MANIFEST, manifest_pieces(manifest))\n"
             "        if manifest.failed or ERRORS in self.files.names():\n"
         ),
         f"{FOLDER}::test_each_file_is_on_disk_before_the_next_step",
@@ -262,9 +262,9 @@ MUTANTS = (
     ),
     mutant(
         "a manifest lists a block twice",
-        "embedstream/dataset/manifest.py",
-        "if (before.part, before.block) == (after.part, after.block):",
-        "if before is after:",
+        "embedstream/dataset/shard_sums.py",
+        "if part.seen[block.block]:",
+        "if False:",
         "tests/unit/test_dataset_manifest.py::test_a_block_in_two_shards_is_refused",
     ),
     mutant(

@@ -28,11 +28,12 @@ from embedstream import (
     SpecDiffers,
     UsageError,
 )
-from embedstream.broker import Broker, job_keys
+from embedstream.broker import Broker
 from embedstream.dataset.manifest import refuse_other_spec
 from embedstream.dataset.sink import open_sink
 from embedstream.finalizing import finalize_job
 from embedstream.input.record_blocks import Records
+from embedstream.keys import job_keys
 from embedstream.opening import make_spec, refuse_forbidden
 
 RECORDS = [{"id": f"r{i}", "text": f"text number {i}"} for i in range(700)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from itertools import pairwise
 from typing import Any
 
@@ -12,15 +13,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embedstream.dataset.manifest import (
+    SHARDS_AT_ONCE,
     block_runs,
     build_manifest,
     decode_manifest,
     encode_manifest,
+    manifest_pieces,
     manifest_spec,
     refuse_other_spec,
 )
 from embedstream.dataset.sink import BlockRecord, ShardRecord
-from embedstream.errors import OutputError, SpecDiffers
+from embedstream.errors import ManifestDamaged, OutputError, SpecDiffers
 from embedstream.jobs import JobState
 
 SPEC = make_spec("/out")
@@ -56,8 +59,46 @@ def test_a_complete_manifest_adds_its_shards_up() -> None:
 def test_a_manifest_reads_back_as_it_was() -> None:
     manifest = build_manifest(make_status(SPEC, 1), [make_record("a", [(0, 0)])], JobState.COMPLETED, 2.0)
     assert decode_manifest(encode_manifest(manifest), "x") == manifest
+    assert encode_manifest(manifest) == msgspec.json.encode(manifest) + b"\n"
     spaced = msgspec.json.format(encode_manifest(manifest), indent=2)
     assert decode_manifest(spaced, "x") == manifest
+
+
+def test_a_manifest_of_many_shards_is_written_in_order_and_piece_by_piece() -> None:
+    count = 2 * SHARDS_AT_ONCE + 1
+    shards = [make_record(f"s{n:04}", [(0, n)]) for n in reversed(range(count))]
+    manifest = build_manifest(make_status(SPEC, count), shards, JobState.COMPLETED, 2.0)
+    pieces = list(manifest_pieces(manifest))
+    assert max(map(len, pieces)) < sum(map(len, pieces)) / 2
+    assert b"".join(pieces) == msgspec.json.encode(manifest) + b"\n"
+    assert [shard.name for shard in decode_manifest(b"".join(pieces), "x").shards] == [s.name for s in shards[::-1]]
+
+
+@pytest.mark.parametrize("blocks", [b'"all"', b"[[0,0]]", b"[[0,0,-]]"])
+def test_a_manifest_with_damaged_blocks_is_refused(blocks: bytes) -> None:
+    manifest = build_manifest(make_status(SPEC, 1), [make_record("a", [(0, 0)])], JobState.COMPLETED, 2.0)
+    with pytest.raises(ManifestDamaged, match="x: the manifest cannot be read"):
+        decode_manifest(encode_manifest(manifest).replace(b"[[0,0,0]]", blocks), "x")
+
+
+def test_making_and_reading_a_manifest_keeps_little_more_than_it_says() -> None:
+    """No two blocks of a shard follow each other: a manifest can say no more of a job of that size."""
+    shards, each = 512, 64
+    records = (make_record(f"s{n:04}", [(0, n + shards * i) for i in range(each)]) for n in range(shards))
+    tracemalloc.start()
+    try:
+        manifest = build_manifest(make_status(SPEC, shards * each), records, JobState.COMPLETED, 2.0)
+        said = sum(len(piece) for piece in manifest_pieces(manifest))
+        made = tracemalloc.get_traced_memory()[1]
+        data = encode_manifest(manifest)
+        tracemalloc.reset_peak()
+        again = decode_manifest(data, "x")
+        read = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert again == manifest
+    assert made < 5 * said, f"{made} bytes for a manifest of {said}"
+    assert read < 5 * said, f"{read} bytes for both and {said} bytes of JSON"
 
 
 def test_a_manifest_holds_no_password_and_still_fits_its_job() -> None:
@@ -97,6 +138,12 @@ def test_a_block_in_two_shards_is_refused() -> None:
     shards = [make_record("a", [(0, 0), (0, 1)]), make_record("b", [(0, 1)])]
     with pytest.raises(OutputError, match="block 0:1 lies in two shards"):
         build_manifest(make_status(SPEC, 3), shards, JobState.COMPLETED, 2.0)
+
+
+@pytest.mark.parametrize("place", [(2, 0), (-1, 0), (0, -1), (0, 2**26)])
+def test_a_block_that_no_job_has_is_refused(place: tuple[int, int]) -> None:
+    with pytest.raises(OutputError, match=r"holds part -?\d of 2 parts|no part has such a block"):
+        build_manifest(make_status(SPEC, 1), [make_record("a", [place])], JobState.CANCELLED, 2.0)
 
 
 def test_shards_of_two_spaces_are_refused() -> None:
