@@ -16,8 +16,9 @@ import json
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import corpora
@@ -35,8 +36,11 @@ TOKENS = CHARACTERS // 4
 CHUNKS_PER_SECOND = 700
 """Of one worker: 8 of them reach 5,600, and two cores can follow."""
 
-WORKER_OPTIONS = ("--batch-tokens", "3200", "--window-tokens", "12800")
-"""64 chunks in the model at once, a block in a window: at the end of a job no worker has much that others lack."""
+WORKER_BATCH = ("--batch-tokens", "3200")
+"""64 chunks in the model at once."""
+
+WORKER_OPTIONS = (*WORKER_BATCH, "--window-tokens", "12800")
+"""A block in a window: at the end of a job no worker has much that others lack."""
 
 
 @contextlib.contextmanager
@@ -50,11 +54,11 @@ def workers() -> Iterator[list[Worker]]:
             worker.stop()
 
 
-def add(fleet: list[Worker], count: int, server: Server, place: Path) -> None:
+def add(fleet: list[Worker], count: int, server: Server, place: Path, options: Sequence[str] = WORKER_OPTIONS) -> None:
     """Start workers until there are so many."""
     pace = {VARIABLE: str(CHUNKS_PER_SECOND * TOKENS)}
     while len(fleet) < count:
-        fleet.append(Worker(server, place, MODEL, QUEUE, *WORKER_OPTIONS, **pace))
+        fleet.append(Worker(server, place, MODEL, QUEUE, *options, **pace))
 
 
 def growth(server: Server, place: Path, fleet: list[Worker], counts: list[int], seconds: float) -> str:
@@ -89,6 +93,32 @@ def growth(server: Server, place: Path, fleet: list[Worker], counts: list[int], 
         "of it Redis",
     ]
     return table(head, rows)
+
+
+def joining(server: Server, place: Path, fleet: list[Worker], seconds: float) -> str:
+    """A job of one worker, and one to which three more come after a quarter of that time. Windows: as by default."""
+    chunks = round(CHUNKS_PER_SECOND * seconds)
+    corpus = corpora.write_corpus(place / "joining.jsonl", corpora.synthetic_texts(chunks, CHARACTERS))
+    add(fleet, 1, server, place, WORKER_BATCH)
+    alone = submit(server, corpus, place / "joining-alone", MODEL, QUEUE)["seconds"]
+    ready: list[float] = []
+
+    def join() -> None:
+        time.sleep(seconds / 4)
+        begun = time.monotonic()
+        add(fleet, 4, server, place, WORKER_BATCH)
+        ready.append(time.monotonic() - begun)
+
+    thread = threading.Thread(target=join)
+    thread.start()
+    joined = submit(server, corpus, place / "joining", MODEL, QUEUE)["seconds"]
+    thread.join()
+    at_best = alone - (alone - seconds / 4 - ready[0]) * 3 / 4
+    rows = [
+        ["1 worker", f"{alone:.1f}", ""],
+        [f"3 more after {seconds / 4:.0f} s, ready {ready[0]:.1f} s later", f"{joined:.1f}", f"{at_best:.1f}"],
+    ]
+    return table([f"a job of {chunks:,} chunks", "s", "at best"], rows)
 
 
 def fairness(server: Server, place: Path, large: int, small: int = 1000, times: int = 3) -> str:
@@ -126,7 +156,7 @@ def fairness(server: Server, place: Path, large: int, small: int = 1000, times: 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure how a fleet grows and what one Redis carries.")
-    parts = ["workers", "fairness", "ceiling", "size"]
+    parts = ["workers", "joining", "fairness", "ceiling", "size"]
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--seconds", type=float, default=30, help="of work for each worker")
@@ -141,6 +171,12 @@ def main() -> None:
             if "workers" in chosen.only:
                 told = growth(server, place, fleet, sorted(chosen.workers), chosen.seconds)
                 print(f"## Workers of {CHUNKS_PER_SECOND} chunks/s each\n\n{told}\n", flush=True)
+        with workers() as fleet:
+            if "joining" in chosen.only:
+                print(
+                    f"## Workers that come in the middle of a job\n\n{joining(server, place, fleet, 60)}\n", flush=True
+                )
+        with workers() as fleet:
             if "fairness" in chosen.only:
                 add(fleet, max(chosen.workers), server, place)
                 print(f"## Jobs side by side, {len(fleet)} workers\n\n{fairness(server, place, chosen.large)}\n")

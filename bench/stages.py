@@ -77,7 +77,7 @@ def _once(server: Server, corpus: Path, output: Path, clock: Clock) -> None:
     engine = HashingEngine()
     job = OpenJob(spec.job, spec, "", 0, engine.info.max_length, "space", sink)
     held = [
-        HeldBlock(job, broker.keys.blocks(spec.job), entry.entry, 0, 1, block)
+        HeldBlock(job, broker.keys.blocks(spec.job), entry.entry, 0, 1, block, 1.0)
         for entry, block in zip(claimed, blocks, strict=True)
     ]
     column: Any = pa.chunked_array([block.rows.column("text") for block in blocks])

@@ -265,6 +265,11 @@ class Broker(Steps):
             pipe.expire(QUEUES, 86_400 * 30)
             pipe.execute()
 
+    def count_workers(self, expire_seconds: float) -> int:
+        """How many workers of the queue gave a sign of life within so many seconds."""
+        client: Any = self._raw
+        return int(client.zcount(self.keys.workers, self._now_ms() - int(expire_seconds * 1000), "+inf"))
+
     def leave(self, name: str) -> None:
         """Say that a worker is gone."""
         with self._raw.pipeline(transaction=False) as pipe:

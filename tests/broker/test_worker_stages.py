@@ -20,6 +20,7 @@ from embedstream.interactive import EmbedReply, EmbedRequest
 from embedstream.jobs import JobState
 from embedstream.settings import WorkerSettings
 from embedstream.workers import WorkerRecord
+from embedstream_worker.ahead import Ahead
 from embedstream_worker.engines.hashing import HashingEngine
 from embedstream_worker.held import Held, HeldBlock, TokenizedGroup, Window, hand_back
 from embedstream_worker.infer import Urgent
@@ -130,13 +131,15 @@ class Taking:
         model = WorkerModel("hashing", None)
         self.jobs = Jobs(broker, bench.url, HashingEngine(), model, (str(bench.folder),))
         chosen = WorkerSettings(**{"window_ms": 20, "lease_seconds": 600.0, **settings})
+        self.ahead = Ahead(65_536, padded=False, window_tokens=window_tokens)
         meter = Meter("q")
-        intake = Intake(broker, self.jobs, self.held, self.life, self.windows, "w1", chosen, window_tokens, meter)
+        intake = Intake(broker, self.jobs, self.held, self.life, self.windows, "w1", chosen, self.ahead, meter)
         self.thread = start_stage("intake", self.life, intake.run, [self.windows])
 
     def next(self) -> list[HeldBlock]:
         window = self.windows.get(timeout=30)
         assert window is not None, "no window came"
+        self.ahead.arrived(sum(held.tokens for held in window.blocks))
         return window.blocks
 
     def stop(self) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from embedstream_worker.engines.base import EngineInfo, TokenBatch
 from embedstream_worker.engines.hashing import HashingEngine
-from embedstream_worker.probe import best_budget
+from embedstream_worker.probe import try_budgets
 
 
 class ClockedEngine(HashingEngine):
@@ -39,4 +39,6 @@ def test_the_fastest_budget_is_chosen_and_noise_changes_nothing(
 ) -> None:
     budget = own_budget()
     engine = ClockedEngine({budget // 2: half, budget: own, budget * 2: twice})
-    assert best_budget(engine, clock=lambda: engine.now) == int(budget * chosen)
+    assert try_budgets(engine, (budget, budget // 2, budget * 2), clock=lambda: engine.now).batch_tokens == int(
+        budget * chosen
+    )

@@ -21,6 +21,7 @@ from embedstream.dataset.sink import ShardContent, ShardRecord
 from embedstream.jobs import JobSpec
 from embedstream.packing import Packer
 from embedstream.settings import BlockLimits
+from embedstream_worker.ahead import Ahead
 from embedstream_worker.engines.base import EngineInfo, OutputInfo
 from embedstream_worker.engines.hashing import HashingTokenizer
 from embedstream_worker.finish import FinishedBlock, finish_blocks
@@ -72,7 +73,7 @@ def embedded(
     job = OpenJob(spec.job, spec, "", 0, 512, "space", FolderSink(spec.output, spec))
     texts: list[Any] = [text for block in blocks for text in block.rows.column("text").to_pylist()]
     tokens, _ = encode_rows(HashingTokenizer(), texts, 2)
-    held = [HeldBlock(job, "stream", f"{i}-0", 10, 1, block) for i, block in enumerate(blocks)]
+    held = [HeldBlock(job, "stream", f"{i}-0", 10, 1, block, 1.0) for i, block in enumerate(blocks)]
     done = np.ones(len(texts), np.bool_)
     done[list(undone)] = False
     return EmbeddedGroup(
@@ -204,7 +205,7 @@ def test_blocks_tokenized_in_several_threads_come_out_in_their_order_each_error_
     group = embedded(packed(texts, chunks=9)).tokenized
     source, out = Channel[Window](1), Channel[list[TokenizedGroup] | Urgent](1)
     broker = Broker(connect("redis://127.0.0.1:1"), "q")  # nothing is released here
-    tokenize = Tokenize(Picky, 4, broker, "w", Held(), Life(), source, out, Meter("q"))
+    tokenize = Tokenize(Picky, 4, broker, "w", Held(), Life(), source, out, Meter("q"), Ahead(64, padded=False))
     stage = start_stage("tokenize", Life(), tokenize.run, [source, out])
     source.put(Window(group.blocks))
     item = out.get(timeout=30)

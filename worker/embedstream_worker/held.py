@@ -33,6 +33,8 @@ class HeldBlock:
     size: int
     deliveries: int
     block: Block
+    tokens: float
+    """What it counts in a window, by estimate."""
 
 
 @dataclass(frozen=True)

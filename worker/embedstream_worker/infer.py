@@ -19,6 +19,7 @@ import redis
 
 from embedstream.errors import DeviceLost
 from embedstream.workers import InHand
+from embedstream_worker.ahead import Ahead
 from embedstream_worker.engines.base import Engine, OutOfMemory, Role, Tokens
 from embedstream_worker.held import EmbeddedGroup, RowErrors, TokenizedGroup
 from embedstream_worker.meter import Meter
@@ -80,6 +81,7 @@ class Infer:
         source: Channel[list[TokenizedGroup] | Urgent],
         out: Channel[list[EmbeddedGroup]],
         meter: Meter,
+        ahead: Ahead,
     ) -> None:
         self._engine = engine
         self._budget = batch_tokens
@@ -87,6 +89,8 @@ class Infer:
         self._source = source
         self._out = out
         self._meter = meter
+        self._ahead = ahead
+        ahead.told_by(lambda: self._left)
         self._name, self._output = next(iter(engine.info.outputs.items()))
         self._padded = engine.info.padded
         self._windows: deque[_Window] = deque()
@@ -102,6 +106,11 @@ class Infer:
             for group, work in window.groups:
                 found[group.job.id] = found.get(group.job.id, InHand()) + work.in_hand
         return found
+
+    @property
+    def _left(self) -> int:
+        """Tokens of the windows in this stage that are not computed."""
+        return sum(work.left for window in list(self._windows) for _, work in window.groups)
 
     @property
     def budget(self) -> int:
@@ -172,6 +181,7 @@ class Infer:
             self._begin_urgent(item)
         elif item is not None:
             self._windows.append(_Window([(group, self._begin(group)) for group in item]))
+            self._ahead.arrived(sum(held.tokens for group in item for held in group.blocks))
         return None if item is None else self._next_work()
 
     def _embed(self, work: Work, taken: Taken) -> npt.NDArray[np.float32]:
@@ -208,6 +218,7 @@ class Infer:
         error, rows = future.exception(), taken.rows
         if error is None:
             work.land(taken, future.result())
+            self._ahead.computed(len(taken.batch.ids), self._meter.device_seconds)
             self._life.progress()
         elif not isinstance(error, Exception) or isinstance(error, redis.RedisError):
             raise error

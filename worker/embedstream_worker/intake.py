@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import random
 import time
 from collections.abc import Callable, Container
@@ -13,13 +14,14 @@ import pyarrow.compute as pc
 import redis
 from redis.backoff import ExponentialWithJitterBackoff
 
-from embedstream.blocks import decode_block
+from embedstream.blocks import Block, decode_block
 from embedstream.broker import Broker, Claimed, entry_size
 from embedstream.errors import BlockError
 from embedstream.jobs import JobState
 from embedstream.logs import about
 from embedstream.settings import WorkerSettings
 from embedstream.troubles import passes
+from embedstream_worker.ahead import Ahead
 from embedstream_worker.held import Held, HeldBlock, Window, hand_back, release
 from embedstream_worker.jobs import Jobs, OpenJob
 from embedstream_worker.meter import Meter
@@ -50,6 +52,12 @@ IDLE_WAIT_MS = 50
 LOOK_AGAIN_MS = 50
 """How often a window that waits to be filled asks whether its producers are done."""
 
+COUNT_SECONDS = 2.0
+"""How often a worker counts the others."""
+
+EVEN_SHARES = 2
+"""At the end of its jobs a window is this part of an even share of what is left, again and again: all end together."""
+
 
 class Intake:
     """Forms windows. Owns its connection: its reads block.
@@ -67,7 +75,7 @@ class Intake:
         out: Channel[Window],
         consumer: str,
         settings: WorkerSettings,
-        window_tokens: int,
+        ahead: Ahead,
         meter: Meter,
         burst: bool = False,
         hopeless: Callable[[], Container[str]] = frozenset,
@@ -80,13 +88,14 @@ class Intake:
         self._out = out
         self._consumer = consumer
         self._settings = settings
-        self._window_tokens = window_tokens
+        self._ahead = ahead
         self._meter = meter
         self._burst = burst
         self._hopeless = hopeless
         self._turn = 0
         self._block_tokens = 8192.0  # running estimate of a block's tokens
         self._next_sweep = 0.0
+        self._workers, self._next_count = 1, 0.0
         self._unseen = False  # whether a claim may have been answered into the void
         self._careful = False  # whether blocks are there with which workers have died
 
@@ -117,6 +126,9 @@ class Intake:
         if self._unseen:
             self._hand_back_unseen(jobs)
             self._unseen = False
+        if self._ahead.enough:
+            self._life.stopping.wait(LOOK_AGAIN_MS / 1000)
+            return False
         blocks: list[HeldBlock] = []
         try:
             self._fill(blocks, jobs)
@@ -129,6 +141,7 @@ class Intake:
                 raise
             log.warning("Redis cannot be used (%s), going on with what is here", error)
         if blocks:
+            self._ahead.claimed(sum(held.tokens for held in blocks))
             try:
                 self._out.put(Window(blocks))
             except Closed:
@@ -145,8 +158,11 @@ class Intake:
             self._fill_with_one(blocks, jobs, streams)
             return
         tokens, closes = 0.0, 0.0
+        full, most, alone = self._ahead.window_tokens, math.inf, self._is_alone()
         while not self._life.stopping.is_set():
-            wanted = min(MOST_PER_CLAIM, max(1, int((self._window_tokens - tokens) / self._block_tokens)))
+            wanted = min(MOST_PER_CLAIM, max(1, int((full - tokens) / self._block_tokens)))
+            if not alone:  # how many are left is asked with the first block in hand: idle workers are many
+                wanted = int(min(wanted, max(1, most - len(blocks)))) if blocks else 1
             claimed = self._sweep(jobs, wanted) or self._claim(jobs, wanted, 0)
             if not claimed:
                 if blocks and self._nothing_to_come(blocks):
@@ -156,16 +172,38 @@ class Intake:
             # All are held before the first is looked at: what happens there must not lose the others.
             new = self._without_suspects([c for c in claimed if self._held.add(c.stream, c.entry)])
             decoded = [held for c in new if (held := self._decode(c, streams[c.stream])) is not None]
-            if decoded and not blocks:
-                self._life.progress()
-                closes = time.monotonic() + self._settings.window_ms / 1000
+            begins = bool(decoded and not blocks)
             blocks += decoded
             for held in decoded:
-                estimate = estimate_tokens(held)
-                tokens += estimate
-                self._block_tokens += 0.1 * (estimate - self._block_tokens)
-            if not blocks or self._careful or tokens >= self._window_tokens or time.monotonic() >= closes:
+                tokens += held.tokens
+                self._block_tokens += 0.1 * (held.tokens - self._block_tokens)
+            if begins:
+                self._life.progress()
+                closes = time.monotonic() + self._settings.window_ms / 1000
+                most = math.inf if alone else self._share(jobs, full)
+            is_full = tokens >= full or len(blocks) >= most
+            if not blocks or self._careful or is_full or time.monotonic() >= closes:
                 return
+
+    def _is_alone(self) -> bool:
+        """Whether no other worker is on the queue."""
+        if time.monotonic() >= self._next_count:
+            self._workers = self._broker.count_workers(self._settings.expire_seconds)
+            self._next_count = time.monotonic() + COUNT_SECONDS
+        return self._workers <= 1
+
+    def _share(self, jobs: list[OpenJob], full: float) -> float:
+        """Most blocks of a window; no bound while there is enough for all, or more to come."""
+        ids = [job.id for job in jobs]
+        if len(ids) > STREAMS_PER_READ:
+            return math.inf
+        left = sum(look.blocks - look.claimed for look in self._broker.run(self._broker.look(ids)))
+        share = math.ceil(left / (EVEN_SHARES * self._workers))
+        if share * self._block_tokens >= full:
+            return math.inf
+        if any(self._broker.state(job) == JobState.SUBMITTING for job in ids):
+            return math.inf
+        return max(1, share)
 
     def _without_suspects(self, claimed: list[Claimed]) -> list[Claimed]:
         """Hand back, for later, what holders may have died of: the next death shall count against one only."""
@@ -237,7 +275,8 @@ class Intake:
                 extra=about(job.id, (block.part, block.number)),
             )
         size = entry_size(claimed.fields)
-        return HeldBlock(job, claimed.stream, claimed.entry, size, claimed.deliveries, block)
+        tokens = estimate_tokens(block, size, job.max_length)
+        return HeldBlock(job, claimed.stream, claimed.entry, size, claimed.deliveries, block, tokens)
 
     def _nothing_to_come(self, blocks: list[HeldBlock]) -> bool:
         """Whether the producers of all the window's jobs are done."""
@@ -270,10 +309,10 @@ class Intake:
                 hand_back(self._broker, stream, self._consumer, unseen)
 
 
-def estimate_tokens(held: HeldBlock) -> float:
-    """What a block counts in a window."""
-    rows = held.block.rows
+def estimate_tokens(block: Block, size: int, max_length: int) -> float:
+    """What a block counts in a window. `size`: bytes of its entry; `max_length`: most tokens of a text."""
+    rows = block.rows
     column: Any = rows.column("text")
     sizes = pc.binary_length(column).to_numpy()
-    text = float(np.minimum(sizes / BYTES_PER_TOKEN, held.job.max_length).sum()) + rows.num_rows
-    return max(LEAST_BLOCK_TOKENS, text, (rows.nbytes + held.size) / OTHER_BYTES_PER_TOKEN)
+    text = float(np.minimum(sizes / BYTES_PER_TOKEN, max_length).sum()) + rows.num_rows
+    return max(LEAST_BLOCK_TOKENS, text, (rows.nbytes + size) / OTHER_BYTES_PER_TOKEN)

@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from embedstream.broker import Broker
 from embedstream.dataset.hashing import input_hashes, model_inputs
+from embedstream_worker.ahead import Ahead
 from embedstream_worker.batching import join_tokens
 from embedstream_worker.engines.base import TextTokenizer, Tokens
 from embedstream_worker.held import Held, HeldBlock, RowErrors, TokenizedGroup, Window, release
@@ -38,6 +39,7 @@ class Tokenize:
         source: Channel[Window],
         out: Channel[list[TokenizedGroup] | Urgent],
         meter: Meter,
+        ahead: Ahead,
     ) -> None:
         self._threads = threads
         self._tokenizers: SimpleQueue[TextTokenizer] = SimpleQueue()
@@ -50,6 +52,7 @@ class Tokenize:
         self._source = source
         self._out = out
         self._meter = meter
+        self._ahead = ahead
 
     def run(self) -> None:
         """Until the source closes. A worker that stops hands untouched windows back."""
@@ -64,6 +67,7 @@ class Tokenize:
                     with self._meter.stage("tokenize"):
                         groups = [self._group(pool, job, blocks) for job, blocks in by_job(window.blocks)]
                 except NotOurs:
+                    self._ahead.arrived(sum(held.tokens for held in window.blocks))
                     release(self._broker, self._consumer, self._held, window.blocks)
                     continue
                 self._out.put(groups)

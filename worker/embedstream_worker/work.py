@@ -122,6 +122,11 @@ class Work:
         return not self.waiting and not self._flying
 
     @property
+    def left(self) -> int:
+        """Tokens that are not computed."""
+        return int(self._lengths[~self.done].sum())
+
+    @property
     def in_hand(self) -> InHand:
         """What is computed so far."""
         done = self.done

@@ -19,6 +19,7 @@ from embedstream.errors import ModelError
 from embedstream.preflight import check
 from embedstream.settings import WorkerSettings
 from embedstream.workers import InHand, WorkerRecord
+from embedstream_worker.ahead import Ahead
 from embedstream_worker.engines.base import Engine, EngineInfo, OutOfMemory
 from embedstream_worker.engines.precision import cpu_cores
 from embedstream_worker.held import EmbeddedGroup, Held, TokenizedGroup, Window, hand_back
@@ -30,7 +31,7 @@ from embedstream_worker.jobs import Jobs, WorkerModel
 from embedstream_worker.lease import Leases
 from embedstream_worker.meter import Meter
 from embedstream_worker.pipeline import Channel, Life, start_stage
-from embedstream_worker.probe import best_budget
+from embedstream_worker.probe import Trial, try_budgets
 from embedstream_worker.rates import Rates
 from embedstream_worker.tokenize import Tokenize
 from embedstream_worker.watchdog import Watchdog
@@ -46,10 +47,6 @@ RETRIES = 3
 
 TOKENIZER_THREADS = min(8, cpu_cores())
 """One of them makes some hundred thousand tokens a second, a GPU takes millions."""
-
-LEAST_WINDOW_TOKENS = 131_072
-BATCHES_PER_WINDOW = 8
-"""Sorted by length, the texts of so many batches need few percent of padding, or none at all on a GPU."""
 
 SIGNAL_SECONDS = 0.5
 """A signal that the system gave to another thread (it does so after SIGCONT) is seen when the main thread wakes."""
@@ -125,9 +122,11 @@ class Worker:
             info = self._info = self._engine.info
             self.meter.loaded(self.name, self._plan.model.name, info.engine, info.device, info.dtype)
             if not self.life.stopping.is_set():
-                batch_tokens = self._warm_up()
+                begun = time.perf_counter()
+                trial = self._warm_up()
+                self._warm_up_seconds = time.perf_counter() - begun
                 if not self.life.stopping.is_set():
-                    self._serve(batch_tokens)
+                    self._serve(trial)
         finally:
             gone.set()
             signs.join(LEAVE_SECONDS)
@@ -137,25 +136,24 @@ class Worker:
         if self.life.failure is not None:
             raise self.life.failure
 
-    def _warm_up(self) -> int:
+    def _warm_up(self) -> Trial:
         """The token budget of a batch: the largest of those wanted, or a half of it, and so on, that fits."""
         batch_tokens = self._plan.settings.batch_tokens or self._engine.info.batch_tokens
         if not self._plan.warm_up:
-            return batch_tokens
+            return Trial(batch_tokens, 0.0)
+        tries_others = self._plan.settings.batch_tokens is None and self._engine.info.device == "cpu"
         while True:
             try:
-                self._warm_up_seconds = self._engine.warm_up(batch_tokens)
-                break
+                self._engine.warm_up(batch_tokens)
+                others = (batch_tokens // 2, batch_tokens * 2) if tries_others else ()
+                return try_budgets(self._engine, (batch_tokens, *others))
             except OutOfMemory as error:
                 if batch_tokens == 1:
                     raise ModelError(f"model {self._plan.model.name} does not fit into this device: {error}") from error
                 batch_tokens //= 2
                 log.warning("no memory for a full batch (%s); trying %d tokens", error, batch_tokens)
-        if self._plan.settings.batch_tokens is None and self._engine.info.device == "cpu":
-            return best_budget(self._engine)
-        return batch_tokens
 
-    def _serve(self, batch_tokens: int) -> None:
+    def _serve(self, trial: Trial) -> None:
         plan, engine, life, held, name = self._plan, self._engine, self.life, self._held, self.name
         settings, url = plan.settings, plan.redis_url
         windows: Channel[Window] = Channel(1)
@@ -165,7 +163,7 @@ class Worker:
         housekeeping = Housekeeping(self._broker(), url, plan.roots)
         if plan.alone:
             self._inherit()
-        window_tokens = settings.window_tokens or max(LEAST_WINDOW_TOKENS, BATCHES_PER_WINDOW * batch_tokens)
+        ahead = Ahead(trial.batch_tokens, engine.info.padded, trial.tokens_per_second, settings.window_tokens)
         meter = self.meter
         meter.warm(self._warm_up_seconds)
         intake = Intake(
@@ -176,15 +174,15 @@ class Worker:
             windows,
             name,
             settings,
-            window_tokens,
+            ahead,
             meter,
             plan.burst,
             housekeeping.hopeless,
         )
         tokenize = Tokenize(
-            engine.tokenizer, TOKENIZER_THREADS, self._broker(), name, held, life, windows, tokenized, meter
+            engine.tokenizer, TOKENIZER_THREADS, self._broker(), name, held, life, windows, tokenized, meter, ahead
         )
-        infer = self._infer = Infer(engine, batch_tokens, life, tokenized, embedded, meter)
+        infer = self._infer = Infer(engine, trial.batch_tokens, life, tokenized, embedded, meter, ahead)
         write = self._write = Write(self._broker(), jobs, engine.info, name, held, life, embedded, settings, meter)
         lease_ms = int(settings.lease_seconds * 1000)
         interactive = Interactive(engine, engine.tokenizer(), self._broker(retries=0), name, life, tokenized, lease_ms)
