@@ -61,7 +61,7 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
     batch_tokens: int | None = None
     """Token budget of one batch; None: what the engine finds good for its device."""
     window_tokens: int | None = None
-    """Estimated tokens held at once to be sorted by length; None: many batches', so padding falls to a few percent."""
+    """Estimated tokens sorted by length together; None: some seconds' work, so padding falls to a few percent."""
     window_ms: int = 200
     """How long a window waits to be filled: far below the time a full window takes on any device."""
     lease_seconds: float = 60.0

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import redis
 from conftest import RedisServer
@@ -239,6 +240,73 @@ def test_a_stream_that_is_gone_is_not_asked_for_in_a_tight_loop(bench: WorkerLab
     rate = (reads(client) - before) / (time.monotonic() - begun)
     taking.stop()
     assert rate < 100
+
+
+def say_alive(bench: WorkerLab, *names: str) -> None:
+    for name in names:
+        bench.broker.heartbeat(msgspec.structs.replace(make_record(), name=name), 60)
+
+
+def test_at_the_end_of_a_job_windows_leave_something_for_the_other_workers(bench: WorkerLab) -> None:
+    bench.job(["x" * 400] * 64, rows_per_block=1)
+    say_alive(bench, "w1", "w2", "w3", "w4")
+    taking = Taking(bench)
+    sizes = [len(taking.next())]
+    while sum(sizes) < 64:
+        sizes.append(len(taking.next()))
+    taking.stop()
+    assert sizes[0] == 8, "an eighth of what is left with the first one in hand"
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-1] == 1
+
+
+def test_a_worker_without_others_takes_all_that_fits(bench: WorkerLab) -> None:
+    bench.job(["x" * 400] * 64, rows_per_block=1)
+    say_alive(bench, "w1")
+    taking = Taking(bench)
+    assert len(taking.next()) == 64
+    taking.stop()
+
+
+def test_while_more_is_to_come_windows_are_filled(bench: WorkerLab) -> None:
+    job = bench.create(bench.spec())
+    bench.submit(job, pack(["x" * 400] * 64, 1))
+    say_alive(bench, "w1", "w2", "w3", "w4")
+    taking = Taking(bench, window_ms=60_000, window_tokens=6_000)
+    assert len(taking.next()) > 8
+    taking.stop()
+
+
+def test_what_is_claimed_is_in_a_window_though_redis_cannot_say_how_much_is_left(
+    bench: WorkerLab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = bench.job(["a", "b"], rows_per_block=1)
+    say_alive(bench, "w1", "w2")
+    asked = []
+
+    def fail(_broker: Broker, jobs: object) -> object:
+        asked.append(jobs)
+        raise redis.ConnectionError("cut")
+
+    monkeypatch.setattr(Broker, "look", fail)
+    taking = Taking(bench)
+    blocks = [*taking.next(), *taking.next()]
+    taking.stop()
+    assert asked
+    assert {held.entry for held in blocks} == taking.held.entries(bench.broker.keys.blocks(job))
+    assert sorted(held.block.number for held in blocks) == [0, 1]
+
+
+def test_the_next_window_is_not_claimed_while_enough_is_on_the_way(bench: WorkerLab) -> None:
+    job = bench.job(["a"] * 8, rows_per_block=1)
+    taking = Taking(bench, window_tokens=LEAST_BLOCK_TOKENS)
+    first = taking.windows.get(timeout=30)
+    assert first is not None
+    assert taking.windows.get(timeout=0.3) is None
+    assert bench.owners(job) == {"w1": 1}, "what one worker does not need yet is there for others"
+    taking.ahead.arrived(sum(held.tokens for held in first.blocks))
+    assert len(taking.next()) == 1
+    taking.stop()
 
 
 def make_interactive(

@@ -41,6 +41,7 @@ ENDINGS = "tests/broker/test_contract_endings.py"
 FAULTS = "tests/e2e/test_worker_faults.py"
 FOLDER = "tests/unit/test_dataset_folder.py"
 INFER = "tests/unit/test_infer.py"
+STAGES = "tests/broker/test_worker_stages.py"
 SUBMISSION = "tests/unit/test_submission.py"
 
 
@@ -372,5 +373,30 @@ MUTANTS = (
         "if content > MAX_CONTENT_BYTES:",
         "if False:",
         "tests/unit/test_block_bounds.py::test_a_block_that_states_more_than_it_may_hold_is_refused_unread",
+    ),
+    mutant(
+        "a worker takes all that is left although others are there",
+        "worker/embedstream_worker/intake.py",
+        "return max(1, share)",
+        "return math.inf",
+        f"{STAGES}::test_at_the_end_of_a_job_windows_leave_something_for_the_other_workers",
+    ),
+    mutant(
+        "a worker claims windows long before it needs them",
+        "worker/embedstream_worker/ahead.py",
+        "return tokens > self.tokens_per_second * LEAD_SECONDS",
+        "return False",
+        f"{STAGES}::test_the_next_window_is_not_claimed_while_enough_is_on_the_way",
+    ),
+    mutant(
+        "a block is forgotten when Redis fails between its claim and its window",
+        "worker/embedstream_worker/intake.py",
+        """            blocks += decoded
+            for held in decoded:""",
+        """            if decoded and not alone:
+                self._share(jobs, full)
+            blocks += decoded
+            for held in decoded:""",
+        f"{STAGES}::test_what_is_claimed_is_in_a_window_though_redis_cannot_say_how_much_is_left",
     ),
 )

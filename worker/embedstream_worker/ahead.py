@@ -75,7 +75,6 @@ class Ahead:
         pace = self.tokens_per_second
         return min(self._full, max(self._least, int(pace * WINDOW_SECONDS))) if pace else self._full
 
-    @property
     def enough(self) -> bool:
         """Whether the next window can wait. One is claimed at a time until the first batch shows how fast it goes."""
         with self._lock:

@@ -66,9 +66,7 @@ def usable_device(name: str) -> str:
 )
 @click.option("--threads", type=click.IntRange(min=1), help="Of one batch, for onnxruntime. [default: by cores]")
 @click.option("--batch-tokens", type=click.IntRange(min=1), help="Tokens in one batch. [default: by device]")
-@click.option(
-    "--window-tokens", type=click.IntRange(min=1), help="Tokens sorted together [default: dozens of batches]."
-)
+@click.option("--window-tokens", type=click.IntRange(min=1), help="Tokens sorted together. [default: 10 s of work]")
 @click.option(
     "--window-ms", type=click.IntRange(min=0), default=DEFAULTS.window_ms, help="Longest wait for a full window."
 )

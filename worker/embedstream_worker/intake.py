@@ -126,7 +126,7 @@ class Intake:
         if self._unseen:
             self._hand_back_unseen(jobs)
             self._unseen = False
-        if self._ahead.enough:
+        if self._ahead.enough():
             self._life.stopping.wait(LOOK_AGAIN_MS / 1000)
             return False
         blocks: list[HeldBlock] = []
