@@ -17,6 +17,7 @@ from embedstream.broker import Broker, Claimed, entry_size
 from embedstream.connection import connect
 from embedstream.dataset.schema import dataset_schema, errors_schema
 from embedstream.dataset.sink import BlockRecord, ShardContent, ShardRecord, open_sink
+from embedstream.errors import JobUnknown
 from embedstream.interactive import EmbedReply, EmbedRequest
 from embedstream.steps import CommitBlock
 from embedstream.workers import WorkerRecord
@@ -88,7 +89,10 @@ class MiniWorker:
         self.broker.run(self.broker.reply(name, request.entry, msgspec.msgpack.encode(reply), 10_000))
 
     def _work(self, job: str, claimed: list[Claimed]) -> None:
-        spec = self.broker.status(job).spec
+        try:
+            spec = self.broker.status(job).spec
+        except JobUnknown:
+            return  # lost since they were claimed: its producer will submit them again
         blocks = [decode_block(c.fields, spec.keep) for c in claimed]
         rows = [{**row, "part": block.part} for block in blocks for row in block.rows.to_pylist()]
         for row in rows:

@@ -4,6 +4,7 @@ import asyncio
 import json
 import subprocess
 import sys
+import threading
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -28,7 +29,7 @@ from embedstream import (
     SpecDiffers,
     UsageError,
 )
-from embedstream.broker import Broker
+from embedstream.broker import Broker, Claimed
 from embedstream.dataset.manifest import refuse_other_spec
 from embedstream.dataset.sink import open_sink
 from embedstream.finalizing import finalize_job
@@ -187,24 +188,33 @@ def test_an_emptied_redis_is_made_good_from_the_shards(client: Client, tmp_path:
 
 
 def test_a_job_lost_while_it_is_submitted_is_submitted_again(client: Client, tmp_path: Path) -> None:
-    lost: list[int] = []
+    held, lost = threading.Event(), threading.Event()
+
+    class Holding(MiniWorker):
+        """Has blocks in its hands when the job is lost."""
+
+        def _work(self, job: str, claimed: list[Claimed]) -> None:
+            held.set()
+            assert lost.wait(30)
+            super()._work(job, claimed)
 
     class Losing:
         """Loses the job in Redis in the middle of its first reading."""
 
         def __iter__(self) -> Iterator[dict[str, object]]:
             for i, record in enumerate(RECORDS):
-                if i == 600 and not lost:
-                    lost.append(i)
+                if i == 600 and not lost.is_set():
+                    assert held.wait(30)
                     broker = broker_of(client)
                     (id,) = broker.active_jobs()
                     client._redis.delete(*job_keys(broker.keys, id, 1), broker.keys.blocks(id), broker.keys.jobs)
+                    lost.set()
                 yield dict(record)
 
-    with MiniWorker(client.url, queue_of(client)):
+    with Holding(client.url, queue_of(client)):
         job = client.submit(Losing(), output=str(tmp_path / "out"))
         assert job.wait(30).rows == 700
-    assert lost
+    assert lost.is_set()
     assert len(texts_of(job.results())) == 700
 
 
