@@ -40,6 +40,8 @@ class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):
     roots: tuple[str, ...]
     state: str
     """starting, ready or draining."""
+    phase: str = ""
+    """What it is doing while it starts, and for how long."""
     started: float
     warm_up_seconds: float = 0.0
     rows: int = 0

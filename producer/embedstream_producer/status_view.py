@@ -140,6 +140,8 @@ def queue_lines(look: QueueLook) -> Iterator[str]:
 def worker_line(worker: WorkerRecord) -> str:
     """One worker."""
     rate = sum(worker.rates.values(), Rate())
+    if worker.phase:
+        return f"worker {worker.name}  {worker.state}: {worker.phase}"
     return (
         f"worker {worker.name}  {worker.state}  {worker.engine} {worker.dtype} on {worker.device}  "
         f"{_speed(rate)}{worker.rows:,} rows, {worker.tokens:,} tokens committed"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import time
@@ -136,6 +137,18 @@ def test_a_worker_whose_device_hangs_says_so_and_leaves_to_be_started_again(
     assert "no batch came back for 1 s" in (tmp_path / "worker-0.log").read_text()
     assert_exact(tmp_path / "out", good(texts, 300))
     assert errors_of(tmp_path / "out") == {"t300": "poison"}
+
+
+def test_a_worker_whose_device_hangs_in_its_warm_up_is_seen_and_leaves_to_be_started_again(
+    workers: Fleet, tmp_path: Path
+) -> None:
+    slow = {"EMBEDSTREAM_HASHING_TOKENS_PER_SECOND": "1"}
+    worker = workers.start_worker("--stall-seconds", 0.5, wait=False, **slow)
+    seen = r"worker \S+  starting: warming up for \d+ s"
+    wait_until(lambda: re.search(seen, run("embed-status", "--redis", workers.url).stdout), "it to be seen")
+    assert worker.wait(60) == STALLED
+    assert "still warming up after 5 s" in (tmp_path / "worker-0.log").read_text()
+    assert not workers.broker.workers()
 
 
 def test_a_lost_device_ends_the_worker_and_eats_no_rows(workers: Fleet, tmp_path: Path, strikes: Path) -> None:

@@ -49,7 +49,7 @@ def test_an_outage_during_a_trial_is_told_once_and_the_note_is_made_after_it(
         held.add(stream, "1-1")
         sink = open_sink(spec.output, spec, server.url)
         job = OpenJob(id=spec.job, spec=spec, prompt="", prompt_length=0, max_length=8, space="", sink=sink)
-        trial = suspects.Trial(broker, held, Life(), HeldBlock(job, stream, "1-1", 0, suspects.BY_CHUNK, block))
+        trial = suspects.Trial(broker, held, Life(), HeldBlock(job, stream, "1-1", 0, suspects.BY_CHUNK, block, 0))
         server.kill()
         broker.tries = 0
         noting = threading.Thread(target=trial.note, args=(1,), daemon=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from worker_lab import Gate, ScriptedEngine, WorkerLab, worker_lab
 from e2e.harness import assert_exact, wait_until
 from embedstream.dataset.folder import FolderSink
 from embedstream.jobs import JobState
+from embedstream_worker import watchdog
 from embedstream_worker.engines.base import OutOfMemory
 
 TEXTS = [f"text number {i} " + "word " * (i % 7) for i in range(64)]
@@ -75,6 +77,26 @@ def test_a_worker_is_seen_while_its_model_loads_and_warms_up(lab: WorkerLab) -> 
         assert (record.name, record.state) == (worker.worker.name, "starting")
         gate.open.set()
     wait_until(lambda: lab.broker.workers()[0].state == "ready", "the worker to be ready")
+
+
+def test_a_worker_that_is_not_ready_for_long_says_what_it_is_doing(
+    lab: WorkerLab, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(watchdog, "SLOW_START_SECONDS", 0.1)
+    loading = Gate()
+
+    class Slow(ScriptedEngine):
+        def start(self) -> None:
+            loading([])
+
+    lab.start(Slow())
+    assert loading.arrived.wait(30)
+    wait_until(lambda: caplog.text.count("not ready yet: loading its model for") == 2, "it to be said again")
+    seen = r"loading its model for \d+ s"
+    wait_until(lambda: [w for w in lab.broker.workers() if re.fullmatch(seen, w.phase)], "it to be seen from elsewhere")
+    loading.open.set()
+    wait_until(lambda: lab.broker.workers()[0].state == "ready", "the worker to be ready")
+    assert lab.broker.workers()[0].phase == ""
 
 
 def test_a_worker_stopped_while_it_warms_up_claims_nothing(lab: WorkerLab) -> None:

@@ -88,6 +88,7 @@ class Life:
         self._progressed = time.monotonic()
         self._computing: dict[int, float] = {}  # thread -> since when
         self._stopped: float | None = None
+        self._starting: tuple[str, float] | None = None  # what is done, and since when
 
     def stop(self) -> None:
         self._stopped = self._stopped or time.monotonic()
@@ -96,6 +97,20 @@ class Life:
     def stopping_seconds(self) -> float:
         """How long ago the worker was told to stop, or failed; 0 if it goes on."""
         return 0.0 if self._stopped is None else time.monotonic() - self._stopped
+
+    @contextlib.contextmanager
+    def starting(self, phase: str) -> Iterator[None]:
+        """The worker is not ready yet, and this is what it is doing."""
+        self._starting = (phase, time.monotonic())
+        try:
+            yield
+        finally:
+            self._starting = None
+
+    def start_phase(self) -> tuple[str, float]:
+        """What the worker does before it is ready, and for how many seconds already; "" and 0 otherwise."""
+        phase, since = self._starting or ("", time.monotonic())
+        return phase, time.monotonic() - since
 
     @contextlib.contextmanager
     def computing(self) -> Iterator[None]:

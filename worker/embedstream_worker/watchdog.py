@@ -14,6 +14,16 @@ log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.5
 
+LOADING = "loading its model"
+WARMING_UP = "warming up"
+
+SLOW_START_SECONDS = 60.0
+"""After so long, and after each twice that, a worker that is not ready says what it is doing. A model may come over a
+network: for that there is no bound."""
+
+WARM_UP_BATCHES = 10
+"""A warm-up runs about so many batches, each of which may take --stall-seconds as any other."""
+
 
 class Watchdog:
     """A thread that hangs in native code cannot be ended or joined: the process has to go."""
@@ -23,10 +33,12 @@ class Watchdog:
         self._life = life
         self._settings = settings
         self._leave = leave
+        self._said = SLOW_START_SECONDS / 2
 
     def run(self, gone: Callable[[float], bool]) -> None:
         """`gone(seconds)` waits and says whether the worker has ended."""
         while not gone(LOOK_SECONDS):
+            self._look_at_start()
             if self._life.computing_seconds() > self._settings.stall_seconds:
                 log.error(
                     "no batch came back for %g s (--stall-seconds): the device hangs; the worker leaves with exit code "
@@ -42,6 +54,22 @@ class Watchdog:
                     "not done after %g s (--drain-seconds): the rest goes to others", self._settings.drain_seconds
                 )
                 self._end(0 if failure is None else failure.exit_code if isinstance(failure, EmbedstreamError) else 1)
+
+    def _look_at_start(self) -> None:
+        phase, seconds = self._life.start_phase()
+        if seconds >= 2 * self._said:
+            self._said = seconds
+            log.warning("not ready yet: %s for %.0f s", phase, seconds)
+        if phase == WARMING_UP and seconds > WARM_UP_BATCHES * self._settings.stall_seconds:
+            log.error(
+                "still warming up after %.0f s (%d times --stall-seconds): the device hangs; the worker leaves with "
+                "exit code %d",
+                seconds,
+                WARM_UP_BATCHES,
+                STALLED,
+            )
+            self._life.fail(TimeoutError("the device hangs"))
+            self._end(STALLED)
 
     def _end(self, code: int) -> None:
         try:

@@ -34,7 +34,7 @@ from embedstream_worker.pipeline import Channel, Life, start_stage
 from embedstream_worker.probe import Trial, try_budgets
 from embedstream_worker.rates import Rates
 from embedstream_worker.tokenize import Tokenize
-from embedstream_worker.watchdog import Watchdog
+from embedstream_worker.watchdog import LOADING, WARMING_UP, Watchdog
 from embedstream_worker.write import Write
 
 log = logging.getLogger(__name__)
@@ -118,12 +118,14 @@ class Worker:
         watchdog = Watchdog(self.life, self._plan.settings, self._leave_hanging)
         watching = start_stage("watchdog", self.life, lambda: watchdog.run(gone.wait), [])
         try:
-            self._engine.start()
+            with self.life.starting(LOADING):
+                self._engine.start()
             info = self._info = self._engine.info
             self.meter.loaded(self.name, self._plan.model.name, info.engine, info.device, info.dtype)
             if not self.life.stopping.is_set():
                 begun = time.perf_counter()
-                trial = self._warm_up()
+                with self.life.starting(WARMING_UP):
+                    trial = self._warm_up()
                 self._warm_up_seconds = time.perf_counter() - begun
                 if not self.life.stopping.is_set():
                     self._serve(trial)
@@ -233,6 +235,7 @@ class Worker:
             dtype=info.dtype if info else "",
             roots=self._plan.roots,
             state=self.state,
+            phase="{} for {:.0f} s".format(*phase) if (phase := self.life.start_phase())[0] else "",
             started=self._started,
             warm_up_seconds=self._warm_up_seconds,
             rows=total.rows,
