@@ -6,6 +6,7 @@ import contextlib
 import os
 import stat
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from io import FileIO
@@ -31,6 +32,9 @@ STDIN = "-"
 
 ROWS_AT_ONCE = 1024
 """Most rows judged before their ids are looked up; `LineStream` bounds their bytes."""
+
+PATIENCE_SECONDS = 1.0
+"""How long a source's first record may take before somebody is told that it is waited for."""
 
 SAMPLE_ROWS = 100
 """First rows by which `FilePart.hint` judges a file."""
@@ -250,8 +254,12 @@ def _open_file(path: str, label: str) -> ByteStream:
         raise InputError(f"{label}: cannot be read ({reason})") from error
 
 
-def check_sources(sources: Sequence[str], stdin: ByteStream | None = None) -> list[CorpusPart]:
+def check_sources(
+    sources: Sequence[str], stdin: ByteStream | None = None, notice: Callable[[str], None] | None = None
+) -> list[CorpusPart]:
     """The parts of a corpus, each opened once and found to have a record.
+
+    `notice` is told, from another thread, of a source whose first record takes long: of a pipe nobody writes into, say.
 
     Raises:
         InputError: one cannot be read, or has no records.
@@ -264,12 +272,28 @@ def check_sources(sources: Sequence[str], stdin: ByteStream | None = None) -> li
     for index, source in enumerate(sources):
         if source in sources[:index]:
             raise UsageError(f"{source}: given twice")
-        part = open_part(index, source, stdin)
+        with _telling(source, notice):
+            part = open_part(index, source, stdin)
         if part.identity in seen:
             raise UsageError(f"{source}: is the same file as {seen[part.identity]}")
         seen[part.identity] = source
         parts.append(part)
     return parts
+
+
+@contextlib.contextmanager
+def _telling(source: str, notice: Callable[[str], None] | None) -> Iterator[None]:
+    if notice is None:
+        yield
+        return
+    label = "standard input" if source == STDIN else source
+    timer = threading.Timer(PATIENCE_SECONDS, notice, [f"{label}: waiting for its first record"])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def total_bytes(parts: Iterable[CorpusPart]) -> int | None:

@@ -80,7 +80,7 @@ def submit(options: Options) -> int:
     if options.redis_url is not None:
         connect(options.redis_url)  # refuses what is no URL, also where nobody is asked because all is finished
     output = resolve_output(options)
-    parts = [] if options.server_side else check_sources(options.corpus)
+    parts = [] if options.server_side else check_sources(options.corpus, notice=_tell(options))
     spec = make_spec(
         queue=options.queue,
         output=output,
@@ -132,6 +132,11 @@ def _submit(options: Options, spec: JobSpec, sink: Sink, parts: list[CorpusPart]
     if run.result is not None:
         show(options, run)
     return code
+
+
+def _tell(options: Options) -> Callable[[str], None] | None:
+    """What says a line before there is any progress."""
+    return None if options.quiet else lambda line: echo(line, err=True)
 
 
 def resolve_output(options: Options) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import re
 import shlex
 import shutil
@@ -275,6 +276,19 @@ def test_compressed_and_piped_corpora_are_read(tmp_path: Path, url: str, queue: 
         )
         assert piped.returncode == 0, piped.stderr.decode()
     assert read_manifest(tmp_path / "gz")["rows"] == read_manifest(tmp_path / "piped")["rows"] == 50
+
+
+def test_a_pipe_that_nobody_writes_into_is_said_to_be_waited_for(tmp_path: Path, url: str, queue: str) -> None:
+    pipe = tmp_path / "p.jsonl"
+    os.mkfifo(pipe)
+    with MiniWorker(url, queue):
+        submit = start_submit(pipe, "-o", tmp_path / "out", *fleet_args(url, queue), "--json")
+        assert submit.stderr is not None
+        assert submit.stderr.readline() == f"{pipe}: waiting for its first record\n"
+        pipe.write_text(corpus(tmp_path).read_text())
+        out, err = submit.communicate(timeout=60)
+    assert submit.returncode == 0, err
+    assert json.loads(out)["rows"] == 50
 
 
 def test_flags_have_environment_variables(tmp_path: Path, url: str, queue: str) -> None:
