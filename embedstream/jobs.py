@@ -79,6 +79,11 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
         """The job's id: a hash of queue and output, so the same command finds the same job."""
         return job_id(self.queue, self.output, self.retry.manifest if self.retry else "")
 
+    @property
+    def whole_job(self) -> str:
+        """The id of the job over all rows of this output: another one's, if this one runs failed rows again."""
+        return job_id(self.queue, self.output)
+
     def encode(self) -> bytes:
         """Canonical JSON: equal specs give equal bytes."""
         return msgspec.json.encode(self, order="deterministic")

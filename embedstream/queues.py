@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ import msgspec
 
 from embedstream.broker import Broker, parse_status
 from embedstream.errors import EmbedstreamError, JobUnknown
-from embedstream.jobs import JobStatus
+from embedstream.jobs import JobSpec, JobStatus, decode_spec
 from embedstream.workers import Rate, WorkerRecord
 
 GUESSED_TOKENS_PER_SECOND = 1000.0
@@ -101,6 +102,26 @@ def look_at_queue(broker: Broker, ended: int = 0) -> QueueLook:
         unreadable=unreadable,
         workers=workers,
     )
+
+
+def find_retries(broker: Broker, status: JobStatus) -> list[JobStatus]:
+    """The jobs of the queue that run this one's failed rows again, or did. Raises `redis.RedisError`."""
+    ids = list(dict.fromkeys([*broker.active_jobs(), *broker.outbox(), *broker.recent_jobs()]))
+    with broker.client.pipeline(transaction=False) as pipe:
+        for job in ids:
+            pipe.hget(broker.keys.job(job), "spec")
+        specs: list[bytes | None] = pipe.execute()
+    found = []
+    for job, raw in zip(ids, specs, strict=True):
+        with contextlib.suppress(EmbedstreamError):  # no retry that could be shown: it expired, or is unreadable
+            if raw is not None and is_retry_of(decode_spec(raw), status):
+                found.append(broker.status(job))
+    return found
+
+
+def is_retry_of(spec: JobSpec, status: JobStatus) -> bool:
+    """Whether a job of this spec runs the failed rows of that job again."""
+    return spec.retry is not None and status.spec.retry is None and spec.whole_job == status.job
 
 
 def _refused_by_all(workers: Iterable[WorkerRecord]) -> set[str]:

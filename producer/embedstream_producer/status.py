@@ -18,7 +18,7 @@ from embedstream.commands import INTERRUPTED
 from embedstream.connection import connect, explaining, mask
 from embedstream.errors import BrokerError, UsageError
 from embedstream.preflight import check
-from embedstream.queues import look_at_queue
+from embedstream.queues import find_retries, look_at_queue
 from embedstream.terminal import echo, echo_json, printable
 from embedstream.troubles import patiently
 from embedstream.watching import lost_blocks
@@ -103,7 +103,8 @@ def look_at_job(nowhere: Broker, job: str, queue: str | None, url: str) -> Look:
     except (BrokerError, UsageError) as error:
         raise BrokerError(f"job {job} on queue {broker.queue}: {error}") from error
     waits = "" if status.state.ended else waits_for(broker, status, workers, url) or lost_blocks(broker, job, workers)
-    seen, trouble = JobLook(status, workers, waits), troubles_of(broker, status)
+    retries = find_retries(broker, status) if status.failed and status.state.ended else []
+    seen, trouble = JobLook(status, workers, waits, retries), troubles_of(broker, status)
     lines = [*job_lines(seen), *(f"  {what}: {why}" for what, why in trouble.items())]
     return Look([printable(line) for line in lines], {**job_object(seen), "troubles": trouble}, status.state.ended)
 

@@ -11,7 +11,7 @@ import msgspec
 
 from embedstream.connection import mask
 from embedstream.jobs import JobState, JobStatus
-from embedstream.queues import QueueLook, is_stalled, rate_of, seconds_left
+from embedstream.queues import QueueLook, is_retry_of, is_stalled, rate_of, seconds_left
 from embedstream.watching import why_ended
 from embedstream.workers import InHand, Rate, WorkerRecord
 from embedstream_producer.report import duration, errors_of
@@ -25,6 +25,8 @@ class JobLook:
     workers: Sequence[WorkerRecord]
     waits: str = ""
     """What it waits for, if that is known."""
+    retries: Sequence[JobStatus] = ()
+    """The jobs that run its failed rows again, or did."""
 
     @property
     def in_hand(self) -> InHand:
@@ -99,6 +101,10 @@ def job_object(look: JobLook) -> dict[str, Any]:
         "tokens_per_second": round(look.rate.tokens, 3),
         "seconds_left": None if left is None else round(left, 3),
         "waits_for": look.waits,
+        "retries": [
+            {"job": each.job, "state": each.state.value, "rows": each.rows, "failed": each.failed}
+            for each in look.retries
+        ],
         "workers": look.shares,
     }
 
@@ -115,10 +121,14 @@ def queue_object(look: QueueLook) -> dict[str, Any]:
         "tokens": round(look.tokens),
         "worker_tokens_per_second": round(look.worker_tokens_per_second, 3) if look.measured else None,
         "drain_seconds": round(look.drain_seconds, 3) if look.measured or not look.tokens else None,
-        "jobs": [job_object(JobLook(status, look.workers)) for status in look.jobs],
+        "jobs": [job_object(_job_of(look, status)) for status in look.jobs],
         "unreadable_jobs": look.unreadable,
         "workers": [worker_object(worker) for worker in look.workers],
     }
+
+
+def _job_of(look: QueueLook, status: JobStatus) -> JobLook:
+    return JobLook(status, look.workers, retries=[each for each in look.jobs if is_retry_of(each.spec, status)])
 
 
 def worker_object(worker: WorkerRecord) -> dict[str, Any]:
@@ -133,7 +143,7 @@ def queue_lines(look: QueueLook) -> Iterator[str]:
     queued = _queued(look) if look.blocks else "nothing queued"
     yield f"queue {look.queue}: {len(look.workers)} worker(s){others}, {queued}"
     yield from (f"  {worker_line(worker)}" for worker in look.workers)
-    yield from (f"  {job_line(JobLook(status, look.workers))}" for status in look.jobs)
+    yield from (f"  {job_line(_job_of(look, status))}" for status in look.jobs)
     yield from (f"  job {job}  unreadable: {why}" for job, why in look.unreadable.items())
 
 
@@ -151,8 +161,10 @@ def worker_line(worker: WorkerRecord) -> str:
 def job_line(look: JobLook) -> str:
     """One job in a listing."""
     status = look.status
-    failed = f", {status.failed:,} FAILED" if status.failed else ""
-    note = "  stalled" if look.stalled else ""
+    again = f" (run again by job {', '.join(each.job for each in look.retries)})" if look.retries else ""
+    failed = f", {status.failed:,} FAILED{again}" if status.failed else ""
+    note = f"  failed rows of job {status.spec.whole_job}" if status.spec.retry else ""
+    note += "  stalled" if look.stalled else ""
     return (
         f"job {status.job}  {status.state}{note}  {status.rows:,} of {_total(status)} rows{failed}  "
         f"{'' if status.state.ended else _outlook(look)}{mask(status.spec.output)}"
@@ -172,6 +184,11 @@ def job_lines(look: JobLook) -> Iterator[str]:
         share = 100 * status.failed / max(1, status.rows + status.failed)
         where = f": see {errors_of(mask(status.spec.output))}" if ended else ""
         yield f"  {status.failed:,} rows failed ({share:.2g} %){where}"
+    for retry in look.retries:
+        yield (
+            f"  {retry.submitted:,} of its failed rows run again by job {retry.job}: {retry.state}, "
+            f"{retry.rows:,} written, {retry.failed:,} failed"
+        )
     for each in look.shares:
         speed = f", {each['rows_per_second']:,.0f} rows/s" if each["rows_per_second"] else ""
         yield f"  {100 * each['share']:5.1f} %  {each['name']}  {each['rows']:,} rows{speed}, {each['state']}"

@@ -17,6 +17,7 @@ from embedstream.broker import Broker
 from embedstream.connection import connect
 from embedstream.dataset import compaction
 from embedstream.dataset.sink import open_sink
+from embedstream.jobs import job_id
 from embedstream.steps import Code
 from embedstream_worker.housekeeping import Housekeeping
 
@@ -104,6 +105,8 @@ def test_rows_that_failed_in_a_worker_are_added_and_refused_ones_stay(lab: Worke
     verified = run("embed-verify", out, "--corpus", lab.folder / "c.jsonl")
     assert verified.returncode == 0, verified.stdout + verified.stderr
     assert "not listed" not in verified.stdout + verified.stderr
+    if fleet:
+        assert_status_shows_the_retry(lab, job_id(lab.broker.queue, str(out)))
     plain = run("embed-submit", *command(lab, fleet=fleet))
     assert plain.returncode == 3
     assert json.loads(plain.stdout) == report
@@ -111,6 +114,16 @@ def test_rows_that_failed_in_a_worker_are_added_and_refused_ones_stay(lab: Worke
     assert nothing.returncode == 3, nothing.stderr
     assert json.loads(nothing.stdout) == report
     assert read_manifest(out) == manifest
+
+
+def assert_status_shows_the_retry(lab: WorkerLab, job: str) -> None:
+    (retry,) = json.loads(run("embed-status", job, "--redis", lab.url, "--json").stdout)["retries"]
+    assert (retry["state"], retry["rows"], retry["failed"]) == ("completed", len(FAILING), 0)
+    shown = run("embed-status", job, "--redis", lab.url).stdout
+    assert f"  5 of its failed rows run again by job {retry['job']}: completed, 5 written, 0 failed\n" in shown
+    listing = run("embed-status", "--redis", lab.url, "--queue", lab.broker.queue).stdout
+    assert f"595 of 602 rows, 7 FAILED (run again by job {retry['job']})" in listing
+    assert f"job {retry['job']}  completed  failed rows of job {job}  5 of 5 rows" in listing
 
 
 def test_what_fails_again_stays_an_error_and_can_be_tried_once_more(lab: WorkerLab) -> None:
