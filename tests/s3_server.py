@@ -74,12 +74,17 @@ class S3Server:
         """The environment of a user who may do only these actions. From here on permissions are checked."""
         iam = self.client("iam")
         iam.create_user(UserName=name)
-        policy = {"Version": "2012-10-17", "Statement": [{"Effect": "Allow", "Action": list(allowed), "Resource": "*"}]}
-        iam.put_user_policy(UserName=name, PolicyName="only", PolicyDocument=str(policy).replace("'", '"'))
+        self.allow(name, *allowed)
         key = iam.create_access_key(UserName=name)["AccessKey"]
         self.check_permissions(True)
         given = {"AWS_ACCESS_KEY_ID": key["AccessKeyId"], "AWS_SECRET_ACCESS_KEY": key["SecretAccessKey"]}
         return {**self.environment, **given}
+
+    def allow(self, name: str, *allowed: str) -> None:
+        """A user may do only these actions from here on."""
+        policy = {"Version": "2012-10-17", "Statement": [{"Effect": "Allow", "Action": list(allowed), "Resource": "*"}]}
+        document = str(policy).replace("'", '"')
+        self.client("iam").put_user_policy(UserName=name, PolicyName="only", PolicyDocument=document)
 
     def check_permissions(self, check: bool) -> None:
         """Whether the server looks at who asks."""

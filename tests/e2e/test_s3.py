@@ -185,3 +185,60 @@ def test_what_is_wrong_with_a_bucket_is_one_sentence(
         assert "AWS_ACCESS_KEY_ID" in failure(stranger, corpus, "-o", f"s3://{bucket}/out")
     finally:
         s3_server.check_permissions(False)
+
+
+WRITER = ("s3:ListBucket", "s3:GetObject", "s3:PutObject", "s3:DeleteObject")
+
+
+@pytest.mark.parametrize("trouble", ["there is no bucket", "must allow s3:PutObject there"])
+def test_vectors_wait_for_a_bucket_that_is_gone_or_forbidden_in_mid_job(
+    workers: Fleet, bucket: str, s3_server: S3Server, env: Any, tmp_path: Path, trouble: str
+) -> None:
+    texts = write_corpus(tmp_path / "c.jsonl", 3000)
+    user = f"writer-{bucket}"
+    mine = env | s3_server.user(user, *WRITER)
+    client, output = s3_server.client(), f"s3://{bucket}/out"
+    pace = {"EMBEDSTREAM_HASHING_TOKENS_PER_SECOND": "100000"}
+    workers.start_worker("--output-root", f"s3://{bucket}", "--batch-tokens", 4096, **mine, **pace)
+    try:
+        waiting = start_submit(
+            tmp_path / "c.jsonl", "-o", output, "--redis", workers.url, "--model", "hashing", "--json", **mine
+        )
+        wait_until(
+            lambda: any(
+                workers.broker.status(job).blocks and held(workers, job) for job in workers.broker.active_jobs()
+            ),
+            "blocks in the worker's hands",
+        )
+        s3_server.check_permissions(False)
+        gone = trouble == "there is no bucket"
+        objects = {key: client.get_object(Bucket=bucket, Key=key)["Body"].read() for key in s3_server.keys(bucket)}
+        if gone:
+            for key in objects:
+                client.delete_object(Bucket=bucket, Key=key)
+            client.delete_bucket(Bucket=bucket)
+        else:
+            s3_server.allow(user, "s3:ListBucket", "s3:GetObject")
+            s3_server.check_permissions(True)
+        log = tmp_path / "worker-0.log"
+        wait_until(lambda: trouble in log.read_text(), "it to be said")
+        s3_server.check_permissions(False)
+        if gone:
+            client.create_bucket(Bucket=bucket)
+            for key, body in objects.items():
+                client.put_object(Bucket=bucket, Key=key, Body=body)
+        _, said = waiting.communicate(timeout=120)
+    finally:
+        s3_server.check_permissions(False)
+    assert waiting.returncode == 0, said
+    assert log.read_text().count("cannot write") == 1, log.read_text()
+    assert "Traceback" not in log.read_text()
+    assert_exact(download(s3_server, bucket, "out", tmp_path / "here"), texts, every=10)
+    verified = run("embed-verify", output, "--corpus", tmp_path / "c.jsonl", **env)
+    assert verified.returncode == 0, verified.stdout + verified.stderr
+
+
+def held(workers: Fleet, job: str) -> int:
+    """How many of a job's blocks are in hands."""
+    pending: Any = workers.broker.client
+    return int(pending.xpending(workers.broker.keys.blocks(job), "workers")["pending"])
