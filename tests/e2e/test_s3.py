@@ -198,8 +198,8 @@ def test_vectors_wait_for_a_bucket_that_is_gone_or_forbidden_in_mid_job(
     user = f"writer-{bucket}"
     mine = env | s3_server.user(user, *WRITER)
     client, output = s3_server.client(), f"s3://{bucket}/out"
-    pace = {"EMBEDSTREAM_HASHING_TOKENS_PER_SECOND": "100000"}
-    workers.start_worker("--output-root", f"s3://{bucket}", "--batch-tokens", 4096, **mine, **pace)
+    slow = mine | {"EMBEDSTREAM_HASHING_TOKENS_PER_SECOND": "100000"}
+    workers.start_worker("--output-root", f"s3://{bucket}", "--batch-tokens", 4096, **slow)
     try:
         waiting = start_submit(
             tmp_path / "c.jsonl", "-o", output, "--redis", workers.url, "--model", "hashing", "--json", **mine
