@@ -134,13 +134,9 @@ def due_to_finalize(broker: Broker) -> list[str]:
     return [raw.decode() for raw in ask.zrangebyscore(broker.keys.finalize, "-inf", _now_ms(broker.client))]
 
 
-def note_trouble(broker: Broker, job: str, what: str, why: str) -> None:
-    """Keep for `embed-status` why something cannot be done for a job."""
-    key = broker.keys.troubles(job)
-    with broker.client.pipeline() as pipe:
-        pipe.hset(key, what, why)
-        pipe.expire(key, TROUBLES_SECONDS)
-        pipe.execute()
+def note_trouble(broker: Broker, job: str, what: str, why: str) -> bool:
+    """Keep for `embed-status` why something cannot be done for a job. Whether that is news."""
+    return _keep(broker.client, broker.keys.troubles(job), what, why)
 
 
 def clear_troubles(broker: Broker, job: str, whats: Sequence[str]) -> None:
@@ -179,13 +175,18 @@ def end_compaction(client: redis.Redis, wanted: Compaction) -> None:
         pipe.execute()
 
 
-def note_compacted(client: redis.Redis, wanted: Compaction, what: str, said: str) -> None:
-    """Keep what became of one shard to be written, or (`trouble`) what stands in the way."""
-    key = compaction(wanted.id)
+def note_compacted(client: redis.Redis, wanted: Compaction, what: str, said: str) -> bool:
+    """Keep what became of one shard to be written, or (`trouble`) what stands in the way. Whether that is news."""
+    return _keep(client, compaction(wanted.id), what, said)
+
+
+def _keep(client: redis.Redis, key: str, what: str, said: str) -> bool:
     with client.pipeline() as pipe:
+        pipe.hget(key, what)
         pipe.hset(key, what, said)
         pipe.expire(key, TROUBLES_SECONDS)
-        pipe.execute()
+        before: bytes | None = pipe.execute()[0]
+    return before != said.encode()
 
 
 def compacted(client: redis.Redis, wanted: Compaction) -> dict[str, str]:

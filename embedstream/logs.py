@@ -20,7 +20,7 @@ LogFormat = Literal["text", "json"]
 OURS = ("embedstream", "embedstream_worker", "embedstream_coordinator")
 """Loggers that say what they do; those of libraries say only what is wrong."""
 
-FIELDS = ("job", "block")
+FIELDS = ("job", "part", "block")
 
 _identity: dict[str, str] = {}
 
@@ -44,13 +44,18 @@ def _log_unexpected(kind: type[BaseException], error: BaseException, trace: Trac
 
 
 def identify(**who: str) -> None:
-    """Fields that every JSON line of this process has from now on: `queue`, `worker`."""
+    """Fields that every JSON line of this process has from now on: `queue`, `worker`, `coordinator`."""
     _identity.update(who)
 
 
-def about(job: str, block: tuple[int, int] | None = None) -> dict[str, str]:
-    """What a line is about, for `extra`. `block`: part and number."""
-    return {"job": job} if block is None else {"job": job, "block": f"{block[0]}:{block[1]}"}
+def about(job: str, block: tuple[int, int] | None = None, part: int | None = None) -> dict[str, str]:
+    """What a line is about, for `extra`. `block`: part and number; `part`: where it is no block's."""
+    fields = {"job": job}
+    if block is not None:
+        fields["block"] = f"{block[0]}:{block[1]}"
+    if part is not None:
+        fields["part"] = str(part)
+    return fields
 
 
 def tell_error(message: str) -> None:
@@ -63,7 +68,8 @@ def tell_error(message: str) -> None:
 
 
 class JsonFormatter(logging.Formatter):
-    """`time` (UTC), `level`, `message`, `logger`; `queue`, `worker`, `job`, `block`, `exception` where they apply."""
+    """`time` (UTC), `level`, `message`, `logger`; where they apply `queue`, `worker`, `coordinator`, `job`, `part`,
+    `block`, `exception`."""
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, Any] = {

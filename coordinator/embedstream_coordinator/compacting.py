@@ -18,11 +18,8 @@ from embedstream.dataset.compaction import (
 from embedstream.dataset.folder import FolderSink
 from embedstream.dataset.manifest import manifest_digest
 from embedstream.dataset.sink import Manifest, ShardRecord
-from embedstream.errors import EmbedstreamError
 from embedstream.roots import check_output
 from embedstream_coordinator.context import Context
-
-TROUBLE = "trouble"
 
 MOST_BYTES = 1 << 30
 """Of a merged shard, whatever Redis says: it is held in memory."""
@@ -34,14 +31,6 @@ def plan_or_finish(context: Context, id: str) -> str:
     wanted = _find(client, id)
     if wanted is None:
         return "was done, or is no longer wanted"
-    try:
-        return _plan_or_finish(context, client, wanted)
-    except EmbedstreamError as error:
-        note_compacted(client, wanted, TROUBLE, str(error))
-        raise
-
-
-def _plan_or_finish(context: Context, client: redis.Redis, wanted: Compaction) -> str:
     sink, manifest, groups = _open(context, wanted)
     if wanted.manifest != manifest_digest(manifest) and groups:
         # Never looked at; or its manifest is another by now, perhaps the one that we wrote before we died.
@@ -65,17 +54,13 @@ def merge(context: Context, id: str, shard: str) -> str:
     wanted = _find(client, id)
     if wanted is None or shard not in wanted.groups:
         return "was done, or is no longer wanted"
-    try:
-        sink, manifest, groups = _open(context, wanted)
-        group = next((group for group in groups if group.name == shard), None)
-        if group is None:
-            # Another manifest stands: the plan is made anew.
-            save_compaction(client, Compaction(output=wanted.output, target_bytes=wanted.target_bytes))
-            return "another manifest stands"
-        record = write_group(sink, manifest, group)
-    except EmbedstreamError as error:
-        note_compacted(client, wanted, TROUBLE, f"{shard}: {error}")
-        raise
+    sink, manifest, groups = _open(context, wanted)
+    group = next((group for group in groups if group.name == shard), None)
+    if group is None:
+        # Another manifest stands: the plan is made anew.
+        save_compaction(client, Compaction(output=wanted.output, target_bytes=wanted.target_bytes))
+        return "another manifest stands"
+    record = write_group(sink, manifest, group)
     note_compacted(client, wanted, shard, msgspec.json.encode(record).decode())
     return f"{record.rows} rows"
 

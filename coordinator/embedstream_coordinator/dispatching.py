@@ -30,6 +30,7 @@ from embedstream.coordination import (
 )
 from embedstream.errors import EmbedstreamError, JobUnknown
 from embedstream.jobs import JobState
+from embedstream.logs import about
 from embedstream.roots import allows
 from embedstream_coordinator.context import Context
 from embedstream_coordinator.rq_types import QUEUE, ClosedJob, make_queue
@@ -196,7 +197,7 @@ class Dispatcher:
     def _refuse(self, job: str, why: str) -> None:
         if self._refused.get(job) != why:
             self._refused[job] = why
-            log.warning("job %s: %s", job, why)
+            log.warning("job %s: %s", job, why, extra=about(job))
 
 
 def _digest(queue: str) -> str:

@@ -1,31 +1,24 @@
 """The functions that an RQ job may name, and no others: `FUNCTIONS` is all that is ever called by a name from Redis.
 
 Each may be run at any time, twice, by two at once, or be killed in the middle: what must happen once is a step of the
-broker. Each ends early when nothing is left to do.
+broker. Each ends early when nothing is left to do. What they raise is told by the process that runs them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from embedstream.coordination import clear_troubles, note_trouble
-from embedstream.errors import EmbedstreamError, JobUnknown
+from embedstream.coordination import clear_troubles
+from embedstream.errors import JobUnknown
 from embedstream.finalizing import finalize_job
 from embedstream.jobs import JobState
 from embedstream_coordinator import compacting
 from embedstream_coordinator.context import Context
 from embedstream_coordinator.expiring import expire_queue
 from embedstream_coordinator.ingesting import compare_ids, ingest_part
+from embedstream_coordinator.subjects import FINALIZE, IDS, part_trouble
 
 Function = Callable[..., str]
-
-FINALIZE = "finalize"
-IDS = "ids"
-
-
-def part_trouble(part: int) -> str:
-    """The name under which trouble with a part is known."""
-    return f"part {part}"
 
 
 def finalize(context: Context, queue: str, job: str) -> str:
@@ -36,9 +29,6 @@ def finalize(context: Context, queue: str, job: str) -> str:
         done = finalize_job(broker, job, context.sink)
     except JobUnknown:
         return "the job is gone"
-    except EmbedstreamError as error:
-        note_trouble(broker, job, FINALIZE, str(error))
-        raise
     if not done and broker.state(job) is JobState.FINALIZING:
         return "somebody else holds its lease, or died with it"
     clear_troubles(broker, job, [FINALIZE])
@@ -47,15 +37,12 @@ def finalize(context: Context, queue: str, job: str) -> str:
 
 def ingest(context: Context, queue: str, job: str, part: int) -> str:
     """Read one part of a corpus into blocks."""
-    broker, what = context.broker(queue), part_trouble(part)
+    broker = context.broker(queue)
     try:
         ended = ingest_part(context, broker, job, part)
     except JobUnknown:
         return "the job is gone"
-    except EmbedstreamError as error:
-        note_trouble(broker, job, what, str(error))
-        raise
-    clear_troubles(broker, job, [what])
+    clear_troubles(broker, job, [part_trouble(part)])
     return ended
 
 
@@ -66,9 +53,6 @@ def ids(context: Context, queue: str, job: str) -> str:
         ended = compare_ids(context, broker, job)
     except JobUnknown:
         return "the job is gone"
-    except EmbedstreamError as error:
-        note_trouble(broker, job, IDS, str(error))
-        raise
     clear_troubles(broker, job, [IDS])
     return ended
 
@@ -97,10 +81,3 @@ FUNCTIONS: dict[str, Function] = {
     "embedstream.expire": expire,
 }
 """By the names that jobs in Redis carry."""
-
-TROUBLE_OF: dict[str, Callable[..., str]] = {
-    "embedstream.finalize": lambda: FINALIZE,
-    "embedstream.ingest": part_trouble,
-    "embedstream.ids": lambda: IDS,
-}
-"""What is in trouble when the process of such a job dies; takes the arguments after queue and job."""

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
+import signal
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -11,11 +15,13 @@ from rq import Queue, Worker
 from rq.job import Job
 from rq.serializers import JSONSerializer
 
-from embedstream.coordination import note_trouble
 from embedstream.errors import EmbedstreamError
 from embedstream.terminal import printable
+from embedstream.troubles import passes
 from embedstream_coordinator.context import Context
-from embedstream_coordinator.functions import FUNCTIONS, TROUBLE_OF
+from embedstream_coordinator.functions import FUNCTIONS
+from embedstream_coordinator.ingesting import Abandoned
+from embedstream_coordinator.subjects import subject_of
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +72,8 @@ class ClosedWorker(Worker):
     job_class = ClosedJob
     queue_class = ClosedQueue
 
+    max_connection_wait_time = 5.0
+
     def __init__(self, context: Context, name: str, client: redis.Redis) -> None:
         _CONTEXT[:] = [context]
         self._context = context
@@ -77,13 +85,20 @@ class ClosedWorker(Worker):
             worker_ttl=WORKER_SECONDS,
             job_monitoring_interval=HEARTBEAT_SECONDS,
             maintenance_interval=60,
-            work_horse_killed_handler=self._note_killed,
         )
+
+    def subscribe(self) -> None:
+        """To nothing: nobody gives orders to this process but the coordinator that started it."""
 
     def handle_warm_shutdown_request(self) -> None:
         """A part may take hours to read, and what is done of it stays: the job goes on elsewhere, at once."""
         if self.horse_pid:
             self.kill_horse()
+
+    def kill_horse(self, sig: signal.Signals = signal.SIGKILL) -> None:
+        """Alone: RQ kills its group of processes, which is the whole coordinator's until it has made one of its own."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.horse_pid, sig)
 
     def handle_job_failure(self, job: Job, queue: Queue, *args: Any, **kwargs: Any) -> None:
         """As RQ does; but what ended because this coordinator stops has not failed."""
@@ -91,21 +106,51 @@ class ClosedWorker(Worker):
             job.retries_left = (job.retries_left or 0) + 1
         super().handle_job_failure(job, queue, *args, **kwargs)
 
-    def handle_exception(self, job: Job, *exc_info: Any) -> None:
-        """One line for what we raise on purpose; RQ's own words, with the traceback, for the rest."""
-        error = exc_info[1]
-        if isinstance(error, (EmbedstreamError, redis.RedisError)):
-            log.warning("%s: %s", job.id, error)
-            return
-        super().handle_exception(job, *exc_info)
+    def handle_work_horse_killed(self, job: Job, _pid: Any, status: Any, _usage: Any) -> None:
+        """Say what becomes of the job, which others need not wait for."""
+        subject = subject_of(job)
+        if subject is not None:
+            subject.release(self._context)
+        if self._stop_requested:
+            log.info("%s: handed over, as this coordinator stops", job.id, extra=subject.fields() if subject else None)
+        else:
+            self._tell(job, f"the coordinator's process for it died (wait status {status}); is there enough memory?")
 
-    def _note_killed(self, job: Job, _pid: int, status: int, _usage: Any) -> None:
-        what = TROUBLE_OF.get(str(job.func_name))
-        if what is None or self._stop_requested:
-            return
-        queue, name, *rest = job.args
-        why = f"the coordinator's process for it died (wait status {status}); is there enough memory?"
-        note_trouble(self._context.broker(queue), name, what(*rest), why)
+    def handle_exception(self, job: Job, *exc_info: Any) -> None:
+        """One line for what we raise on purpose, with the traceback for the rest."""
+        error = exc_info[1]
+        if isinstance(error, Abandoned) or (isinstance(error, redis.RedisError) and passes(error)):
+            return  # it goes on elsewhere, or when Redis is well again, of which the coordinator speaks
+        if isinstance(error, (EmbedstreamError, redis.RedisError)):
+            self._tell(job, str(error))
+        else:
+            self._tell(job, f"{type(error).__name__}: {error}", exc_info)
+
+    def _tell(self, job: Job, why: str, exc_info: Any = None) -> None:
+        """Keep it for `embed-status`, and log it if it is news: it is tried again and again."""
+        subject = subject_of(job)
+        try:
+            news = subject is None or subject.note(self._context, why)
+        except redis.RedisError as error:
+            why, news = f"{why} (which embed-status cannot show: {error})", True
+        if news:
+            log.warning("%s: %s", job.id, why, exc_info=exc_info, extra=subject.fields() if subject else None)
+
+
+class RqNoise(logging.Filter):
+    """Takes out of RQ's log what we say ourselves, and once: that Redis is in trouble, that a process died."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.error: redis.RedisError | None = None
+        """The last trouble with Redis."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        handled = sys.exc_info()[1]
+        if isinstance(handled, redis.RedisError):
+            self.error = handled
+            return False
+        return record.funcName != "monitor_work_horse"
 
 
 def make_queue(client: redis.Redis) -> ClosedQueue:

@@ -39,6 +39,9 @@ EXPIRE_SECONDS = 15.0
 RESTART_SECONDS = 1.0
 """A process that ended is started again no sooner: while Redis is away they all end."""
 
+OVER_SECONDS = 10.0
+"""A trouble that was not met for so long is over: some times as long as a process takes to meet it again."""
+
 STOP_SECONDS = 8.0
 """For the processes to end when this one is told to: below the 10 s that containers are given."""
 
@@ -58,8 +61,9 @@ class Coordinator:
             input_roots=context.input_roots,
             output_roots=tuple(map(mask, context.output_roots)),
         )
-        self._slots = [_Slot(context, f"{name}-{number}", log_format) for number in range(processes)]
-        self._trouble = ""
+        self._slots = [_Slot(context, name, number, log_format) for number in range(processes)]
+        self._troubles: dict[str, float] = {}
+        """What has been said, by when it was last met (`time.monotonic`)."""
         self._begun = False
 
     def stop(self) -> None:
@@ -68,7 +72,7 @@ class Coordinator:
 
     def unready(self) -> str:
         """Why this coordinator does nothing at the moment, the empty string if it does its work."""
-        return self._trouble or ("" if self._begun else "starting")
+        return next(iter(self._troubles), "" if self._begun else "starting")
 
     def run(self) -> None:
         """Until told to stop."""
@@ -76,35 +80,36 @@ class Coordinator:
         try:
             while not self._stopping.is_set():
                 for slot in self._slots:
-                    slot.keep_running()
+                    self._met(slot.keep_running())
                 try:
                     heartbeat(client, self.record, EXPIRE_SECONDS)
                     dispatcher.round()
-                except (redis.RedisError, BrokerError) as error:
-                    self._met(error)
+                except BrokerError as error:
+                    self._met(str(error))
+                except redis.RedisError as error:
+                    clause = trouble(error)
+                    if clause is None:
+                        raise
+                    self._met(waiting(clause, mask(self._context.redis_url)))
                 else:
-                    self._over()
+                    self._begun = True
+                self._forget()
                 self._stopping.wait(ROUND_SECONDS)
         finally:
             self._end(client)
 
-    def _met(self, error: redis.RedisError | BrokerError) -> None:
-        """Say once what kind of trouble there is; what does not pass is raised."""
-        if isinstance(error, BrokerError):
-            said = str(error)
-        else:
-            clause = trouble(error)
-            if clause is None:
-                raise error
-            said = waiting(clause, mask(self._context.redis_url))
-        if said != self._trouble:
-            self._trouble = said
-            log.warning(said)
+    def _met(self, what: str) -> None:
+        """Say it, once while it lasts."""
+        if what and what not in self._troubles:
+            log.warning(what)
+        if what:
+            self._troubles[what] = time.monotonic()
 
-    def _over(self) -> None:
-        self._begun = True
-        if self._trouble:
-            self._trouble = ""
+    def _forget(self) -> None:
+        """What was not met for some time is over."""
+        since = time.monotonic() - OVER_SECONDS
+        before, self._troubles = self._troubles, {what: at for what, at in self._troubles.items() if at > since}
+        if before and not self._troubles:
             log.warning("all is well again")
 
     def _end(self, client: redis.Redis) -> None:
@@ -122,32 +127,48 @@ class Coordinator:
 class _Slot:
     """One process, started when it is not there."""
 
-    def __init__(self, context: Context, name: str, log_format: LogFormat) -> None:
+    def __init__(self, context: Context, coordinator: str, number: int, log_format: LogFormat) -> None:
         self._context = context
         self._log_format = log_format
-        self._name = name
+        self._coordinator = coordinator
+        self._name = f"{coordinator}-{number}"
         self._process: subprocess.Popen[bytes] | None = None
         self._started = float("-inf")
         self._starts = 0
 
-    def keep_running(self) -> None:
+    def keep_running(self) -> str:
+        """Start the process if it is not there; why the one before ended, if it said so."""
         if self._process is not None and self._process.poll() is None:
-            return
+            return ""
         if time.monotonic() - self._started < RESTART_SECONDS:
-            return
+            return ""
+        why = self._last_words()
         self._started = time.monotonic()
         self._starts += 1
         # A name of its own for each life: RQ refuses one that seems to be alive.
-        plan = Plan(name=f"{self._name}-{self._starts}", log_format=self._log_format, context=self._context)
+        plan = Plan(
+            coordinator=self._coordinator,
+            name=f"{self._name}-{self._starts}",
+            log_format=self._log_format,
+            context=self._context,
+        )
         self._close()
         command = [sys.executable, "-P", "-m", "embedstream_coordinator.slot"]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(msgspec.json.encode(plan) + b"\n")
             self._process.stdin.flush()
         except BrokenPipeError:
             log.warning("a process of this coordinator ended as it began")
+        return why
+
+    def _last_words(self) -> str:
+        if self._process is None or self._process.stdout is None:
+            return ""
+        # What it was doing may still go on for a moment and hold the other end: what is not there now never comes.
+        os.set_blocking(self._process.stdout.fileno(), False)
+        return (self._process.stdout.read() or b"").decode(errors="replace")
 
     def tell_to_stop(self) -> None:
         if self._process is not None:
@@ -164,8 +185,9 @@ class _Slot:
         self._close()
 
     def _close(self) -> None:
-        if self._process is not None and self._process.stdin is not None:
-            self._process.stdin.close()
+        for end in (self._process.stdin, self._process.stdout) if self._process is not None else ():
+            if end is not None:
+                end.close()
 
 
 def serve(context: Context, processes: int, log_format: LogFormat, listen: tuple[str, int] | None) -> None:
