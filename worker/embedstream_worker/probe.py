@@ -33,7 +33,7 @@ class Trial(NamedTuple):
 
     batch_tokens: int
     tokens_per_second: float
-    """With these batches; 0 if they are too small to tell."""
+    """With these batches; 0 if that was not tried."""
 
 
 def try_budgets(engine: Engine, budgets: Sequence[int], clock: Callable[[], float] = time.perf_counter) -> Trial:

@@ -140,14 +140,16 @@ class Worker:
 
     def _warm_up(self) -> Trial:
         """The token budget of a batch: the largest of those wanted, or a half of it, and so on, that fits."""
-        batch_tokens = self._plan.settings.batch_tokens or self._engine.info.batch_tokens
+        given, info = self._plan.settings.batch_tokens, self._engine.info
+        batch_tokens = given or info.batch_tokens
         if not self._plan.warm_up:
             return Trial(batch_tokens, 0.0)
-        tries_others = self._plan.settings.batch_tokens is None and self._engine.info.device == "cpu"
         while True:
             try:
                 self._engine.warm_up(batch_tokens)
-                others = (batch_tokens // 2, batch_tokens * 2) if tries_others else ()
+                if given is not None:
+                    return Trial(batch_tokens, 0.0)
+                others = (batch_tokens // 2, batch_tokens * 2) if info.device == "cpu" else ()
                 return try_budgets(self._engine, (batch_tokens, *others))
             except OutOfMemory as error:
                 if batch_tokens == 1:
