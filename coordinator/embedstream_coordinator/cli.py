@@ -11,6 +11,7 @@ import click
 from embedstream.commands import run
 from embedstream.errors import UsageError
 from embedstream.logs import LogFormat, set_up, tell_error
+from embedstream.service_options import service_options
 from embedstream.settings import ENV_PREFIX
 
 PROCESSES = 2
@@ -46,13 +47,7 @@ PROCESSES = 2
     is_flag=True,
     help="Exit 0 if a coordinator of this machine is there, else 1.",
 )
-@click.option(
-    "--metrics-port",
-    type=click.IntRange(min=0, max=65535),
-    help="Serve /metrics (Prometheus), /healthz and /readyz; 0: any free port, which is logged. [default: off]",
-)
-@click.option("--metrics-host", default="127.0.0.1", help="Address to serve them at; 0.0.0.0 or :: for all.")
-@click.option("--log-format", type=click.Choice(["text", "json"]), default="text", help="json: one object a line.")
+@service_options
 @click.version_option(package_name="embedstream")
 def coordinator(
     redis_url: str,

@@ -14,6 +14,7 @@ from embedstream.commands import run
 from embedstream.errors import UsageError
 from embedstream.jobs import model_address, queue_name
 from embedstream.logs import LogFormat, set_up, tell_error
+from embedstream.service_options import service_options
 from embedstream.settings import ENV_PREFIX, WorkerSettings
 from embedstream_worker.model_folder import ALLOW_PICKLE, TRUST_REMOTE_CODE, Trust
 
@@ -106,13 +107,7 @@ def usable_device(name: str) -> str:
 )
 @click.option("--trust-remote-code", is_flag=True, help=TRUST_REMOTE_CODE)
 @click.option("--allow-pickle", is_flag=True, help=ALLOW_PICKLE)
-@click.option(
-    "--metrics-port",
-    type=click.IntRange(min=0, max=65535),
-    help="Serve /metrics (Prometheus), /healthz and /readyz; 0: any free port, which is logged. [default: off]",
-)
-@click.option("--metrics-host", default="127.0.0.1", help="Address to serve them at; 0.0.0.0 or :: for all.")
-@click.option("--log-format", type=click.Choice(["text", "json"]), default="text", help="json: one object a line.")
+@service_options
 @click.option("--embedded", is_flag=True, hidden=True, help="Belongs to an embed-submit: leave when it is gone.")
 @click.version_option(package_name="embedstream")
 def worker(
