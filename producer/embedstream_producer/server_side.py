@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 from embedstream.broker import Broker
 from embedstream.connection import connect, explaining, mask, with_redis
-from embedstream.coordination import ask_to_ingest, coordinators
+from embedstream.coordination import ask_to_ingest, compared_parts, coordinators, troubles, unsealed_parts
 from embedstream.dataset.sink import Manifest, Sink
-from embedstream.errors import UsageError
+from embedstream.errors import InputError, UsageError
 from embedstream.jobs import JobSpec, JobState, JobStatus
 from embedstream.opening import finished_manifest, is_visible, open_job, refuse_forbidden
 from embedstream.preflight import check
 from embedstream.roots import allows
 from embedstream.troubles import Notice, patiently
 from embedstream_producer.corpus import STDIN, part_name
+
+BEGIN_SECONDS = 5.0
+"""How long `wait_for_readers` waits: coordinators look twice a second, and see at once that a file is not there."""
+
+LOOK_SECONDS = 0.1
+
+_READ = (JobState.RUNNING, JobState.FINALIZING, JobState.COMPLETED)
+"""States of a job of which nothing is left to be read."""
 
 
 def part_names(sources: Sequence[str]) -> list[str]:
@@ -36,6 +45,9 @@ def hand_over(url: str, spec: JobSpec, sink: Sink, max_errors: str, notice: Noti
     """Make the job and ask coordinators for its parts; returns where it stands, and what to say about it.
 
     A dataset that is finished already is returned as its manifest. Doing it twice is harmless.
+
+    Raises:
+        InputError: coordinators live, and none of them may read a part.
     """
     manifest = finished_manifest(sink, spec)
     if manifest is not None:
@@ -48,6 +60,8 @@ def hand_over(url: str, spec: JobSpec, sink: Sink, max_errors: str, notice: Noti
         def act() -> tuple[JobStatus, str]:
             workers = broker.workers()
             refuse_forbidden(workers, spec.output)
+            if broker.state(spec.job) not in _READ:
+                _refuse_unreadable(broker, spec, url)
             visible = is_visible(workers, spec.output)
             if visible:
                 sink.check()
@@ -67,6 +81,46 @@ def _said(spec: JobSpec, state: JobState, url: str) -> str:
         return f"all of job {spec.job} is read already: {look_again}"
     count = f"{len(spec.parts):,} part{'' if len(spec.parts) == 1 else 's'}"
     return f"job {spec.job}: {count} to be read by coordinators: {look_again}"
+
+
+def wait_for_readers(url: str, spec: JobSpec, notice: Notice) -> None:
+    """Until coordinators have begun with the parts of a job, for `BEGIN_SECONDS` at most.
+
+    Raises:
+        InputError: they say what they cannot read.
+    """
+    broker, end = Broker(connect(url), spec.queue), time.monotonic() + BEGIN_SECONDS
+
+    def look() -> tuple[bool, dict[str, str]]:
+        unread = unsealed_parts(broker, spec.job, len(spec.parts))
+        begun = {0, *compared_parts(broker, spec.job)}.issuperset(unread) and broker.status(spec.job).blocks > 0
+        # Whatever is wrong with a file is said in a sentence that begins with its name. The rest is no fault of the
+        # corpus and mostly passes: a process that died, a full disk.
+        found = {what: why for what, why in troubles(broker, spec.job).items() if why.startswith(spec.parts)}
+        return begun or not unread, found
+
+    with explaining(url):
+        known = patiently(look, notice, mask(url))[1]
+        while True:
+            begun, found = patiently(look, notice, mask(url))
+            over = time.monotonic() > end
+            if found and (over or found != known):  # what is known from before may have been mended meanwhile
+                what, why = next(iter(found.items()))
+                raise InputError(
+                    f"job {spec.job}, {what}: {why}: mend that, and coordinators go on by themselves, within five "
+                    f"minutes; or end the job: {with_redis(f'embed-cancel {spec.job}', url)}"
+                )
+            if begun or over:
+                return
+            time.sleep(LOOK_SECONDS)
+
+
+def _refuse_unreadable(broker: Broker, spec: JobSpec, url: str) -> None:
+    """Raise `InputError` if coordinators live and none of them may read a part."""
+    if coordinators(broker.client):
+        missing = without_coordinator(broker, spec, url)
+        if missing:
+            raise InputError(missing)
 
 
 def without_coordinator(broker: Broker, spec: JobSpec, url: str) -> str:

@@ -16,12 +16,15 @@ from embedstream.broker import Broker
 from embedstream.client import find_queue
 from embedstream.commands import INTERRUPTED
 from embedstream.connection import connect, explaining, mask
+from embedstream.coordination import is_ingested
 from embedstream.errors import BrokerError, UsageError
+from embedstream.jobs import parse_max_errors
 from embedstream.preflight import check
-from embedstream.queues import find_retries, look_at_queue
+from embedstream.queues import QueueLook, find_retries, is_retry_of, look_at_queue
 from embedstream.terminal import echo, echo_json, printable
 from embedstream.troubles import patiently
 from embedstream.watching import lost_blocks
+from embedstream_producer import report
 from embedstream_producer.status_coordination import fleet_lines, fleet_object, troubles_of, waits_for
 from embedstream_producer.status_view import JobLook, job_lines, job_object, queue_lines, queue_object
 
@@ -38,12 +41,14 @@ class Look(msgspec.Struct, frozen=True):
     value: dict[str, Any]
     over: bool
     """Whether nothing can change any more."""
+    code: int = 0
+    """Of what is over, as `embed-submit` ends with it."""
 
 
-def show_status(job: str | None, queue: str | None, redis_url: str, watch: bool, as_json: bool) -> None:
+def show_status(job: str | None, queue: str | None, redis_url: str, watch: bool, as_json: bool) -> int:
     """Print one look at a job, or at all queues; with `watch` a look every second, until the job has ended.
 
-    `queue`: at this one only.
+    `queue`: at this one only. Returns the exit code: that of a watched job's `embed-submit`, else 0.
     """
     check(connect(redis_url, retries=0), redis_url)
     nowhere = Broker(connect(redis_url), "")
@@ -55,13 +60,11 @@ def show_status(job: str | None, queue: str | None, redis_url: str, watch: bool,
         with explaining(redis_url):
             if not watch:
                 show(look(), as_json)
-            elif sys.stdout.isatty() and not as_json:
-                watch_live(look_after_look(look, redis_url))
-            else:
-                for each in look_after_look(look, redis_url):
-                    show(each, as_json)
+                return 0
+            looks = look_after_look(look, redis_url)
+            return watch_live(looks) if sys.stdout.isatty() and not as_json else show_each(looks, as_json)
     except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
+        return INTERRUPTED
 
 
 def look_after_look(look: Callable[[], Look], redis_url: str) -> Iterator[Look]:
@@ -82,11 +85,23 @@ def show(look: Look, as_json: bool) -> None:
         echo("\n".join(look.lines))
 
 
-def watch_live(looks: Iterator[Look]) -> None:
-    """In one place of the terminal, each look over the one before; the last one stays."""
+def show_each(looks: Iterator[Look], as_json: bool) -> int:
+    """One after another; returns the last one's code."""
+    code = 0
+    for each in looks:
+        show(each, as_json)
+        code = each.code
+    return code
+
+
+def watch_live(looks: Iterator[Look]) -> int:
+    """In one place of the terminal, each look over the one before; the last one stays, and its code is returned."""
+    code = 0
     with Live(console=Console(highlight=False), auto_refresh=False) as live:
         for each in looks:
             live.update(Text("\n".join(each.lines)), refresh=True)
+            code = each.code
+    return code
 
 
 def look_at_job(nowhere: Broker, job: str, queue: str | None, url: str) -> Look:
@@ -103,23 +118,43 @@ def look_at_job(nowhere: Broker, job: str, queue: str | None, url: str) -> Look:
     except (BrokerError, UsageError) as error:
         raise BrokerError(f"job {job} on queue {broker.queue}: {error}") from error
     waits = "" if status.state.ended else waits_for(broker, status, workers, url) or lost_blocks(broker, job, workers)
-    retries = find_retries(broker, status) if status.failed and status.state.ended else []
-    seen, trouble = JobLook(status, workers, waits, retries), troubles_of(broker, status)
-    lines = [*job_lines(seen), *(f"  {what}: {why}" for what, why in trouble.items())]
-    return Look([printable(line) for line in lines], {**job_object(seen), "troubles": trouble}, status.state.ended)
+    seen = JobLook(
+        status,
+        workers,
+        waits,
+        retries=find_retries(broker, status) if status.failed and status.state.ended else [],
+        troubles=troubles_of(broker, status),
+        ingested=is_ingested(broker, job),
+    )
+    code = report.exit_code(report.from_status(status), parse_max_errors(status.max_errors))
+    return Look([printable(line) for line in job_lines(seen)], job_object(seen), status.state.ended, code)
 
 
 def look_at_all(nowhere: Broker, queue: str | None = None) -> Look:
     """All queues, or this one."""
     known = nowhere.queues()
-    looks = [look_at_queue(Broker(nowhere.client, name), MOST_ENDED) for name in known if queue in (None, name)]
-    lines = [*fleet_lines(nowhere), *(line for look in looks for line in queue_lines(look))]
+    looks = [_look_at_queue(Broker(nowhere.client, name)) for name in known if queue in (None, name)]
+    lines = [*fleet_lines(nowhere), *(line for look, jobs in looks for line in queue_lines(look, jobs))]
     if not looks:
         others = f"; there are {', '.join(known)}" if known else ""
         missing = f"no queue{'' if queue is None else f' {queue}'}"
         lines.append(f"{missing}: neither job nor worker was there in the last 30 days{others}")
-    value = {**fleet_object(nowhere), "queues": [queue_object(look) for look in looks]}
+    value = {**fleet_object(nowhere), "queues": [queue_object(look, jobs) for look, jobs in looks]}
     return Look([printable(line) for line in lines], value, False)
+
+
+def _look_at_queue(broker: Broker) -> tuple[QueueLook, list[JobLook]]:
+    look = look_at_queue(broker, MOST_ENDED)
+    jobs = [
+        JobLook(
+            status,
+            look.workers,
+            retries=[each for each in look.jobs if is_retry_of(each.spec, status)],
+            troubles=troubles_of(broker, status),
+        )
+        for status in look.jobs
+    ]
+    return look, jobs
 
 
 def _say(notice: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import click
 
 from embedstream.commands import run
@@ -17,13 +19,17 @@ from embedstream.settings import ENV_PREFIX
 @click.option("--json", "as_json", is_flag=True, envvar="EMBEDSTREAM_JSON", help="One JSON object per look.")
 @click.version_option(package_name="embedstream")
 def status(job: str | None, redis_url: str | None, queue: str | None, watch: bool, as_json: bool) -> None:
-    """Show one JOB, or all queues with their jobs and workers."""
+    """Show one JOB, or all queues with their jobs and workers.
+
+    Exit codes: 0; 2 no such job, or Redis cannot be used; 130 ended by Ctrl-C. With JOB and --watch as the job ended:
+    0 all written, or failures within its --max-errors; 1 failed; 3 written, but some rows failed; 4 cancelled.
+    """
     if not redis_url:
         raise UsageError("no Redis: give --redis URL, or set EMBEDSTREAM_REDIS_URL")
     # Not at the top: loading it takes a while, in which Ctrl-C shall end this command as at any other time.
     from embedstream_producer.status import show_status
 
-    show_status(job, queue or None, redis_url, watch, as_json)
+    sys.exit(show_status(job, queue or None, redis_url, watch, as_json))
 
 
 def main() -> None:

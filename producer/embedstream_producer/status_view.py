@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 
 from embedstream.connection import mask
 from embedstream.jobs import JobState, JobStatus
-from embedstream.queues import QueueLook, is_retry_of, is_stalled, rate_of, seconds_left
+from embedstream.queues import QueueLook, is_stalled, rate_of, seconds_left
 from embedstream.watching import why_ended
 from embedstream.workers import InHand, Rate, WorkerRecord
 from embedstream_producer.report import duration, errors_of
@@ -27,6 +27,10 @@ class JobLook:
     """What it waits for, if that is known."""
     retries: Sequence[JobStatus] = ()
     """The jobs that run its failed rows again, or did."""
+    troubles: Mapping[str, str] = field(default_factory=dict)
+    """What coordinators cannot do for it at present, and why."""
+    ingested: bool = False
+    """Whether coordinators are to read its parts."""
 
     @property
     def in_hand(self) -> InHand:
@@ -105,12 +109,13 @@ def job_object(look: JobLook) -> dict[str, Any]:
             {"job": each.job, "state": each.state.value, "rows": each.rows, "failed": each.failed}
             for each in look.retries
         ],
+        "troubles": dict(look.troubles),
         "workers": look.shares,
     }
 
 
-def queue_object(look: QueueLook) -> dict[str, Any]:
-    """A queue for scripts."""
+def queue_object(look: QueueLook, jobs: Sequence[JobLook]) -> dict[str, Any]:
+    """A queue for scripts. `jobs`: those of the look."""
     return {
         "queue": look.queue,
         "blocks": look.blocks,
@@ -121,14 +126,10 @@ def queue_object(look: QueueLook) -> dict[str, Any]:
         "tokens": round(look.tokens),
         "worker_tokens_per_second": round(look.worker_tokens_per_second, 3) if look.measured else None,
         "drain_seconds": round(look.drain_seconds, 3) if look.measured or not look.tokens else None,
-        "jobs": [job_object(_job_of(look, status)) for status in look.jobs],
+        "jobs": [job_object(job) for job in jobs],
         "unreadable_jobs": look.unreadable,
         "workers": [worker_object(worker) for worker in look.workers],
     }
-
-
-def _job_of(look: QueueLook, status: JobStatus) -> JobLook:
-    return JobLook(status, look.workers, retries=[each for each in look.jobs if is_retry_of(each.spec, status)])
 
 
 def worker_object(worker: WorkerRecord) -> dict[str, Any]:
@@ -136,14 +137,16 @@ def worker_object(worker: WorkerRecord) -> dict[str, Any]:
     return {**msgspec.to_builtins(worker), "roots": [mask(root) for root in worker.roots]}
 
 
-def queue_lines(look: QueueLook) -> Iterator[str]:
-    """A queue for people."""
+def queue_lines(look: QueueLook, jobs: Sequence[JobLook]) -> Iterator[str]:
+    """A queue for people. `jobs`: those of the look."""
     states = Counter(worker.state for worker in look.workers)
     others = "".join(f", {states[state]} {state}" for state in ("starting", "draining") if states[state])
     queued = _queued(look) if look.blocks else "nothing queued"
     yield f"queue {look.queue}: {len(look.workers)} worker(s){others}, {queued}"
     yield from (f"  {worker_line(worker)}" for worker in look.workers)
-    yield from (f"  {job_line(_job_of(look, status))}" for status in look.jobs)
+    for job in jobs:
+        yield f"  {job_line(job)}"
+        yield from (f"    {line}" for line in _trouble_lines(job))
     yield from (f"  job {job}  unreadable: {why}" for job, why in look.unreadable.items())
 
 
@@ -198,6 +201,7 @@ def job_lines(look: JobLook) -> Iterator[str]:
         yield f"  {why}"
     if look.waits:
         yield f"  {look.waits}"
+    yield from (f"  {line}" for line in _trouble_lines(look))
     if look.stalled:
         yield f"  {_stalled(look)}"
     for refusal in sorted({worker.refused[status.job] for worker in look.workers if status.job in worker.refused}):
@@ -218,6 +222,10 @@ def _queued(look: QueueLook) -> str:
     return ", ".join(said)
 
 
+def _trouble_lines(look: JobLook) -> Iterator[str]:
+    yield from (f"{what}: {why}" for what, why in look.troubles.items())
+
+
 def _speed(rate: Rate) -> str:
     return f"{rate.rows:,.0f} rows/s, {rate.tokens:,.0f} tokens/s, " if rate.tokens else ""
 
@@ -235,6 +243,8 @@ def _total(status: JobStatus) -> str:
 def _stalled(look: JobLook) -> str:
     status = look.status
     if status.state is JobState.SUBMITTING and status.done >= status.blocks:
+        if look.ingested:
+            return "coordinators do not get on with its parts: see above, and their logs"
         return "its producer is gone: run the same embed-submit again, it goes on"
     if not look.workers:
         return f"no worker is alive on queue {status.spec.queue}: start one (embed-worker)"

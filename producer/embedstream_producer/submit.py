@@ -39,7 +39,7 @@ from embedstream_producer.corpus import STDIN, CorpusPart, check_sources, total_
 from embedstream_producer.embedded_run import Embedded, check_installed, made_folders
 from embedstream_producer.progress import LogHandler, Progress
 from embedstream_producer.refusals import Refusals
-from embedstream_producer.server_side import hand_over, part_names, without_coordinator
+from embedstream_producer.server_side import hand_over, part_names, wait_for_readers, without_coordinator
 from embedstream_producer.watch import Watch
 
 DETACHED = 130
@@ -104,12 +104,13 @@ def _submit_server_side(options: Options, spec: JobSpec, sink: Sink) -> int:
     assert options.redis_url is not None, "checked by submit"
     with Progress(options.quiet, None) as progress:
         stands, said = hand_over(options.redis_url, spec, sink, options.max_errors, progress.notice)
-        if said:
-            progress.tell(said)
-            broker = Broker(connect(options.redis_url), spec.queue)
-            missing = without_coordinator(broker, spec, options.redis_url)
+        progress.tell(said)
+        if isinstance(stands, JobStatus) and stands.state is JobState.SUBMITTING:
+            missing = without_coordinator(Broker(connect(options.redis_url), spec.queue), spec, options.redis_url)
             if missing:
                 progress.say(missing)
+            else:
+                wait_for_readers(options.redis_url, spec, progress.notice)
     result = report.from_manifest(stands) if isinstance(stands, Manifest) else report.from_status(stands)
     if options.json:
         echo_json(msgspec.json.encode(result))

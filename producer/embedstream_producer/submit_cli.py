@@ -42,7 +42,9 @@ from embedstream.settings import ENV_PREFIX
 @click.option("--retry-failed", is_flag=True, help="Run again the rows of a finished output that failed in a worker.")
 @click.option("--detach", is_flag=True, help="Leave when all is submitted.")
 @click.option(
-    "--server-side", is_flag=True, help="Have the files read by coordinators (embed-coordinator), and leave at once."
+    "--server-side",
+    is_flag=True,
+    help="Have the files read by coordinators (embed-coordinator); leave when they have begun.",
 )
 @click.option("--json", "as_json", is_flag=True, envvar="EMBEDSTREAM_JSON", help="One JSON object on standard output.")
 @click.option("--quiet", is_flag=True, help="No progress.")

@@ -229,10 +229,16 @@ def test_what_cannot_be_read_is_told_by_status_and_read_when_it_is_there(workers
     away = paths[1].rename(tmp_path / "away")
     workers.start_coordinator()
     workers.start_worker()
-    job = submit_server_side(workers, paths, tmp_path / "out")
-    wait_until(lambda: troubles(workers.broker, job), "the trouble")
+    common = ["-o", tmp_path / "out", "--redis", workers.url, "--model", "hashing", "--server-side"]
+    job = job_id("hashing", str(tmp_path / "out"))
+    for _ in range(2):
+        refused = run("embed-submit", *paths, *common)
+        assert (refused.returncode, refused.stdout) == (2, "")
+        assert f"Error: job {job}, ids: {paths[1]}: no such file: mend that, and coordinators go on" in refused.stderr
+        assert f"`embed-cancel {job} --redis {workers.url}`" in refused.stderr
     shown = run("embed-status", job, "--redis", workers.url).stdout
     assert f"ids: {paths[1]}: no such file" in shown
+    assert f"    ids: {paths[1]}: no such file" in run("embed-status", "--redis", workers.url).stdout
     assert "coordinators have read 1 of 2 parts" in shown
     assert json.loads(run("embed-status", job, "--redis", workers.url, "--json").stdout)["troubles"] == {
         "ids": f"{paths[1]}: no such file"
@@ -275,6 +281,20 @@ def rename_part(workers: Fleet, job: str, name: str) -> None:
     ask(workers).hset(key, "spec", json.dumps({**spec, "parts": [name]}))
 
 
+def test_what_no_live_coordinator_may_read_is_refused_before_there_is_a_job(workers: Fleet, tmp_path: Path) -> None:
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    write_corpus(tmp_path / "c.jsonl", 10)
+    command = [str(BIN / "embed-coordinator"), "--redis", workers.url, "--input-root", str(inside)]
+    workers.processes.append(subprocess.Popen(command, env=environment(), cwd=inside, stderr=subprocess.DEVNULL))
+    wait_until(lambda: coordinators(workers.broker.client), "the coordinator")
+    common = ["-o", tmp_path / "out", "--redis", workers.url, "--model", "hashing", "--server-side"]
+    done = run("embed-submit", tmp_path / "c.jsonl", *common)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"no coordinator may read {tmp_path}/c.jsonl (their input roots: {inside}): start one with" in done.stderr
+    assert workers.broker.state(job_id("hashing", str(tmp_path / "out"))) is None
+
+
 def test_without_a_coordinator_submit_and_status_say_so(workers: Fleet, tmp_path: Path) -> None:
     write_corpus(tmp_path / "c.jsonl", 10)
     common = ["-o", tmp_path / "out", "--redis", workers.url, "--model", "hashing", "--server-side"]
@@ -283,6 +303,12 @@ def test_without_a_coordinator_submit_and_status_say_so(workers: Fleet, tmp_path
     assert "no coordinator runs, so nobody reads its parts: start one with `embed-coordinator --redis" in done.stderr
     job = job_id("hashing", str(tmp_path / "out"))
     assert "no coordinator runs" in run("embed-status", job, "--redis", workers.url).stdout
+    before = (int(workers.broker.client.time()[0]) - 3600) * 1000 
+    workers.broker.client.hset(workers.broker.keys.job(job), mapping={"pushed": before, "committed": before})
+    stalled = run("embed-status", job, "--redis", workers.url).stdout
+    assert "no coordinator runs" in stalled
+    assert "coordinators do not get on with its parts: see above" in stalled
+    assert "its producer is gone" not in stalled
 
 
 def test_the_same_server_side_command_again_does_nothing_once_it_is_finished(workers: Fleet, tmp_path: Path) -> None:

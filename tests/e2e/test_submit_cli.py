@@ -148,6 +148,8 @@ def test_exit_codes_say_how_the_job_ended_and_the_same_command_says_it_again(
             assert json.loads(done.stdout)["state"] == state
             assert json.loads(done.stdout)["rows"] in (good, 0)
             assert "Traceback" not in done.stderr
+    watched = run("embed-status", job_id(queue, str(tmp_path / "out")), "--redis", url, "--watch")
+    assert watched.returncode == code, watched.stderr
 
 
 def test_too_many_errors_are_the_reason_from_the_first_run_on(tmp_path: Path, url: str, queue: str) -> None:
@@ -257,6 +259,8 @@ def test_a_cancelled_job_ends_the_one_who_waits_with_4(tmp_path: Path, url: str,
     out, err = submit.communicate(timeout=30)
     assert submit.returncode == 4, err
     assert json.loads(out)["state"] == "cancelled"
+    assert run("embed-status", job, "--redis", url, "--watch").returncode == 4
+    assert run("embed-status", job, "--redis", url).returncode == 0, "one look is not the job's end"
     assert run("embed-cancel", job, "--redis", url).stdout == f"job {job} is cancelled already\n"
     assert read_manifest(tmp_path / "out")["partial"]
 
