@@ -303,7 +303,7 @@ def test_without_a_coordinator_submit_and_status_say_so(workers: Fleet, tmp_path
     assert "no coordinator runs, so nobody reads its parts: start one with `embed-coordinator --redis" in done.stderr
     job = job_id("hashing", str(tmp_path / "out"))
     assert "no coordinator runs" in run("embed-status", job, "--redis", workers.url).stdout
-    before = (int(workers.broker.client.time()[0]) - 3600) * 1000 
+    before = (int(workers.broker.client.time()[0]) - 3600) * 1000
     workers.broker.client.hset(workers.broker.keys.job(job), mapping={"pushed": before, "committed": before})
     stalled = run("embed-status", job, "--redis", workers.url).stdout
     assert "no coordinator runs" in stalled
