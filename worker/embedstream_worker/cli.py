@@ -56,7 +56,7 @@ def usable_device(name: str) -> str:
     "--device",
     default="auto",
     callback=lambda _context, _option, name: usable_device(name),
-    help="auto, cpu, cuda:N or mps.",
+    help="auto (of several GPUs the one that fewest workers here have), cpu, cuda:N or mps.",
 )
 @click.option("--engine", type=click.Choice(["auto", "torch", "openvino", "onnxruntime", "hashing"]), default="auto")
 @click.option(

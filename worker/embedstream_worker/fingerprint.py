@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from hashlib import blake2b, sha256
 from pathlib import Path
 from uuid import uuid4
+
+from embedstream_worker.cache import cache_folder
 
 DECIDING_SUFFIXES = frozenset({".json", ".jinja", ".model", ".safetensors", ".spm", ".tiktoken", ".txt", ".vocab"})
 """Weights, configurations, tokenizers. Not: read-me files, and what is loaded only if it is trusted and needed."""
@@ -63,26 +64,16 @@ def file_sha256(path: Path) -> str:
     if stat.st_size < _CACHED_BYTES:
         return sha256(path.read_bytes()).hexdigest()
     key = f"{path.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}"
-    cache = _cache_folder()
-    remembered = cache / blake2b(key.encode(), digest_size=16).hexdigest() if cache else None
-    if remembered and (known := _read_known(remembered)):
+    cache = cache_folder("sha256")
+    remembered = cache / blake2b(key.encode(), digest_size=16).hexdigest()
+    if known := _read_known(remembered):
         return known
     digest = sha256()
     with path.open("rb") as file:
         while piece := file.read(_READ_BYTES):
             digest.update(piece)
-    if remembered:
-        _remember(remembered, digest.hexdigest())
+    _remember(remembered, digest.hexdigest())
     return digest.hexdigest()
-
-
-def _cache_folder() -> Path | None:
-    if given := os.environ.get("EMBEDSTREAM_CACHE_DIR"):
-        return Path(given) / "sha256"
-    try:
-        return Path.home() / ".cache" / "embedstream" / "sha256"
-    except RuntimeError:  # a user without a home
-        return None
 
 
 def _read_known(path: Path) -> str | None:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import onnxruntime
 
 from embedstream.errors import ModelError
+from embedstream_worker.cache import cache_folder
 from embedstream_worker.engines.base import EngineInfo, OutOfMemory, OutputInfo, Role, TokenBatch
 from embedstream_worker.engines.calibration import calibration_hash
 from embedstream_worker.engines.checking import CheckFailed, check_batches, compare, require
@@ -108,7 +109,7 @@ class OnnxEngine(TextEngine):
         """
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self._device = _pick_device(self._wanted_device)
-        self._cache = self._given_cache or Cache(_cache_folder())
+        self._cache = self._given_cache or Cache(cache_folder("onnx"))
         fingerprint = self._folder.fingerprint()
         try:
             model = self._open(fingerprint, self._cache)
@@ -288,15 +289,6 @@ def _pick_device(wanted: str) -> tuple[str, int]:
 def _key(fingerprint: str, form: str) -> tuple[str, ...]:
     versions = (f"{package} {importlib.metadata.version(package)}" for package in _EXPORTERS)
     return (_RECIPE, fingerprint, form, calibration_hash(), *versions)
-
-
-def _cache_folder() -> Path:
-    if given := os.environ.get("EMBEDSTREAM_CACHE_DIR"):
-        return Path(given) / "onnx"
-    try:
-        return Path.home() / ".cache" / "embedstream" / "onnx"
-    except RuntimeError:  # a user without a home
-        return Path(os.devnull) / "onnx"
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -17,6 +17,7 @@ import msgspec
 import numpy as np
 import tokenizers
 
+from embedstream_worker.cache import cache_folder
 from embedstream_worker.engines.base import Role
 from embedstream_worker.engines.checking import Vectors
 from embedstream_worker.engines.text_input import InputKind, TextInput, TextModel
@@ -80,7 +81,7 @@ class Cache:
 
     def __init__(self, folder: Path | None = None) -> None:
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
-        self.folder = folder or _cache_folder()
+        self.folder = folder or cache_folder("openvino")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.folder):
@@ -237,12 +238,3 @@ def _sweep(folder: Path) -> None:
 def _sync(path: Path) -> None:
     with path.open("rb") as file:
         os.fsync(file.fileno())
-
-
-def _cache_folder() -> Path:
-    if given := os.environ.get("EMBEDSTREAM_CACHE_DIR"):
-        return Path(given) / "openvino"
-    try:
-        return Path.home() / ".cache" / "embedstream" / "openvino"
-    except RuntimeError:  # a user without a home
-        return Path(os.devnull) / "openvino"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 
 from embedstream.errors import ModelError
+from embedstream_worker.cache import cache_folder
+from embedstream_worker.engines.free_gpu import take_gpu
 from embedstream_worker.engines.precision import Dtype, cpu_has_bfloat16
 
 
@@ -22,10 +24,14 @@ def pick_dtype(wanted: Dtype, device: torch.device) -> Dtype:
 
 
 def pick_device(wanted: str) -> torch.device:
-    """The device of that name, or the best one here. Raises `ModelError` for one that is not here."""
+    """The device of that name, or the best one here: of several GPUs the one that the fewest workers have.
+
+    Raises `ModelError` for one that is not here.
+    """
     if wanted == "auto":
         if torch.cuda.is_available():
-            return torch.device("cuda:0")
+            names = [str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())]
+            return torch.device("cuda", take_gpu(names, cache_folder("devices")))
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(wanted)
