@@ -179,6 +179,7 @@ class _LocalFile:
     """A file on a disk, for reading at any place."""
 
     piece_bytes = 1024 * 1024
+    quick = True
 
     def __init__(self, path: str, label: str) -> None:
         self._path = path
@@ -194,7 +195,8 @@ class _LocalFile:
         """Nothing: an open file stays what it is when its name is given to another."""
 
     def cannot_read(self, error: OSError) -> InputError:
-        return InputError(f"{self._label}: cannot be read ({error.strerror or error})")
+        why = error.strerror or str(error).partition("\n")[0]  # Arrow's own have no number
+        return InputError(f"{self._label}: cannot be read ({why})")
 
 
 def part_name(source: str) -> str:

@@ -19,6 +19,7 @@ class ObjectSource:
     """One object."""
 
     piece_bytes = READ_BYTES
+    quick = False
 
     def __init__(self, address: ObjectAddress, label: str) -> None:
         """Raises `InputError`: it is not there, or cannot be read."""

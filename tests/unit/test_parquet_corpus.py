@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import random
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from embedstream.errors import InputError, UsageError
 from embedstream.input.duplicates import DuplicateIndex
 from embedstream.jobs import JobSpec
 from embedstream_producer.corpus import CorpusPart, check_sources, total_bytes
+from embedstream_producer.parquet_part import COLUMN_BYTES
 
 
 def make_spec(parts: Iterable[CorpusPart], **changed: Any) -> JobSpec:
@@ -147,7 +149,95 @@ def bucket(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
     return name
 
 
-@pytest.mark.parametrize("name", ["c.jsonl", "c.jsonl.gz", "c.parquet"])
+MIB = 1024 * 1024
+ENDLESS, ROWS = "x" * (2 * MIB), 150
+
+
+def shared_value(path: Path) -> None:
+    """One long text in the dictionary, and as many rows as one likes that name it."""
+    texts = pa.DictionaryArray.from_arrays(pa.array([0] * ROWS, pa.int32()), pa.array([ENDLESS]))
+    pq.write_table(pa.table({"id": pa.array(range(ROWS)), "text": texts}), path, dictionary_pagesize_limit=4 * MIB)
+
+
+def shared_beginning(path: Path) -> None:
+    """Texts that are stored as what they have more than the one before."""
+    data = pa.table({"id": pa.array(range(ROWS)), "text": [ENDLESS] * ROWS})
+    pq.write_table(data, path, use_dictionary=False, column_encoding={"text": "DELTA_BYTE_ARRAY"}, compression="zstd")
+
+
+def long_texts_among_short_ones(path: Path) -> None:
+    """Rows that are short on average."""
+    texts = ["short"] * 50_000 + [ENDLESS] * ROWS
+    data = pa.table({"id": pa.array(range(len(texts))), "text": texts})
+    pq.write_table(data, path, use_dictionary=False, compression="zstd", write_batch_size=4, data_page_size=100_000)
+
+
+@pytest.mark.parametrize("make", [shared_value, shared_beginning, long_texts_among_short_ones])
+@pytest.mark.parametrize("where", ["folder", "bucket"])
+def test_a_few_kilobytes_that_decode_to_much_more_take_the_memory_of_the_bound(
+    make: Callable[[Path], None], where: str, bucket: str, s3_server: S3Server, tmp_path: Path
+) -> None:
+    path = tmp_path / "c.parquet"
+    make(path)
+    assert path.stat().st_size < 2 * len(ENDLESS)
+    source = str(path)
+    if where == "bucket":
+        s3_server.client().put_object(Bucket=bucket, Key="c.parquet", Body=path.read_bytes())
+        source = f"s3://{bucket}/c.parquet"
+    parts = check_sources([source])
+    refused = 0
+    with peak_of_arrow() as peak, DuplicateIndex() as index:
+        for block in parts[0].blocks(make_spec(parts), index):
+            refused += len(block.refused)
+    assert refused == ROWS
+    assert peak() < 4 * COLUMN_BYTES < ROWS * len(ENDLESS) / 2
+
+
+def test_metadata_that_contradicts_the_schema_is_one_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "c.parquet"
+    pq.write_table(pa.table({"id": ["a", None], "text": ["x", "y"]}), path, use_dictionary=False)
+    whole = path.read_bytes()
+    at = whole.rindex(b"\x19\x26") + 1  # how many values are null and how many are not: a list of two
+    path.write_bytes(whole[:at] + b"\x16\x82\x00" + whole[at + 3 :])  # of one, which takes as many bytes
+    with pytest.raises(InputError, match=r"c\.parquet: cannot be read .*histogram size mismatch"):
+        read(str(path))
+
+
+@contextlib.contextmanager
+def peak_of_arrow() -> Iterator[Callable[[], int]]:
+    """The most that Arrow held at once in here."""
+    before, pool = pa.default_memory_pool(), pa.proxy_memory_pool(pa.system_memory_pool())
+    pa.set_memory_pool(pool)
+    _POOLS.append(pool)
+    try:
+        yield lambda: pool.max_memory() or 0
+    finally:
+        pa.set_memory_pool(before)
+
+
+_POOLS: list[pa.MemoryPool] = []
+"""They live as long as what was allocated in them."""
+
+
+def test_a_page_that_says_it_is_too_large_is_refused_before_it_is_decompressed(tmp_path: Path) -> None:
+    path = tmp_path / "c.parquet"
+    data = pa.table({"id": ["a"], "text": ["x" * 10_000]})
+    pq.write_table(data, path, use_dictionary=False, compression="zstd", write_statistics=False)
+    at = pq.read_metadata(path).row_group(0).column(1).data_page_offset
+    whole = path.read_bytes()
+    size = whole[at + 3 : at + 6]  # after the kind of page: 10,010 bytes, in three bytes of seven bits, doubled
+    assert whole[at : at + 3] == b"\x15\x00\x15"
+    assert sum((byte & 127) << 7 * place for place, byte in enumerate(size)) == 2 * 10_010
+    path.write_bytes(whole[: at + 3] + b"\xfe\xff\xff\xff\x0f" + whole[at + 6 :])
+    with (
+        peak_of_arrow() as peak,
+        pytest.raises(InputError, match=r"column text has a page of 2,147,483,647 bytes, more than .*smaller pages"),
+    ):
+        read(str(path))
+    assert peak() < MIB
+
+
+@pytest.mark.parametrize("name", ["c.jsonl", "c.jsonl.gz", "c.jsonl.zst", "c.parquet"])
 def test_an_object_gives_the_blocks_of_the_same_file(
     name: str, bucket: str, s3_server: S3Server, tmp_path: Path
 ) -> None:
@@ -157,7 +247,8 @@ def test_an_object_gives_the_blocks_of_the_same_file(
         pq.write_table(data, path, row_group_size=500)
     else:
         lines = "".join(json.dumps(row) + "\n" for row in data.to_pylist()).encode()
-        path.write_bytes(gzip.compress(lines) if name.endswith(".gz") else lines)
+        compress: Any = {".gz": gzip.compress, ".zst": lambda data: pa.compress(data, "zstd", asbytes=True)}
+        path.write_bytes(compress.get(path.suffix, bytes)(lines))
     s3_server.client().put_object(Bucket=bucket, Key=f"corpora/{name}", Body=path.read_bytes())
     source = f"s3://{bucket}/corpora/{name}"
     assert [block.sum for block in read(source)] == [block.sum for block in read(str(path))]
