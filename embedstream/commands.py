@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
+import time
 from collections.abc import Callable
+from types import FrameType
 from typing import NoReturn
 
 import click
@@ -14,6 +17,9 @@ from embedstream.errors import EmbedstreamError
 from embedstream.terminal import echo
 
 INTERRUPTED = 130
+
+ECHO_SECONDS = 0.2
+"""A signal that follows another so soon is the same one: `timeout` sends each to the process and then to its group."""
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
@@ -50,3 +56,44 @@ def run(command: click.Command, tell: Callable[[str], None] = tell_error) -> NoR
         click.echo(f"Error: standard output cannot be written: {error.strerror}; the work itself is done", err=True)
         sys.exit(1)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def on_signals(first: Callable[[], None], code: int) -> None:
+    """Call `first` at the first SIGTERM or SIGINT; at the next one this process ends at once, with `code`.
+
+    In the middle of its end an exception could come out of any line, and nobody would be there to catch it. SIGINT
+    stays ignored where it is, as in what a shell runs in the background.
+    """
+    asked = 0.0
+
+    def handle(_signal: int, _frame: FrameType | None) -> None:
+        nonlocal asked
+        now = time.monotonic()
+        if not asked:
+            asked = now
+            first()
+        elif now - asked > ECHO_SECONDS:
+            os._exit(code)
+
+    signal.signal(signal.SIGTERM, handle)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, handle)
+
+
+def end(command: Callable[[], NoReturn]) -> NoReturn:
+    """Run a command to its end and end the process, without the interpreter's own end.
+
+    That takes a while in which a signal would change the exit code, and threads may still be in native code.
+    """
+    try:
+        command()
+    except SystemExit as ended:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except (OSError, ValueError):
+                code = code or 1  # whoever reads it has left, or its disk is full
+        os._exit(code)

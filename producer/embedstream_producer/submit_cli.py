@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import signal
 import sys
-from types import FrameType
 from typing import Literal
 
 import click
 
-from embedstream.commands import run
+from embedstream.commands import INTERRUPTED, end, on_signals, run
 from embedstream.jobs import DEFAULT_MODEL
 from embedstream.settings import ENV_PREFIX
 
@@ -80,7 +78,7 @@ def embed_submit(
     Exit codes: 0 all written, or failures within --max-errors; 1 the job failed; 2 usage, or input refused; 3 written,
     but some rows failed; 4 cancelled; 130 detached by Ctrl-C.
     """
-    signal.signal(signal.SIGTERM, _interrupt)
+    on_signals(_interrupt, INTERRUPTED)
     # Not at the top: loading it takes a while, in which Ctrl-C shall end this command as at any other time.
     from embedstream_producer.submit import Options, submit
 
@@ -114,10 +112,10 @@ def embed_submit(
     sys.exit(submit(options))
 
 
-def _interrupt(_signal: int, _frame: FrameType | None) -> None:
+def _interrupt() -> None:
     raise KeyboardInterrupt
 
 
 def main() -> None:
     """Entry point."""
-    run(embed_submit)
+    end(lambda: run(embed_submit))

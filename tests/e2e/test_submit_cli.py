@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import os
@@ -11,15 +12,18 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import uuid
 from pathlib import Path
 
 import pytest
 from conftest import RedisServer
 from mini_worker import MiniWorker
+from redis_lab import own_server
 
 from e2e.harness import BIN, environment, read_errors, read_manifest, run, start_submit, wait_until
 from embedstream.broker import Broker
+from embedstream.commands import ECHO_SECONDS
 from embedstream.connection import connect
 from embedstream.jobs import FORMAT_VERSION, job_id
 
@@ -248,6 +252,39 @@ def test_ctrl_c_detaches_from_a_fleet_and_says_how_to_look_again(tmp_path: Path,
     assert "Traceback" not in err
     assert broker.state(job) == "running"
     broker.run(broker.cancel(job))
+
+
+def test_signals_that_rain_on_an_ending_command_change_nothing(tmp_path: Path, url: str, queue: str) -> None:
+    submit = start_submit(corpus(tmp_path), "-o", tmp_path / "out", *fleet_args(url, queue))
+    broker, job = Broker(connect(url), queue), job_id(queue, str(tmp_path / "out"))
+    wait_until(lambda: broker.state(job) == "running", "the job's submission")
+    end = time.monotonic() + 30
+    while submit.poll() is None:
+        assert time.monotonic() < end, "it does not end"
+        for number in (signal.SIGINT, signal.SIGTERM):
+            submit.send_signal(number)
+    _, err = submit.communicate()
+    assert submit.returncode == 130, err
+    assert "Traceback" not in err
+    broker.run(broker.cancel(job))
+
+
+def test_a_second_ctrl_c_does_not_wait_for_a_redis_that_hangs(tmp_path: Path, queue: str) -> None:
+    with own_server() as server:
+        submit = start_submit(corpus(tmp_path), "-o", tmp_path / "out", *fleet_args(server.url, queue))
+        broker, job = Broker(connect(server.url), queue), job_id(queue, str(tmp_path / "out"))
+        wait_until(lambda: broker.state(job) == "running", "the job's submission")
+        os.kill(server.pid, signal.SIGSTOP)
+        try:
+            submit.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                submit.wait(2 * ECHO_SECONDS)
+            submit.send_signal(signal.SIGINT)
+            _, err = submit.communicate(timeout=3)
+        finally:
+            os.kill(server.pid, signal.SIGCONT)
+    assert submit.returncode == 130, err
+    assert "Traceback" not in err
 
 
 def test_a_cancelled_job_ends_the_one_who_waits_with_4(tmp_path: Path, url: str, queue: str) -> None:

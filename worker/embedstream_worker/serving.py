@@ -9,10 +9,10 @@ import sys
 import threading
 import time
 from pathlib import Path
-from types import FrameType
 
 import pyarrow as pa
 
+from embedstream.commands import on_signals
 from embedstream.connection import connect, explaining
 from embedstream.exposition import Exposition, QueueCollector
 from embedstream.logs import identify
@@ -91,18 +91,12 @@ def serve(
 def stop_on_signals(life: Life) -> None:
     """SIGTERM and SIGINT: at the first the worker finishes what is in the model and leaves, at the second at once."""
 
-    asked = threading.Event()
-
-    def stop(_signal: int, _frame: FrameType | None) -> None:
-        if asked.is_set():
-            os._exit(1)
-        asked.set()
+    def stop() -> None:
         life.stop()
         if not life.serving:
             sys.exit(0)  # nothing is held yet, so loading need not be waited for
 
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
+    on_signals(stop, 1)
 
 
 def leave_with_parent(parent: int, life: Life, orphaned: threading.Event) -> None:
