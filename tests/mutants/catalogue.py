@@ -291,6 +291,13 @@ MUTANTS = (
         walk("worker-file.written=kill"),
     ),
     mutant(
+        "errors of a shard that nobody committed count in Redis",
+        "embedstream/dataset/hashes.py",
+        "            if shard in shards:\n",
+        "            if shard:\n",
+        "tests/unit/test_dataset_hashes.py::test_a_late_worker_that_fails_a_row_with_a_vector_leaves_no_error",
+    ),
+    mutant(
         "an id is taken twice",
         "embedstream/input/cutting.py",
         "elif (position := next(earlier)) is not None:",
