@@ -11,7 +11,7 @@ import msgspec
 from embedstream.broker import Broker, parse_status
 from embedstream.errors import EmbedstreamError, JobUnknown
 from embedstream.jobs import JobSpec, JobStatus, decode_spec
-from embedstream.workers import Rate, WorkerRecord
+from embedstream.workers import Rate, WorkerRecord, in_hand_of
 
 GUESSED_TOKENS_PER_SECOND = 1000.0
 """What a worker is taken to do before any was measured: a small model on few cores. The first commits correct it.
@@ -64,6 +64,7 @@ def look_at_queue(broker: Broker, ended: int = 0) -> QueueLook:
     active = broker.active_jobs()
     ids = dict.fromkeys([*active, *broker.outbox(), *(broker.recent_jobs()[:ended] if ended else ())])
     streams = broker.run(broker.look(active)) if active else []
+    workers = broker.workers()
     oldest = min((stream.oldest_ms for stream in streams if stream.oldest_ms), default=0)
     with client.pipeline(transaction=False) as pipe:
         for job in ids:
@@ -73,7 +74,7 @@ def look_at_queue(broker: Broker, ended: int = 0) -> QueueLook:
         pipe.time()
         *hashes, queued, pace, (seconds, micros) = pipe.execute()
     now = seconds + micros / 1e6
-    jobs, unreadable, workers = [], {}, broker.workers()
+    jobs, unreadable = [], {}
     refused, refused_bytes = _refused_by_all(workers), 0
     for job, raw in zip(ids, hashes, strict=True):
         try:
@@ -152,6 +153,6 @@ def seconds_left(status: JobStatus, workers: Iterable[WorkerRecord]) -> float | 
         return 0.0
     workers = list(workers)
     rate = rate_of(status.job, workers).rows
-    in_hand = sum(worker.in_hand[status.job].rows for worker in workers if status.job in worker.in_hand)
+    in_hand = in_hand_of(status.job, workers, status.workers).rows
     left = status.submitted - status.rows - status.failed - in_hand
     return max(0, left) / rate if rate > 0 else None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
 import msgspec
 
 
@@ -49,7 +51,28 @@ class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):
     lease_seconds: float = 0.0
     in_hand: dict[str, InHand] = {}
     """By job."""
+    written: dict[str, int] = {}
+    """Rows that it has committed, by job, of those that are still worked on."""
     rates: dict[str, Rate] = {}
     """By job; none for jobs on which it does not work at the moment."""
     refused: dict[str, str] = {}
     """Jobs that it will never work on, and why."""
+
+
+def in_hand_of(job: str, workers: Iterable[WorkerRecord], written: Mapping[str, int]) -> InHand:
+    """What live workers have computed of a job and not committed.
+
+    `written`: the job's rows by worker, asked for after `workers`: what was committed since they spoke is not in hand.
+    """
+    speaking = [worker for worker in workers if job in worker.in_hand]
+    return sum(
+        (_left(w.in_hand[job], written.get(w.name, 0) - w.written.get(job, 0)) for w in speaking),
+        InHand(),
+    )
+
+
+def _left(said: InHand, committed: int) -> InHand:
+    if not said.rows or committed <= 0:
+        return said
+    share = max(0, said.rows - committed) / said.rows
+    return InHand(*(round(share * count) for count in (said.rows, said.tokens, said.padded)))

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from embedstream.jobs import JobStatus
 from embedstream.terminal import printable, printable_lines
-from embedstream.workers import InHand
+from embedstream.workers import InHand, Rate
 from embedstream_producer.report import duration
 
 PLAIN_SECONDS = 10.0
@@ -73,13 +73,13 @@ class Progress:
         """Bytes of a part that are read."""
         self._read[part] = max(read, self._read.get(part, 0))
 
-    def update(self, status: JobStatus, in_hand: InHand) -> None:
-        """A new look at the job, and what its workers have in hand."""
+    def update(self, status: JobStatus, in_hand: InHand, lately: Rate) -> None:
+        """A new look at the job, what its workers have in hand, and how fast they are lately, if they say it."""
         now = time.monotonic()
         status = with_in_hand(status, in_hand)
         if self._first is None:
             self._first = (now, status.rows + status.failed, status.tokens)
-        line = self._line(status, now)
+        line = self._line(status, now, lately)
         if self._live is not None:
             # Wrapped where the terminal is narrow: what is waited for and the time left stand at the end.
             self._live.update(Text(f"{line}  {printable(self._notice)}".rstrip()))
@@ -87,22 +87,22 @@ class Progress:
             self._printed = now
             self.tell(line)
 
-    def _line(self, status: JobStatus, now: float) -> str:
+    def _line(self, status: JobStatus, now: float, lately: Rate) -> str:
         began, rows, tokens = self._first or (now, 0, 0)
         embedded, seconds = status.rows + status.failed, max(now - began, 0.001)
-        rate = (embedded - rows) / seconds
+        rate = lately if lately.tokens else Rate((embedded - rows) / seconds, (status.tokens - tokens) / seconds)
         said = [
             f"submitted {status.submitted:,}",
             f"embedded {status.rows:,}",
-            f"{rate:,.0f} rows/s",
-            f"{(status.tokens - tokens) / seconds:,.0f} tokens/s",
+            f"{rate.rows:,.0f} rows/s",
+            f"{rate.tokens:,.0f} tokens/s",
             f"padding {100 * status.padding:.1f} %",
         ]
         if status.failed:
             said.insert(2, f"failed {status.failed:,}")
         total = self._expected(status)
-        if total is not None and rate > 0:
-            said.append(f"{duration(max(0.0, total - embedded) / rate)} left")
+        if total is not None and rate.rows > 0:
+            said.append(f"{duration(max(0.0, total - embedded) / rate.rows)} left")
         return ", ".join(said)
 
     def _expected(self, status: JobStatus) -> float | None:

@@ -13,7 +13,7 @@ from embedstream.connection import mask
 from embedstream.jobs import JobState, JobStatus
 from embedstream.queues import QueueLook, is_stalled, rate_of, seconds_left
 from embedstream.watching import why_ended
-from embedstream.workers import InHand, Rate, WorkerRecord
+from embedstream.workers import InHand, Rate, WorkerRecord, in_hand_of
 from embedstream_producer.report import duration, errors_of
 
 
@@ -35,7 +35,7 @@ class JobLook:
     @property
     def in_hand(self) -> InHand:
         """What is computed and not yet written."""
-        return sum((worker.in_hand.get(self.status.job, InHand()) for worker in self.workers), InHand())
+        return in_hand_of(self.status.job, self.workers, self.status.workers)
 
     @property
     def rate(self) -> Rate:

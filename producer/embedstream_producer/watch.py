@@ -16,10 +16,11 @@ from embedstream.client import start_command
 from embedstream.connection import connect, mask
 from embedstream.errors import EmbedstreamError, JobUnknown, OutputError, WorkerError
 from embedstream.jobs import JobSpec, JobState, JobStatus
+from embedstream.queues import rate_of
 from embedstream.settings import Settings
 from embedstream.troubles import trouble, waiting
 from embedstream.watching import look, lost_blocks
-from embedstream.workers import InHand, WorkerRecord
+from embedstream.workers import WorkerRecord, in_hand_of
 from embedstream_producer.progress import Progress
 
 WORKERS_SECONDS = 2.0
@@ -102,6 +103,7 @@ class Watch:
         """One look; None while Redis cannot be used. Raises `JobUnknown`."""
         now = time.monotonic()
         try:
+            workers = self._broker.workers()
             try:
                 status = look(
                     self._broker, self._spec.job, self._url, self._settings, may_finalize=now >= self._next_finalize
@@ -114,7 +116,6 @@ class Watch:
                     self._finalize_trouble = str(error)
                     self._progress.tell(f"{error}; trying again, or leaving the manifest to a worker")
                 status = self._broker.status(self._spec.job)
-            workers = self._broker.workers()
             if now >= self._next_workers and not status.state.ended:
                 self._next_workers = now + WORKERS_SECONDS
                 self._look_at_workers(status, workers)
@@ -129,8 +130,8 @@ class Watch:
             self._troubled = False
             self._progress.notice("")
         self.done = status.done
-        in_hand = sum((worker.in_hand.get(self._spec.job, InHand()) for worker in workers), InHand())
-        self._progress.update(status, in_hand)
+        job = self._spec.job
+        self._progress.update(status, in_hand_of(job, workers, status.workers), rate_of(job, workers))
         return status
 
     def _run(self) -> None:

@@ -19,7 +19,7 @@ from embedstream.commands import run
 from embedstream.errors import UsageError
 from embedstream.jobs import JobSpec, JobState, JobStatus
 from embedstream.settings import Settings
-from embedstream.workers import InHand
+from embedstream.workers import InHand, Rate, WorkerRecord, in_hand_of
 from embedstream_producer.progress import Progress, with_in_hand
 from embedstream_producer.report import errors_of
 from embedstream_worker.cli import worker
@@ -127,13 +127,38 @@ def test_what_is_in_hand_is_never_more_than_what_is_left() -> None:
     assert with_in_hand(STATUS, InHand(20_000, 600_000, 600_000)).rows == 299_500
 
 
+def test_what_a_worker_committed_since_it_spoke_is_no_longer_in_hand() -> None:
+    def record(name: str, hand: int, written: int) -> WorkerRecord:
+        return WorkerRecord(
+            name=name, host="h", pid=1, model="m", fingerprint="", engine="", device="", dtype="", roots=(),
+            state="ready", started=0.0, in_hand={"j": InHand(hand, 10 * hand, 20 * hand)}, written={"j": written},
+        )  # fmt: skip
+
+    workers = [record("a", 300, 500), record("b", 100, 0)]
+    assert in_hand_of("j", workers, {"a": 500}) == InHand(400, 4000, 8000)
+    assert in_hand_of("j", workers, {"a": 700, "b": 400}) == InHand(100, 1000, 2000)
+    assert in_hand_of("j", workers, {"a": 500, "c": 900}).rows == 400, "what a dead one wrote is nobody's here"
+    assert in_hand_of("j", workers, {}).rows == 400, "an emptied Redis knows less than they"
+    assert in_hand_of("other", workers, {}) == InHand()
+
+
+def test_the_time_left_is_told_by_the_pace_of_late_if_workers_say_it() -> None:
+    said = io.StringIO()
+    console = Console(file=said, force_terminal=True, width=200)
+    half = msgspec.structs.replace(STATUS, rows=0, failed=0, submitted=6000, tokens=0)
+    with Progress(quiet=False, total_bytes=None, console=console) as progress:
+        progress.update(half, InHand(3000, 9000, 9000), Rate(100.0, 7777.0))
+    assert "100 rows/s, 7,777 tokens/s" in said.getvalue()
+    assert "30.0 s left" in said.getvalue()
+
+
 def test_a_narrow_terminal_shows_the_time_left_and_all_that_is_waited_for() -> None:
     said = io.StringIO()
     console = Console(file=said, force_terminal=True, width=80)
     with Progress(quiet=False, total_bytes=None, console=console) as progress:
-        progress.update(STATUS, InHand())
+        progress.update(STATUS, InHand(), Rate())
         progress.notice("waiting for a worker: start one with `embed-worker --model m --redis redis://h:6379/0`")
-        progress.update(msgspec.structs.replace(STATUS, rows=299_100), InHand())
+        progress.update(msgspec.structs.replace(STATUS, rows=299_100), InHand(), Rate())
     shown = " ".join(said.getvalue().split())
     assert " left" in shown
     assert "redis://h:6379/0`" in shown

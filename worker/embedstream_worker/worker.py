@@ -217,12 +217,16 @@ class Worker:
             log.warning("could not say that this worker is ready (%s), trying again", error)
 
     def _record(self) -> WorkerRecord:
-        info, total, computed, in_hand = self._info, InHand(), dict[str, InHand](), dict[str, InHand]()
+        info, total = self._info, InHand()
+        committed, in_hand, computed = dict[str, InHand](), dict[str, InHand](), dict[str, InHand]()
         if self._write is not None and self._infer is not None:
-            total, in_hand = self._write.total, self._write.in_hand()
-            for job, some in self._infer.in_hand.items():
-                in_hand[job] = in_hand.get(job, InHand()) + some
-            committed = self._write.committed
+            total = self._write.total
+            while True:
+                committed, in_hand = self._write.committed, self._write.in_hand()
+                for job, some in self._infer.in_hand.items():
+                    in_hand[job] = in_hand.get(job, InHand()) + some
+                if committed is self._write.committed:
+                    break  # what was committed meanwhile would be both, or neither
             computed = {
                 job: committed.get(job, InHand()) + in_hand.get(job, InHand()) for job in {*committed, *in_hand}
             }
@@ -244,6 +248,7 @@ class Worker:
             tokens=total.tokens,
             lease_seconds=self._plan.settings.lease_seconds,
             in_hand=in_hand,
+            written={job: done.rows for job, done in committed.items()},
             rates=self._rates.look(time.monotonic(), computed),
             refused=self._jobs.refused_for_good() if self._jobs else {},
         )

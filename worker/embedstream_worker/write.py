@@ -262,6 +262,7 @@ class Write:
 
     def _count(self, record: ShardRecord) -> None:
         self._meter.committed(record)
+        self._closing = None  # counted below
         some = InHand(record.rows, record.tokens, record.padded)
         open_jobs = self._jobs.open_jobs()
         self.total += some
