@@ -8,15 +8,14 @@ import redis
 from embedstream.connection import connect
 from embedstream.coordination import Compaction, compacted, compactions, end_compaction, note_compacted, save_compaction
 from embedstream.dataset.compaction import (
-    Group,
     open_finished,
     plan_groups,
     remove_unlisted,
     replace_manifest,
-    write_group,
 )
 from embedstream.dataset.folder import FolderSink
 from embedstream.dataset.manifest import manifest_digest
+from embedstream.dataset.merging import Group, write_group
 from embedstream.dataset.sink import Manifest, ShardRecord
 from embedstream.roots import check_output
 from embedstream_coordinator.context import Context

@@ -8,17 +8,15 @@ is true; what the new one does not list is removed after that.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import msgspec
-import pyarrow as pa
 
 from embedstream.connection import mask
-from embedstream.dataset.folder import BATCH_ROWS, FolderSink, errors_file, part_file
+from embedstream.dataset.folder import FolderSink, errors_file, part_file
 from embedstream.dataset.manifest import list_shard, manifest_digest, manifest_spec
-from embedstream.dataset.schema import dataset_schema, errors_schema
-from embedstream.dataset.sink import BlockRecord, Manifest, ManifestShard, ShardContent, ShardRecord, open_sink
+from embedstream.dataset.merging import Group, write_group
+from embedstream.dataset.sink import Manifest, ManifestShard, ShardRecord, open_sink
 from embedstream.errors import OutputError, UsageError
 from embedstream.jobs import JobState
 from embedstream.roots import is_redis
@@ -28,16 +26,6 @@ TARGET_BYTES = 192 * 1024 * 1024
 
 MOST_SHARE = 0.7
 """Of the number of shards that may be left, for merging to be worth it: what is merged is not merged again."""
-
-
-@dataclass(frozen=True)
-class Group:
-    """Consecutive blocks of the dataset that become one shard."""
-
-    name: str
-    """Of the new shard; the same whoever writes it, and another for every manifest."""
-    blocks: Mapping[str, tuple[tuple[int, int, int], ...]]
-    """By shard that holds them now, as runs: (part, first, last)."""
 
 
 def plan_groups(manifest: Manifest, target_bytes: int = TARGET_BYTES) -> tuple[Group, ...]:
@@ -91,50 +79,6 @@ def open_finished(output: str) -> tuple[FolderSink, Manifest]:
     return sink, manifest
 
 
-def write_group(sink: FolderSink, manifest: Manifest, group: Group) -> ShardRecord:
-    """Write the group's shard; doing it twice writes the same. Raises `OutputError`."""
-    listed = {shard.name: shard for shard in manifest.shards}
-    rows: list[pa.RecordBatch] = []
-    errors: list[pa.RecordBatch] = []
-    blocks: list[BlockRecord] = []
-    sources: list[ShardRecord] = []
-    padded = 0
-    for name, runs in group.blocks.items():
-        source = sink.footer(part_file(name))[0].shard
-        chosen = [block for block in source.blocks if _is_in(block, runs)]
-        sources.append(source)
-        blocks += chosen
-        padded += _share(source, chosen)
-        rows += _of_blocks(sink, part_file(name), source, runs, "rows")
-        if listed[name].failed:
-            errors += _of_blocks(sink, errors_file(name), source, runs, "failed")
-    data = pa.Table.from_batches(
-        rows, dataset_schema(manifest_spec(manifest), {manifest.outputs[0].name: sources[0].dim})
-    )
-    failed = pa.Table.from_batches(errors, errors_schema())
-    if data.num_rows != sum(block.rows for block in blocks):
-        raise OutputError(f"{mask(sink.output)}: shards hold other rows than their footers say: run embed-verify")
-    record = msgspec.structs.replace(
-        sources[0],
-        name=group.name,
-        job=manifest.job,
-        blocks=tuple(sorted(blocks, key=lambda block: (block.part, block.block))),
-        rows=data.num_rows,
-        failed=failed.num_rows,
-        skipped=sum(block.skipped for block in blocks),
-        truncated=_sum(data, "truncated"),
-        tokens=_sum(data, "n_tokens"),
-        padded=padded,
-        dtype="+".join(sorted({source.dtype for source in sources})),
-        engine="+".join(sorted({source.engine for source in sources})),
-        worker="",
-        bytes=0,
-        checksum="",
-        errors_checksum="",
-    )
-    return sink.write_shard(ShardContent(record, data, failed))
-
-
 def replace_manifest(
     sink: FolderSink, manifest: Manifest, groups: Sequence[Group], written: Sequence[ShardRecord]
 ) -> Manifest:
@@ -182,47 +126,8 @@ def compact(output: str, target_bytes: int = TARGET_BYTES) -> tuple[int, int]:
     return before, len(manifest.shards)
 
 
-def _is_in(block: BlockRecord, runs: Sequence[tuple[int, int, int]]) -> bool:
-    return any(part == block.part and first <= block.block <= last for part, first, last in runs)
-
-
-def _of_blocks(
-    sink: FolderSink, file: str, source: ShardRecord, runs: Sequence[tuple[int, int, int]], count: str
-) -> Iterator[pa.RecordBatch]:
-    """The rows of some blocks: a shard's rows lie in the order of its blocks, as many of each as its footer says."""
-    spans: list[tuple[int, int]] = []
-    at = 0
-    for block in sorted(source.blocks, key=lambda block: (block.part, block.block)):
-        size = getattr(block, count)
-        if _is_in(block, runs) and size:
-            if spans and spans[-1][1] == at:
-                spans[-1] = (spans[-1][0], at + size)
-            else:
-                spans.append((at, at + size))
-        at += size
-    start = 0
-    for batch in sink.batches(file, None, BATCH_ROWS):
-        end = start + batch.num_rows
-        for first, last in spans:
-            low, high = max(first, start), min(last, end)
-            if low < high:
-                yield batch.slice(low - start, high - low)
-        start = end
-
-
-def _share(source: ShardRecord, chosen: Sequence[BlockRecord]) -> int:
-    """A shard's padded tokens for some of its blocks; the shares of all of them add up to the whole."""
-    count, wanted = len(source.blocks), set(chosen)
-    ends = [source.padded * at // count for at in range(count + 1)]
-    return sum(ends[at + 1] - ends[at] for at, block in enumerate(source.blocks) if block in wanted)
-
-
 def _first_block(record: ShardRecord) -> tuple[int, int]:
     return record.blocks[0].part, record.blocks[0].block
-
-
-def _sum(table: pa.Table, column: str) -> int:
-    return sum(int(chunk.to_numpy(zero_copy_only=False).sum()) for chunk in table.column(column).chunks)
 
 
 def _counts(shards: Sequence[ManifestShard]) -> tuple[int, int, list[tuple[int, int]]]:

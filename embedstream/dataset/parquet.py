@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from embedstream.dataset.schema import errors_schema
 from embedstream.dataset.sink import ShardRecord
 from embedstream.errors import OutputError, UsageError
 from embedstream.jobs import FORMAT_VERSION, JobSpec, decode_spec, refuse_other_version
@@ -20,6 +23,9 @@ ROW_GROUP_BYTES = 100 * 1000 * 1000
 
 COMPRESSION_LEVEL = 1
 """zstd-3 is slower on vectors and no smaller."""
+
+Layout = dict[str, Any]
+"""Options of a `ParquetWriter`; the stubs know only the simplest form of each."""
 
 
 class Footer(msgspec.Struct, frozen=True, kw_only=True):
@@ -36,46 +42,55 @@ class Footer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def encode_data(data: pa.Table, footer: Footer) -> pa.Buffer:
-    """Rows in dataset schema as a Parquet file.
-
-    Vectors: BYTE_STREAM_SPLIT and no dictionary (floats repeat in their high bytes, never whole). Kept fields: a
-    dictionary, as they often repeat. No statistics and no compression where values are as good as random.
-    """
-    vectors = [field.name for field in data.schema if pa.types.is_fixed_size_list(field.type)]
-    leaves = [f"{name}.list.element" for name in vectors]
-    random = {*vectors, "input_hash"}
-    fixed = {"part", "row", "id", "chunk", "text", "n_tokens", "truncated"}
-    return _encode(
-        data,
-        footer,
-        dictionary=[name for name in data.schema.names if name not in fixed | random] + ["part", "chunk"],
-        byte_stream_split=leaves,
-        compression={
-            **{name: "zstd" for name in data.schema.names if name not in random},
-            **dict.fromkeys(leaves, "zstd"),
-            "input_hash": "none",
-        },
-        statistics=[name for name in data.schema.names if name not in random | {"text"}],
-    )
+    """Rows in dataset schema as a Parquet file."""
+    return _encode(data, footer, data_layout(data.schema))
 
 
 def encode_errors(errors: pa.Table, footer: Footer) -> pa.Buffer:
     """Rows in errors schema as a Parquet file."""
-    names = errors.schema.names
-    return _encode(errors, footer, ["part", "code"], [], dict.fromkeys(names, "zstd"), ["part", "row"])
+    return _encode(errors, footer, errors_layout())
 
 
-def _encode(
-    table: pa.Table,
-    footer: Footer,
-    dictionary: list[str],
-    byte_stream_split: list[str],
-    compression: dict[str, str],
-    statistics: list[str],
-) -> pa.Buffer:
-    group_rows = max(1, int(ROW_GROUP_BYTES / max(1.0, table.nbytes / max(1, table.num_rows))))
-    # The stubs know only the simplest form of each option.
-    options: dict[str, Any] = {
+def encode_pieces(groups: Iterable[pa.Table], schema: pa.Schema, layout: Layout, footer: Footer) -> Iterator[bytes]:
+    """A Parquet file in pieces; each of `groups` becomes a row group, and is held no longer than that takes."""
+    pieces = _Pieces()
+    with pq.ParquetWriter(pa.PythonFile(pieces, "w"), schema, **layout) as writer:
+        for group in groups:
+            writer.write_table(group, row_group_size=max(1, group.num_rows))
+            yield from pieces.take()
+        writer.add_key_value_metadata({FOOTER_KEY: msgspec.json.encode(footer).decode()})
+    yield from pieces.take()
+
+
+def data_layout(schema: pa.Schema) -> Layout:
+    """Vectors: BYTE_STREAM_SPLIT and no dictionary (floats repeat in their high bytes, never whole). Kept fields: a
+    dictionary, as they often repeat. No statistics and no compression where values are as good as random.
+    """
+    vectors = [field.name for field in schema if pa.types.is_fixed_size_list(field.type)]
+    leaves = [f"{name}.list.element" for name in vectors]
+    random = {*vectors, "input_hash"}
+    fixed = {"part", "row", "id", "chunk", "text", "n_tokens", "truncated"}
+    return _layout(
+        dictionary=[name for name in schema.names if name not in fixed | random] + ["part", "chunk"],
+        byte_stream_split=leaves,
+        compression={
+            **{name: "zstd" for name in schema.names if name not in random},
+            **dict.fromkeys(leaves, "zstd"),
+            "input_hash": "none",
+        },
+        statistics=[name for name in schema.names if name not in random | {"text"}],
+    )
+
+
+def errors_layout() -> Layout:
+    """Of error rows."""
+    return _layout(["part", "code"], [], dict.fromkeys(errors_schema().names, "zstd"), ["part", "row"])
+
+
+def _layout(
+    dictionary: list[str], byte_stream_split: list[str], compression: dict[str, str], statistics: list[str]
+) -> Layout:
+    return {
         "use_dictionary": dictionary,
         "use_byte_stream_split": byte_stream_split,
         "compression": compression,
@@ -83,11 +98,34 @@ def _encode(
         "write_statistics": statistics,
         "write_page_index": True,
     }
+
+
+def _encode(table: pa.Table, footer: Footer, layout: Layout) -> pa.Buffer:
+    group_rows = max(1, int(ROW_GROUP_BYTES / max(1.0, table.nbytes / max(1, table.num_rows))))
     stream = pa.BufferOutputStream()
-    with pq.ParquetWriter(stream, table.schema, **options) as writer:
+    with pq.ParquetWriter(stream, table.schema, **layout) as writer:
         writer.write_table(table, row_group_size=group_rows)
         writer.add_key_value_metadata({FOOTER_KEY: msgspec.json.encode(footer).decode()})
     return stream.getvalue()
+
+
+class _Pieces(io.RawIOBase):
+    """A file that hands on what is written to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._pieces: list[bytes] = []
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self._pieces.append(bytes(data))
+        return len(self._pieces[-1])
+
+    def take(self) -> list[bytes]:
+        pieces, self._pieces = self._pieces, []
+        return pieces
 
 
 def read_footer(file: pa.NativeFile, path: str) -> tuple[Footer, int]:
