@@ -393,6 +393,7 @@ def parse_status(job: str, raw: Mapping[bytes, bytes], now: float) -> JobStatus:
             space=value["space"],
             max_errors=value["max_errors"],
             workers={name[3:]: int(rows) for name, rows in value.items() if name.startswith("by:")},
+            verdict=value["verdict"],
             reason=value["reason"],
             manifest=value["manifest"],
             **number,

@@ -305,6 +305,8 @@ class JobStatus(msgspec.Struct, frozen=True, kw_only=True):
     max_errors: str
     workers: dict[str, int] = {}
     """Rows written, by the worker that wrote them."""
+    verdict: str = ""
+    """As what a job that was ended early will end, or did: cancelled or failed."""
     reason: str = ""
     """Why a job was ended early."""
     manifest: str = ""

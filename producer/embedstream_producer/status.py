@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -18,15 +18,17 @@ from embedstream.commands import INTERRUPTED
 from embedstream.connection import connect, explaining, mask
 from embedstream.coordination import is_ingested
 from embedstream.errors import BrokerError, UsageError
-from embedstream.jobs import parse_max_errors
+from embedstream.jobs import JobState, JobStatus, parse_max_errors
 from embedstream.preflight import check
 from embedstream.queues import QueueLook, find_retries, is_retry_of, look_at_queue
 from embedstream.terminal import echo, echo_json, printable
 from embedstream.troubles import patiently
 from embedstream.watching import lost_blocks
+from embedstream.workers import WorkerRecord
 from embedstream_producer import report
 from embedstream_producer.status_coordination import fleet_lines, fleet_object, troubles_of, waits_for
 from embedstream_producer.status_view import JobLook, job_lines, job_object, queue_lines, queue_object
+from embedstream_producer.watch import without_worker
 
 WATCH_SECONDS = 1.0
 
@@ -117,7 +119,7 @@ def look_at_job(nowhere: Broker, job: str, queue: str | None, url: str) -> Look:
         status = broker.status(job)
     except (BrokerError, UsageError) as error:
         raise BrokerError(f"job {job} on queue {broker.queue}: {error}") from error
-    waits = "" if status.state.ended else waits_for(broker, status, workers, url) or lost_blocks(broker, job, workers)
+    waits = [] if status.state.ended else _waits(broker, status, workers, url)
     seen = JobLook(
         status,
         workers,
@@ -128,6 +130,17 @@ def look_at_job(nowhere: Broker, job: str, queue: str | None, url: str) -> Look:
     )
     code = report.exit_code(report.from_status(status), parse_max_errors(status.max_errors))
     return Look([printable(line) for line in job_lines(seen)], job_object(seen), status.state.ended, code)
+
+
+def _waits(broker: Broker, status: JobStatus, workers: Sequence[WorkerRecord], url: str) -> list[str]:
+    """What an open job waits for, as far as that is known."""
+    idle = status.state is not JobState.FINALIZING and status.done < status.blocks and not workers
+    waits = [
+        waits_for(broker, status, workers, url),
+        without_worker(broker, status.spec, url) if idle else "",
+        lost_blocks(broker, status.job, workers),
+    ]
+    return [each for each in waits if each]
 
 
 def look_at_all(nowhere: Broker, queue: str | None = None) -> Look:

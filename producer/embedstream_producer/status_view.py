@@ -23,8 +23,8 @@ class JobLook:
 
     status: JobStatus
     workers: Sequence[WorkerRecord]
-    waits: str = ""
-    """What it waits for, if that is known."""
+    waits: Sequence[str] = ()
+    """What it waits for, as far as that is known."""
     retries: Sequence[JobStatus] = ()
     """The jobs that run its failed rows again, or did."""
     troubles: Mapping[str, str] = field(default_factory=dict)
@@ -104,7 +104,7 @@ def job_object(look: JobLook) -> dict[str, Any]:
         "rows_per_second": round(look.rate.rows, 3),
         "tokens_per_second": round(look.rate.tokens, 3),
         "seconds_left": None if left is None else round(left, 3),
-        "waits_for": look.waits,
+        "waits_for": "; ".join(look.waits),
         "retries": [
             {"job": each.job, "state": each.state.value, "rows": each.rows, "failed": each.failed}
             for each in look.retries
@@ -166,10 +166,11 @@ def job_line(look: JobLook) -> str:
     status = look.status
     again = f" (run again by job {', '.join(each.job for each in look.retries)})" if look.retries else ""
     failed = f", {status.failed:,} FAILED{again}" if status.failed else ""
+    verdict = f" ({status.verdict})" if status.verdict and not status.state.ended else ""
     note = f"  failed rows of job {status.spec.whole_job}" if status.spec.retry else ""
     note += "  stalled" if look.stalled else ""
     return (
-        f"job {status.job}  {status.state}{note}  {status.rows:,} of {_total(status)} rows{failed}  "
+        f"job {status.job}  {status.state}{verdict}{note}  {status.rows:,} of {_total(status)} rows{failed}  "
         f"{'' if status.state.ended else _outlook(look)}{mask(status.spec.output)}"
     )
 
@@ -199,11 +200,10 @@ def job_lines(look: JobLook) -> Iterator[str]:
     why = why_ended(status)
     if why:
         yield f"  {why}"
-    if look.waits:
-        yield f"  {look.waits}"
+    yield from (f"  {each}" for each in look.waits)
     yield from (f"  {line}" for line in _trouble_lines(look))
-    if look.stalled:
-        yield f"  {_stalled(look)}"
+    if look.stalled and (advice := _stalled(look)):
+        yield f"  {advice}"
     for refusal in sorted({worker.refused[status.job] for worker in look.workers if status.job in worker.refused}):
         yield f"  refused by a worker: {refusal}"
 
@@ -241,11 +241,10 @@ def _total(status: JobStatus) -> str:
 
 
 def _stalled(look: JobLook) -> str:
+    """What to do; empty if what it waits for says that already."""
     status = look.status
     if status.state is JobState.SUBMITTING and status.done >= status.blocks:
         if look.ingested:
             return "coordinators do not get on with its parts: see above, and their logs"
         return "its producer is gone: run the same embed-submit again, it goes on"
-    if not look.workers:
-        return f"no worker is alive on queue {status.spec.queue}: start one (embed-worker)"
-    return "no worker gets on with it: look at their logs"
+    return "" if look.waits else "no worker gets on with it: look at their logs"

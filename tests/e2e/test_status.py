@@ -123,11 +123,15 @@ def test_a_job_that_nobody_works_on_is_stalled_after_a_minute_and_says_what_to_d
     job = submit(workers, tmp_path / "c.jsonl", tmp_path / "out")
     client: Any = workers.broker.client
     before = (int(client.time()[0]) - 3600) * 1000
-    assert status(workers, job)["stalled"] is False
+    young = status(workers, job)
+    assert young["stalled"] is False
+    assert "waiting for a worker on queue hashing" in young["waits_for"], "at once, not after a minute"
     client.hset(workers.broker.keys.job(job), mapping={"pushed": before, "committed": before})
     seen = status(workers, job)
     assert (seen["stalled"], seen["seconds_left"], seen["rows_per_second"]) == (True, None, 0.0)
-    assert "no worker is alive on queue hashing: start one" in lines(workers, job)
+    assert seen["waits_for"].startswith("waiting for a worker on queue hashing (")
+    assert f": start one with `embed-worker --model hashing --redis {workers.url}`" in seen["waits_for"]
+    assert lines(workers, job).count("start one") == 1
     assert f"job {job}  running  stalled" in lines(workers)
     assert "how long they take is not known before the first commit" in lines(workers)
     workers.broker.client.hset(workers.broker.keys.pace, mapping={"tokens": 5000, "bytes": 5000, "ms": 1000})

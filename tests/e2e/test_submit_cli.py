@@ -387,7 +387,10 @@ def test_one_queue_can_be_looked_at_and_a_job_sought_there(tmp_path: Path, url: 
             assert elsewhere.returncode == 2
             assert f"no job {job} on queue {queue}-other (without --queue" in elsewhere.stderr
     assert run("embed-cancel", job, "--redis", url, EMBEDSTREAM_QUEUE=queue).returncode == 0
-    assert f"job {job}  finalizing" in run("embed-status", job, "--redis", url, EMBEDSTREAM_QUEUE=queue).stdout
+    assert (
+        f"job {job}  finalizing (cancelled)  0 of 50"
+        in run("embed-status", job, "--redis", url, EMBEDSTREAM_QUEUE=queue).stdout
+    )
 
 
 def test_a_job_of_another_version_is_listed_by_its_id_and_can_be_cancelled(
