@@ -14,7 +14,7 @@ from redis.exceptions import NoScriptError, ResponseError
 
 from embedstream import scripts
 from embedstream.errors import BrokerError, JobUnknown
-from embedstream.failpoints import reach
+from embedstream.failpoints import reach, reach_step
 from embedstream.jobs import JobState, JobStatus, decode_spec
 from embedstream.keys import GROUP, QUEUES, RELEASED
 from embedstream.steps import MOST_BLOCKS, CommitBlock, Step, Steps
@@ -53,12 +53,12 @@ class Broker(Steps):
     def run(self, step: Step[T]) -> T:
         """Run a step. Raises `redis.RedisError` as redis-py does."""
         script, count = scripts.load(step.script), len(step.keys)
-        reach(f"{step.script}.before")
+        reach_step(step.script, "before")
         try:
             raw = self.client.evalsha(script.sha, count, *step.keys, *step.args)
         except NoScriptError:
             raw = self.client.eval(script.body, count, *step.keys, *step.args)
-        reach(f"{step.script}.after")
+        reach_step(step.script, "after")
         return step.parse(raw)
 
     # Claiming
@@ -337,12 +337,12 @@ class AsyncBroker(Steps):
     async def run(self, step: Step[T]) -> T:
         """Run a step. Raises `redis.RedisError` as redis-py does."""
         script, count = scripts.load(step.script), len(step.keys)
-        reach(f"{step.script}.before")
+        reach_step(step.script, "before")
         try:
             raw = await self.client.evalsha(script.sha, count, *step.keys, *step.args)
         except NoScriptError:
             raw = await self.client.eval(script.body, count, *step.keys, *step.args)
-        reach(f"{step.script}.after")
+        reach_step(step.script, "after")
         return step.parse(raw)
 
     async def status(self, job: str) -> JobStatus:

@@ -93,6 +93,12 @@ def reach(point: str) -> None:
         _obey(point)
 
 
+def reach_step(script: str, moment: str) -> None:
+    """The process is before or after a step. One that changes nothing has no points."""
+    if _orders and script in SCRIPTS:
+        _obey(f"{script}.{moment}")
+
+
 def breakable(client: redis.Redis) -> redis.Redis:
     """The client, whose replies get lost where `cut` orders it."""
     if _orders:
