@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from broker_lab import Lab
-from e2e.harness import environment, read_errors, read_manifest, read_rows, wait_until
+from e2e.harness import assert_vectors, environment, read_errors, read_manifest, read_rows, wait_until
 from hashing_reference import reference_vector
 
 from embedstream.broker import Broker
@@ -289,9 +289,9 @@ class Stage:
     def _judge_rows(self, ids: list[str], rows: Mapping[str, tuple[str, Any]]) -> None:
         assert len(ids) == len(set(ids)), "some rows are doubled"
         assert set(ids) == set(self.corpus.texts), "ids in and ids out differ"
-        for id, (text, embedding) in rows.items():
+        for id, (text, _) in rows.items():
             assert text == self.corpus.texts[id], f"{id} has another row's text"
-            np.testing.assert_allclose(embedding, vector(text), atol=1e-6, err_msg=f"{id} has another row's vector")
+        assert_vectors({id: row[1] for id, row in rows.items()}, {id: vector(row[0]) for id, row in rows.items()})
 
     def _judge_queue(self) -> None:
         """What Redis counted, and that nothing of the job stays for ever."""

@@ -244,15 +244,15 @@ def test_cancelling_takes_seconds_keeps_what_is_committed_and_can_be_taken_back(
 def test_whoever_waits_is_told_of_the_lease_of_a_lost_worker(workers: Fleet, tmp_path: Path, strikes: Path) -> None:
     texts = corpus(tmp_path / "c.jsonl", 600, {300: "[[fault:hang*1]]"})
     job = detach(workers, tmp_path)
-    lost = workers.start_worker("--lease-seconds", 25, EMBEDSTREAM_HASHING_FAULTS=str(strikes))
+    lost = workers.start_worker("--lease-seconds", 20, EMBEDSTREAM_HASHING_FAULTS=str(strikes))
     wait_until(lambda: in_the_model(strikes), "the text that hangs")
     lost.kill()
     lost.wait()
-    workers.start_worker("--lease-seconds", 25, EMBEDSTREAM_HASHING_FAULTS=str(strikes))
+    workers.start_worker("--lease-seconds", 20, EMBEDSTREAM_HASHING_FAULTS=str(strikes))
     args = [tmp_path / "c.jsonl", "-o", tmp_path / "out", "--redis", workers.url, "--model", "hashing"]
     waiting = start_submit(*args)
     assert waiting.stderr is not None
-    says = "of a lost worker wait for its lease, at most 25 s"
+    says = "of a lost worker wait for its lease, at most 20 s"
     assert any(says in line for line in iter(waiting.stderr.readline, "")), "it waits in silence"
     assert says in run("embed-status", job, "--redis", workers.url).stdout
     waiting.communicate(timeout=60)

@@ -15,7 +15,7 @@ def run(*options: object) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_tiny_benchmark_measures_every_path_of_every_model(tmp_path: Path) -> None:
-    done = run("--tiny", "--json", tmp_path / "report.json")
+    done = run("--tiny", "--seconds", 0.02, "--json", tmp_path / "report.json")
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "report.json").read_text())["results"]
     assert {result["model"] for result in results} == {"MiniLM-L6", "BERT-base", "XLM-R-large", "ModernBERT-base"}
@@ -32,6 +32,8 @@ def test_the_tiny_benchmark_measures_every_path_of_every_model(tmp_path: Path) -
 def test_a_missing_server_is_said_and_the_rest_still_measured(tmp_path: Path) -> None:
     options = (
         "--tiny",
+        "--seconds",
+        0.02,
         "--models",
         "BERT-base",
         "--redis-server",
