@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Literal
 
@@ -78,10 +79,12 @@ def embed_submit(
     Exit codes: 0 all written, or failures within --max-errors; 1 the job failed; 2 usage, or input refused; 3 written,
     but some rows failed; 4 cancelled; 130 detached by Ctrl-C.
     """
-    on_signals(_interrupt, INTERRUPTED)
-    # Not at the top: loading it takes a while, in which Ctrl-C shall end this command as at any other time.
+    # Not at the top: loading it takes a while, in which Ctrl-C shall end this command as at any other time. But not by
+    # an exception: native modules do not all bear one while they are made.
+    on_signals(_leave, INTERRUPTED)
     from embedstream_producer.submit import Options, submit
 
+    on_signals(_interrupt, INTERRUPTED)
     options = Options(
         corpus=corpus,
         output=output or None,
@@ -110,6 +113,11 @@ def embed_submit(
         quiet=quiet,
     )
     sys.exit(submit(options))
+
+
+def _leave() -> None:
+    os.write(2, b"interrupted\n")
+    os._exit(INTERRUPTED)
 
 
 def _interrupt() -> None:
