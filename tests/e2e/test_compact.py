@@ -21,9 +21,10 @@ from e2e.harness import (
     run,
     wait_until,
 )
-from embedstream.coordination import compactions
+from embedstream.coordination import Compaction, compacted, compactions, save_compaction
 from embedstream.dataset import compaction
 from embedstream.dataset.sink import open_sink
+from embedstream.jobs import JobSpec
 
 ROWS = 2000
 
@@ -44,6 +45,16 @@ def contents(output: Path) -> list[dict[str, Any]]:
         for row in pq.read_table(output / f"{kind}-{shard['name']}.parquet").to_pylist()
     ]
     return sorted(rows, key=lambda row: (row["part"], row["row"]))
+
+
+def make_shards(spec: JobSpec, count: int) -> Maker:
+    """Blocks dealt out as if to so many workers."""
+    maker = Maker(spec, open_sink(spec.output, spec))
+    maker.sink.check()
+    blocks = maker.blocks()
+    for i in range(count):
+        maker.write(blocks[i::count])
+    return maker
 
 
 def assert_whole(made: Made) -> None:
@@ -129,6 +140,31 @@ def test_coordinators_merge_though_one_of_them_dies_before_it_removes_anything(w
     assert_whole(made)
 
 
+def test_several_groups_are_merged_by_several_coordinators_though_one_is_killed_in_the_middle(
+    workers: Fleet, tmp_path: Path
+) -> None:
+    corpus = tmp_path / "a.jsonl"
+    write_lines(corpus, 8000)
+    maker = make_shards(make_spec(tmp_path / "out", [corpus]), 12)
+    made = Made(maker.spec, [corpus], maker.records, maker.end())
+    rows, client = contents(made.folder), workers.broker.client
+    first = workers.start_coordinator("--processes", 1, EMBEDSTREAM_FAILPOINTS="file.renamed=pause")
+    target = sum(shard.bytes for shard in made.manifest.shards) // 5
+    save_compaction(client, Compaction(output=str(made.folder), target_bytes=target))
+    wait_until(lambda: "failpoint" in (tmp_path / "coordinator-0.log").read_text(), "a merged shard of the first one")
+    (wanted,) = compactions(client)
+    assert len(wanted.groups) >= 4
+    workers.start_coordinator()
+    wait_until(lambda: len(compacted(client, wanted)) == len(wanted.groups) - 1, "all others")
+    assert listed_files(made.folder) == {f"part-{record.name}.parquet" for record in maker.records}
+    first.kill()
+    first.wait()
+    wait_until(lambda: not compactions(client), "the end of the compaction", 120)
+    assert listed_files(made.folder) == part_files(made.folder) == {f"part-{name}.parquet" for name in wanted.groups}
+    assert contents(made.folder) == rows
+    assert_whole(made)
+
+
 def test_what_cannot_be_merged_is_told_in_one_sentence(workers: Fleet, tmp_path: Path) -> None:
     missing = run("embed-compact", tmp_path / "nothing")
     assert missing.returncode == 2
@@ -154,11 +190,7 @@ def test_a_dataset_in_a_bucket_is_merged_there(
     for path in corpus:
         write_lines(path, 700)
     output = f"s3://{bucket}/wiki"
-    spec = make_spec(Path("/unused"), corpus, output=output)
-    maker = Maker(spec, open_sink(output, spec))
-    blocks = maker.blocks()
-    for i in range(3):
-        maker.write(blocks[i::3])
+    maker = make_shards(make_spec(Path("/unused"), corpus, output=output), 3)
     before = maker.end()
     assert compaction.compact(output) == (3, 1)
     after = maker.sink.read_manifest()
