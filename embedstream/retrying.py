@@ -14,7 +14,7 @@ from embedstream.dataset.manifest import manifest_digest, manifest_spec, refuse_
 from embedstream.dataset.ordering import Ordering
 from embedstream.dataset.schema import ErrorRow
 from embedstream.dataset.sink import Manifest, Sink
-from embedstream.errors import CorpusChanged, UsageError
+from embedstream.errors import CorpusChanged, OutputError, UsageError
 from embedstream.input.refusals import FOR_GOOD
 from embedstream.jobs import JobSpec, JobState, Retry
 from embedstream.packing import Packer
@@ -37,19 +37,33 @@ class FailedRows:
             SpecDiffers: it holds one of a job with other settings.
             OutputError: it cannot be read.
         """
-        self.manifest = _finished(sink, spec)
+        while True:
+            self.manifest = _finished(sink, spec)
+            self._rows = Ordering()
+            trouble = self._read(sink, spec)
+            # Whoever replaces a manifest removes error rows that only the older one lists.
+            if _finished(sink, spec) == self.manifest:
+                break
+        if trouble is not None:
+            raise trouble
         self.spec = msgspec.structs.replace(
             spec, retry=Retry(manifest=manifest_digest(self.manifest), space=self.manifest.space)
         )
         """The job that runs them again."""
-        self._sums = sink.block_sums()
-        self._rows = Ordering()
+
+    def _read(self, sink: Sink, spec: JobSpec) -> OutputError | None:
+        """Why the rows cannot be read, if they cannot."""
         part = {source: number for number, source in enumerate(spec.parts)}
-        self._rows.put(
-            (part[error.file], error.line - 1, error.chunk, msgspec.json.encode(_Failed(error.id, error.original)))
-            for error in sink.read_errors()
-            if could_succeed(error)
-        )
+        try:
+            self._sums = sink.block_sums()
+            self._rows.put(
+                (part[error.file], error.line - 1, error.chunk, msgspec.json.encode(_Failed(error.id, error.original)))
+                for error in sink.read_errors()
+                if could_succeed(error)
+            )
+        except OutputError as error:
+            return error
+        return None
 
     def __enter__(self) -> Self:
         return self

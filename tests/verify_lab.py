@@ -78,6 +78,8 @@ class Maker:
     spec: JobSpec
     sink: Sink
     fail_every: int = 97
+    prefix: str = ""
+    """Of the shards' names."""
     records: list[ShardRecord] = field(default_factory=list)
 
     def blocks(self) -> list[Block]:
@@ -110,10 +112,10 @@ class Maker:
         ]
         for row in table.filter(pa.array(bad)).to_pylist():
             failed = {name: row[name] for name in ("part", "row", "id", "chunk")}
-            errors.append(failed | {"code": "not_finite", "message": "NaN", "original": "a text"})
+            errors.append(failed | {"code": "not_finite", "message": "NaN", "original": row.get("text", "")})
         data = table.filter(pa.array(~bad))
         record = ShardRecord(
-            name=f"{len(self.records):04x}",
+            name=f"{self.prefix}{len(self.records):04x}",
             job=self.spec.job,
             space="space",
             blocks=tuple(

@@ -36,8 +36,15 @@ def finalize_retry(sink: Sink, status: JobStatus, shards: Sequence[ShardRecord])
                 raise OutputError(
                     f"job {status.job}: shard {shard.name} is of space {shard.space}, not {manifest.space}"
                 )
-        kept = sink.keep_errors(manifest, shards) if shards else []
-        manifest = merged(manifest, status.job, shards, kept)
+        try:
+            kept = sink.keep_errors(manifest, shards) if shards else []
+        except OutputError:
+            standing = sink.read_manifest()
+            if standing is None or status.job not in standing.retries:
+                raise
+            manifest = standing  # somebody else was faster, and has removed the older error rows
+        else:
+            manifest = merged(manifest, status.job, shards, kept)
     sink.finalize(manifest)
     return manifest
 
