@@ -20,7 +20,8 @@ def too_many_errors(status: JobStatus) -> str:
     most = parse_max_errors(status.max_errors)
     certain = most.count is not None or status.sealed
     if certain and most.exceeded(status.failed, status.submitted):
-        return f"{status.failed} rows failed, more than the {most} that --max-errors allows"
+        rows = f"{status.failed} row{'' if status.failed == 1 else 's'}"
+        return f"{rows} failed, more than the {most} that --max-errors allows"
     return ""
 
 

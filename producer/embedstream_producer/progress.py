@@ -102,7 +102,8 @@ class Progress:
             said.insert(2, f"failed {status.failed:,}")
         total = self._expected(status)
         if total is not None and rate.rows > 0:
-            said.append(f"{duration(max(0.0, total - embedded) / rate.rows)} left")
+            about = "" if status.sealed else "about "  # what is not read yet is guessed by its bytes
+            said.append(f"{about}{duration(max(0.0, total - embedded) / rate.rows)} left")
         return ", ".join(said)
 
     def _expected(self, status: JobStatus) -> float | None:

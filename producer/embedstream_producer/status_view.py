@@ -170,7 +170,7 @@ def job_line(look: JobLook) -> str:
     note = f"  failed rows of job {status.spec.whole_job}" if status.spec.retry else ""
     note += "  stalled" if look.stalled else ""
     return (
-        f"job {status.job}  {status.state}{verdict}{note}  {status.rows:,} of {_total(status)} rows{failed}  "
+        f"job {status.job}  {status.state}{verdict}{note}  {_written(status)}{failed}  "
         f"{'' if status.state.ended else _outlook(look)}{mask(status.spec.output)}"
     )
 
@@ -187,7 +187,7 @@ def job_lines(look: JobLook) -> Iterator[str]:
     if status.failed:
         share = 100 * status.failed / max(1, status.rows + status.failed)
         where = f": see {errors_of(mask(status.spec.output))}" if ended else ""
-        yield f"  {status.failed:,} rows failed ({share:.2g} %){where}"
+        yield f"  {_rows(status.failed)} failed ({share:.2g} %){where}"
     for retry in look.retries:
         yield (
             f"  {retry.submitted:,} of its failed rows run again by job {retry.job}: {retry.state}, "
@@ -204,8 +204,6 @@ def job_lines(look: JobLook) -> Iterator[str]:
     yield from (f"  {line}" for line in _trouble_lines(look))
     if look.stalled and (advice := _stalled(look)):
         yield f"  {advice}"
-    for refusal in sorted({worker.refused[status.job] for worker in look.workers if status.job in worker.refused}):
-        yield f"  refused by a worker: {refusal}"
 
 
 def _queued(look: QueueLook) -> str:
@@ -223,7 +221,15 @@ def _queued(look: QueueLook) -> str:
 
 
 def _trouble_lines(look: JobLook) -> Iterator[str]:
+    """What coordinators and workers have against it."""
+    job = look.status.job
     yield from (f"{what}: {why}" for what, why in look.troubles.items())
+    for why in sorted({worker.refused[job] for worker in look.workers if job in worker.refused}):
+        yield f"refused by a worker: {why}"
+
+
+def _rows(count: int) -> str:
+    return f"{count:,} row{'' if count == 1 else 's'}"
 
 
 def _speed(rate: Rate) -> str:
@@ -236,8 +242,10 @@ def _outlook(look: JobLook) -> str:
     return f"{progress}{left}".rstrip(", ") + ("  " if progress or left else "")
 
 
-def _total(status: JobStatus) -> str:
-    return f"{status.submitted:,}" if status.sealed else f"{status.submitted:,} or more"
+def _written(status: JobStatus) -> str:
+    if status.sealed:
+        return f"{status.rows:,} of {_rows(status.submitted)}"
+    return f"{status.rows:,} of {status.submitted:,} or more rows" if status.submitted else "no row submitted yet"
 
 
 def _stalled(look: JobLook) -> str:

@@ -96,7 +96,7 @@ def test_a_finished_job_shows_who_wrote_it_and_what_failed(workers: Fleet, tmp_p
     assert seen["rows_per_second"] == pytest.approx(20_000 / seen["seconds"], rel=0.01)
     shown = lines(workers, job)
     assert "20,000 of 20,001 rows, 1 FAILED" in shown
-    assert f"1 rows failed (0.005 %): see {tmp_path}/out/errors.jsonl" in shown
+    assert f"1 row failed (0.005 %): see {tmp_path}/out/errors.jsonl" in shown
     for each in seen["workers"]:
         assert re.search(rf"{100 * each['share']:.1f} %  {each['name']}  {each['rows']:,} rows, ready", shown)
 
@@ -136,6 +136,18 @@ def test_a_job_that_nobody_works_on_is_stalled_after_a_minute_and_says_what_to_d
     assert "how long they take is not known before the first commit" in lines(workers)
     workers.broker.client.hset(workers.broker.keys.pace, mapping={"tokens": 5000, "bytes": 5000, "ms": 1000})
     assert "of work by one worker" in lines(workers)
+
+
+def test_a_job_that_workers_refuse_is_listed_with_the_reason(workers: Fleet, tmp_path: Path) -> None:
+    write_corpus(tmp_path / "c.jsonl", 500)
+    workers.start_worker()
+    args = ["-o", tmp_path / "out", "--redis", workers.url, "--model", "other", "--queue", "hashing", "--detach"]
+    assert run("embed-submit", tmp_path / "c.jsonl", *args).returncode == 0
+    why = "refused by a worker: it asks for model other, this worker serves hashing"
+    wait_until(lambda: f"    {why}\n" in lines(workers), "the reason in the listing")
+    assert "2 of them for nobody here\n" in lines(workers)
+    assert lines(workers, job_id("hashing", str(tmp_path / "out"))).count(why) == 1
+    assert status(workers)["queues"][0]["tokens"] == 0
 
 
 def test_a_watched_job_is_shown_live_until_it_has_ended(workers: Fleet, tmp_path: Path) -> None:

@@ -150,7 +150,16 @@ def test_the_time_left_is_told_by_the_pace_of_late_if_workers_say_it() -> None:
     with Progress(quiet=False, total_bytes=None, console=console) as progress:
         progress.update(half, InHand(3000, 9000, 9000), Rate(100.0, 7777.0))
     assert "100 rows/s, 7,777 tokens/s" in said.getvalue()
-    assert "30.0 s left" in said.getvalue()
+    assert ", 30.0 s left" in said.getvalue()
+
+
+def test_the_time_left_is_said_to_be_a_guess_until_all_is_read() -> None:
+    said = io.StringIO()
+    reading = msgspec.structs.replace(STATUS, rows=0, failed=0, submitted=1000, tokens=0, sealed=False)
+    with Progress(quiet=False, total_bytes=100, console=Console(file=said, force_terminal=True, width=200)) as progress:
+        progress.position(0, 20)
+        progress.update(reading, InHand(), Rate(100.0, 7777.0))
+    assert ", about 50.0 s left" in said.getvalue()
 
 
 def test_a_narrow_terminal_shows_the_time_left_and_all_that_is_waited_for() -> None:
