@@ -32,10 +32,11 @@ class OutputBusy(OutputError):
 class SpecDiffers(EmbedstreamError):
     """The output belongs to a job with another spec."""
 
-    def __init__(self, output: str, field: str, existing: object, wanted: object) -> None:
+    def __init__(self, output: str, field: str, existing: object, wanted: object, way_out: str = "") -> None:
+        """`way_out`: what else may be done."""
         super().__init__(
             f"{output} was made with {field}={_shown(existing)}, this command says {field}={_shown(wanted)}: "
-            f"use the same setting, another output (-o), or delete the old one"
+            f"use the same setting, another output (-o), or {way_out or 'delete the old one'}"
         )
         self.field = field
 

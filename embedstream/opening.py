@@ -121,7 +121,8 @@ def open_job(
 ) -> Opened:
     """Make the job, find it or reopen it, and adopt what lies in its output if Redis does not know it.
 
-    `visible`: as `is_visible` says; a completed job whose manifest was visible and is gone is begun anew.
+    `visible`: as `is_visible` says; a completed job whose manifest was visible and is gone is begun anew, and an ended
+    one of another spec gives way if nothing of it is left.
     `always_adopt`: also for a job that goes on; for when nobody else is at work on it.
 
     Raises:
@@ -134,8 +135,12 @@ def open_job(
         forget_job(broker, spec)
         answer = broker.run(broker.create(spec, max_errors))
     if answer.code is Code.DIFFERS:
-        made = decode_spec(answer.detail)
-        refuse_other_spec(spec.output, made, spec)
+        made, state = decode_spec(answer.detail), broker.state(spec.job)
+        if visible and state is not None and state.ended and _is_deleted(sink):
+            forget_job(broker, made)
+            answer = broker.run(broker.create(spec, max_errors))
+    if answer.code is Code.DIFFERS:
+        refuse_other_spec(spec.output, made, spec, _way_out(spec.job, state, visible))
         if made.output != spec.output:
             raise OutputError(f"job {spec.job} was made with another user or password for its output: use the same")
         raise BrokerError(f"job {spec.job} was made by another version of embedstream: use that, or another output")
@@ -156,6 +161,17 @@ def _stands(sink: Sink, spec: JobSpec) -> bool:
     """Whether a manifest shows that the job was completed."""
     manifest = sink.read_manifest()
     return manifest is not None and (spec.retry is None or spec.job in manifest.retries)
+
+
+def _way_out(job: str, state: JobState | None, visible: bool) -> str:
+    if state is not None and not state.ended:
+        return f"end that job first (embed-cancel {job})"
+    return "" if visible else "delete the files of the old one, but not its folder: that it is empty must be seen"
+
+
+def _is_deleted(sink: Sink) -> bool:
+    """Whether neither a manifest nor a shard is left in the output."""
+    return sink.read_manifest() is None and next(sink.find_shards(), None) is None
 
 
 def _clear_fruitless(sink: Sink, spec: JobSpec) -> None:

@@ -158,18 +158,21 @@ def manifest_spec(manifest: Manifest) -> JobSpec:
     return decode_spec(bytes(manifest.spec))
 
 
-def refuse_other_spec(output: str, made: JobSpec, wanted: JobSpec) -> None:
-    """Raise `SpecDiffers` if what lies in `output` was made with another spec than is wanted."""
+def refuse_other_spec(output: str, made: JobSpec, wanted: JobSpec, way_out: str = "") -> None:
+    """Raise `SpecDiffers` if what lies in `output` was made with another spec than is wanted.
+
+    `way_out`: what may be done beside using that spec or another output, if not deleting what lies there.
+    """
     field = differing_field(made, wanted)
     if field is None:
         return
     output = mask(output)
     if field == "no-text":
-        raise SpecDiffers(output, field, not made.text, not wanted.text)
+        raise SpecDiffers(output, field, not made.text, not wanted.text, way_out)
     if field == "output":
-        raise SpecDiffers(output, field, mask(made.output), mask(wanted.output))
+        raise SpecDiffers(output, field, mask(made.output), mask(wanted.output), way_out)
     name = {"corpus": "parts"}.get(field, field.replace("-", "_"))
-    raise SpecDiffers(output, field, getattr(made, name), getattr(wanted, name))
+    raise SpecDiffers(output, field, getattr(made, name), getattr(wanted, name), way_out)
 
 
 def _outputs(spec: JobSpec, first: ShardRecord | None) -> tuple[ManifestOutput, ...]:

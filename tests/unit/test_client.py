@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -127,6 +128,45 @@ def test_another_setting_into_the_same_output_is_refused(client: Client, tmp_pat
     client.submit(["x"], output=str(tmp_path / "out")).wait(30)
     with pytest.raises(SpecDiffers, match="prompt"):
         client.submit(["x"], output=str(tmp_path / "out"), prompt="query: ")
+
+
+@pytest.mark.usefixtures("worker")
+def test_an_output_that_was_deleted_is_free_for_another_setting(client: Client, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    first = client.submit(RECORDS[:3], output=str(out), prompt="a: ")
+    first.wait(30)
+    shutil.rmtree(out)
+    with pytest.raises(SpecDiffers, match="but not its folder"):  # its workers may see one that this machine does not
+        client.submit(RECORDS[:2], output=str(out), prompt="b: ")
+    out.mkdir()
+    second = client.submit(RECORDS[:2], output=str(out), prompt="b: ")
+    status = second.wait(30)
+    assert (second.id, status.state, status.rows) == (first.id, JobState.COMPLETED, 2)
+    assert len(texts_of(second.results())) == 2
+    shutil.rmtree(out)
+    out.mkdir()
+    third = client.submit(RECORDS[:1], output=str(out), prompt="c: ")
+    third.cancel()
+    finalize_job(broker_of(client), third.id, lambda spec: open_sink(spec.output, spec, client.url))
+    third.wait(30)
+    shutil.rmtree(out)
+    assert client.submit(RECORDS[:3], output=str(out), prompt="d: ").wait(30).rows == 3
+
+
+def test_the_output_of_a_job_that_runs_is_not_free_though_nothing_lies_there(client: Client, tmp_path: Path) -> None:
+    job = client.submit(RECORDS[:3], output=str(tmp_path / "out"), prompt="a: ")
+    with pytest.raises(SpecDiffers, match=f"end that job first .embed-cancel {job.id}"):
+        client.submit(RECORDS[:3], output=str(tmp_path / "out"), prompt="b: ")
+    assert broker_of(client).status(job.id).spec.prompt == "a: "
+
+
+@pytest.mark.usefixtures("worker")
+def test_an_ended_job_keeps_its_output_while_a_shard_is_left(client: Client, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    client.submit(RECORDS[:3], output=str(out), prompt="a: ").wait(30)
+    (out / "_manifest.json").unlink()
+    with pytest.raises(SpecDiffers, match="delete the old one"):
+        client.submit(RECORDS[:3], output=str(out), prompt="b: ")
 
 
 @pytest.mark.usefixtures("worker")
