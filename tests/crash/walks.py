@@ -211,9 +211,10 @@ def retrier(stage: Stage, order: Order) -> None:
     """An embed-submit that has a failed row run again breaks; the same command again."""
     suspicious(stage, Order("suspect.after=kill"))
     stage.judge()
-    stage.worker()
+    stage.worker(orders="take_finalize.before=pause")  # the end of the job is the command's to find
     first = stage.submit("--retry-failed", orders=order.text)
     first.strike(order)
+    stage.worker()
     stage.condemned, stage.repaired = 0, 1
     if order.action != "cut":
         stage.expire_finalize_leases()
