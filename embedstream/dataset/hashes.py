@@ -9,7 +9,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from typing import Any, TypeAlias, TypeVar
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 import msgspec
 import pyarrow as pa
@@ -303,12 +303,17 @@ class RedisSink:
                 yield msgspec.json.decode(data, type=ErrorRow)
 
     def describe(self) -> str:
-        """A shell line that shows some keys."""
+        """A shell line that shows some keys. It asks for the password, if there is one."""
         parts = urlsplit(self._server)
-        server = f"-s {shlex.quote(parts.path)}" if parts.scheme == "unix" else f"-u {shlex.quote(mask(self._server))}"
-        db = parse_qs(parts.query).get("db", ["0"])[0]
-        pattern = shlex.quote(f"{_escaped(self._prefix)}*")
-        return f"redis-cli {server}{'' if db == '0' else f' -n {db}'} --scan --pattern {pattern} | head"
+        query = dict(parse_qsl(parts.query))
+        words = ["redis-cli"]
+        if parts.password is not None or "password" in query:
+            user = unquote(parts.username or "") or query.get("username")
+            words += ["--askpass", *(["--user", user] if user else [])]
+        host = parts.netloc.rpartition("@")[2]
+        words += ["-s", parts.path] if parts.scheme == "unix" else ["-u", f"{parts.scheme}://{host}{parts.path}"]
+        words += ["-n", query["db"]] if query.get("db", "0") != "0" else []
+        return f"{shlex.join([*words, '--scan', '--pattern', f'{_escaped(self._prefix)}*'])} | head"
 
     def key(self, id: str) -> bytes:
         """The key of a row."""

@@ -335,4 +335,7 @@ def test_the_advised_line_names_server_and_keys_and_no_password(redis_server: Re
     here = open_sink("redis:?prefix=docs:", queue_url=redis_server.url)
     there = open_sink("redis://:secret@host/3?prefix=docs:")
     assert here.describe() == f"redis-cli -s {redis_server.socket} --scan --pattern 'docs:*' | head"
-    assert there.describe() == "redis-cli -u 'redis://:***@host:6379/3' --scan --pattern 'docs:*' | head"
+    pattern = "--scan --pattern 'docs:*' | head"
+    assert there.describe() == f"redis-cli --askpass -u redis://host:6379/3 {pattern}"
+    named = open_sink("redis://me:secret@host/3?prefix=docs:")
+    assert named.describe() == f"redis-cli --askpass --user me -u redis://host:6379/3 {pattern}"
