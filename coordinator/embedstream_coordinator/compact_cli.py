@@ -20,9 +20,13 @@ def compact(output: str, redis_url: str | None, shard_mib: int) -> None:
     miss a file, and reads again.
     """
     # Not at the top: loading it takes a while, in which Ctrl-C shall end this command as at any other time.
+    import socket
+    from pathlib import Path
+
     from embedstream.connection import connect, explaining, mask, with_redis
     from embedstream.coordination import Compaction, coordinators, save_compaction
     from embedstream.dataset.compaction import compact as compact_here
+    from embedstream.dataset.compaction import open_finished
     from embedstream.dataset.sink import canonical_output
     from embedstream.preflight import check
     from embedstream.terminal import echo
@@ -35,9 +39,12 @@ def compact(output: str, redis_url: str | None, shard_mib: int) -> None:
     client = connect(redis_url)
     check(connect(redis_url, retries=0), redis_url)
     with explaining(redis_url):
+        live = coordinators(client)
+        if Path(address).is_dir() or (live and all(each.host == socket.gethostname() for each in live)):
+            open_finished(address)  # elsewhere they see what this machine does not
         save_compaction(client, Compaction(output=address, target_bytes=shard_mib * MIB))
         echo(f"{mask(address)}: to be merged by coordinators; {with_redis('embed-status', redis_url)} shows it")
-        if not coordinators(client):
+        if not live:
             echo(f"no coordinator runs: start one with {with_redis('embed-coordinator', redis_url)}", err=True)
 
 

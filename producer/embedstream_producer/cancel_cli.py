@@ -15,18 +15,27 @@ from embedstream.settings import ENV_PREFIX
 @click.option("--queue", help="Look for it on this queue only.  [default: all]")
 @click.version_option(package_name="embedstream")
 def cancel(job: str, redis_url: str | None, queue: str | None) -> None:
-    """End JOB early. What is written stays, and the same embed-submit goes on from there."""
+    """End JOB early. What is written stays, and the same embed-submit goes on from there.
+
+    JOB may be a compaction, too: its dataset stays as it is.
+    """
     if not redis_url:
         raise UsageError("no Redis: give --redis URL, or set EMBEDSTREAM_REDIS_URL")
     # Not at the top: loading it takes a while, in which Ctrl-C shall end this command as at any other time.
     from embedstream.broker import Broker
     from embedstream.client import find_queue, was_cancelled
     from embedstream.connection import connect, explaining
+    from embedstream.coordination import compactions, end_compaction
     from embedstream.preflight import check
 
     check(connect(redis_url, retries=0), redis_url)
     with explaining(redis_url):
         client = connect(redis_url)
+        for wanted in compactions(client):
+            if wanted.id == job:
+                end_compaction(client, wanted)
+                click.echo(f"compaction {job} is cancelled; its dataset is as it was")
+                return
         # Its spec is not looked at: a job that this version cannot read can be ended, too.
         broker = Broker(client, find_queue(Broker(client, ""), job, queue or None))
         before = broker.state(job)

@@ -51,11 +51,23 @@ def fleet_object(nowhere: Broker) -> dict[str, Any]:
     """The same for scripts."""
     return {
         "coordinators": [msgspec.to_builtins(each) for each in coordinators(nowhere.client)],
-        "compactions": [{"id": each.id, "output": mask(each.output)} for each in compactions(nowhere.client)],
+        "compactions": [
+            _compaction_object(each, compacted(nowhere.client, each)) for each in compactions(nowhere.client)
+        ],
+    }
+
+
+def _compaction_object(wanted: Compaction, there: Mapping[str, str]) -> dict[str, Any]:
+    return {
+        "id": wanted.id,
+        "output": mask(wanted.output),
+        "shards": len(wanted.groups),
+        "written": sum(shard in there for shard in wanted.groups),
+        "trouble": there.get("trouble", ""),
     }
 
 
 def _compaction_line(wanted: Compaction, there: Mapping[str, str]) -> str:
-    written = sum(shard in there for shard in wanted.groups)
-    trouble = f"  {there['trouble']}" if "trouble" in there else ""
-    return f"compaction {wanted.id}  {written} of {len(wanted.groups)} shards written  {mask(wanted.output)}{trouble}"
+    told = _compaction_object(wanted, there)
+    line = f"compaction {told['id']}  {told['written']} of {told['shards']} shards written  {told['output']}"
+    return f"{line}  {told['trouble']}".rstrip()

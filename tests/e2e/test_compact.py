@@ -176,7 +176,16 @@ def test_what_cannot_be_merged_is_told_in_one_sentence(workers: Fleet, tmp_path:
     assert "no coordinator runs" in alone.stderr
     shown = json.loads(run("embed-status", "--redis", workers.url, "--json").stdout)
     assert shown["coordinators"] == []
+    (asked,) = shown["compactions"]
+    assert (asked["shards"], asked["written"], asked["trouble"]) == (0, 0, "")
     assert "0 of 0 shards written" in run("embed-status", "--redis", workers.url).stdout
+    (tmp_path / "nothing").mkdir()
+    seen = run("embed-compact", tmp_path / "nothing", "--redis", workers.url)
+    assert seen.returncode == 2
+    assert "no finished dataset" in seen.stderr
+    ended = run("embed-cancel", asked["id"], "--redis", workers.url)
+    assert ended.returncode == 0, ended.stderr
+    assert compactions(workers.broker.client) == []
 
 
 def test_a_dataset_in_a_bucket_is_merged_there(
