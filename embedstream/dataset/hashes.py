@@ -26,7 +26,7 @@ from embedstream.dataset.sink import Manifest, ManifestShard, ShardContent, Shar
 from embedstream.errors import OutputError, UsageError
 from embedstream.failpoints import reach
 from embedstream.input.refusals import FOR_GOOD
-from embedstream.jobs import JobSpec
+from embedstream.jobs import JobSpec, JobState
 
 T = TypeVar("T")
 Fields: TypeAlias = list[bytes | None]
@@ -162,7 +162,8 @@ class RedisSink:
         job = manifest.job if self._spec is None else self._spec.job
         pipe = self._client.pipeline(transaction=True)
         errors, replaces = f"{self._prefix}_errors", self._spec is not None and self._spec.retry is not None
-        ended = self._ended(job, {shard.name for shard in manifest.shards})
+        shards = {shard.name for shard in manifest.shards}
+        ended = self._ended(job, shards)
         while some := list(islice(ended, SLICE_ROWS)):
             bad = {place: error for place, error in some if error}
             if replaces:
@@ -175,7 +176,8 @@ class RedisSink:
             self._remove_failed(bad.values(), {manifest.job, *manifest.retries, job})
         pipe.set(f"{self._prefix}_manifest", encode_manifest(manifest), ex=self._ttl)
         self._run(pipe)
-        self._forget(f"{job}:")
+        # A job that is not completed may be opened again, and a shard be committed that was written before its end.
+        self._forget(f"{job}:", None if manifest.state == JobState.COMPLETED else shards)
 
     def _ended(self, job: str, shards: set[str]) -> Iterator[tuple[str, bytes]]:
         """Places of the rows in these shards that failed or were run again, each with its error, or with nothing."""
@@ -198,10 +200,11 @@ class RedisSink:
         if late:
             self._ask(lambda: self._client.unlink(*late))
 
-    def _forget(self, beginning: str) -> None:
-        """Take fields out of the pending ones."""
+    def _forget(self, beginning: str, shards: set[str] | None = None) -> None:
+        """Take fields out of the pending ones: those of some shards, or (None) all."""
         key, found = f"{self._prefix}_pending", self._scan_hash("_pending", f"{beginning}*")
-        while some := [field for field, _ in islice(found, SLICE_ROWS)]:
+        fields = (field for field, _ in found if shards is None or field.decode().split(":")[1] in shards)
+        while some := list(islice(fields, SLICE_ROWS)):
             self._ask(partial(self._client.hdel, key, *some))
 
     def _scan_hash(self, name: str, pattern: str = "*") -> Iterator[tuple[bytes, bytes]]:

@@ -20,7 +20,7 @@ from redisvl.redis.utils import array_to_buffer, buffer_to_array
 from embedstream.dataset.schema import errors_schema
 from embedstream.dataset.sink import BlockRecord, ShardContent, canonical_output, open_sink
 from embedstream.errors import OutputError, UsageError
-from embedstream.jobs import JobSpec
+from embedstream.jobs import JobSpec, JobState
 
 Make = Callable[..., Dataset]
 
@@ -198,6 +198,20 @@ def test_a_worker_that_fails_a_row_after_the_end_of_its_job_leaves_no_error(
     dataset.sink.write_shard(without_its_last_row(make_content(dataset.spec, name="first")))
     dataset.sink.discard_shard("first")
     assert dump_all(client, prefix) == before
+
+
+def test_an_error_that_was_written_before_its_job_was_cancelled_counts_if_it_is_committed_later(
+    make: Make, client: redis.Redis, prefix: str
+) -> None:
+    dataset = make()
+    dataset.write(make_content(dataset.spec, name="first", errors=[make_error(0, 9)]))
+    record = dataset.sink.write_shard(make_content(dataset.spec, "later", [(0, 1)], errors=[make_error(0, 19)]))
+    dataset.end(JobState.CANCELLED)
+    assert [error.line for error in dataset.sink.read_errors()] == [10]
+    dataset.records.append(record)
+    dataset.end()
+    assert [error.line for error in dataset.sink.read_errors()] == [10, 20]
+    assert not client.exists(f"{prefix}_pending")
 
 
 def test_a_late_workers_vector_of_a_row_that_failed_is_removed(make: Make, client: redis.Redis, prefix: str) -> None:
