@@ -13,7 +13,8 @@ WORKER_COMMANDS = """
 ping|time|eval return 0|evalsha 0 0|exists KEY|expire KEY 1|pexpire KEY 1|persist KEY|del KEY|unlink KEY
 get KEY|set KEY 0|mget KEY|decrby KEY 1|getbit KEY 0|setbit KEY 0 0|getrange KEY 0 0|setrange KEY 0 0|rpush KEY 0
 hget KEY f|hmget KEY f|hgetall KEY|hexists KEY f|hkeys KEY|hset KEY f 0|hdel KEY f|hincrby KEY f 1
-zadd KEY 0 m|zrem KEY m|zcard KEY|zscore KEY m|zrange KEY 0 0|zremrangebyscore KEY 0 0|xlen KEY|xrange KEY - +
+zadd KEY 0 m|zrem KEY m|zcard KEY|zcount KEY 0 0
+zscore KEY m|zrange KEY 0 0|zremrangebyscore KEY 0 0|xlen KEY|xrange KEY - +
 xack KEY GROUP 0-1|xdel KEY 0-1|xpending KEY GROUP|xinfo stream KEY|xgroup delconsumer KEY GROUP c
 xclaim KEY GROUP c 0 0-1|xautoclaim KEY GROUP c 0 0|xreadgroup group GROUP c streams KEY >
 """

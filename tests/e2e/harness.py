@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow.parquet as pq
 from hashing_reference import reference_vector
 
@@ -131,6 +132,17 @@ def fleet(redis_url: str, root: Path) -> Iterator[Fleet]:
         yield made
     finally:
         made.close()
+
+
+def kill_with_children(process: subprocess.Popen[bytes]) -> None:
+    """So that none of them goes on with what it was at."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.wait()
+    for child in children:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
+    psutil.wait_procs(children)
 
 
 def read_manifest(output: Path) -> dict[str, Any]:

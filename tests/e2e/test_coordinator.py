@@ -24,6 +24,7 @@ from e2e.harness import (
     assert_no_leftovers,
     environment,
     fleet,
+    kill_with_children,
     read_errors,
     read_manifest,
     run,
@@ -189,8 +190,7 @@ def test_a_coordinator_alone_writes_the_manifest_though_another_died_at_it(
     first = workers.start_coordinator(EMBEDSTREAM_FAILPOINTS=f"{point}=kill")
     wait_until(lambda: "died" in troubles(workers.broker, job).get("finalize", ""), "a death")
     assert "finalize: the coordinator's process for it died" in run("embed-status", job, "--redis", workers.url).stdout
-    first.kill()
-    first.wait()
+    kill_with_children(first)
     workers.broker.free_finalize(job)  # its lease would run for a minute
     workers.start_coordinator()
     wait_for_end(workers, job, seconds=90)
@@ -355,9 +355,11 @@ def test_a_user_with_the_documented_rights_can_be_a_coordinator(tmp_path: Path) 
         url = server.tcp_url.replace("redis://", "redis://coordinator:secret@")
         with fleet(url, tmp_path) as workers:
             process = workers.start_coordinator()
-            job = submit_server_side(workers, paths, tmp_path / "out")
+            common = ["-o", tmp_path / "out", "--redis", url, "--model", "hashing", "--server-side"]
+            assert run("embed-submit", *paths, *common).returncode == 2, "a part that is not there"
+            job = job_id("hashing", str(tmp_path / "out"))
             workers.start_worker()
-            wait_until(lambda: troubles(workers.broker, job), "a failure, to be tried again")
+            assert troubles(workers.broker, job)
             away.rename(paths[2])
             wait_for_end(workers, job, seconds=90)
             done = run("embed-compact", tmp_path / "out", "--redis", url)
