@@ -46,3 +46,14 @@ def test_work_that_was_dropped_is_no_negative_rate() -> None:
     rates = Rates()
     rates.look(0.0, {"a": InHand(100, 1000, 1000)})
     assert rates.look(10.0, {"a": InHand(40, 400, 400)}) == {}
+
+
+def test_a_first_batch_counts_with_all_its_time_in_the_model() -> None:
+    rates = Rates()
+    rates.look(0.0, {})
+    for half in range(2, 8):
+        assert rates.look(half / 2, {"a": InHand()}, ["a"]) == {}
+    assert rates.look(4.0, {"a": InHand(30, 300, 300)}, ["a"]) == {"a": Rate(10.0, 100.0)}
+    for half in range(9, 12):
+        rates.look(half / 2, {"a": InHand(30, 300, 300)}, ["a"])
+    assert rates.look(6.0, {"a": InHand(50, 500, 500)}, ["a"]) == {"a": Rate(10.0, 100.0)}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from typing import NamedTuple
 
 from embedstream.workers import InHand, Rate
 
@@ -15,28 +16,44 @@ LOOK_SECONDS = 0.5
 """Looks that follow sooner are not kept."""
 
 
+class _Look(NamedTuple):
+    at: float
+    computed: Mapping[str, InHand]
+    begun: Collection[str]
+
+
 class Rates:
     """Looks at what was computed so far, and what came of it since. Shared between threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._looks: deque[tuple[float, Mapping[str, InHand]]] = deque()
+        self._looks: deque[_Look] = deque()
 
-    def look(self, now: float, computed: Mapping[str, InHand]) -> dict[str, Rate]:
-        """Rates by job; `computed` never shrinks while a job is worked on. `now`: monotonic seconds."""
+    def look(self, now: float, computed: Mapping[str, InHand], begun: Collection[str] = ()) -> dict[str, Rate]:
+        """Rates by job; `computed` never shrinks while a job is worked on. `now`: monotonic seconds.
+
+        `begun`: jobs of which something is in the model, where it may be for long before it is computed.
+        """
         with self._lock:
             rates = {job: self._rate(job, now, done) for job, done in computed.items()}
-            if not self._looks or now - self._looks[-1][0] >= LOOK_SECONDS:
-                self._looks.append((now, computed))
-            while len(self._looks) > 2 and self._looks[1][0] <= now - SPAN_SECONDS:
+            if not self._looks or now - self._looks[-1].at >= LOOK_SECONDS:
+                self._looks.append(_Look(now, computed, begun))
+            while len(self._looks) > 2 and self._looks[1].at <= now - SPAN_SECONDS:
                 self._looks.popleft()
         return {job: rate for job, rate in rates.items() if rate.tokens > 0}
 
     def _rate(self, job: str, now: float, done: InHand) -> Rate:
-        first = self._looks[0][1].get(job, InHand()) if self._looks else done
-        # It begins when the job was last seen where it was at first: before, the worker had other work, or none.
-        begun = max((at for at, seen in self._looks if seen.get(job, InHand()) == first), default=now)
-        if done == first or begun >= now:
+        first = self._looks[0].computed.get(job, InHand()) if self._looks else done
+        if done == first:
             return Rate()
-        seconds = now - begun
+        # It begins when the job was last seen where it was at first: before, the worker had other work, or none ...
+        still = [look for look in self._looks if look.computed.get(job, InHand()) == first]
+        since = still[-1].at
+        for look in reversed(still):
+            if job not in look.begun:
+                break
+            since = look.at  # ... save what was in the model by then.
+        seconds = now - since
+        if seconds <= 0:
+            return Rate()
         return Rate(max(0.0, (done.rows - first.rows) / seconds), max(0.0, (done.tokens - first.tokens) / seconds))

@@ -219,11 +219,13 @@ class Worker:
     def _record(self) -> WorkerRecord:
         info, total = self._info, InHand()
         committed, in_hand, computed = dict[str, InHand](), dict[str, InHand](), dict[str, InHand]()
+        begun = dict[str, InHand]()
         if self._write is not None and self._infer is not None:
             total = self._write.total
             while True:
                 committed, in_hand = self._write.committed, self._write.in_hand()
-                for job, some in self._infer.in_hand.items():
+                begun = self._infer.in_hand
+                for job, some in begun.items():
                     in_hand[job] = in_hand.get(job, InHand()) + some
                 if committed is self._write.committed:
                     break  # what was committed meanwhile would be both, or neither
@@ -249,7 +251,7 @@ class Worker:
             lease_seconds=self._plan.settings.lease_seconds,
             in_hand=in_hand,
             written={job: done.rows for job, done in committed.items()},
-            rates=self._rates.look(time.monotonic(), computed),
+            rates=self._rates.look(time.monotonic(), computed, begun),
             refused=self._jobs.refused_for_good() if self._jobs else {},
         )
 
