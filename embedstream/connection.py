@@ -107,7 +107,7 @@ def connect_async(url: str, retries: int = 3, timeout: float = TIMEOUT_SECONDS) 
 def explain(error: Exception, url: str) -> str:
     """One sentence about a failed connection or refused command."""
     shown = mask(url)
-    text = str(error)
+    text = re.sub(r"^Command # \d+ \(.*?\) of pipeline caused error: ", "", str(error))
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, ssl.SSLError):

@@ -11,7 +11,7 @@ from redis.exceptions import ResponseError
 
 from embedstream.connection import CLUSTER, explain, mask
 from embedstream.errors import BrokerError
-from embedstream.rights import missing_rights
+from embedstream.rights import missing_coordinator_rights, missing_rights
 from embedstream.troubles import UNREACHABLE, Notice, patiently, trouble
 
 log = logging.getLogger(__name__)
@@ -65,21 +65,22 @@ def _unfit(client: redis.Redis) -> str:
     return CLUSTER if told.get("redis_mode") == "cluster" else ""
 
 
-def refuse_few_rights(client: redis.Redis, url: str, queue: str) -> None:
-    """Prove that this user may do what a worker of the queue does.
+def refuse_few_rights(client: redis.Redis, url: str, queue: str | None) -> None:
+    """Prove that this user may do what a worker of the queue does, or without a queue what a coordinator does.
 
     Raises:
         BrokerError: it may not, or Redis refuses for another reason that does not pass.
     """
     try:
-        missing = missing_rights(client, queue)
+        missing = missing_coordinator_rights(client) if queue is None else missing_rights(client, queue)
     except redis.RedisError as error:
         if trouble(error) is not None:
             return  # away just now: what is forbidden shows later
         raise BrokerError(explain(error, url)) from error
     if missing:
+        whom = "a coordinator" if queue is None else "a worker"
         raise BrokerError(
-            f"Redis at {mask(url)} {missing}, which a worker needs: give it the rights that docs/operations.md lists "
+            f"Redis at {mask(url)} {missing}, which {whom} needs: give it the rights that docs/operations.md lists "
             f'under "A user with few rights"'
         )
 

@@ -1,4 +1,4 @@
-"""Whether a Redis user has the rights that a worker needs, asked before it begins and without doing anything."""
+"""Whether a Redis user has the rights that a worker or a coordinator needs, asked before it begins, doing nothing."""
 
 from __future__ import annotations
 
@@ -21,6 +21,18 @@ xclaim KEY GROUP c 0 0-1|xautoclaim KEY GROUP c 0 0|xreadgroup group GROUP c str
 """All that a worker does with the keys of its queue, the scripts' commands included, each in its shortest form."""
 
 
+RQ_COMMANDS = """
+del KEY|exists KEY|expire KEY 1|persist KEY|ttl KEY|type KEY|get KEY|set KEY 0|scan 0
+hget KEY f|hgetall KEY|hmget KEY f|hset KEY f 0|hdel KEY f|hexists KEY f|hincrby KEY f 1|hincrbyfloat KEY f 1
+lpush KEY m|rpush KEY m|lrange KEY 0 0|lrem KEY 0 m|lpos KEY m|lmove KEY KEY left right|blmove KEY KEY left right 0
+sadd KEY m|srem KEY m|scard KEY|sismember KEY m|smembers KEY|watch KEY|xadd KEY * f v
+zadd KEY 0 m|zrem KEY m|zcard KEY|zscore KEY m|zrange KEY 0 0|zrangebyscore KEY 0 0|zremrangebyscore KEY 0 0
+"""
+"""What RQ does with its own keys besides, for a coordinator."""
+
+RQ_KEY = "rq:queue:embedstream"
+
+
 def missing_rights(client: redis.Redis, queue: str) -> str:
     """What this user may not do though a worker of the queue must, as the end of a sentence; "" if it may do all.
 
@@ -31,18 +43,32 @@ def missing_rights(client: redis.Redis, queue: str) -> str:
         redis.RedisError: as redis-py raises it for other reasons.
     """
     keys = Keys(queue)
-    words = {"KEY": keys.jobs, "GROUP": GROUP}
-    commands = [
+    commands = [*_commands(WORKER_COMMANDS, keys.jobs), ["zadd", QUEUES, "0", "m"]]
+    return _missing(client, commands, f"keys of its queue ({keys.prefix}:* and {QUEUES})")
+
+
+def missing_coordinator_rights(client: redis.Redis) -> str:
+    """The same for a coordinator: it pushes blocks and writes manifests of any queue, and RQ's records."""
+    commands = [*_commands(WORKER_COMMANDS, QUEUES), *_commands(RQ_COMMANDS, RQ_KEY)]
+    return _missing(client, commands, "its keys (embedstream:* and rq:*)")
+
+
+def _commands(table: str, key: str) -> list[list[str]]:
+    words = {"KEY": key, "GROUP": GROUP}
+    return [
         [words.get(word, word) for word in command.split()]
-        for line in WORKER_COMMANDS.strip().split("\n")
+        for line in table.strip().split("\n")
         for command in line.split("|")
     ]
-    replies = _refusals(client, [*commands, ["zadd", QUEUES, "0", "m"]])
+
+
+def _missing(client: redis.Redis, commands: list[list[str]], keys: str) -> str:
+    replies = _refusals(client, commands)
     refused = [(command[0], why) for command, why in replies if isinstance(why, NoPermissionError)]
     forbidden = sorted({name for name, why in refused if not _of_keys(why)})
     if forbidden:
         return f"forbids this user {', '.join(forbidden)}"
-    return f"forbids this user keys of its queue ({keys.prefix}:* and {QUEUES})" if refused else ""
+    return f"forbids this user {keys}" if refused else ""
 
 
 def _of_keys(why: NoPermissionError) -> bool:

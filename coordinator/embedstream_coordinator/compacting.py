@@ -17,8 +17,8 @@ from embedstream.dataset.folder import FolderSink
 from embedstream.dataset.manifest import manifest_digest
 from embedstream.dataset.merging import Group, write_group
 from embedstream.dataset.sink import Manifest, ShardRecord
-from embedstream.roots import check_output
-from embedstream_coordinator.context import Context
+from embedstream.roots import allows, check_output
+from embedstream_coordinator.context import ELSEWHERE, Context
 
 MOST_BYTES = 1 << 30
 """Of a merged shard, whatever Redis says: it is held in memory."""
@@ -30,6 +30,8 @@ def plan_or_finish(context: Context, id: str) -> str:
     wanted = _find(client, id)
     if wanted is None:
         return "was done, or is no longer wanted"
+    if not allows(context.output_roots, wanted.output):
+        return ELSEWHERE
     sink, manifest, groups = _open(context, wanted)
     if wanted.manifest != manifest_digest(manifest) and groups:
         # Never looked at; or its manifest is another by now, perhaps the one that we wrote before we died.
@@ -53,6 +55,8 @@ def merge(context: Context, id: str, shard: str) -> str:
     wanted = _find(client, id)
     if wanted is None or shard not in wanted.groups:
         return "was done, or is no longer wanted"
+    if not allows(context.output_roots, wanted.output):
+        return ELSEWHERE
     sink, manifest, groups = _open(context, wanted)
     group = next((group for group in groups if group.name == shard), None)
     if group is None:

@@ -12,6 +12,9 @@ from embedstream.jobs import JobSpec
 from embedstream.objects import is_object
 from embedstream.roots import allows, check_output
 
+ELSEWHERE = "another coordinator's, by its output roots"
+"""What a job ends with that is no failure: whoever asked for it may write there, and asks again soon."""
+
 
 class Context(msgspec.Struct, frozen=True, kw_only=True):
     """Never taken from Redis: it is what the command line of this coordinator says."""

@@ -12,8 +12,9 @@ from embedstream.coordination import clear_troubles
 from embedstream.errors import JobUnknown
 from embedstream.finalizing import finalize_job
 from embedstream.jobs import JobState
+from embedstream.roots import allows
 from embedstream_coordinator import compacting
-from embedstream_coordinator.context import Context
+from embedstream_coordinator.context import ELSEWHERE, Context
 from embedstream_coordinator.expiring import expire_queue
 from embedstream_coordinator.ingesting import compare_ids, ingest_part
 from embedstream_coordinator.subjects import FINALIZE, IDS, part_trouble
@@ -25,7 +26,10 @@ def finalize(context: Context, queue: str, job: str) -> str:
     """Write a job's manifest if it waits for that."""
     broker = context.broker(queue)
     try:
-        context.sink(broker.status(job).spec)  # a lease that this coordinator cannot use would hold others up
+        spec = broker.status(job).spec
+        if not allows(context.output_roots, spec.output):
+            return ELSEWHERE
+        context.sink(spec)  # a lease that this coordinator cannot use would hold others up
         done = finalize_job(broker, job, context.sink)
     except JobUnknown:
         return "the job is gone"

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import uuid
+from pathlib import Path
 from types import FrameType
 
 import msgspec
@@ -22,7 +23,7 @@ from embedstream.coordination import CoordinatorRecord, heartbeat, leave
 from embedstream.errors import BrokerError
 from embedstream.exposition import Exposition, QueueCollector
 from embedstream.logs import LogFormat, identify
-from embedstream.preflight import check, shortcomings
+from embedstream.preflight import check, refuse_few_rights, shortcomings
 from embedstream.troubles import trouble, waiting
 from embedstream_coordinator.context import Context
 from embedstream_coordinator.dispatching import Dispatcher
@@ -121,7 +122,7 @@ class Coordinator:
         try:
             leave(client, self.record.name)
         except redis.RedisError as error:
-            log.info("not signed off: %s", error)  # its record expires
+            log.debug("not signed off: %s", error)  # its record expires
 
 
 class _Slot:
@@ -210,6 +211,7 @@ def serve(context: Context, processes: int, log_format: LogFormat, listen: tuple
     url = context.redis_url
     with connect(url, retries=0) as client, explaining(url):
         check(client, url)
+        refuse_few_rights(client, url, None)
         for shortcoming in shortcomings(client, url):
             log.warning(shortcoming)
     log.info(
@@ -219,6 +221,9 @@ def serve(context: Context, processes: int, log_format: LogFormat, listen: tuple
         ", ".join(coordinator.record.input_roots),
         ", ".join(coordinator.record.output_roots),
     )
+    for root in (*context.input_roots, *context.output_roots):
+        if root.startswith("/") and not Path(root).is_dir():
+            log.warning("%s: no such folder, so nothing below it is found here: is its disk mounted?", root)
     if listen is not None:
         registry = CollectorRegistry()
         registry.register(QueueCollector(url))

@@ -195,8 +195,10 @@ class _LocalFile:
         """Nothing: an open file stays what it is when its name is given to another."""
 
     def cannot_read(self, error: OSError) -> InputError:
-        why = error.strerror or str(error).partition("\n")[0]  # Arrow's own have no number
-        return InputError(f"{self._label}: cannot be read ({why})")
+        if error.strerror:
+            return InputError(f"{self._label}: cannot be read ({error.strerror})")
+        why = str(error).partition("\n")[0]  # Arrow's own, of what it found in the file
+        return InputError(f"{self._label}: cannot be read ({why}): make or fetch the file again")
 
 
 def part_name(source: str) -> str:

@@ -90,6 +90,13 @@ def test_a_redis_that_is_away_is_waited_for_in_one_line(tmp_path: Path) -> None:
         assert words == [f"Redis at {server.url} cannot be reached, waiting for it"]
 
 
+def test_a_root_that_is_not_there_is_told_at_the_start(workers: Fleet, tmp_path: Path) -> None:
+    workers.start_coordinator(*JSON, "--input-root", tmp_path / "unmounted")
+    assert [(line["level"], line["message"]) for line in lines(tmp_path / "coordinator-0.log")] == [
+        ("warning", f"{tmp_path}/unmounted: no such folder, so nothing below it is found here: is its disk mounted?")
+    ]
+
+
 @pytest.mark.parametrize("doing", ["ingest", "finalize", "merge"])
 def test_a_stop_is_no_failure_and_what_was_being_done_goes_on_at_once(
     workers: Fleet, tmp_path: Path, doing: str

@@ -1,0 +1,37 @@
+"""What jobs in RQ do where they cannot do their work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from broker_lab import Lab
+
+from embedstream.connection import connect
+from embedstream.coordination import Compaction, compactions, save_compaction, troubles
+from embedstream.jobs import JobState
+from embedstream_coordinator import functions
+from embedstream_coordinator.context import ELSEWHERE, Context
+
+
+@pytest.fixture
+def lab(redis_url: str) -> Lab:
+    return Lab(connect(redis_url))
+
+
+def test_a_manifest_below_the_roots_of_other_coordinators_is_left_to_them(lab: Lab, redis_url: str) -> None:
+    context = Context(redis_url=redis_url, input_roots=(), output_roots=("/mine",))
+    job = lab.create("/others/out")
+    lab.broker.run(lab.broker.cancel(job))
+    assert functions.finalize(context, lab.broker.queue, job) == ELSEWHERE
+    assert (lab.broker.state(job), lab.broker.outbox()) == (JobState.FINALIZING, [job])
+    assert lab.broker.run(lab.broker.take_finalize(job, 1000)) is not None, "its lease is free"
+    assert troubles(lab.broker, job) == {}
+
+
+def test_a_compaction_below_the_roots_of_other_coordinators_is_left_to_them(redis_url: str, tmp_path: Path) -> None:
+    context = Context(redis_url=redis_url, input_roots=(), output_roots=("/mine",))
+    client, wanted = connect(redis_url), Compaction(output=str(tmp_path), target_bytes=1, groups=("c0",))
+    save_compaction(client, wanted)
+    assert functions.compact(context, wanted.id) == functions.merge(context, wanted.id, "c0") == ELSEWHERE
+    assert compactions(client) == [wanted]
