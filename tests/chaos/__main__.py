@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -29,6 +30,8 @@ ANSWERS = ("COMMITTED", "ALREADY", "CONFLICT", "DROPPED", "UNKNOWN_JOB", "GAP")
 
 FULL = 5
 """How often each kind of fault strikes in such a run, at least."""
+
+CRASHES = (-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGBUS, -signal.SIGILL, -signal.SIGFPE)
 
 JOBS_AT_ONCE = 3
 HEAL_SECONDS = 300.0
@@ -120,6 +123,7 @@ def main() -> int:
                 wrong, total = judge(world)
                 problems += wrong + [f"key {key} never expires" for key in leaked_keys(world.server.client)]
                 report(world, strikes, total)
+            problems += crashes(world)
             problems += shortfalls(world, strikes, kinds, chosen.least)
         finally:
             world.close()
@@ -130,6 +134,14 @@ def main() -> int:
     else:
         shutil.rmtree(place)
     return 1 if problems else 0
+
+
+def crashes(world: World) -> list[str]:
+    """Processes that ended in native code, as nobody makes them do; their logs say where."""
+    ends = Counter(world.worker_ends) + Counter(code for job in world.jobs for code in job.ends)
+    return [
+        f"{times} processes ended by {signal.Signals(-code).name}" for code, times in ends.items() if code in CRASHES
+    ]
 
 
 def spied(world: World) -> Counter[str]:

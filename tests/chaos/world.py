@@ -223,6 +223,7 @@ class World:
         return base | {
             "PYTHONPATH": ":".join(paths),
             "CHAOS_SPY": str(self.spied),
+            "PYTHONFAULTHANDLER": "1",
             "EMBEDSTREAM_FAILPOINTS": order,
             "EMBEDSTREAM_HASHING_FAULTS": str(self.strikes),
             "EMBEDSTREAM_STALL_SECONDS": "4",

@@ -7,6 +7,7 @@ is one write, so lines of many processes do not mix.
 from __future__ import annotations
 
 import os
+import signal
 from typing import Any
 
 
@@ -39,4 +40,7 @@ def watch(path: str) -> None:
 
 
 if os.environ.get("CHAOS_SPY"):
+    # Ctrl-C while native modules are loaded shall end the process, not run through them as an exception.
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
     watch(os.environ["CHAOS_SPY"])
+    signal.signal(signal.SIGINT, before)
