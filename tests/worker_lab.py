@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import redis
+from e2e.harness import wait_until
 
 from embedstream.blocks import Block, Refusal, encode_block
 from embedstream.broker import Broker
@@ -28,6 +29,10 @@ from embedstream_worker.worker import Connect, Worker, WorkerPlan
 
 BOUND = 1 << 30
 HOUR_MS = 3_600_000
+
+TEXTS = [f"text number {i} " + "word " * (i % 7) for i in range(64)]
+BY_ID = {f"t{i}": text for i, text in enumerate(TEXTS)}
+"""As `pack` numbers them."""
 
 
 def pack(texts: Sequence[str | Refusal], rows_per_block: int, part: int = 0) -> list[Block]:
@@ -261,3 +266,9 @@ def reply_is_lost(
         return client  # type: ignore[no-any-return]
 
     return make
+
+
+def finish(lab: WorkerLab, job: str, state: JobState = JobState.COMPLETED) -> None:
+    """Wait until the job has ended, which must be like this."""
+    wait_until(lambda: lab.ended(job), "the job to end", 30)
+    assert lab.broker.state(job) == state

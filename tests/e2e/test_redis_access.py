@@ -256,7 +256,7 @@ def test_nothing_is_said_where_config_is_forbidden() -> None:
 
 
 def test_a_full_server_drains_and_every_row_comes_out(tmp_path: Path) -> None:
-    texts = write_corpus(tmp_path / "c.jsonl", 20_000)
+    texts = write_corpus(tmp_path / "c.jsonl", 8_000)
     with own_server("--maxmemory-policy", "noeviction") as server, fleet(server.url, tmp_path) as workers:
         client = server.client()
         args = [tmp_path / "c.jsonl", "-o", tmp_path / "out", "--redis", server.url, "--model", MODEL, "--json"]
@@ -269,6 +269,6 @@ def test_a_full_server_drains_and_every_row_comes_out(tmp_path: Path) -> None:
         workers.start_worker(wait=False)
         out, err = submit.communicate(timeout=120)
         assert submit.returncode == 0, err
-        assert json.loads(out)["rows"] == 20_000
+        assert json.loads(out)["rows"] == 8_000
         client.set("more", b"x", ex=60)
     assert_exact(tmp_path / "out", texts, every=50)

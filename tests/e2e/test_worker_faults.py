@@ -6,15 +6,12 @@ import hashlib
 import shutil
 import threading
 import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
-from conftest import RedisServer
 from hashing_reference import reference_vector
-from worker_lab import Gate, ScriptedEngine, WorkerLab, pack, refusal, reply_is_lost, worker_lab
+from worker_lab import BY_ID, TEXTS, Gate, ScriptedEngine, WorkerLab, finish, pack, refusal, reply_is_lost
 
 from e2e.harness import assert_exact, read_errors, read_manifest, read_rows, wait_until
 from embedstream import scripts
@@ -26,20 +23,6 @@ from embedstream.interactive import EmbedRequest, ask, vectors
 from embedstream.jobs import JobState
 from embedstream.metrics import DEVICE_BUSY
 from embedstream.plans import drive
-
-TEXTS = [f"text number {i} " + "word " * (i % 7) for i in range(64)]
-BY_ID = {f"t{i}": text for i, text in enumerate(TEXTS)}
-
-
-@pytest.fixture
-def lab(redis_server: RedisServer, tmp_path: Path) -> Iterator[WorkerLab]:
-    with worker_lab(redis_server.url, tmp_path) as made:
-        yield made
-
-
-def finish(lab: WorkerLab, job: str, state: JobState = JobState.COMPLETED) -> None:
-    wait_until(lambda: lab.ended(job), "the job to end", 30)
-    assert lab.broker.state(job) == state
 
 
 def parts(lab: WorkerLab, output: str = "out") -> list[str]:

@@ -9,30 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import RedisServer
 from redis_lab import OwnServer, own_server
-from worker_lab import Gate, ScriptedEngine, WorkerLab, worker_lab
+from worker_lab import BY_ID, TEXTS, Gate, ScriptedEngine, WorkerLab, finish, worker_lab
 
 from e2e.harness import assert_exact, wait_until
 from embedstream.commands import ECHO_SECONDS
 from embedstream.dataset.folder import FolderSink
-from embedstream.jobs import JobState
 from embedstream_worker import watchdog
 from embedstream_worker.engines.base import OutOfMemory
-
-TEXTS = [f"text number {i} " + "word " * (i % 7) for i in range(64)]
-BY_ID = {f"t{i}": text for i, text in enumerate(TEXTS)}
-
-
-@pytest.fixture
-def lab(redis_server: RedisServer, tmp_path: Path) -> Iterator[WorkerLab]:
-    with worker_lab(redis_server.url, tmp_path) as made:
-        yield made
-
-
-def finish(lab: WorkerLab, job: str, state: JobState = JobState.COMPLETED) -> None:
-    wait_until(lambda: lab.ended(job), "the job to end", 30)
-    assert lab.broker.state(job) == state
 
 
 def test_a_burst_worker_leaves_an_empty_queue_at_once(lab: WorkerLab) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from engines.embedding import MINILM, Vectors, embed, load_reference, lowest_cosine
+from engines.fitting import assert_it_goes_on_after_a_batch_too_large
 from engines.model_shapes import bert_mean_without_prompt, bert_without_prompt
 
 from embedstream.errors import ModelError
@@ -271,32 +272,8 @@ def test_runs_and_threads_share_the_cores_unless_they_are_given(small: ModelFold
 
 @pytest.mark.skipif(sys.platform != "linux", reason="bounds the address space by what /proc says")
 def test_a_batch_that_does_not_fit_is_told_apart_and_a_smaller_one_goes_on(small: ModelFolder) -> None:
-    program = f"""
-import resource
-import numpy as np
-from embedstream_worker.engines.base import OutOfMemory, TokenBatch
-from embedstream_worker.engines.onnx_engine import OnnxEngine
-from embedstream_worker.engines.precision import cpu_cores, streams_for
-from embedstream_worker.models import resolve_model
-
-def batch(rows):
-    return TokenBatch(np.full(rows * 100, 7, np.int32), np.arange(rows + 1) * 100, 100, 0, "document")
-
-engine = OnnxEngine(resolve_model({str(small.path)!r}), "cpu", runs=1)
-engine.start()
-engine.embed(batch(50))
-pages = int(open("/proc/self/statm").read().split()[0])
-limit = pages * resource.getpagesize() + (400 << 20)
-resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-try:
-    engine.embed(batch(100_000))
-except OutOfMemory as error:
-    print(error)
-print(engine.embed(batch(50))["embedding"].shape)
-"""
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert run.stdout.splitlines()[-1:] == ["(50, 24)"], run.stderr
-    assert run.stdout.startswith("100000 texts of up to 100 tokens: ")
+    engine = f'OnnxEngine(resolve_model({str(small.path)!r}), "cpu", runs=1)'
+    assert_it_goes_on_after_a_batch_too_large("onnx_engine", engine, room_mib=400, dim=24)
 
 
 def test_what_it_cannot_do_is_one_sentence(small: ModelFolder) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from engines.embedding import MINILM, Vectors, embed, load_reference, lowest_cosine
+from engines.fitting import assert_it_goes_on_after_a_batch_too_large
 from engines.model_shapes import bert_without_prompt, plain_transformers
 
 from embedstream.errors import ModelError
@@ -189,31 +190,8 @@ def test_another_device_than_the_cpu_is_refused_for_openvino() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="bounds the address space by what /proc says")
 def test_a_batch_that_does_not_fit_is_told_apart_and_a_smaller_one_goes_on(small: ModelFolder) -> None:
-    program = f"""
-import resource
-import numpy as np
-from embedstream_worker.engines.base import OutOfMemory, TokenBatch
-from embedstream_worker.engines.openvino_engine import OpenVinoEngine
-from embedstream_worker.models import resolve_model
-
-def batch(rows):
-    return TokenBatch(np.full(rows * 100, 7, np.int32), np.arange(rows + 1) * 100, 100, 0, "document")
-
-engine = OpenVinoEngine(resolve_model({str(small.path)!r}), "float32")
-engine.start()
-engine.embed(batch(50))
-pages = int(open("/proc/self/statm").read().split()[0])
-limit = pages * resource.getpagesize() + (400 << 20)
-resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-try:
-    engine.embed(batch(100_000))
-except OutOfMemory as error:
-    print(error)
-print(engine.embed(batch(50))["embedding"].shape)
-"""
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert run.stdout.splitlines()[-1:] == ["(50, 24)"], run.stderr
-    assert run.stdout.startswith("100000 texts of up to 100 tokens: ")
+    engine = f'OpenVinoEngine(resolve_model({str(small.path)!r}), "float32")'
+    assert_it_goes_on_after_a_batch_too_large("openvino_engine", engine, room_mib=400, dim=24)
 
 
 def test_closing_twice_is_closing_once(small: ModelFolder, tmp_path: Path) -> None:

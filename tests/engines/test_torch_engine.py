@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from engines.embedding import MINILM, Vectors, embed, load_reference, lowest_cosine
+from engines.fitting import assert_it_goes_on_after_a_batch_too_large
 from engines.model_shapes import bert_mean_without_prompt, nearly_equal_vectors, plain_transformers, router, xlm_roberta
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
@@ -190,31 +190,8 @@ def test_a_folder_whose_configuration_does_not_fit_is_one_sentence(tmp_path: Pat
 @pytest.mark.skipif(sys.platform != "linux", reason="bounds the address space by what /proc says")
 def test_a_batch_that_does_not_fit_is_told_apart_and_a_smaller_one_goes_on(tmp_path: Path) -> None:
     folder = plain_transformers(tmp_path, resolve_model(MINILM).path, [])
-    program = f"""
-import resource
-import numpy as np
-from embedstream_worker.engines.base import OutOfMemory, TokenBatch
-from embedstream_worker.engines.torch_engine import TorchEngine
-from embedstream_worker.models import resolve_model
-
-def batch(rows):
-    return TokenBatch(np.full(rows * 100, 7, np.int32), np.arange(rows + 1) * 100, 100, 0, "document")
-
-engine = TorchEngine(resolve_model({str(folder)!r}), "cpu", "float32")
-engine.start()
-engine.embed(batch(50))
-pages = int(open("/proc/self/statm").read().split()[0])
-limit = pages * resource.getpagesize() + (300 << 20)
-resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-try:
-    engine.embed(batch(100_000))
-except OutOfMemory as error:
-    print(error)
-print(engine.embed(batch(50))["embedding"].shape)
-"""
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert run.stdout.splitlines()[1:] == ["(50, 32)"], run.stderr
-    assert run.stdout.startswith("100000 texts of up to 100 tokens: ")
+    engine = f'TorchEngine(resolve_model({str(folder)!r}), "cpu", "float32")'
+    assert_it_goes_on_after_a_batch_too_large("torch_engine", engine, room_mib=300, dim=32)
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "tpu", "nonsense"])

@@ -11,8 +11,8 @@ from datetime import timedelta
 from io import BytesIO
 
 import msgspec
-import pyarrow as pa
 import pytest
+from arrow_memory import arrow_memory
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -34,10 +34,6 @@ ARROW_SLACK_BYTES = 1024 * 1024
 SECONDS_FOR_THE_LONGEST = 10.0
 KEEP = ("lang",)
 SPEC = JobSpec(queue="q", output="/out", model="hashing", parts=("/corpus.jsonl",), keep=KEEP)
-
-
-POOL = pa.proxy_memory_pool(pa.system_memory_pool())
-"""Lives as long as what was allocated in it. It remembers the most that was ever in use at once."""
 
 
 def fuzz(examples: int) -> settings:
@@ -65,13 +61,9 @@ BODY = VALID[b"body"]
 @contextlib.contextmanager
 def bounded_arrow(most: int) -> Iterator[None]:
     """Arrow allocates at most so much in here at any time."""
-    before = pa.default_memory_pool()
-    pa.set_memory_pool(POOL)
-    try:
+    with arrow_memory() as held:
         yield
-    finally:
-        pa.set_memory_pool(before)
-    assert (POOL.max_memory() or 0) <= most, f"Arrow took {POOL.max_memory():,} bytes"
+        assert held() <= most, f"Arrow took {held():,} bytes"
 
 
 def decodes_or_says_why(fields: dict[bytes, bytes]) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from arrow_memory import arrow_memory
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -16,9 +18,6 @@ from embedstream.input.duplicates import DuplicateIndex
 from embedstream.jobs import JobSpec
 from embedstream_producer.corpus import check_sources
 from embedstream_producer.parquet_part import COLUMN_BYTES
-
-POOL = pa.proxy_memory_pool(pa.system_memory_pool())
-"""Lives as long as what was allocated in it. It remembers the most that was ever in use at once."""
 
 ROWS = 300
 DATA = pa.table(
@@ -46,20 +45,15 @@ FILES = [
 
 def reads_or_says_why(path: Path, data: bytes) -> None:
     path.write_bytes(data)
-    before = pa.default_memory_pool()
-    pa.set_memory_pool(POOL)
-    try:
-        [part] = check_sources([str(path)])
-        spec = JobSpec(queue="q", output="/out", model="m", parts=(part.name,), keep=("lang",))
-        part.hint(spec)
-        with DuplicateIndex() as index:
-            for block in part.blocks(spec, index):
-                block.rows.validate(full=True)
-    except InputError:
-        pass
-    finally:
-        pa.set_memory_pool(before)
-    assert (POOL.max_memory() or 0) < 4 * COLUMN_BYTES, f"Arrow took {POOL.max_memory():,} bytes"
+    with arrow_memory() as most:
+        with contextlib.suppress(InputError):
+            [part] = check_sources([str(path)])
+            spec = JobSpec(queue="q", output="/out", model="m", parts=(part.name,), keep=("lang",))
+            part.hint(spec)
+            with DuplicateIndex() as index:
+                for block in part.blocks(spec, index):
+                    block.rows.validate(full=True)
+        assert most() < 4 * COLUMN_BYTES, f"Arrow took {most():,} bytes"
 
 
 @settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)

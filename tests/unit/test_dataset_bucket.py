@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import socket
 import threading
-import uuid
 from collections.abc import Iterator
 
 import msgspec
@@ -19,15 +18,6 @@ from embedstream.dataset.search import search
 from embedstream.dataset.sink import open_sink
 from embedstream.errors import OutputError, SpecDiffers
 from embedstream.objects import parse_object
-
-
-@pytest.fixture
-def bucket(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
-    for name, value in s3_server.environment.items():
-        monkeypatch.setenv(name, value)
-    name = f"b-{uuid.uuid4().hex[:12]}"
-    s3_server.client().create_bucket(Bucket=name)
-    return name
 
 
 @pytest.fixture

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import json
 import random
-import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from arrow_memory import arrow_memory
 from s3_server import S3Server
 
 from embedstream.blocks import Block, Refusal
@@ -140,15 +139,6 @@ def test_files_that_cannot_be_read_are_one_sentence(tmp_path: Path) -> None:
         check_sources([str(path)])
 
 
-@pytest.fixture
-def bucket(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
-    for name, value in s3_server.environment.items():
-        monkeypatch.setenv(name, value)
-    name = f"b-{uuid.uuid4().hex[:12]}"
-    s3_server.client().create_bucket(Bucket=name)
-    return name
-
-
 MIB = 1024 * 1024
 ENDLESS, ROWS = "x" * (2 * MIB), 150
 
@@ -186,7 +176,7 @@ def test_a_few_kilobytes_that_decode_to_much_more_take_the_memory_of_the_bound(
         source = f"s3://{bucket}/c.parquet"
     parts = check_sources([source])
     refused = 0
-    with peak_of_arrow() as peak, DuplicateIndex() as index:
+    with arrow_memory() as peak, DuplicateIndex() as index:
         for block in parts[0].blocks(make_spec(parts), index):
             refused += len(block.refused)
     assert refused == ROWS
@@ -203,22 +193,6 @@ def test_metadata_that_contradicts_the_schema_is_one_sentence(tmp_path: Path) ->
         read(str(path))
 
 
-@contextlib.contextmanager
-def peak_of_arrow() -> Iterator[Callable[[], int]]:
-    """The most that Arrow held at once in here."""
-    before, pool = pa.default_memory_pool(), pa.proxy_memory_pool(pa.system_memory_pool())
-    pa.set_memory_pool(pool)
-    _POOLS.append(pool)
-    try:
-        yield lambda: pool.max_memory() or 0
-    finally:
-        pa.set_memory_pool(before)
-
-
-_POOLS: list[pa.MemoryPool] = []
-"""They live as long as what was allocated in them."""
-
-
 def test_a_page_that_says_it_is_too_large_is_refused_before_it_is_decompressed(tmp_path: Path) -> None:
     path = tmp_path / "c.parquet"
     data = pa.table({"id": ["a"], "text": ["x" * 10_000]})
@@ -230,7 +204,7 @@ def test_a_page_that_says_it_is_too_large_is_refused_before_it_is_decompressed(t
     assert sum((byte & 127) << 7 * place for place, byte in enumerate(size)) == 2 * 10_010
     path.write_bytes(whole[: at + 3] + b"\xfe\xff\xff\xff\x0f" + whole[at + 6 :])
     with (
-        peak_of_arrow() as peak,
+        arrow_memory() as peak,
         pytest.raises(InputError, match=r"column text has a page of 2,147,483,647 bytes, more than .*smaller pages"),
     ):
         read(str(path))
