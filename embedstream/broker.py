@@ -13,9 +13,10 @@ import redis.asyncio
 from redis.exceptions import NoScriptError, ResponseError
 
 from embedstream import scripts
-from embedstream.errors import BrokerError, JobUnknown
+from embedstream.errors import BrokerError
 from embedstream.failpoints import reach, reach_step
-from embedstream.jobs import JobState, JobStatus, decode_spec
+from embedstream.job_record import parse_status
+from embedstream.jobs import JobState, JobStatus
 from embedstream.keys import GROUP, QUEUES, RELEASED
 from embedstream.steps import MOST_BLOCKS, CommitBlock, Step, Steps
 from embedstream.workers import WorkerRecord
@@ -366,40 +367,6 @@ def block_address(fields: Mapping[bytes, bytes]) -> tuple[int, int] | None:
 def entry_size(fields: Mapping[bytes, bytes]) -> int:
     """What an entry counts against the queue's bound: as `Entry.size` of the block that was submitted."""
     return len(fields.get(b"body", b"")) + len(fields.get(b"refused", b""))
-
-
-def parse_status(job: str, raw: Mapping[bytes, bytes], now: float) -> JobStatus:
-    """A job's hash as a status. Raises `JobUnknown` if there is none, `BrokerError` if it makes no sense."""
-    if not raw:
-        raise JobUnknown(f"no job {job} on this server: it never was, or has expired (embed-status lists them)")
-    try:
-        value = {key.decode(): text.decode() for key, text in raw.items()}
-        number = {
-            name: int(value[name])
-            for name in ("submitted", "rows", "failed", "skipped", "truncated", "tokens", "padded", "done")
-        }
-        return JobStatus(
-            job=job,
-            state=JobState(value["state"]),
-            spec=decode_spec(value["spec"]),
-            created=int(value["created"]) / 1000,
-            ended=int(value["ended"]) / 1000 if value["ended"] else None,
-            now=now,
-            pushed=int(value["pushed"]) / 1000,
-            committed=int(value["committed"]) / 1000,
-            blocks=int(value["added"]),
-            queued_bytes=int(value["queued"]),
-            sealed=int(value["sealed"]) == int(value["parts"]),
-            space=value["space"],
-            max_errors=value["max_errors"],
-            workers={name[3:]: int(rows) for name, rows in value.items() if name.startswith("by:")},
-            verdict=value["verdict"],
-            reason=value["reason"],
-            manifest=value["manifest"],
-            **number,
-        )
-    except (KeyError, ValueError) as error:
-        raise BrokerError(f"its record in Redis is damaged: {error!r}") from error
 
 
 def _stream_gone(error: ResponseError) -> bool:

@@ -8,8 +8,9 @@ from typing import Any
 
 import msgspec
 
-from embedstream.broker import Broker, parse_status
+from embedstream.broker import Broker
 from embedstream.errors import EmbedstreamError, JobUnknown
+from embedstream.job_record import parse_status
 from embedstream.jobs import JobSpec, JobStatus, decode_spec
 from embedstream.workers import Rate, WorkerRecord, in_hand_of
 
@@ -82,7 +83,12 @@ def look_at_queue(broker: Broker, ended: int = 0) -> QueueLook:
         except JobUnknown:
             continue  # it expired
         except EmbedstreamError as error:
-            unreadable[job] = str(error)
+            ending = raw.get(b"verdict", b"").decode(errors="replace")
+            unreadable[job] = (
+                f"{ending} already, and its manifest waits for somebody who can read it: {error}"
+                if ending
+                else str(error)
+            )
             refused.add(job)
         if job in refused:
             refused_bytes += _queued_bytes(raw)

@@ -77,12 +77,12 @@ def _of_keys(why: NoPermissionError) -> bool:
 
 
 def _refusals(client: redis.Redis, commands: list[list[str]]) -> list[tuple[list[str], ResponseError | None]]:
-    """What Redis says of each command when it is put into a transaction. None at all if there can be no transaction."""
+    """What Redis says of each command when it is put into a transaction; of MULTI alone if there can be none."""
     connection: Any = client.connection_pool.get_connection()
     try:
         connection.send_command("MULTI")
-        if _refusal(connection) is not None:
-            return []
+        if (why := _refusal(connection)) is not None:
+            return [(["multi"], why)]
         connection.send_packed_command(connection.pack_commands(commands))
         return [(command, _refusal(connection)) for command in commands]
     finally:

@@ -57,6 +57,8 @@ class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):
     """By job; none for jobs on which it does not work at the moment."""
     refused: dict[str, str] = {}
     """Jobs that it will never work on, and why."""
+    waits: dict[str, str] = {}
+    """Jobs that it cannot work on at present, and why."""
 
 
 def in_hand_of(job: str, workers: Iterable[WorkerRecord], written: Mapping[str, int]) -> InHand:

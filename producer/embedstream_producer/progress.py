@@ -62,12 +62,15 @@ class Progress:
             self.say(line)
 
     def notice(self, what: str) -> None:
-        """What is waited for; empty when it goes on. Shown in the live line, and said once where there is none."""
+        """What is waited for; empty when it goes on. Shown in the live line, and said once where there is none.
+
+        Also if quiet: it may take somebody to end the wait.
+        """
         if what == self._notice:
             return
         self._notice = what
-        if self._live is None:
-            self.tell(what)
+        if self._live is None and what:
+            self.say(what)
 
     def position(self, part: int, read: int) -> None:
         """Bytes of a part that are read."""

@@ -226,6 +226,8 @@ def _trouble_lines(look: JobLook) -> Iterator[str]:
     yield from (f"{what}: {why}" for what, why in look.troubles.items())
     for why in sorted({worker.refused[job] for worker in look.workers if job in worker.refused}):
         yield f"refused by a worker: {why}"
+    for why in sorted({worker.waits[job] for worker in look.workers if job in worker.waits}):
+        yield f"a worker waits: {why}"
 
 
 def _rows(count: int) -> str:

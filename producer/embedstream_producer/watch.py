@@ -59,6 +59,7 @@ class Watch:
         self._stalled = False
         self._lost = False
         self._refusals: set[str] = set()
+        self._waits: set[str] = set()
         self.done = 0
         """Blocks committed at the last look."""
         self.failure: Exception | None = None
@@ -152,6 +153,10 @@ class Watch:
             if self._embedded:
                 raise WorkerError(f"the worker will not take this job: {why}")
             self._progress.tell(f"no worker of queue {self._spec.queue} will take this job: {why}")
+        waits = {worker.waits[self._spec.job] for worker in workers if self._spec.job in worker.waits}
+        for why in sorted(waits - self._waits):
+            self._progress.tell(f"a worker waits, and tries again: {why}")
+        self._waits |= waits
         if self._embedded:
             return
         if not workers and status.state is not JobState.FINALIZING:

@@ -222,6 +222,8 @@ def test_vectors_wait_for_a_bucket_that_is_gone_or_forbidden_in_mid_job(
             s3_server.check_permissions(True)
         log = tmp_path / "worker-0.log"
         wait_until(lambda: trouble in log.read_text(), "it to be said")
+        (job,) = workers.broker.active_jobs()
+        wait_until(lambda: trouble in run("embed-status", job, "--redis", workers.url).stdout, "it to be shown")
         s3_server.check_permissions(False)
         if gone:
             client.create_bucket(Bucket=bucket)

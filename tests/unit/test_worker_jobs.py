@@ -127,6 +127,22 @@ def test_an_output_that_cannot_be_written_is_looked_at_again(bench: Bench, caplo
     assert not bench.jobs.refused()
 
 
+def test_what_a_job_waits_for_is_told_until_it_can_be_worked_on(bench: Bench) -> None:
+    job = bench.create()
+    (bench.root / "out").touch()  # a file where a folder belongs
+    assert bench.taken() == []
+    assert list(bench.jobs.waits()) == [job]
+    assert bench.jobs.refused_for_good() == {}
+    (bench.root / "out").unlink()
+    bench.now += LOOK_AGAIN_SECONDS
+    assert bench.taken() == [job]
+    assert bench.jobs.waits() == {}
+    bench.jobs.stuck(job, "the disk is full")
+    assert bench.jobs.waits() == {job: "the disk is full"}
+    bench.jobs.stuck(job, "")
+    assert bench.jobs.waits() == {}
+
+
 def test_a_refused_job_keeps_nobody_from_others(bench: Bench) -> None:
     bench.create(model="another/model", output=str(bench.root / "a"))
     job = bench.create(output=str(bench.root / "b"))

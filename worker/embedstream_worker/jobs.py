@@ -83,6 +83,7 @@ class Jobs:
         self._lives: dict[str, float] = {}
         self._open: dict[str, OpenJob] = {}
         self._refused: dict[str, _Refused] = {}
+        self._stuck: dict[str, str] = {}
         self._lock = threading.Lock()
 
     def takeable(self) -> list[OpenJob]:
@@ -117,6 +118,19 @@ class Jobs:
         """Those of them that this worker will not look at again."""
         with self._lock:
             return {job: refused.why for job, refused in self._refused.items() if refused.until == FOR_GOOD}
+
+    def waits(self) -> dict[str, str]:
+        """Those of them that it will look at again, and those whose shard cannot be written at present."""
+        with self._lock:
+            again = {job: refused.why for job, refused in self._refused.items() if refused.until != FOR_GOOD}
+            return self._stuck | again
+
+    def stuck(self, job: str, why: str) -> None:
+        """A shard of the job cannot be written, and that is tried again; with no reason: it is written."""
+        with self._lock:
+            self._stuck.pop(job, None)
+            if why:
+                self._stuck[job] = why
 
     def refuse(self, job: str, why: str, seconds: float = FOR_GOOD) -> None:
         """Take no more of this job, for so long."""

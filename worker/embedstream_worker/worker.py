@@ -253,6 +253,7 @@ class Worker:
             written={job: done.rows for job, done in committed.items()},
             rates=self._rates.look(time.monotonic(), computed, begun),
             refused=self._jobs.refused_for_good() if self._jobs else {},
+            waits=self._jobs.waits() if self._jobs else {},
         )
 
     def _leave(self) -> None:

@@ -289,16 +289,21 @@ class Write:
             try:
                 self._jobs.check_root(job)
                 with self._meter.stage("write"):
-                    return job.sink.write_shard(content)
+                    record = job.sink.write_shard(content)
+                if said:
+                    self._jobs.stuck(job.id, "")
+                return record
             except OutputError as error:
                 failures += 1
                 if str(error) != said:
                     said = str(error)
+                    self._jobs.stuck(job.id, said)
                     log.error("%s; %d rows wait for it, trying again", error, content.record.rows, extra=about(job.id))
                 given_up = time.monotonic() - begun > OUTPUT_PATIENCE_SECONDS
                 if given_up:
                     self._jobs.refuse(job.id, str(error), LOOK_AGAIN_SECONDS)
                 if given_up or self._life.stopping.wait(backoff.compute(failures)):
+                    self._jobs.stuck(job.id, "")
                     self._discard(job, content.record.name)
                     return None
 
