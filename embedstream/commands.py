@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import io
 import os
 import signal
 import sys
@@ -47,15 +49,21 @@ def run(command: click.Command, tell: Callable[[str], None] = tell_error) -> NoR
         tell(str(error))
         sys.exit(error.exit_code)
     except BrokenPipeError:
-        # Whoever read our output has left: nothing more can be said, not even by the interpreter's own flush.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _give_output_up()
         sys.exit(1)
     except OSError as error:
         if error.filename is not None or error.errno not in _FULL:
             raise
+        _give_output_up()
         click.echo(f"Error: standard output cannot be written: {error.strerror}; the work itself is done", err=True)
         sys.exit(1)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _give_output_up() -> None:
+    """Whoever read our output has left, or its disk is full: nothing goes there any more, also when all is flushed."""
+    with contextlib.suppress(io.UnsupportedOperation):  # no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def on_signals(first: Callable[[], None], code: int) -> None:

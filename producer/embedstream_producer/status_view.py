@@ -153,8 +153,8 @@ def queue_lines(look: QueueLook, jobs: Sequence[JobLook]) -> Iterator[str]:
 def worker_line(worker: WorkerRecord) -> str:
     """One worker."""
     rate = sum(worker.rates.values(), Rate())
-    if worker.phase:
-        return f"worker {worker.name}  {worker.state}: {worker.phase}"
+    if worker.phase or not worker.engine:
+        return f"worker {worker.name}  {worker.state}: {worker.phase or 'not yet loaded'}"
     return (
         f"worker {worker.name}  {worker.state}  {worker.engine} {worker.dtype} on {worker.device}  "
         f"{_speed(rate)}{worker.rows:,} rows, {worker.tokens:,} tokens committed"

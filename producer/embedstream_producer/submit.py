@@ -116,6 +116,8 @@ def _submit_server_side(options: Options, spec: JobSpec, sink: Sink) -> int:
         echo_json(msgspec.json.encode(result))
     elif isinstance(stands, Manifest):
         echo(f"{result.output} is finished already; nothing was done")
+        for line in report.lines(result, sink):
+            echo(line)
     return report.exit_code(result, parse_max_errors(options.max_errors)) if isinstance(stands, Manifest) else 0
 
 

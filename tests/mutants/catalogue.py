@@ -71,12 +71,12 @@ MUTANTS = (
     mutant(
         "a block is acknowledged before its shard is renamed",
         "worker/embedstream_worker/write.py",
-        "                return job.sink.write_shard(content)\n",
+        "                    record = job.sink.write_shard(content)\n",
         (
-            "                step = self._broker.commit(content.record, [b.to_commit() for b in blocks], "
+            "                    step = self._broker.commit(content.record, [b.to_commit() for b in blocks], "
             "job.spec)\n"
-            "                self._broker.run(step)\n"
-            "                return job.sink.write_shard(content)\n"
+            "                    self._broker.run(step)\n"
+            "                    record = job.sink.write_shard(content)\n"
         ),
         walk("worker-file.written#2=kill"),
     ),
