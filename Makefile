@@ -41,7 +41,7 @@ demo: .venv/.installed demo/corpus.jsonl
 	for question in "$$@"; do printf '\n%s\n' "$$question"; $(BIN)/embed-search demo/vectors "$$question" || exit; done
 
 test: .venv/.installed
-	$(BIN)/pytest -m "not scale" -n 3 --dist loadfile $(TEST_ARGS)
+	$(BIN)/pytest -m "not scale" -n 3 --dist loadfile --no-loadscope-reorder $(TEST_ARGS)
 
 check: .venv/.installed
 	$(BIN)/ruff check
