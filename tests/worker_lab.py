@@ -73,8 +73,8 @@ class ScriptedEngine:
     def start(self) -> None:
         self._engine.start()
 
-    def warm_up(self, batch_tokens: int) -> float:
-        return self._engine.warm_up(batch_tokens)
+    def warm_up(self, batch_tokens: int) -> None:
+        self._engine.warm_up(batch_tokens)
 
     def tokenizer(self) -> HashingTokenizer:
         return self._engine.tokenizer()

@@ -134,9 +134,9 @@ def test_a_worker_is_unready_until_it_is_warm(redis_server: RedisServer, tmp_pat
         def start(self) -> None:
             loading([])
 
-        def warm_up(self, batch_tokens: int) -> float:
+        def warm_up(self, batch_tokens: int) -> None:
             warming([])
-            return super().warm_up(batch_tokens)
+            super().warm_up(batch_tokens)
 
     with worker_lab(redis_server.url, tmp_path) as lab:
         meter = lab.start(Slow()).worker.meter

@@ -264,10 +264,10 @@ def test_a_stage_that_fails_ends_the_worker_and_says_why(lab: WorkerLab, monkeyp
 
 def test_a_device_that_breaks_ends_the_worker_and_blames_no_text(lab: WorkerLab) -> None:
     class Broken(ScriptedEngine):
-        def warm_up(self, batch_tokens: int) -> float:
+        def warm_up(self, batch_tokens: int) -> None:
             if gate.arrived.is_set():
                 raise RuntimeError("the device fell off the bus")
-            return super().warm_up(batch_tokens)
+            super().warm_up(batch_tokens)
 
     gate = Gate()
     gate.open.set()

@@ -51,9 +51,9 @@ def test_a_worker_is_seen_while_its_model_loads_and_warms_up(lab: WorkerLab) -> 
         def start(self) -> None:
             loading([])
 
-        def warm_up(self, batch_tokens: int) -> float:
+        def warm_up(self, batch_tokens: int) -> None:
             warming([])
-            return super().warm_up(batch_tokens)
+            super().warm_up(batch_tokens)
 
     worker = lab.start(Slow())
     for gate in (loading, warming):
@@ -88,9 +88,9 @@ def test_a_worker_stopped_while_it_warms_up_claims_nothing(lab: WorkerLab) -> No
     warming = Gate()
 
     class Slow(ScriptedEngine):
-        def warm_up(self, batch_tokens: int) -> float:
+        def warm_up(self, batch_tokens: int) -> None:
             warming([])
-            return super().warm_up(batch_tokens)
+            super().warm_up(batch_tokens)
 
     job = lab.job(TEXTS)
     worker = lab.start(Slow())
@@ -107,11 +107,11 @@ def test_a_full_batch_that_does_not_fit_at_warm_up_is_halved(lab: WorkerLab) -> 
     tried: list[int] = []
 
     class Small(ScriptedEngine):
-        def warm_up(self, batch_tokens: int) -> float:
+        def warm_up(self, batch_tokens: int) -> None:
             tried.append(batch_tokens)
             if batch_tokens > 30:
                 raise OutOfMemory("too much")
-            return super().warm_up(batch_tokens)
+            super().warm_up(batch_tokens)
 
     job = lab.job(TEXTS)
     lab.start(Small(), batch_tokens=100)

@@ -17,6 +17,7 @@ from sentence_transformers import SentenceTransformer
 
 from embedstream.errors import ModelError
 from embedstream_worker.engines import torch_device
+from embedstream_worker.engines.base import TokenBatch
 from embedstream_worker.engines.torch_engine import TorchEngine
 from embedstream_worker.models import resolve_model
 
@@ -155,9 +156,20 @@ def test_vectors_do_not_depend_on_batching(minilm: TorchEngine, texts: list[str]
     np.testing.assert_allclose(together, alone, rtol=0, atol=1e-5)
 
 
-def test_warming_up_runs_within_the_budget_and_says_how_long_it_took(tmp_path: Path, texts: list[str]) -> None:
+def test_warming_up_runs_the_smallest_and_the_fullest_batch_within_the_budget(
+    tmp_path: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine = started(plain_transformers(tmp_path, resolve_model(MINILM).path, texts))
-    assert engine.warm_up(1024) > 0
+    costs: list[int] = []
+    run = engine.embed
+
+    def noting(batch: TokenBatch) -> dict[str, npt.NDArray[np.float32]]:
+        costs.append(batch.longest * len(batch))
+        return run(batch)
+
+    monkeypatch.setattr(engine, "embed", noting)
+    engine.warm_up(1024)
+    assert (min(costs), max(costs)) == (3, 1024), "one token between the two that enclose a text, and a full batch"
 
 
 def test_loading_says_nothing_on_standard_error(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

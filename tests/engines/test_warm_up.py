@@ -64,7 +64,7 @@ def test_the_first_request_after_warm_up_takes_no_longer_than_twice_the_tenth(
     firsts, tenths = [], []
     for _ in range(FRESH_STARTS):
         engine = start(name)
-        assert engine.warm_up(BATCH_TOKENS) > 0
+        engine.warm_up(BATCH_TOKENS)
         first, *_, tenth = seconds_of_requests(engine)
         firsts.append(first)
         tenths.append(tenth)

@@ -75,4 +75,4 @@ def test_the_model_hashing_makes_the_hashing_engine() -> None:
     engine, source = make_engine("auto", "hashing")
     assert engine.info.engine == "hashing"
     assert "no model" in source
-    assert engine.warm_up(1024) >= 0
+    engine.warm_up(1024)

@@ -72,10 +72,9 @@ class FakeEngine:
         vector = [np.nan if row in self.nan_in_float32 else row, batch.longest]
         return {"embedding": np.array([vector], np.float32)}
 
-    def warm_up(self, batch_tokens: int) -> float:  # noqa: ARG002 - as the protocol has it
+    def warm_up(self, batch_tokens: int) -> None:  # noqa: ARG002 - as the protocol has it
         if not self.alive:
             raise RuntimeError("dead")
-        return 0.0
 
     def start(self) -> None: ...
 

@@ -47,8 +47,8 @@ class AutoEngine:
         info = self._engine.info
         log.info("engine %s %s on %s: %s", info.engine, info.dtype, info.device, reason)
 
-    def warm_up(self, batch_tokens: int) -> float:
-        return self._started.warm_up(batch_tokens)
+    def warm_up(self, batch_tokens: int) -> None:
+        self._started.warm_up(batch_tokens)
 
     def tokenizer(self) -> TextTokenizer:
         return self._started.tokenizer()

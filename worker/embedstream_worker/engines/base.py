@@ -91,8 +91,8 @@ class Engine(Protocol):
     def start(self) -> None:
         """Load the model. Raises `ModelError`."""
 
-    def warm_up(self, batch_tokens: int) -> float:
-        """Run the smallest, the longest and the fullest batch it will meet; seconds taken."""
+    def warm_up(self, batch_tokens: int) -> None:
+        """Run the smallest, the longest and the fullest batch it will meet."""
 
     def tokenizer(self) -> TextTokenizer:
         """A new tokenizer, for one thread."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -101,11 +100,9 @@ class HashingEngine:
         if sys.byteorder != "little":
             raise ModelError("the hashing engine reads words in place and needs a little-endian machine")
 
-    def warm_up(self, batch_tokens: int) -> float:  # noqa: ARG002 - as the protocol has it
-        begun = time.perf_counter()
+    def warm_up(self, batch_tokens: int) -> None:  # noqa: ARG002 - as the protocol has it
         tokens = self.tokenizer().encode(["warm"], MAX_LENGTH)
         self.embed(TokenBatch(tokens.ids, tokens.offsets, 1, 0, "document"))
-        return time.perf_counter() - begun
 
     def tokenizer(self) -> HashingTokenizer:
         return HashingTokenizer()

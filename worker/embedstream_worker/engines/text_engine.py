@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import time
 
 import numpy as np
 import numpy.typing as npt
@@ -38,13 +37,11 @@ class TextEngine(abc.ABC):
             raise RuntimeError("the engine is not started")
         return self._text_model
 
-    def warm_up(self, batch_tokens: int) -> float:
-        """Run the smallest, the longest and the fullest batch that the budget allows; seconds taken."""
-        begun = time.perf_counter()
+    def warm_up(self, batch_tokens: int) -> None:
+        """Run the smallest, the longest and the fullest batch that the budget allows."""
         for batch in warm_up_batches(self.text_model, batch_tokens):
             for _ in range(self.in_flight):  # those in flight take turns, and each has memory of its own
                 self.embed(batch)
-        return time.perf_counter() - begun
 
     def tokenizer(self) -> TextTokenizer:
         return self.text_model.input.tokenizer()
