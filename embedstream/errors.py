@@ -69,6 +69,10 @@ class BrokerError(EmbedstreamError):
     """Redis cannot be reached, refuses, or answers what no version of the protocol says."""
 
 
+class RecordDamaged(BrokerError):
+    """What lies under a key in Redis, or in a record of it, makes no sense. It costs that job or record alone."""
+
+
 class ServerError(EmbedstreamError):
     """No private Redis server could be started for embedded mode."""
 

@@ -1,0 +1,79 @@
+"""The one guard around what others wrote: whatever reading it raises costs the one thing that was read.
+
+Anybody who may write to Redis may put anything there: a hash where a list belongs, bytes that are no UTF-8, a number of
+four hundred digits, a path of three hundred letters. Each piece is read within `reading`, which turns whatever that
+raises into one sentence; the caller refuses that one job or record, says so once (`Said`), and goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import redis
+
+from embedstream.errors import EmbedstreamError, RecordDamaged
+
+_LONGEST_REASON = 300
+
+
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Read a key, record, block, shard or prompt that others may have written.
+
+    Errors of our own family pass as they are, and so does what Redis says of itself (no connection, no memory, no
+    rights): only a reply about the data is about `what`.
+
+    Raises:
+        RecordDamaged: `what` makes no sense.
+    """
+    try:
+        yield
+    except EmbedstreamError:
+        raise
+    except redis.RedisError as error:
+        if is_about_data(error):
+            raise RecordDamaged(f"{what} is damaged: {_reason(error)}") from error
+        raise
+    except Exception as error:  # whatever reading may raise
+        raise RecordDamaged(f"{what} is damaged: {_reason(error)}") from error
+
+
+def is_about_data(error: redis.RedisError) -> bool:
+    """Whether Redis refuses because of what lies under a key: it is of another type, or holds no number."""
+    text = str(error)
+    return isinstance(error, redis.ResponseError) and any(words in text for words in _ABOUT_DATA)
+
+
+_ABOUT_DATA = (
+    "WRONGTYPE",
+    "not an integer",
+    "not a valid float",
+    "hash value is not",
+    "would overflow",
+    "increment would produce",
+)
+
+
+class Said:
+    """What has been said of damaged records: each thing once, while it stays the same."""
+
+    def __init__(self, most: int = 1000) -> None:
+        """Remembers `most` things: beyond that the oldest may be said again, as memory is bounded."""
+        self._most = most
+        self._said: dict[str, str] = {}
+
+    def new(self, what: str, why: str) -> bool:
+        """Whether this has not been said yet; it counts as said now."""
+        if self._said.get(what) == why:
+            return False
+        self._said.pop(what, None)
+        self._said[what] = why
+        while len(self._said) > self._most:
+            del self._said[next(iter(self._said))]
+        return True
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]}…"
