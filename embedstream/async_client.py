@@ -19,17 +19,17 @@ from embedstream.client import (
     make_request,
     needed_url,
     open_for_records,
+    results_of,
     still_open,
     unanswered,
     warn,
     was_cancelled,
 )
 from embedstream.connection import REQUEST_TIMEOUT_SECONDS, connect, connect_async, explaining, mask
-from embedstream.dataset.sink import open_sink
-from embedstream.errors import OutputError
+from embedstream.dataset.sink import Sink, open_sink
 from embedstream.input.duplicates import DuplicateIndex
 from embedstream.input.record_blocks import AT_ONCE, RECORDS, Records, records_part
-from embedstream.jobs import JobState, JobStatus, queue_name
+from embedstream.jobs import JobSpec, JobState, JobStatus, queue_name
 from embedstream.opening import SpecSettings, make_spec
 from embedstream.plans import drive_async
 from embedstream.settings import Settings
@@ -45,12 +45,24 @@ if TYPE_CHECKING:
 class AsyncJob:
     """One job, by its id. As `Job`, with coroutines."""
 
-    def __init__(self, id: str, broker: AsyncBroker, files: Broker, url: str, settings: Settings) -> None:
+    def __init__(
+        self,
+        id: str,
+        broker: AsyncBroker,
+        files: Broker,
+        url: str,
+        settings: Settings,
+        sink: Sink | None,
+        spec: JobSpec | None = None,
+    ) -> None:
+        """As `Job`. `files`: a broker for what is done in threads."""
         self.id = id
         self._broker = broker
         self._files = files
         self._url = url
         self._settings = settings
+        self._sink = sink
+        self._spec = spec
 
     def __repr__(self) -> str:
         return f"AsyncJob({self.id!r})"
@@ -81,15 +93,15 @@ class AsyncJob:
 
     def _look(self, end: float | None) -> JobStatus:
         return patiently(
-            lambda: look(self._files, self.id, self._url, self._settings), warn, mask(self._url), until=end
+            lambda: look(self._files, self.id, self._url, self._settings, self._spec),
+            warn,
+            mask(self._url),
+            until=end,
         )
 
     async def results(self, columns: Iterable[str] | None = None) -> AsyncIterator[pa.RecordBatch]:
         """As `Job.results`."""
-        status = await self.status()
-        if not status.state.ended:
-            raise OutputError(f"job {self.id} is {status.state}: wait for its end before reading its results")
-        batches = open_sink(status.spec.output, status.spec, self._url).read(columns)
+        batches = await asyncio.to_thread(results_of, await self.status(), self._sink, columns)
         while (batch := await asyncio.to_thread(next, batches, None)) is not None:
             yield batch
 
@@ -159,13 +171,15 @@ class AsyncClient:
                 ):
                     break
                 pushed = await drive_async(push_job(broker, spec.job, [part], bound), broker, warn, url=shown)
-        return AsyncJob(spec.job, broker, files, self.url, self.settings)
+        return AsyncJob(spec.job, broker, files, self.url, self.settings, sink, spec)
 
-    async def job(self, id: str) -> AsyncJob:
+    async def job(self, id: str, *, output: str | None = None) -> AsyncJob:
         """As `Client.job`."""
+        sink = None if output is None else open_sink(output, queue_url=self.url)
         with explaining(self.url):
             queue = await asyncio.to_thread(find_queue, Broker(self._files, ""), id)
-        return AsyncJob(id, AsyncBroker(self._redis, queue), Broker(self._files, queue), self.url, self.settings)
+        broker, files = AsyncBroker(self._redis, queue), Broker(self._files, queue)
+        return AsyncJob(id, broker, files, self.url, self.settings, sink)
 
     async def embed(
         self,

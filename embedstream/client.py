@@ -47,13 +47,18 @@ LAST_POLL_SECONDS = 1.0
 
 
 class Job:
-    """One job, by its id. Nothing is remembered here: every question goes to Redis."""
+    """One job, by its id. Its progress is asked of Redis; where its vectors lie is not."""
 
-    def __init__(self, id: str, broker: Broker, url: str, settings: Settings) -> None:
+    def __init__(
+        self, id: str, broker: Broker, url: str, settings: Settings, sink: Sink | None, spec: JobSpec | None = None
+    ) -> None:
+        """`sink`: its output, as the caller names it. `spec`: as this process submitted it."""
         self.id = id
         self._broker = broker
         self._url = url
         self._settings = settings
+        self._sink = sink
+        self._spec = spec
 
     def __repr__(self) -> str:
         return f"Job({self.id!r})"
@@ -70,12 +75,13 @@ class Job:
     def wait(self, timeout: float | None = None) -> JobStatus:
         """Wait until the job has ended, whichever way: look at `state` and `failed` of what comes back.
 
-        Whoever waits also writes the manifest if the output can be reached from here. While Redis cannot be used, that
-        is waited for, too, with one line in the log.
+        The process that submitted it also writes the manifest if it can reach the output; for a job of `Client.job`
+        that is left to others. While Redis cannot be used, that is waited for, too, with one line in the log.
 
         Raises:
             TimeoutError: it has not ended after `timeout` seconds; it goes on.
             BrokerError: Redis refuses, or could not be used when `timeout` was over.
+            RecordDamaged: its spec in Redis is not the one that was submitted.
             JobUnknown: as `status`.
             OutputError: the manifest cannot be written.
         """
@@ -84,7 +90,10 @@ class Job:
         while True:
             with explaining(self._url):
                 status = patiently(
-                    lambda: look(self._broker, self.id, self._url, self._settings), warn, mask(self._url), until=end
+                    lambda: look(self._broker, self.id, self._url, self._settings, self._spec),
+                    warn,
+                    mask(self._url),
+                    until=end,
                 )
             if status.state.ended:
                 return status
@@ -98,12 +107,10 @@ class Job:
         """The rows of an ended job, shard by shard, in no promised order; `columns`: only these.
 
         Raises:
-            OutputError: the job has no manifest yet, or its output cannot be read from here.
+            UsageError: the job was found by its id, and its output was not named.
+            OutputError: the job has no manifest yet, or its output cannot be read from here, or holds another job.
         """
-        status = self.status()
-        if not status.state.ended:
-            raise OutputError(f"job {self.id} is {status.state}: wait for its end before reading its results")
-        return open_sink(status.spec.output, status.spec, self._url).read(columns)
+        return results_of(self.status(), self._sink, columns)
 
     def cancel(self) -> bool:
         """End the job; what is committed stays, and the same submission goes on. False: it has ended in another way.
@@ -168,7 +175,7 @@ class Client:
         """
         spec = self._spec(output, model, revision, settings)
         broker, sink = Broker(self._redis, spec.queue), open_sink(spec.output, spec, self.url)
-        job = Job(spec.job, broker, self.url, self.settings)
+        job = Job(spec.job, broker, self.url, self.settings, sink, spec)
         with explaining(self.url), DuplicateIndex() as index:
             part = records_part(records, spec, index)
             shown = mask(self.url)
@@ -190,10 +197,17 @@ class Client:
             settings=settings,
         )
 
-    def job(self, id: str) -> Job:
-        """A job by its id, on whichever queue it is. Raises `JobUnknown`."""
+    def job(self, id: str, *, output: str | None = None) -> Job:
+        """A job by its id, on whichever queue it is. `output`: where its vectors lie, for `Job.results`.
+
+        Raises:
+            JobUnknown: there is none.
+            UsageError: an output that cannot be used.
+        """
+        sink = None if output is None else open_sink(output, queue_url=self.url)
         with explaining(self.url):
-            return Job(id, Broker(self._redis, find_queue(Broker(self._redis, ""), id)), self.url, self.settings)
+            broker = Broker(self._redis, find_queue(Broker(self._redis, ""), id))
+            return Job(id, broker, self.url, self.settings, sink)
 
     def embed(
         self,
@@ -280,6 +294,23 @@ def find_queue(broker: Broker, job: str, queue: str | None = None) -> str:
         "this server" if queue is None else f"queue {queue} (without --queue and EMBEDSTREAM_QUEUE all are looked at)"
     )
     raise JobUnknown(f"no job {job} on {where}: it never was, or has expired (embed-status lists them)")
+
+
+def results_of(status: JobStatus, sink: Sink | None, columns: Iterable[str] | None) -> Iterator[pa.RecordBatch]:
+    """The rows of an ended job in the output that the caller names. Raises as `Job.results`."""
+    if not status.state.ended:
+        raise OutputError(f"job {status.job} is {status.state}: wait for its end before reading its results")
+    if sink is None:
+        raise UsageError(
+            f"job {status.job}: where its vectors lie is not taken from Redis, where others may write, too: "
+            f"name it: client.job({status.job!r}, output=...)"
+        )
+    manifest = sink.read_manifest()
+    if manifest is not None and status.job not in (manifest.job, *manifest.retries):
+        raise OutputError(
+            f"{mask(sink.output)} holds job {manifest.job}, not {status.job}: name the output of that job"
+        )
+    return sink.read(columns)
 
 
 def still_open(status: JobStatus, timeout: float | None) -> str:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from embedstream.broker import Broker
-from embedstream.dataset.sink import open_sink
+from embedstream.dataset.sink import Sink, open_sink
+from embedstream.errors import RecordDamaged
 from embedstream.finalizing import finalize_job
-from embedstream.jobs import JobState, JobStatus, parse_max_errors
+from embedstream.jobs import JobSpec, JobState, JobStatus, differing_field, parse_max_errors
 from embedstream.opening import is_here
 from embedstream.settings import Settings, WorkerSettings
 from embedstream.workers import WorkerRecord
@@ -45,11 +46,17 @@ def lost_blocks(broker: Broker, job: str, workers: Sequence[WorkerRecord]) -> st
     return f"{blocks:,} block(s) of a lost worker wait for its lease, at most {lease:g} s" if blocks else ""
 
 
-def look(broker: Broker, job: str, redis_url: str, settings: Settings, *, may_finalize: bool = True) -> JobStatus:
+def look(
+    broker: Broker, job: str, redis_url: str, settings: Settings, own: JobSpec | None, *, may_finalize: bool = True
+) -> JobStatus:
     """One look at a job: ends it if too many rows failed, finalizes it if it waits for that and its output is here.
+
+    `own`: the spec that this process submitted. Only that is finalized, and nothing without it: an address out of Redis
+    is where others say that this user should write.
 
     Raises:
         JobUnknown: Redis does not know the job.
+        RecordDamaged: its spec is not `own`.
         OutputError: its manifest cannot be written.
         redis.RedisError: as redis-py raises it.
     """
@@ -59,11 +66,28 @@ def look(broker: Broker, job: str, redis_url: str, settings: Settings, *, may_fi
         if reason:
             broker.run(broker.cancel(job, JobState.FAILED, reason))
             return broker.status(job)
+    if own is None or status.state.ended:
+        return status
+    refuse_changed(job, own, status.spec)
+
+    def own_sink(found: JobSpec) -> Sink:
+        refuse_changed(job, own, found)
+        return open_sink(own.output, own, redis_url)
+
     if (
         status.state is JobState.FINALIZING
         and may_finalize
-        and is_here(status.spec.output)
-        and finalize_job(broker, job, lambda spec: open_sink(spec.output, spec, redis_url), settings)
+        and is_here(own.output)
+        and finalize_job(broker, job, own_sink, settings)
     ):
         return broker.status(job)
     return status
+
+
+def refuse_changed(job: str, own: JobSpec, found: JobSpec) -> None:
+    """Raise `RecordDamaged` if a job's spec in Redis is not the one that was submitted."""
+    if found != own:
+        raise RecordDamaged(
+            f"job {job}: its {differing_field(found, own) or 'output'} in Redis is not the one that was submitted: "
+            f"nothing is written from here: see who else may write to this Redis, and submit into another output (-o)"
+        )

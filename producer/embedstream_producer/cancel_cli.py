@@ -42,9 +42,7 @@ def cancel(job: str, redis_url: str | None, queue: str | None) -> None:
         ended_now = was_cancelled(job, broker.run(broker.cancel(job))) and before is not None and not before.ended
         state = broker.state(job)
     if ended_now:
-        click.echo(
-            f"job {job} is cancelled; its manifest is written by a worker, a coordinator, or whoever waits for it"
-        )
+        click.echo(f"job {job} is cancelled; its manifest is written by a worker, a coordinator, or its embed-submit")
     else:
         click.echo(f"job {job} is {state} already")
 

@@ -106,8 +106,9 @@ class Watch:
         try:
             workers = self._broker.workers()
             try:
+                may_finalize = now >= self._next_finalize
                 status = look(
-                    self._broker, self._spec.job, self._url, self._settings, may_finalize=now >= self._next_finalize
+                    self._broker, self._spec.job, self._url, self._settings, self._spec, may_finalize=may_finalize
                 )
             except OutputError as error:
                 if self._embedded:

@@ -211,7 +211,7 @@ def test_a_user_with_the_documented_rights_can_do_everything(tmp_path: Path) -> 
                 assert "Redis" not in done.stderr, "it complains of what it may not ask"
             job = json.loads(done.stdout)["job"]
             with Client(url) as client:
-                assert sum(batch.num_rows for batch in client.job(job).results()) == 2000
+                assert sum(batch.num_rows for batch in client.job(job, output=output).results()) == 2000
                 assert client.embed(["now"], model=MODEL).shape == (1, 384)
             process.send_signal(signal.SIGTERM)
             assert process.wait(30) == 0
