@@ -9,8 +9,8 @@ from embedstream.errors import UsageError
 
 SCHEMES = ("redis", "rediss", "unix")
 
-QUEUE_PREFIX = "embedstream:"
-"""How a queue's keys begin. Rows must not: with the prefix `embed`, an id could say the rest."""
+TAKEN_PREFIXES = ("embedstream:", "rq:")
+"""How keys of queues and of coordinators' jobs begin."""
 
 _DIGITS = 10
 """Of the numbers in a URL: three centuries of seconds."""
@@ -57,8 +57,12 @@ def parse_address(text: str) -> RedisAddress:
         raise UsageError(f"output {shown}: ends at #: write # in a prefix as %23")
     if not prefix:
         raise UsageError(f"output {shown}: no prefix: say how keys begin, as in redis://host:6379/0?prefix=docs:")
-    if prefix.startswith(QUEUE_PREFIX) or QUEUE_PREFIX.startswith(prefix):
-        raise UsageError(f"output {shown}: keys that begin with {QUEUE_PREFIX} are the queue's: take another prefix")
+    if not prefix.endswith(":"):
+        # With the prefix `r`, an id could say the rest of somebody else's.
+        raise UsageError(f"output {shown}: the prefix does not end in a colon: write prefix={prefix[:100]}:")
+    if prefix.lower().startswith(TAKEN_PREFIXES):
+        taken = " or ".join(TAKEN_PREFIXES)
+        raise UsageError(f"output {shown}: keys that begin with {taken} are the queue's: take another prefix")
     unknown = set(settings) - set(_CONNECTION)
     if unknown:
         raise UsageError(

@@ -98,6 +98,8 @@ class RedisSink:
 
     def _write_rows(self, batch: pa.RecordBatch, spec: JobSpec) -> None:
         ids, chunks, truncated = (_list(batch, name) for name in ("id", "chunk", "truncated"))
+        keys = [self._key(id, chunk) for id, chunk in zip(ids, chunks, strict=True)]
+        self._refuse_foreign(keys)
         names = [*(["text"] if spec.text else []), *spec.keep]
         values = [_list(batch, name) for name in names]
         vectors = {output.name: _vectors(batch.column(output.name)) for output in spec.outputs}
@@ -116,7 +118,7 @@ class RedisSink:
             for name, rows in vectors.items():
                 mapping[name] = rows[i]
                 size += len(rows[i])
-            key = self._key(id, chunks[i])
+            key = keys[i]
             pipe.hset(key, mapping=mapping)
             if absent:
                 pipe.hdel(key, *absent)
@@ -127,6 +129,22 @@ class RedisSink:
                 size = 0
         self._run(pipe)
         reach("hashes.written")
+
+    def _refuse_foreign(self, keys: Sequence[str]) -> None:
+        """Raise `OutputError` if something that no job wrote lies under a key. One question if nothing lies there."""
+        if not self._count(keys):
+            return
+        written = self._fields([key.encode() for key in keys], ["job"])
+        others = [key for key, (job,) in zip(keys, written, strict=True) if job is None]
+        if self._count(others):
+            raise OutputError(
+                f"output {self._place}: keys of another application are there, which no job wrote: use another prefix"
+            )
+
+    def _count(self, keys: Sequence[str]) -> int:
+        """How many of the keys are there."""
+        count: int = self._ask(lambda: self._client.exists(*keys)) if keys else 0
+        return count
 
     def _put(self, name: str, fields: dict[str, bytes]) -> None:
         if not fields:

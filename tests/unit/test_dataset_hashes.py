@@ -327,6 +327,21 @@ def test_a_full_server_is_one_sentence(make: Make, client: redis.Redis) -> None:
     dataset.write(make_content(dataset.spec))
 
 
+@pytest.mark.parametrize("kind", ["hash", "string"])
+def test_what_another_application_keeps_below_the_prefix_is_left_as_it_is(
+    make: Make, client: redis.Redis, prefix: str, kind: str
+) -> None:
+    dataset, theirs = make(), f"{prefix}0-1"
+    if kind == "hash":
+        client.hset(theirs, mapping={"id": "0-1", "data": "theirs"})
+    else:
+        client.set(theirs, "theirs")
+    before = dump_all(client, prefix)
+    with pytest.raises(OutputError, match=r"another application are there|WRONGTYPE"):
+        dataset.sink.write_shard(make_content(dataset.spec))
+    assert dump_all(client, prefix) == before
+
+
 def test_a_kept_field_that_would_hide_the_job_is_refused(redis_server: RedisServer) -> None:
     spec: JobSpec = make_spec("redis:?prefix=docs:", keep=("job",))
     with pytest.raises(UsageError, match="--keep job"):

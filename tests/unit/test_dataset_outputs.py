@@ -19,10 +19,10 @@ from embedstream.errors import UsageError
         ("redis://H:6379/0?ttl=60&prefix=docs:", "redis://h:6379/0?prefix=docs:&ttl=60"),
         ("redis://h/?db=3&prefix=docs:", "redis://h:6379/3?prefix=docs:"),
         ("redis://u:p%40ss@h/2?prefix=a%20b%26%23:", "redis://u:p%40ss@h:6379/2?prefix=a%20b%26%23:"),
-        ("redis://[::1]:7000?prefix=d", "redis://[::1]:7000/0?prefix=d"),
-        ("rediss://h?prefix=d&ssl_cert_reqs=none", "rediss://h:6379/0?ssl_cert_reqs=none&prefix=d"),
-        ("unix:///run/r.sock?prefix=d", "unix:///run/r.sock?db=0&prefix=d"),
-        ("unix://u:p@/run/r.sock?prefix=d&db=2", "unix://u:p@/run/r.sock?db=2&prefix=d"),
+        ("redis://[::1]:7000?prefix=d:", "redis://[::1]:7000/0?prefix=d:"),
+        ("rediss://h?prefix=d:&ssl_cert_reqs=none", "rediss://h:6379/0?ssl_cert_reqs=none&prefix=d:"),
+        ("unix:///run/r.sock?prefix=d:", "unix:///run/r.sock?db=0&prefix=d:"),
+        ("unix://u:p@/run/r.sock?prefix=d:&db=2", "unix://u:p@/run/r.sock?db=2&prefix=d:"),
         ("redis:?prefix=docs:&ttl=086400", "redis:?prefix=docs:&ttl=86400"),
         ("redis://?prefix=docs:", "redis:?prefix=docs:"),
     ],
@@ -38,15 +38,23 @@ def test_equal_redis_outputs_have_one_spelling(text: str, canonical: str) -> Non
         ("redis://h", "no prefix: say how keys begin"),
         ("redis:", "no prefix"),
         ("redis://h?prefix=", "no prefix"),
-        ("redis://h?prefix=embedstream:x", "are the queue's"),
-        ("redis://h?prefix=a#b", "write # in a prefix as %23"),
-        ("redis://h?prefix=a&ttl=0", "ttl=0 is not a number of seconds"),
-        ("redis://h?prefix=a&ttl=1d", "ttl=1d is not a number of seconds"),
-        ("redis://h?prefix=a&tll=5", "unknown setting tll"),
-        ("redis://h/x?prefix=a", "database 'x' is not a number"),
-        ("redis://h:99999?prefix=a", "the port is not a number below 65536"),
-        ("redis:?prefix=a&db=1", "names no server"),
-        ("unix://?prefix=a", "no socket"),
+        ("redis://h?prefix=docs", "does not end in a colon: write prefix=docs:"),
+        ("redis:?prefix=r", "does not end in a colon"),
+        ("redis:?prefix=embedstream", "does not end in a colon"),
+        ("redis:?prefix=docs:&prefix=", "no prefix"),
+        ("redis:?prefix=embedstream:", "are the queue's"),
+        ("redis://h?prefix=embedstream:x:", "are the queue's"),
+        ("redis:?prefix=docs:&prefix=rq:job:", "are the queue's"),
+        ("redis:?prefix=RQ:", "are the queue's"),
+        ("redis:?prefix=%72q%3A", "are the queue's"),
+        ("redis://h?prefix=a:#b", "write # in a prefix as %23"),
+        ("redis://h?prefix=a:&ttl=0", "ttl=0 is not a number of seconds"),
+        ("redis://h?prefix=a:&ttl=1d", "ttl=1d is not a number of seconds"),
+        ("redis://h?prefix=a:&tll=5", "unknown setting tll"),
+        ("redis://h/x?prefix=a:", "database 'x' is not a number"),
+        ("redis://h:99999?prefix=a:", "the port is not a number below 65536"),
+        ("redis:?prefix=a:&db=1", "names no server"),
+        ("unix://?prefix=a:", "no socket"),
         ("gs://bucket/key", "unknown scheme: give a folder"),
         ("https://u:secret@h/x", "unknown scheme"),
         ("redis://u:secret@h/x", "no prefix"),
@@ -76,7 +84,7 @@ def test_links_keep_their_names_but_climbing_out_of_one_goes_where_the_system_go
 
 def test_the_scheme_chooses_the_sink() -> None:
     assert isinstance(open_sink("/some/where"), FolderSink)
-    assert isinstance(open_sink("redis:?prefix=a", queue_url="redis://h"), RedisSink)
-    assert open_sink("redis://h?prefix=a").output == "redis://h:6379/0?prefix=a"
+    assert isinstance(open_sink("redis:?prefix=a:", queue_url="redis://h"), RedisSink)
+    assert open_sink("redis://h?prefix=a:").output == "redis://h:6379/0?prefix=a:"
     with pytest.raises(UsageError, match="means the queue's own server, and there is none"):
-        open_sink("redis:?prefix=a")
+        open_sink("redis:?prefix=a:")
