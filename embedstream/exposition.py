@@ -5,13 +5,17 @@ Needs prometheus_client, which the extras `worker` and `coordinator` bring.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from http import HTTPStatus
 from http.server import ThreadingHTTPServer
-from socket import AF_INET, AF_INET6
+from socket import AF_INET, AF_INET6, SHUT_RDWR, socket
+from typing import Any
 from urllib.parse import urlsplit
 
 import redis
@@ -32,7 +36,10 @@ REDIS_SECONDS = 3.0
 """How long a scrape waits for Redis: Prometheus waits 10 s for the whole of it."""
 
 REQUEST_SECONDS = 10.0
-"""A connection on which nothing is said for so long is closed."""
+"""A request that is not asked and answered in this time is cut off, whatever is said meanwhile."""
+
+MOST_REQUESTS = 16
+"""At once, each with a thread; one more cuts off the oldest. Prometheus and probes need two or three."""
 
 WORKER_STATES = ("starting", "ready", "draining")
 JOB_STATES = ("submitting", "running", "finalizing")
@@ -120,9 +127,8 @@ class Exposition:
 
         Handler.registry = registry
 
-        class Server(ThreadingHTTPServer):
+        class Server(_Server):
             address_family = AF_INET6 if ":" in host else AF_INET
-            daemon_threads = True
 
         try:
             self._server = Server((host, port), Handler)
@@ -140,9 +146,49 @@ class Exposition:
         self._server.server_close()
 
 
+class _Server(ThreadingHTTPServer):
+    """Answers everybody, and lets nobody keep it: few requests at once, none for long."""
+
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, address: tuple[str, int], handler: type[MetricsHandler]) -> None:
+        self._open: dict[socket, float] = {}
+        self._opened = threading.Lock()
+        super().__init__(address, handler)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        with self._opened:
+            if len(self._open) >= MOST_REQUESTS:
+                self._cut_off(next(iter(self._open)))
+            self._open[request] = time.monotonic()
+        super().process_request(request, client_address)
+
+    def service_actions(self) -> None:
+        """Called by `serve_forever` after each request, and twice a second."""
+        with self._opened:
+            late = time.monotonic() - REQUEST_SECONDS
+            for request in [request for request, since in self._open.items() if since < late]:
+                self._cut_off(request)
+
+    def _cut_off(self, request: socket) -> None:
+        """Its thread, waiting for more or to be rid of an answer, ends at once."""
+        del self._open[request]
+        with contextlib.suppress(OSError):
+            request.shutdown(SHUT_RDWR)
+
+    def shutdown_request(self, request: Any) -> None:
+        with self._opened:
+            self._open.pop(request, None)
+        super().shutdown_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002 - as socketserver calls it
+        if not isinstance(sys.exception(), OSError):  # a connection that is gone is its caller's affair
+            log.exception("a request for metrics or a probe cannot be answered")
+
+
 class _Handler(MetricsHandler):
     probes: dict[str, Trouble]
-    timeout = REQUEST_SECONDS
 
     def do_GET(self) -> None:
         path = urlsplit(self.path).path

@@ -16,14 +16,15 @@ from typing import Any
 
 import pytest
 from conftest import RedisServer
-from prometheus_client import CollectorRegistry, Metric
+from prometheus_client import CollectorRegistry, Gauge, Metric
 from worker_lab import Gate, ScriptedEngine, worker_lab
 
 from e2e.harness import Fleet, fleet, read_manifest, run, wait_until, write_corpus
 from e2e.scraping import get, logged_url, scrape, value
+from embedstream import exposition
 from embedstream.broker import Broker
 from embedstream.connection import connect
-from embedstream.exposition import Exposition, QueueCollector
+from embedstream.exposition import MOST_REQUESTS, Exposition, QueueCollector
 from embedstream.interactive import EmbedRequest, ask
 from embedstream.jobs import job_id
 from embedstream.metrics import QUEUE_METRICS, WORKER_METRICS
@@ -246,6 +247,63 @@ def test_other_paths_are_not_found_and_any_address_can_be_served() -> None:
         assert get(f"{url}/")[0] == 404
     finally:
         served.close()
+
+
+@pytest.fixture
+def served() -> Iterator[Exposition]:
+    """With an answer of megabytes."""
+    registry = CollectorRegistry()
+    Gauge("large", "x" * (16 << 20), registry=registry).set(1)
+    made = Exposition("127.0.0.1", 0, registry, lambda: "", lambda: "")
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def connections(served: Exposition, count: int, said: bytes) -> list[socket.socket]:
+    port = int(served.url.rpartition(":")[2].partition("/")[0])
+    made = [socket.create_connection(("127.0.0.1", port)) for _ in range(count)]
+    for each in made:
+        each.sendall(said)
+    return made
+
+
+def answering() -> int:
+    """Threads of the server that hold a connection."""
+    return sum("process_request_thread" in thread.name for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize("said", [b"", b"GET /rea"], ids=["silent", "slow"])
+def test_slow_clients_stop_no_probe_and_are_few_at_once(served: Exposition, said: bytes) -> None:
+    url = served.url.removesuffix("/metrics")
+    slow = connections(served, 100, said)
+    try:
+        assert get(f"{url}/readyz") == (200, "ok\n")
+        sooner = exposition.REQUEST_SECONDS / 2
+        wait_until(lambda: answering() <= MOST_REQUESTS, "all but the newest to be cut off", sooner)
+        assert get(f"{url}/readyz") == (200, "ok\n")
+    finally:
+        for each in slow:
+            each.close()
+    wait_until(lambda: answering() == 0, "the rest to be gone")
+
+
+@pytest.mark.parametrize("said", [b"G", b"GET /metrics HTTP/1.0\r\n\r\n"], ids=["slow", "deaf"])
+def test_a_request_has_an_end_though_something_is_said_all_the_time(
+    served: Exposition, monkeypatch: pytest.MonkeyPatch, said: bytes
+) -> None:
+    monkeypatch.setattr(exposition, "REQUEST_SECONDS", 0.2)
+    (slow,) = connections(served, 1, said)
+    wait_until(lambda: answering() == 1, "a thread for it")
+
+    def cut_off() -> bool:
+        with contextlib.suppress(OSError):
+            slow.send(b"x")
+        return answering() == 0
+
+    with slow:
+        wait_until(cut_off, "the server to cut it off")
 
 
 def test_a_log_in_json_names_worker_and_job_on_its_lines(workers: Fleet, tmp_path: Path) -> None:
