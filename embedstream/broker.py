@@ -10,14 +10,14 @@ from typing import Any, TypeVar
 import msgspec
 import redis
 import redis.asyncio
-from redis.exceptions import NoScriptError, ResponseError
+from redis.exceptions import NoPermissionError, NoScriptError, ResponseError
 
 from embedstream import scripts
 from embedstream.errors import BrokerError
 from embedstream.failpoints import reach, reach_step
 from embedstream.job_record import parse_status
 from embedstream.jobs import JobState, JobStatus
-from embedstream.keys import GROUP, QUEUES, RELEASED
+from embedstream.keys import GROUP, QUEUES, RELEASED, Keys
 from embedstream.steps import MOST_BLOCKS, CommitBlock, Step, Steps
 from embedstream.workers import WorkerRecord
 
@@ -301,9 +301,14 @@ class Broker(Steps):
         self._raw.expire(QUEUES, 86_400 * 30)
 
     def queues(self) -> list[str]:
-        """Queues with a sign of life in the last 30 days."""
+        """Queues with a sign of life in the last 30 days, but for those whose keys are forbidden to this user."""
         horizon = self._now_ms() // 1000 - 30 * 86_400
-        return [raw.decode() for raw in self._raw.zrange(QUEUES, horizon, "+inf", byscore=True)]
+        names = [raw.decode() for raw in self._raw.zrange(QUEUES, horizon, "+inf", byscore=True)]
+        with self._raw.pipeline(transaction=False) as pipe:
+            for name in names:
+                pipe.exists(Keys(name).jobs)
+            told = pipe.execute(raise_on_error=False)
+        return [name for name, answer in zip(names, told, strict=True) if not isinstance(answer, NoPermissionError)]
 
     def dead_consumers(self, job: str, living: Iterable[str]) -> list[str]:
         """Consumers of a job's stream that belong to no living worker and hold nothing."""

@@ -189,10 +189,10 @@ def test_a_job_through_tls(server: OwnServer, tmp_path: Path) -> None:
 
 
 def documented_user() -> str:
-    """The ACL rule of docs/operations.md."""
+    """The ACL rule of docs/operations.md, for one queue."""
     text = OPERATIONS.read_text().replace("\\\n", "")
     (rule,) = re.findall(r"^ACL SETUSER embedstream (.*)$", text, re.MULTILINE)
-    return str(rule)
+    return str(rule).replace("QUEUE", MODEL)
 
 
 def test_a_user_with_the_documented_rights_can_do_everything(tmp_path: Path) -> None:
@@ -226,6 +226,39 @@ def test_a_user_with_the_documented_rights_can_do_everything(tmp_path: Path) -> 
         assert denied.returncode == 2
         assert "Traceback" not in denied.stderr
     assert_exact(tmp_path / "out", texts, every=20)
+
+
+def test_a_user_of_one_queue_can_do_nothing_to_another_and_is_not_disturbed_by_it(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "c.jsonl", 10)
+    with own_server() as server:
+        server.client().execute_command(
+            "ACL", "SETUSER", "embedstream", *documented_user().replace("PASSWORD", SECRET).split()
+        )
+        url = server.tcp_url.replace("redis://", f"redis://embedstream:{SECRET}@")
+        with Client(server.url, queue="theirs") as theirs:
+            foreign = theirs.submit(["a text"], output=str(tmp_path / "theirs"), model=MODEL).id
+        args = ["-o", tmp_path / "out", "--model", MODEL, "--detach"]
+        done = run("embed-submit", tmp_path / "c.jsonl", *args, "--redis", url, "--json")
+        assert done.returncode == 0, done.stderr
+        waiting = start_submit(tmp_path / "c.jsonl", *args[:-1], "--redis", url)
+        assert waiting.stderr is not None
+        said = next(line for line in waiting.stderr if "waiting for a worker" in line)
+        assert "no queue has one" in said
+        waiting.kill()
+        waiting.communicate()
+        listed = run("embed-status", "--redis", url)
+        assert listed.returncode == 0, listed.stderr
+        assert json.loads(done.stdout)["job"] in listed.stdout
+        assert "theirs" not in listed.stdout
+        for command in ("embed-status", "embed-cancel"):
+            for queue in ([], ["--queue", "theirs"]):
+                refused = run(command, foreign, *queue, "--redis", url)
+                assert (refused.returncode, refused.stderr.count("\n")) == (2, 1), refused.stderr
+        script = "return redis.call('del', ARGV[1])"
+        with connect(url) as client, pytest.raises(redis.ResponseError, match="key"):
+            client.eval(script, 0, f"embedstream:{{theirs}}:job:{foreign}")
+        with Client(server.url) as theirs:
+            assert theirs.job(foreign).status().submitted == 1
 
 
 def test_a_server_that_may_lose_work_is_warned_of_at_the_start(tmp_path: Path) -> None:
