@@ -44,16 +44,16 @@ COPY coordinator coordinator
 RUN --mount=type=cache,target=/root/.cache/pip pip install --no-deps --prefix /code .
 
 FROM python:${PYTHON} AS runtime
-# Writable for any user: containers often run as the one who owns /data. The home of caches is /models: of downloaded
-# models, and of what engines make of them.
+# The home of caches is /models: of downloaded models, and of what engines make of them. Its group may write there, as
+# containers often run as the one who owns /data: give such a user group 1000, too.
 RUN useradd --uid 1000 --no-create-home --home-dir /models embedstream \
-    && install -d -m 1777 /models \
+    && install -d -o embedstream -g embedstream -m 2775 /models \
     && install -d -o embedstream -g embedstream /data
 ENV PATH=/opt/embedstream/bin:$PATH \
     HOME=/models \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1
-VOLUME ["/models", "/data"]
+VOLUME ["/data"]
 WORKDIR /data
 USER 1000:1000
 
@@ -69,12 +69,14 @@ COPY --from=code /code /opt/embedstream
 ENTRYPOINT ["embed-coordinator"]
 
 FROM runtime AS worker-cpu
+VOLUME ["/models"]
 COPY --from=requirements-worker-cpu /opt/embedstream /opt/embedstream
 COPY --from=code /code /opt/embedstream
 HEALTHCHECK --interval=15s --timeout=10s --start-period=10m CMD ["embed-worker", "--check"]
 ENTRYPOINT ["embed-worker"]
 
 FROM runtime AS worker-cuda
+VOLUME ["/models"]
 COPY --from=requirements-worker-cuda /opt/embedstream /opt/embedstream
 COPY --from=code /code /opt/embedstream
 HEALTHCHECK --interval=15s --timeout=10s --start-period=10m CMD ["embed-worker", "--check"]

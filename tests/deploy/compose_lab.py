@@ -65,7 +65,10 @@ class Stack:
 
     def here(self, service: str, text: str) -> str:
         """A word of a command or of the environment, with hosts and folders as they are on this machine."""
+        text = text.replace("$$", "$")  # as compose escapes what is left to the container
         for volume in self.services[service].get("volumes", []):
+            if "source" not in volume:  # its own, and empty: a folder of this machine does as well
+                continue
             source = volume["source"] if volume["type"] == "bind" else str(self.root / "volumes" / volume["source"])
             text = re.sub(rf"(?<![\w/.]){re.escape(volume['target'])}(?=/|\s|$)", source, text)
         for host, port in self.ports.items():

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import re
 import urllib.request
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
+import redis.exceptions
 from e2e.harness import assert_exact, wait_until, write_corpus
 from s3_server import S3Server
 
@@ -90,13 +93,62 @@ def test_workers_have_longer_to_stop_than_they_drain(env_file: Path) -> None:
         assert seconds(said["stop_grace_period"]) >= drain + 10
 
 
-def test_our_own_services_run_without_rights_and_under_an_init(env_file: Path) -> None:
+@pytest.fixture(params=["coordinator", "grafana", "prometheus", "redis", "submit", "worker", "worker-cpu"])
+def service(request: pytest.FixtureRequest, env_file: Path) -> Any:
+    return services(env_file)[request.param]
+
+
+def test_no_service_is_left_out_below(env_file: Path) -> None:
+    known = {"coordinator", "grafana", "prometheus", "redis", "submit", "worker", "worker-cpu"}
+    assert set(services(env_file)) == known
+
+
+def test_a_service_has_no_rights_and_writes_nothing_but_its_volumes(service: Any) -> None:
+    assert service["cap_drop"] == ["ALL"]
+    assert "cap_add" not in service
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert service["read_only"] is True
+    assert not {"privileged", "network_mode", "pid", "ipc", "devices"} & set(service)
+    assert all("docker.sock" not in volume.get("source", "") for volume in service["volumes"])
+
+
+def test_a_service_cannot_take_the_machines_memory_or_processes(service: Any) -> None:
+    assert 0 < int(service["mem_limit"]) <= 16 << 30
+    assert 0 < int(service["pids_limit"]) <= 4096
+
+
+def test_no_password_is_on_a_command_line(service: Any) -> None:
+    assert "word" not in str([service.get("command"), service.get("entrypoint"), service.get("healthcheck")])
+
+
+def test_our_own_services_are_not_root_and_run_under_an_init(env_file: Path) -> None:
     ours = {name: said for name, said in services(env_file).items() if "build" in said}
     assert set(ours) == {"worker", "worker-cpu", "coordinator", "submit"}
     for said in ours.values():
         assert said["init"] is True
         assert said["user"] == "1000:1000"
-        assert said["cap_drop"] == ["ALL"]
+        assert said["image"].endswith(f":{version('embedstream')}")
+
+
+def test_only_workers_can_change_the_models_that_workers_load(env_file: Path) -> None:
+    having = {
+        name
+        for name, said in services(env_file).items()
+        if any("models" in (volume.get("source"), volume["target"].strip("/")) for volume in said["volumes"])
+    }
+    assert having == {"worker", "worker-cpu"}
+
+
+def test_redis_is_administrated_by_nobody_and_its_password_is_in_no_list_of_processes(tmp_path: Path) -> None:
+    with stack(tmp_path) as fleet:
+        client: Any = connect(fleet.url)
+        assert client.config_get("proto-max-bulk-len") == {"proto-max-bulk-len": str(64 << 20)}
+        for command in ("FLUSHALL", "SHUTDOWN", "CONFIG SET dir /tmp", "MODULE LIST", "DEBUG SLEEP 0", "ACL LIST"):
+            with pytest.raises(redis.exceptions.NoPermissionError):
+                client.execute_command(*command.split())
+        running = Path(f"/proc/{fleet.containers[0].process.pid}/cmdline").read_bytes()
+        assert b"redis-server" in running
+        assert b"s3cretWord" not in running
 
 
 def test_nothing_is_published_beyond_this_machine(env_file: Path) -> None:
@@ -110,7 +162,7 @@ def test_nothing_is_published_beyond_this_machine(env_file: Path) -> None:
 def test_images_that_are_not_ours_are_pinned(env_file: Path) -> None:
     for name, said in services(env_file).items():
         if "build" not in said:
-            assert re.search(r":v?\d+\.\d+", said["image"]), f"{name}: {said['image']}"
+            assert re.search(r":v?\d+\.\d+\.\d+", said["image"]), f"{name}: {said['image']}"
 
 
 def test_every_file_that_is_mounted_exists(env_file: Path) -> None:
@@ -200,6 +252,8 @@ def test_a_coordinator_is_healthy_reads_a_corpus_by_itself_and_tells_what_is_que
         wait_until(lambda: queued_seconds() == 0, "nothing left to drain")
         assert fleet.stop(coordinator) == 0
         assert fleet.check(coordinator).returncode != 0
+        for container in fleet.containers:
+            assert "NOPERM" not in container.log.read_text(), "Redis' user may do all that the fleet does"
 
 
 def test_corpora_and_vectors_lie_in_a_bucket_with_the_credentials_of_the_env_file(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import tomllib
@@ -57,6 +58,17 @@ def test_images_run_as_a_user_without_rights_in_exec_form(target: str) -> None:
         dockerfile.command(target, instruction)
     scripts = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["scripts"]
     assert dockerfile.command(target, "ENTRYPOINT")[0] in scripts
+
+
+def test_no_folder_of_an_image_is_writable_for_everybody() -> None:
+    modes = re.findall(r"(?:-m|chmod) ?(\d+)", (REPOSITORY / "Dockerfile").read_text())
+    assert modes
+    assert all(int(mode, 8) & 0o002 == 0 for mode in modes)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_only_workers_have_a_volume_of_models(target: str) -> None:
+    assert ("/models" in (Dockerfile().said(target, "VOLUME") or "")) == target.startswith("worker")
 
 
 @pytest.mark.parametrize("target", ["worker-cpu", "worker-cuda"])

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
+import os
 import re
 import shutil
 import subprocess
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import kubernetes_validate
 import pytest
+import redis
+import redis.exceptions
 import yaml
+from e2e.harness import wait_until
+from redis_lab import free_port
 
 from deploy.images import REPOSITORY, Dockerfile, tool
 from embedstream import metrics
+from embedstream.connection import connect
 from embedstream.jobs import DEFAULT_MODEL, queue_name
 
 KUBERNETES = REPOSITORY / "deploy" / "kubernetes"
@@ -188,15 +196,126 @@ def test_only_workers_of_the_gpu_fleet_ask_for_a_device() -> None:
     assert container(the("Deployment", "worker", "base"))["image"].startswith("embedstream/worker-cpu:")
 
 
+def pods() -> list[Manifest]:
+    """Every pod's template, of all folders."""
+    made = [*all_manifests(), *render("gpu"), *render("base")]
+    return [each["spec"]["template"] for each in made if "template" in each.get("spec", {})]
+
+
 def test_pods_run_without_rights_and_as_the_image_does() -> None:
     user = int((Dockerfile().said("runtime", "USER") or "").split(":")[0])
-    for manifest in all_manifests():
-        if manifest["kind"] in ("Deployment", "StatefulSet", "Job"):
-            pod, inner = manifest["spec"]["template"]["spec"], container(manifest)
-            assert pod["securityContext"]["runAsNonRoot"] is True
-            assert inner["securityContext"]["readOnlyRootFilesystem"] is True
-            assert inner["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+    for template in pods():
+        pod = template["spec"]
+        assert pod["automountServiceAccountToken"] is False
+        assert pod["enableServiceLinks"] is False
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert not {"hostNetwork", "hostPID", "hostIPC"} & set(pod)
+        assert all("hostPath" not in volume for volume in pod.get("volumes", []))
+        for inner in pod["containers"]:
+            assert inner["securityContext"] == {
+                "allowPrivilegeEscalation": False,
+                "readOnlyRootFilesystem": True,
+                "capabilities": {"drop": ["ALL"]},
+            }
             assert inner["image"].startswith("redis:") or pod["securityContext"]["runAsUser"] == user
+        assert not {"initContainers", "ephemeralContainers"} & set(pod)
+
+
+def test_pods_are_bounded_in_memory_and_on_disk() -> None:
+    for template in pods():
+        for inner in template["spec"]["containers"]:
+            assert inner["resources"]["limits"]["memory"]
+            assert {"cpu", "memory"} <= set(inner["resources"]["requests"])
+        for volume in template["spec"].get("volumes", []):
+            assert "emptyDir" not in volume or volume["emptyDir"]["sizeLimit"]
+
+
+def test_images_have_the_version_of_the_project_or_a_release_of_their_own() -> None:
+    for template in pods():
+        for inner in template["spec"]["containers"]:
+            name, _, tag = inner["image"].partition(":")
+            ours = name.startswith("embedstream/")
+            assert tag == version("embedstream") if ours else re.match(r"\d+\.\d+\.\d+", tag), inner["image"]
+
+
+def test_no_other_pod_is_let_into_the_namespace_with_more_rights() -> None:
+    labels = the("Namespace", "embedstream")["metadata"]["labels"]
+    assert labels["pod-security.kubernetes.io/enforce"] == "restricted"
+
+
+def selects(selector: Manifest, template: Manifest) -> bool:
+    labels = template["metadata"].get("labels", {})
+    return selector.get("matchLabels", {}).items() <= labels.items() and all(
+        labels.get(each["key"]) in each["values"] for each in selector.get("matchExpressions", [])
+    )
+
+
+def admitted(template: Manifest) -> dict[str, list[Manifest]]:
+    """Who may connect to a pod, by the port's name."""
+    found: dict[str, list[Manifest]] = {}
+    for policy in render("base"):
+        if policy["kind"] == "NetworkPolicy" and selects(policy["spec"]["podSelector"], template):
+            for rule in policy["spec"].get("ingress", []):
+                for port in rule["ports"]:
+                    found.setdefault(port["port"], []).extend(rule["from"])
+    return found
+
+
+def test_only_the_fleet_reaches_redis_and_only_monitoring_reaches_metrics() -> None:
+    policies = {each["metadata"]["name"]: each["spec"] for each in render("base") if each["kind"] == "NetworkPolicy"}
+    assert policies["nobody"] == {"podSelector": {}, "policyTypes": ["Ingress"]}
+    assert "egress" not in policies["redis"]
+    assert "Egress" in policies["redis"]["policyTypes"]
+    for template in pods():
+        name = template["metadata"]["labels"]["app.kubernetes.io/name"]
+        ports = {port["name"] for inner in template["spec"]["containers"] for port in inner.get("ports", [])}
+        told = admitted(template)
+        assert set(told) == ports
+        for peer in told.get("redis", []):
+            assert "namespaceSelector" not in peer
+            reached = {
+                other["metadata"]["labels"]["app.kubernetes.io/name"]
+                for other in pods()
+                if selects(peer["podSelector"], other)
+            }
+            assert reached == {"coordinator", "submit", "worker"}
+        for peer in told.get("metrics", []):
+            assert peer == {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}, name
+
+
+def test_redis_starts_as_the_manifest_says_with_its_password_in_no_list_of_processes(tmp_path: Path) -> None:
+    inner = container(the("StatefulSet", "redis", "base"))
+    port = free_port()
+    where = ["--port", str(port), "--bind", "127.0.0.1", "--dir", str(tmp_path)]
+    path = f"{Path(tool('redis-server')).parent}{os.pathsep}{os.environ['PATH']}"
+    server = subprocess.Popen(
+        [*inner["command"], *inner["args"], *where],
+        env={"PATH": path, "REDISCLI_AUTH": "s3cretWord"},
+        stdout=subprocess.DEVNULL,
+    )
+    try:
+        url = f"redis://:s3cretWord@127.0.0.1:{port}/0"
+
+        def answers() -> bool:
+            with contextlib.suppress(redis.ConnectionError):
+                return bool(connect(url, retries=0).ping())
+            return False
+
+        wait_until(answers, "Redis")
+        client: Any = connect(url)
+        names = ("appendonly", "maxmemory-policy", "proto-max-bulk-len", "maxmemory")
+        told = [client.config_get(name)[name] for name in names]
+        assert told == ["yes", "noeviction", str(64 << 20), str(2 << 30)]
+        for command in ("FLUSHALL", "CONFIG SET dir /tmp"):
+            with pytest.raises(redis.exceptions.NoPermissionError):
+                client.execute_command(*command.split())
+        with pytest.raises(redis.AuthenticationError):
+            connect(url.replace("s3cretWord", "wrong")).ping()
+        assert b"s3cretWord" not in Path(f"/proc/{server.pid}/cmdline").read_bytes()
+    finally:
+        server.kill()
+        server.wait()
 
 
 def test_images_are_targets_of_the_dockerfile() -> None:
