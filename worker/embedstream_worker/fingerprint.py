@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from hashlib import blake2b, sha256
 from pathlib import Path
 from uuid import uuid4
 
 from embedstream_worker.cache import cache_folder
+from embedstream_worker.model_folder import model_files
 
-DECIDING_SUFFIXES = frozenset({".json", ".jinja", ".model", ".safetensors", ".spm", ".tiktoken", ".txt", ".vocab"})
+DECIDING_SUFFIXES = frozenset(
+    {".codes", ".jinja", ".json", ".model", ".safetensors", ".spm", ".tiktoken", ".txt", ".vocab"}
+)
 """Weights, configurations, tokenizers. Not: read-me files, and what is loaded only if it is trusted and needed."""
+
+PICKLED_WEIGHTS = "pytorch_model*.bin"
 
 _LEFT_OUT = frozenset({"data_config.json", "trainer_state.json", "requirements.txt"})  # say how it was trained
 
@@ -27,6 +31,7 @@ def folder_fingerprint(folder: Path, code: bool = False, pickle: bool = False) -
 
     Raises:
         OSError: a file cannot be read.
+        ModelError: what is a module cannot be told.
     """
     digest = blake2b(digest_size=16)
     for path in deciding_files(folder, code, pickle):
@@ -36,34 +41,24 @@ def folder_fingerprint(folder: Path, code: bool = False, pickle: bool = False) -
 
 def deciding_files(folder: Path, code: bool = False, pickle: bool = False) -> list[Path]:
     """The files that decide a folder's vectors, in the order of their relative names."""
-    found = {path for path in folder.iterdir() if path.is_file()}
-    for module in _module_folders(folder):
-        found.update(path for path in module.rglob("*") if path.is_file())
+    found = model_files(folder)
     deciding = {path for path in found if path.suffix in DECIDING_SUFFIXES and path.name not in _LEFT_OUT}
     if pickle:
-        deciding.update(path for path in found if path.match("pytorch_model*.bin"))
+        deciding.update(path for path in found if path.match(PICKLED_WEIGHTS))
     if code:
         deciding.update(path for path in folder.rglob("*.py") if path.is_file())
     return sorted(deciding, key=lambda path: path.relative_to(folder).as_posix())
 
 
-def _module_folders(folder: Path) -> set[Path]:
-    """The sub-folders of modules, those that a router names included."""
-    modules, router = folder / "modules.json", folder / "router_config.json"
-    names: list[str] = []
-    if modules.is_file():
-        names += [module["path"] for module in json.loads(modules.read_text("utf-8"))]
-    if router.is_file():
-        names += json.loads(router.read_text("utf-8"))["types"]
-    return {folder / name for name in names if name}
-
-
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file in hex. That of a large file is remembered by its path, size and time of change."""
+    """SHA-256 of a file in hex. That of a large file is remembered by its path and inode, its size and times of change.
+
+    Size and modification time alone can be copied from one file to another; the time of the inode's change cannot.
+    """
     stat = path.stat()
     if stat.st_size < _CACHED_BYTES:
         return sha256(path.read_bytes()).hexdigest()
-    key = f"{path.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}"
+    key = f"{path.resolve()}\0{stat.st_ino}\0{stat.st_size}\0{stat.st_mtime_ns}\0{stat.st_ctime_ns}"
     cache = cache_folder("sha256")
     remembered = cache / blake2b(key.encode(), digest_size=16).hexdigest()
     if known := _read_known(remembered):

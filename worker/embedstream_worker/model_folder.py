@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import re
-import struct
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PureWindowsPath
 
 from embedstream.errors import ModelError
-
-_LONGEST_HEADER_BYTES = 100_000_000  # safetensors' own bound
-_LOADABLE_PICKLES = "pytorch_model*.bin"
-_PICKLES = (_LOADABLE_PICKLES, "*.pt", "*.pth", "*.ckpt", "*.pkl")
-
+from embedstream_worker.model_settings import MODULE_KINDS, check_settings, read_json, read_settings
+from embedstream_worker.model_weights import check_weights
 
 TRUST_REMOTE_CODE = "Run Python files in the model's folder, if it needs them: only of authors that you trust."
 ALLOW_PICKLE = "Load pickled weights if there are no others: only of authors that you trust."
 """How the flags of the commands put it."""
+
+_HAVE_WEIGHTS = {"CNN", "Dense", "LayerNorm", "StaticEmbedding", "Transformer", "WeightedLayerPooling"}
+_PLAIN = "sentence_transformers.models.Transformer"  # what a folder without modules.json is read as
+_OR_TRUST = "or, if you trust its authors, start the worker with --trust-remote-code (EMBEDSTREAM_TRUST_REMOTE_CODE=1)"
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,21 @@ class Trust:
 NOTHING = Trust()
 
 
+@dataclass(frozen=True)
+class Module:
+    """One module of a model, as its `modules.json` or a router names it."""
+
+    folder: Path
+    type_name: str
+    listing: Path
+    """The file that names it."""
+
+    @property
+    def kind(self) -> str | None:
+        """Its class in sentence-transformers; None for any other."""
+        return MODULE_KINDS.get(self.type_name)
+
+
 def check_folder(folder: Path, trust: Trust = NOTHING) -> Trust:
     """Prove that a model folder can be loaded without running anything of its own but what is trusted.
 
@@ -45,45 +60,100 @@ def check_folder(folder: Path, trust: Trust = NOTHING) -> Trust:
     Raises:
         ModelError: a file is missing, broken or a pickle, or the model needs code of its own; names the file.
     """
-    modules = folder / "modules.json"
-    if not modules.is_file():
-        return _check_transformer(folder, trust)
-    listed = _read_json(modules)
-    if not isinstance(listed, list) or not listed:
-        raise ModelError(f"{modules}: lists no modules; fetch the model again")
-    needs = NOTHING
-    for module in listed:
-        if not isinstance(module, dict) or not isinstance(module.get("path"), str):
-            raise ModelError(f"{modules}: a module has no path; fetch the model again")
-        needs |= _check_module(folder, module["path"], str(module.get("type")), modules, trust)
+    try:
+        needs = NOTHING
+        for module in list_modules(folder):
+            needs |= _check_module(folder, module, trust)
+        for path in model_files(folder):
+            if path.is_symlink():
+                _check_link(folder, path)
+            if path.name == "adapter_config.json":
+                raise ModelError(
+                    f"{path}: an adapter is not loaded; merge it with its base model and give the merged folder"
+                )
+            if not needs.code:  # which could do all that settings can
+                check_settings(path)
+    except (OSError, ValueError, RuntimeError) as error:  # paths that no system takes, links in a circle
+        raise ModelError(f"{folder}: not readable as a model ({error}); fetch the model again") from error
     return needs
 
 
-def _check_module(root: Path, path: str, type_name: str, listing: Path, trust: Trust) -> Trust:
-    folder = root / path
-    if not folder.resolve().is_relative_to(root.resolve()):
-        raise ModelError(f"{listing}: module path {path} leads out of the folder; fetch the model again")
-    if not type_name.startswith("sentence_transformers."):
+def list_modules(root: Path) -> list[Module]:
+    """The modules of a model folder, those of routers and the routers themselves included.
+
+    Raises:
+        ModelError: the lists make no sense, or name what lies outside the folder.
+    """
+    listing = root / "modules.json"
+    if not listing.is_file():
+        return [Module(root, _PLAIN, root / "config.json")]
+    listed = read_json(listing)
+    if not isinstance(listed, list) or not listed:
+        raise ModelError(f"{listing}: lists no modules; fetch the model again")
+    if not all(isinstance(entry, dict) and isinstance(entry.get("path"), str) for entry in listed):
+        raise ModelError(f"{listing}: a module has no path; fetch the model again")
+    waiting = deque(_module(root, root, entry["path"], entry.get("type"), listing) for entry in listed)
+    found, routers = [], set[Path]()
+    while waiting:
+        found.append(module := waiting.popleft())
+        if module.kind != "Router":
+            continue
+        if (resolved := module.folder.resolve()) in routers:
+            raise ModelError(f"{module.listing}: {module.folder} is listed twice; fetch the model again")
+        routers.add(resolved)
+        waiting.extend(_routed(root, module.folder))
+    return found
+
+
+def model_files(root: Path) -> list[Path]:
+    """The files that loading may look at: those in the folder itself, and all below the folders of its modules.
+
+    In the order of their relative names. Raises as `list_modules`.
+    """
+    found = {path for path in root.iterdir() if path.is_file()}
+    for folder in {module.folder for module in list_modules(root)} - {root}:
+        found.update(path for path in folder.rglob("*") if path.is_file())
+    return sorted(found, key=lambda path: path.relative_to(root).as_posix())
+
+
+def _routed(root: Path, folder: Path) -> Iterator[Module]:
+    """A router's modules, by whichever file sentence-transformers would read."""
+    for listing in folder / "router_config.json", folder / "config.json":
+        if content := read_settings(listing) if listing.is_file() else {}:
+            break
+    types = content.get("types")
+    if not isinstance(types, dict):
+        raise ModelError(f"{folder / 'router_config.json'}: missing, or lists no modules; fetch the model again")
+    for path, type_name in types.items():
+        yield _module(root, folder, path, type_name, listing)
+
+
+def _module(root: Path, base: Path, path: str, type_name: object, listing: Path) -> Module:
+    written = PureWindowsPath(path)  # knows the separators of all systems
+    folder = base / path
+    if "\0" in path or written.anchor or ".." in written.parts or not folder.resolve().is_relative_to(root.resolve()):
+        raise ModelError(f"{listing}: module path {path!r} leads out of the folder; fetch the model again")
+    return Module(folder, str(type_name), listing)
+
+
+def _check_module(root: Path, module: Module, trust: Trust) -> Trust:
+    if not module.type_name.startswith("sentence_transformers."):
         if not trust.code:
             raise ModelError(
-                f"{listing}: module type {type_name} is code of the model's own, which is not run; "
+                f"{module.listing}: module type {module.type_name} is code of the model's own, which is not run; "
                 f"use a model made of sentence-transformers' modules, {_OR_TRUST}"
             )
-        _check_code(root, [type_name], listing)
-        return Trust(code=True) | _check_weights(folder, False, trust)
-    kind = type_name.rpartition(".")[2]
-    if kind == "Router" or (folder / "router_config.json").is_file():
-        router = folder / "router_config.json"
-        types = _read_json(router).get("types") if router.is_file() else None
-        if not isinstance(types, dict):
-            raise ModelError(f"{router}: missing, or lists no modules; fetch the model again")
-        needs = NOTHING
-        for sub_path, sub_type in types.items():
-            needs |= _check_module(folder, sub_path, str(sub_type), router, trust)
-        return needs
-    if kind == "Transformer":
-        return _check_transformer(folder, trust)
-    return _check_weights(folder, kind in ("Dense", "StaticEmbedding"), trust) if folder.is_dir() else NOTHING
+        _check_code(root, [module.type_name], module.listing)
+        return Trust(code=True, pickle=check_weights(module.folder, True, False, trust.pickle))
+    if module.kind is None:
+        known = ", ".join(sorted(set(MODULE_KINDS.values())))
+        raise ModelError(
+            f"{module.listing}: module type {module.type_name} is not supported; use a model made of {known} modules"
+        )
+    needs = _check_transformer(module.folder, trust) if module.kind == "Transformer" else NOTHING
+    if module.kind in _HAVE_WEIGHTS:
+        needs |= Trust(pickle=check_weights(module.folder, module.kind == "Transformer", True, trust.pickle))
+    return needs
 
 
 def _check_transformer(folder: Path, trust: Trust) -> Trust:
@@ -92,9 +162,7 @@ def _check_transformer(folder: Path, trust: Trust) -> Trust:
         if (folder / "adapter_config.json").is_file():
             raise ModelError(f"{folder}: an adapter without its base model; merge the two and give the merged folder")
         raise ModelError(f"{config}: missing; give a sentence-transformers or transformers model folder")
-    settings = _read_json(config)
-    if not isinstance(settings, dict):
-        raise ModelError(f"{config}: not a model configuration; fetch the model again")
+    settings = read_settings(config)
     needs = NOTHING
     if settings.get("auto_map") and not _is_native(str(settings.get("model_type"))):
         if not trust.code:
@@ -105,13 +173,10 @@ def _check_transformer(folder: Path, trust: Trust) -> Trust:
         _check_code(folder, _references(settings["auto_map"]), config)
         needs = Trust(code=True)
     tokenizer = folder / "tokenizer_config.json"
-    if trust.code and tokenizer.is_file() and (own := _read_json(tokenizer).get("auto_map")):
+    if trust.code and tokenizer.is_file() and (own := read_settings(tokenizer).get("auto_map")):
         _check_code(folder, _references(own), tokenizer)
         needs = Trust(code=True)
-    return needs | _check_weights(folder, True, trust)
-
-
-_OR_TRUST = "or, if you trust its authors, start the worker with --trust-remote-code (EMBEDSTREAM_TRUST_REMOTE_CODE=1)"
+    return needs
 
 
 def _references(auto_map: object) -> list[str]:
@@ -138,66 +203,9 @@ def _is_native(model_type: str) -> bool:
     return model_type in CONFIG_MAPPING
 
 
-def _check_weights(folder: Path, needed: bool, trust: Trust) -> Trust:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        weight_map = _read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ModelError(f"{index}: lists no weights; fetch the model again")
-        for name in sorted({str(name) for name in weight_map.values()}):
-            check_safetensors(folder / name)
-        return NOTHING
-    weights = folder / "model.safetensors"
-    if weights.is_file():
-        check_safetensors(weights)
-        return NOTHING
-    if trust.pickle and any(folder.glob(_LOADABLE_PICKLES)):
-        return Trust(pickle=True)
-    for pattern in _PICKLES:
-        for pickled in sorted(folder.glob(pattern)):
-            raise ModelError(
-                f"{pickled}: pickled weights are not loaded, because a pickle can run code; use a revision with "
-                f"model.safetensors, convert it, or, if you trust its authors, start the worker with --allow-pickle "
-                f"(EMBEDSTREAM_ALLOW_PICKLE=1)"
-            )
-    if needed:
-        raise ModelError(f"{weights}: missing; fetch the model again")
-    return NOTHING
-
-
-def check_safetensors(path: Path) -> None:
-    """Prove that a safetensors file is whole, by its header alone.
-
-    Raises:
-        ModelError: it is missing, empty, cut off, or not a safetensors file.
-    """
-    if not path.is_file():
-        raise ModelError(f"{path}: missing; fetch the model again")
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        if start.startswith(b"version "):
-            raise ModelError(f"{path}: a Git LFS pointer, not the weights; run `git lfs pull` in its folder")
-        if len(start) < 8:
-            raise ModelError(f"{path}: empty or cut off ({size} bytes); fetch the model again")
-        (header_bytes,) = struct.unpack("<Q", start)
-        if header_bytes > _LONGEST_HEADER_BYTES:
-            raise ModelError(f"{path}: not a safetensors file; fetch the model again")
-        header = file.read(header_bytes)
-    try:
-        tensors: dict[str, Any] = json.loads(header)
-        ends = [int(tensor["data_offsets"][1]) for name, tensor in tensors.items() if name != "__metadata__"]
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise ModelError(f"{path}: its header is broken or cut off; fetch the model again") from error
-    if not ends:
-        raise ModelError(f"{path}: holds no weights; fetch the model again")
-    expected = 8 + header_bytes + max(ends)
-    if size != expected:
-        raise ModelError(f"{path}: has {size} bytes, its header says {expected}; fetch the model again")
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: not readable as JSON ({error}); fetch the model again") from error
+def _check_link(root: Path, path: Path) -> None:
+    """The hub's cache keeps files in `blobs`, and links to them in `snapshots/COMMIT`."""
+    root, target = root.resolve(), path.resolve()
+    blobs = root.parent.parent / "blobs"
+    if not (target.is_relative_to(root) or (root.parent.name == "snapshots" and target.is_relative_to(blobs))):
+        raise ModelError(f"{path}: a link out of the folder; put the file itself there")

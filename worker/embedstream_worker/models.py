@@ -8,17 +8,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from embedstream.errors import ModelError
-from embedstream_worker.fingerprint import file_sha256, folder_fingerprint
+from embedstream.jobs import model_folder
+from embedstream_worker.fingerprint import DECIDING_SUFFIXES, PICKLED_WEIGHTS, file_sha256, folder_fingerprint
 from embedstream_worker.model_folder import NOTHING, Trust, check_folder
 
 HUB_TIMEOUT_SECONDS = 10.0
 """How long the hub may take to answer before it counts as out of reach."""
 
-_NOT_DOWNLOADED = [
-    *("*.bin", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.ot", "*.pickle", "*.pkl", "*.pt"),
-    *("*.pth", "*.py", "*.tflite", "onnx/*", "openvino/*", "coreml/*"),
-]
-"""Never loaded unless trusted: pickles, code, and the weights of other runtimes."""
+_OTHER_RUNTIMES = ["onnx/*", "openvino/*", "coreml/*"]
 
 
 @dataclass(frozen=True)
@@ -61,30 +58,37 @@ _CARRIED = {
 _CARRIED |= {name.rpartition("/")[2]: carried for name, carried in _CARRIED.items()}
 
 
-def resolve_model(name: str, revision: str | None = None, trust: Trust = NOTHING) -> ModelFolder:
+def resolve_model(name: str, revision: str | None = None, trust: Trust = NOTHING, offline: bool = False) -> ModelFolder:
     """Find a model: an existing folder, else what an installed package carries, else the Hugging Face hub.
 
-    A package is used only when no revision is asked for, and only if its weights are upstream's.
+    A package is used only when no revision is asked for, and only if its weights are upstream's. `offline`: of the hub,
+    only what was fetched before.
 
     Raises:
         ModelError: it cannot be found, fetched, trusted or loaded; the message says which, and what to do.
     """
-    folder = Path(name).expanduser()
-    if folder.is_dir():
+    folder = model_folder(name)
+    if folder is not None and folder.is_dir():
         if revision is not None:
             raise ModelError(f"--revision {revision}: {name} is a folder and has no revisions; leave it out")
         found = ModelFolder(folder.resolve(), name, None, f"from folder {folder.resolve()}")
     else:
-        found = (None if revision else _find_carried(name)) or _fetch(name, revision, _ignored(trust))
+        find = _find_cached if offline else _fetch
+        found = (None if revision else _find_carried(name)) or find(name, revision, _wanted(trust))
     needs = check_folder(found.path, trust)
     source = found.source + ", runs code of its own" * needs.code + ", pickled weights" * needs.pickle
     return replace(found, needs=needs, source=source)
 
 
-def _ignored(trust: Trust) -> list[str]:
-    """Files of a hub's model that are not fetched."""
-    wanted = {"*.py": trust.code, "*.bin": trust.pickle}
-    return [pattern for pattern in _NOT_DOWNLOADED if not wanted.get(pattern, False)]
+def is_carried(name: str) -> bool:
+    """Whether an installed package carries the model: it is there because the user installed it."""
+    return model_folder(name) is None and _find_carried(name) is not None
+
+
+def _wanted(trust: Trust) -> list[str]:
+    """Files of a hub's model that are fetched: those that its fingerprint covers."""
+    patterns = [f"*{suffix}" for suffix in sorted(DECIDING_SUFFIXES)]
+    return patterns + ["*.py"] * trust.code + [f"*{PICKLED_WEIGHTS}"] * trust.pickle
 
 
 def _find_carried(name: str) -> ModelFolder | None:
@@ -105,7 +109,7 @@ def _find_carried(name: str) -> ModelFolder | None:
     return ModelFolder(folder, name, None, f"from package {carried.distribution} {version}, weights verified")
 
 
-def _fetch(name: str, revision: str | None, ignored: list[str]) -> ModelFolder:
+def _fetch(name: str, revision: str | None, wanted: list[str]) -> ModelFolder:
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -117,7 +121,7 @@ def _fetch(name: str, revision: str | None, ignored: list[str]) -> ModelFolder:
     try:
         # Asked first, because downloads by themselves wait for ever for a hub that does not answer.
         commit = HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT_SECONDS).sha
-        path = snapshot_download(name, revision=commit, ignore_patterns=ignored)
+        path = snapshot_download(name, revision=commit, allow_patterns=wanted, ignore_patterns=_OTHER_RUNTIMES)
     except HFValidationError as error:
         raise ModelError(f"model {name}: no such folder, and not a Hugging Face id (owner/name)") from error
     except RevisionNotFoundError as error:
@@ -129,24 +133,35 @@ def _fetch(name: str, revision: str | None, ignored: list[str]) -> ModelFolder:
             f"model {name}: no such folder, and the hub has no such model (or it is private: set HF_TOKEN)"
         ) from error
     except Exception as error:  # noqa: BLE001 - whatever the HTTP library of the day raises: the cache serves still
-        path = _find_cached(name, revision, ignored, error)
-    commit = Path(path).name
-    return ModelFolder(Path(path), name, commit, f"from the Hugging Face hub, revision {commit}")
+        return _find_cached(name, revision, wanted, _first_line(error))
+    return _from_hub(name, path)
 
 
-def _find_cached(name: str, revision: str | None, ignored: list[str], trouble: Exception) -> str:
+def _find_cached(name: str, revision: str | None, wanted: list[str], trouble: str = "not asked") -> ModelFolder:
     from huggingface_hub import snapshot_download
 
     try:
-        return snapshot_download(name, revision=revision, ignore_patterns=ignored, local_files_only=True)
-    except (OSError, ValueError):
+        path = snapshot_download(
+            name,
+            revision=revision,
+            allow_patterns=wanted,
+            ignore_patterns=_OTHER_RUNTIMES,
+            local_files_only=True,
+        )
+    except (OSError, ValueError) as error:
         wanted = name if revision is None else f"{name} at revision {revision}"
         carried = _CARRIED.get(name)
         hint = f", or install the package {carried.distribution}, which carries it" if carried and not revision else ""
         raise ModelError(
             f"model {wanted}: no such folder, not in the local cache, and not to be had from the Hugging Face hub "
-            f"({_first_line(trouble)}); connect, or give a folder with --model{hint}"
-        ) from trouble
+            f"({trouble}); connect, or give a folder with --model{hint}"
+        ) from error
+    return _from_hub(name, path)
+
+
+def _from_hub(name: str, path: str) -> ModelFolder:
+    commit = Path(path).name
+    return ModelFolder(Path(path), name, commit, f"from the Hugging Face hub, revision {commit}")
 
 
 def _first_line(error: Exception) -> str:

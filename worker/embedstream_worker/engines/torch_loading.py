@@ -37,7 +37,12 @@ def load_model(folder: ModelFolder, device: torch.device) -> SentenceTransformer
                 device=str(device),
                 local_files_only=True,
                 trust_remote_code=folder.needs.code,
-                model_kwargs={"dtype": torch.float32, "use_safetensors": None if folder.needs.pickle else True},
+                # These come after what the folder's own settings say.
+                model_kwargs={
+                    "dtype": torch.float32,
+                    "use_safetensors": None if folder.needs.pickle else True,
+                    "weights_only": True,
+                },
             )
         except Exception as error:
             reason = str(error).strip().splitlines() or [type(error).__name__]

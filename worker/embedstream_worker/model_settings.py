@@ -1,0 +1,206 @@
+"""What the JSON files of a model folder may say: how vectors are computed, never what is run or fetched.
+
+sentence-transformers and transformers hand much of what these files say on as keyword arguments and attributes. Some of
+those choose classes to import, kernels to fetch, files to unpickle. So modules and arguments are allowed by name; of
+`config.json`, whose names are as many as there are architectures, what reaches beyond the folder is refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from embedstream.errors import ModelError
+
+_BASE = {"Dense": "dense", "Normalize": "normalize", "Router": "router", "Transformer": "transformer"}
+_DENSE = {
+    "CNN": "cnn",
+    "Dropout": "dropout",
+    "LayerNorm": "layer_norm",
+    "Pooling": "pooling",
+    "StaticEmbedding": "static_embedding",
+    "WeightedLayerPooling": "weighted_layer_pooling",
+}
+_OLD, _NEW = "sentence_transformers.models", "sentence_transformers.sentence_transformer.modules"
+
+
+def _spellings() -> dict[str, str]:
+    kinds = {f"{_NEW}.normalize.Normalize": "Normalize", "sentence_transformers.base.modules.router.Asym": "Router"}
+    kinds |= {f"{_OLD}.Asym": "Router", f"{_OLD}.Asym.Asym": "Router", f"{_NEW}.Asym": "Router"}
+    for home, files in ("sentence_transformers.base.modules", _BASE), (_NEW, _DENSE):
+        for kind, file in files.items():
+            names = (
+                f"{_OLD}.{kind}",
+                f"{_OLD}.{kind}.{kind}",
+                f"{_NEW}.{kind}",
+                f"{home}.{kind}",
+                f"{home}.{file}.{kind}",
+            )
+            kinds |= dict.fromkeys(names, kind)
+    return kinds
+
+
+MODULE_KINDS = _spellings()
+"""sentence-transformers' modules of which models are made that an engine runs, in all spellings: type -> class."""
+
+TRANSFORMER_SETTINGS = tuple(
+    f"sentence_{name}_config.json"
+    for name in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+)
+"""What a Transformer module's settings may be called."""
+
+_ATTENTION = ("eager", "sdpa")
+_EXPERTS = ("eager", "batched_mm", "grouped_mm")
+_CHOICES = {  # any other name is that of a kernel: code, fetched from the hub
+    "attn_implementation": _ATTENTION,
+    "_attn_implementation": _ATTENTION,
+    "experts_implementation": _EXPERTS,
+    "_experts_implementation": _EXPERTS,
+}
+
+# sentence-transformers drops trust_remote_code, and the worker's own word comes after it.
+_EVERYWHERE = {"dtype", "torch_dtype", "trust_remote_code"}
+_MODEL_ARGUMENTS = _EVERYWHERE | {"add_pooling_layer", "attn_implementation"}
+_CONFIG_ARGUMENTS = _EVERYWHERE | {
+    *("attn_implementation", "is_causal", "is_decoder", "num_labels", "output_attentions", "output_hidden_states"),
+    *("use_bidirectional_attention", "use_cache"),
+}
+_TOKENIZER_ARGUMENTS = _EVERYWHERE | {
+    *("add_bos_token", "add_eos_token", "add_prefix_space", "clean_up_tokenization_spaces", "do_lower_case"),
+    *("fix_mistral_regex", "from_slow", "legacy", "model_max_length", "padding_side", "strip_accents"),
+    *("tokenize_chinese_chars", "truncation_side", "use_fast"),
+}
+_ARGUMENTS = {
+    "model_args": _MODEL_ARGUMENTS,
+    "model_kwargs": _MODEL_ARGUMENTS,
+    "config_args": _CONFIG_ARGUMENTS,
+    "config_kwargs": _CONFIG_ARGUMENTS,
+    "tokenizer_args": _TOKENIZER_ARGUMENTS,
+    "processor_kwargs": _TOKENIZER_ARGUMENTS,
+}
+_TRANSFORMER_KEYS = {
+    *("do_lower_case", "document_length", "max_seq_length", "modality_config", "module_output_name"),
+    *("processing_kwargs", "query_expansion", "query_length", "transformer_task", "unpad_inputs"),
+}
+
+_BEYOND = frozenset(
+    {
+        *("configuration_files", "transformers_weights", "gguf_file", "adapter_kwargs"),  # other files
+        *("quantization_config", "fusion_config", "distributed_config"),  # other packages
+        *("allow_all_kernels", "kernel_config", "use_kernels"),  # kernels from the hub
+        *("backbone", "pretrained_cfg", "use_pretrained_backbone", "use_timm_backbone"),  # other models
+        *("audio_tokenizer", "processor_class", "sudachi_kwargs"),  # not for texts; plug-ins
+    }
+)
+
+# An AutoTokenizer or RagTokenizer would load more folders, and ask on the terminal whether to run their code.
+_TOKENIZER_CLASS = re.compile(
+    r"(?!Auto|Rag)[A-Z]\w*Tokenizer(Fast)?|(Tokenizers|Python|SentencePiece|MistralCommon)Backend"
+)
+_ACTIVATION = re.compile(r"torch\.nn\.(modules\.(activation|linear)\.)?[A-Z]\w*")
+
+
+def check_settings(path: Path) -> None:
+    """Prove that a JSON file of a model folder chooses nothing that is run or fetched.
+
+    Raises:
+        ModelError: it does, or is not readable; names the setting.
+    """
+    check = _CHECKS.get(path.name)
+    if check is None:
+        return
+    for refused in check(read_settings(path)):
+        raise ModelError(f"{path}: {refused} is not for a model folder to choose; remove it, or use another model")
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file's content. Raises `ModelError`."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: not readable as JSON ({error}); fetch the model again") from error
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The same for a file that holds an object."""
+    settings = read_json(path)
+    if not isinstance(settings, dict):
+        raise ModelError(f"{path}: not a configuration; fetch the model again")
+    return settings
+
+
+def _in_config(settings: dict[str, Any]) -> Iterator[str]:
+    """The refused settings of a `config.json`, a tokenizer's or a processor's, those of nested configurations too."""
+    yield from _in_values(settings)
+    name = settings.get("tokenizer_class")
+    if name is not None and not (isinstance(name, str) and _TOKENIZER_CLASS.fullmatch(name)):
+        yield f"tokenizer_class {name}"
+    activation = settings.get("activation_function")
+    if isinstance(activation, str) and "." in activation and not _ACTIVATION.fullmatch(activation):
+        yield f"activation_function {activation}"
+
+
+def _in_values(value: object, nested: bool = False) -> Iterator[str]:
+    if isinstance(value, list):
+        for item in value:
+            yield from _in_values(item, nested=True)
+    if not isinstance(value, dict):
+        return
+    for key, item in value.items():
+        if item and (key in _BEYOND or (key == "auto_map" and nested)):
+            yield key
+        elif key in _CHOICES and not _is_choice(item, _CHOICES[key]):
+            yield f"{key} {item}"
+        yield from _in_values(item, nested=True)
+
+
+def _is_choice(value: object, choices: tuple[str, ...]) -> bool:
+    if isinstance(value, dict):  # one for each nested configuration
+        return all(_is_choice(item, choices) for item in value.values())
+    return value is None or value in choices
+
+
+def _in_transformer(settings: dict[str, Any]) -> Iterator[str]:
+    """The refused settings of a Transformer module."""
+    for key, value in settings.items():
+        if key in _ARGUMENTS:
+            yield from (f"{key}.{refused}" for refused in _in_arguments(value, _ARGUMENTS[key]))
+        elif key not in _TRANSFORMER_KEYS:
+            yield key
+    if (task := settings.get("transformer_task")) not in (None, "feature-extraction"):
+        yield f"transformer_task {task}"
+    modalities = settings.get("modality_config") or {}
+    for name, modality in modalities.items() if isinstance(modalities, dict) else [("", None)]:
+        if not isinstance(modality, dict) or modality.get("method") != "forward":  # any other method would be called
+            yield f"modality_config.{name}"
+
+
+def _in_arguments(arguments: object, allowed: set[str]) -> Iterator[str]:
+    if not isinstance(arguments, dict):
+        yield str(arguments)
+        return
+    for key, value in arguments.items():
+        if key not in allowed or not isinstance(value, str | int | float | None):
+            yield key
+        elif key in _CHOICES and not _is_choice(value, _CHOICES[key]):
+            yield f"{key} {value}"
+
+
+def _in_model(settings: dict[str, Any]) -> Iterator[str]:
+    """Models of other kinds are rebuilt by sentence-transformers out of modules that are not listed."""
+    if (kind := settings.get("model_type")) not in (None, "SentenceTransformer"):
+        yield f"model_type {kind}"
+
+
+_CHECKS: dict[str, Callable[[dict[str, Any]], Iterator[str]]] = {
+    "config.json": _in_config,
+    "tokenizer_config.json": _in_config,
+    "processor_config.json": _in_config,
+    "preprocessor_config.json": _in_config,
+    "video_preprocessor_config.json": _in_config,
+    "config_sentence_transformers.json": _in_model,
+    **dict.fromkeys(TRANSFORMER_SETTINGS, _in_transformer),
+}
