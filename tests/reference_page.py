@@ -61,6 +61,8 @@ def commands() -> dict[str, click.Command]:
 def variables(option: click.Option) -> list[str]:
     """The environment variables that click reads for an option, the first that is set."""
     if option.envvar is None:
+        if not option.allow_from_autoenv:
+            return []
         assert option.name is not None
         return [f"{ENV_PREFIX}_{option.name.upper()}"]
     return [option.envvar] if isinstance(option.envvar, str) else list(option.envvar)

@@ -13,19 +13,23 @@ from embedstream.dataset.manifest import manifest_spec
 from embedstream.dataset.search import search
 from embedstream.dataset.sink import Manifest, canonical_output
 from embedstream.errors import ModelError, OutputError
-from embedstream.jobs import JobSpec
-from embedstream_worker.engines import EngineName, make_engine
+from embedstream.jobs import JobSpec, model_address, model_folder
+from embedstream_worker import known_models
+from embedstream_worker.engines import HASHING_MODEL, EngineName, make_engine
 from embedstream_worker.engines.base import TokenBatch
 from embedstream_worker.engines.precision import Dtype
 from embedstream_worker.jobs import space_id
 from embedstream_worker.model_folder import NOTHING, Trust
+from embedstream_worker.models import is_carried, resolve_model
 
 TEXT_WIDTH = 200
 """Characters of a text that are shown."""
 
 
-def show_nearest(folder: str, query: str, k: int, trust: Trust = NOTHING) -> None:
+def show_nearest(folder: str, query: str, k: int, model: str | None = None, trust: Trust = NOTHING) -> None:
     """Print the `k` chunks of the dataset in `folder` that are nearest to the query.
+
+    `model`: as the user names it, where the dataset's own name for it does not do.
 
     Raises:
         OutputError: no finished dataset lies there, or it is empty.
@@ -37,27 +41,35 @@ def show_nearest(folder: str, query: str, k: int, trust: Trust = NOTHING) -> Non
         raise OutputError(f"{folder}: no manifest: not a dataset, or its job has not ended yet")
     if not manifest.rows:
         raise OutputError(f"{folder}: the dataset is empty")
-    vector = embed_query(query, manifest, manifest_spec(manifest), trust)
+    vector = embed_query(query, manifest, manifest_spec(manifest), model, trust)
     for hit in search(folder, vector, k):
         click.echo(f"{hit.score:.3f}  {printable(hit.id)}")
         if hit.text is not None:
             click.echo(f"       {printable(hit.text)}")
 
 
-def embed_query(query: str, manifest: Manifest, spec: JobSpec, trust: Trust = NOTHING) -> npt.NDArray[np.float32]:
+def embed_query(
+    query: str, manifest: Manifest, spec: JobSpec, model: str | None = None, trust: Trust = NOTHING
+) -> npt.NDArray[np.float32]:
     """The query's vector [dim], by the dataset's own model and settings, in the role of a query.
 
     Raises:
-        ModelError: the model is not the one that made the dataset any more.
+        ModelError: the model may not be loaded, or is not the one that made the dataset.
     """
     name: EngineName = "hashing" if manifest.engines == ("hashing",) else "auto"
     dtype: Dtype = "int8" if any(shard.dtype == "int8" for shard in manifest.shards) else "auto"
-    engine, _ = make_engine(name, spec.model, spec.revision, dtype=dtype, trust=trust)
+    chosen, revision = (HASHING_MODEL, None) if name == "hashing" else _choose(spec, model, trust)
+    engine, _ = make_engine(name, chosen, revision, dtype=dtype, trust=trust)
     engine.start()
     info = engine.info
     max_length = spec.max_length or info.max_length
     if space_id(info, spec, engine.prompt(spec.role, spec.prompt, spec.prompt_name), max_length) != manifest.space:
-        raise ModelError(f"{spec.model} is no longer the model that made this dataset: its vectors cannot be compared")
+        raise ModelError(
+            f"{model or spec.model} is not the model that made this dataset ({spec.model}, as it was then): its "
+            f"vectors cannot be compared; give that model with --model"
+        )
+    if model is not None:
+        known_models.remember(model_address(model), info.fingerprint)
     prompt = engine.prompt("query", None, None)
     tokenizer = engine.tokenizer()
     tokens = tokenizer.encode([prompt + query], max_length)
@@ -65,6 +77,37 @@ def embed_query(query: str, manifest: Manifest, spec: JobSpec, trust: Trust = NO
     batch = TokenBatch(tokens.ids, tokens.offsets, len(tokens.ids), prompt_length, "query")
     vector: npt.NDArray[np.float32] = next(iter(engine.embed(batch).values()))[0]
     return vector
+
+
+def _choose(spec: JobSpec, model: str | None, trust: Trust) -> tuple[str, str | None]:
+    """Name and revision of the model to load: a dataset may come from anybody, and loading a model is no small matter.
+
+    So it is the one that the user names, or one that was loaded for this user before by the name in the dataset, with
+    the same content, or that an installed package carries. The hub is not asked for a name out of a dataset.
+
+    Raises:
+        ModelError: there is none.
+    """
+    if model is not None:
+        return model, spec.revision if model == spec.model else None
+    if spec.model == HASHING_MODEL or (spec.revision is None and is_carried(spec.model)):
+        return spec.model, None
+    before = known_models.fingerprints(spec.model)
+    if not before:
+        raise ModelError(
+            f"the dataset's model {spec.model} was never used by you on this machine, and is not loaded because a "
+            f"dataset names it: give it, or the folder where it lies, with --model"
+        )
+    place = model_folder(spec.model)
+    if place is not None and not place.is_dir():
+        raise ModelError(f"the dataset's model {spec.model} is no longer there: say with --model where it lies now")
+    folder = resolve_model(spec.model, spec.revision, trust, offline=True)
+    fingerprint = folder.fingerprint()
+    if not any(known.startswith(fingerprint) for known in before):  # int8 adds to it
+        raise ModelError(
+            f"the dataset's model {spec.model} has changed since you used it: look at it, and give it with --model"
+        )
+    return str(folder.path), None
 
 
 def printable(text: str) -> str:

@@ -19,6 +19,7 @@ from embedstream.errors import ModelError
 from embedstream.preflight import check
 from embedstream.settings import WorkerSettings
 from embedstream.workers import InHand, WorkerRecord
+from embedstream_worker import known_models
 from embedstream_worker.ahead import Ahead
 from embedstream_worker.engines.base import Engine, EngineInfo, OutOfMemory
 from embedstream_worker.engines.precision import cpu_cores
@@ -121,6 +122,7 @@ class Worker:
             with self.life.starting(LOADING):
                 self._engine.start()
             info = self._info = self._engine.info
+            known_models.remember(self._plan.model.name, info.fingerprint)
             self.meter.loaded(self.name, self._plan.model.name, info.engine, info.device, info.dtype)
             if not self.life.stopping.is_set():
                 begun = time.perf_counter()
