@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import socket
 import struct
 from collections.abc import Iterator
 from pathlib import Path
 
+import huggingface_hub
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 
 from embedstream.errors import ModelError
 from embedstream_worker import models
@@ -171,6 +174,41 @@ def test_a_name_that_is_neither_folder_nor_id_says_so() -> None:
         resolve_model("/no/such/folder")
 
 
+@pytest.mark.parametrize(
+    ("trust", "fetched"),
+    [
+        (Trust(), set()),
+        (Trust(code=True), {"modeling.py", "2_Dense/own.py"}),
+        (Trust(pickle=True), {"pytorch_model-1.bin", "2_Dense/pytorch_model.bin"}),
+    ],
+    ids=["untrusted", "code", "pickle"],
+)
+def test_only_what_is_loaded_is_fetched_from_the_hub(
+    trust: Trust, fetched: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed = {"config.json", "model.safetensors", "1_Pooling/config.json", "vocab.txt", "spm.model"}
+    never = {
+        "weights.dat",
+        "model.pkl",
+        "rust_model.ot",
+        "tf_model.h5",
+        "onnx/config.json",
+        "training_args.bin",
+        "a.so",
+    }
+    there = [*needed, *never, "modeling.py", "2_Dense/own.py", "pytorch_model-1.bin", "2_Dense/pytorch_model.bin"]
+    asked: list[str] = []
+
+    def snapshot(_: str, *, allow_patterns: list[str], ignore_patterns: list[str], **__: object) -> str:
+        asked.extend(filter_repo_objects(there, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns))
+        raise ValueError("none of it is here")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    with pytest.raises(ModelError, match="not in the local cache"):
+        resolve_model("nobody/nothing", "v1", trust, offline=True)
+    assert set(asked) == needed | fetched
+
+
 @pytest.fixture
 def silent_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A hub that takes connections and never answers."""
@@ -228,6 +266,20 @@ def test_a_large_file_that_changed_is_hashed_again(tmp_path: Path, private_cache
     assert len(list(private_cache.rglob("*"))) == 2  # the folder and one remembered hash
     large.write_bytes(bytes(2_000_001))
     assert file_sha256(large) != first
+
+
+def test_a_large_file_in_the_place_of_another_with_its_size_and_time_is_hashed_again(tmp_path: Path) -> None:
+    """As rsync and tar leave it."""
+    large, other = tmp_path / "large", tmp_path / "other"
+    large.write_bytes(bytes(2_000_000))
+    first, times = file_sha256(large), large.stat()
+    other.write_bytes(b"1" * 2_000_000)
+    for replace in (lambda: other.replace(large), lambda: large.write_bytes(b"2" * 2_000_000)):
+        replace()
+        os.utime(large, ns=(times.st_atime_ns, times.st_mtime_ns))
+        assert large.stat().st_mtime_ns == times.st_mtime_ns
+        assert file_sha256(large) != first
+        first = file_sha256(large)
 
 
 def test_a_cache_that_cannot_be_written_costs_only_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from embedstream_worker.cache import cache_folder
 from embedstream_worker.model_folder import model_files
 
 DECIDING_SUFFIXES = frozenset(
-    {".codes", ".jinja", ".json", ".model", ".safetensors", ".spm", ".tiktoken", ".txt", ".vocab"}
+    {".codes", ".jinja", ".json", ".model", ".safetensors", ".spm", ".tiktoken", ".tokenizer", ".txt", ".vocab"}
 )
 """Weights, configurations, tokenizers. Not: read-me files, and what is loaded only if it is trusted and needed."""
 
