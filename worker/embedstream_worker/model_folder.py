@@ -67,7 +67,7 @@ def check_folder(folder: Path, trust: Trust = NOTHING) -> Trust:
         for path in model_files(folder):
             if path.is_symlink():
                 _check_link(folder, path)
-            if path.name == "adapter_config.json":
+            if path.name.casefold() == "adapter_config.json":
                 raise ModelError(
                     f"{path}: an adapter is not loaded; merge it with its base model and give the merged folder"
                 )

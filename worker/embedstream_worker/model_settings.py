@@ -95,6 +95,7 @@ _BEYOND = frozenset(
         *("audio_tokenizer", "processor_class", "sudachi_kwargs"),  # not for texts; plug-ins
     }
 )
+_NO_TEXT = ("rag", "timm_backbone", "timm_wrapper")  # architectures that load other folders by libraries of their own
 
 # An AutoTokenizer or RagTokenizer would load more folders, and ask on the terminal whether to run their code.
 _TOKENIZER_CLASS = re.compile(
@@ -109,7 +110,7 @@ def check_settings(path: Path) -> None:
     Raises:
         ModelError: it does, or is not readable; names the setting.
     """
-    check = _CHECKS.get(path.name)
+    check = _CHECKS.get(path.name.casefold())  # some file systems open it by either
     if check is None:
         return
     for refused in check(read_settings(path)):
@@ -152,7 +153,7 @@ def _in_values(value: object, nested: bool = False) -> Iterator[str]:
     for key, item in value.items():
         if item and (key in _BEYOND or (key == "auto_map" and nested)):
             yield key
-        elif key in _CHOICES and not _is_choice(item, _CHOICES[key]):
+        elif (key in _CHOICES and not _is_choice(item, _CHOICES[key])) or (key == "model_type" and item in _NO_TEXT):
             yield f"{key} {item}"
         yield from _in_values(item, nested=True)
 

@@ -137,14 +137,14 @@ def _fetch(name: str, revision: str | None, wanted: list[str]) -> ModelFolder:
     return _from_hub(name, path)
 
 
-def _find_cached(name: str, revision: str | None, wanted: list[str], trouble: str = "not asked") -> ModelFolder:
+def _find_cached(name: str, revision: str | None, patterns: list[str], trouble: str = "not asked") -> ModelFolder:
     from huggingface_hub import snapshot_download
 
     try:
         path = snapshot_download(
             name,
             revision=revision,
-            allow_patterns=wanted,
+            allow_patterns=patterns,
             ignore_patterns=_OTHER_RUNTIMES,
             local_files_only=True,
         )
