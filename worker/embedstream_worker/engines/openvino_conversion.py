@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import logging
-import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -70,23 +69,7 @@ def quantize(source: Path, into: Path, samples: Sequence[Callable[[], Any]]) -> 
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """No reports, no warnings about tracing, nothing sent anywhere."""
-    with quiet(), _no_telemetry(), warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+    """No reports, no warnings about tracing."""
+    with quiet(), warnings.catch_warnings(), redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         yield
-
-
-@contextmanager
-def _no_telemetry() -> Iterator[None]:
-    """Converters report their use to their makers unless they believe to be in a test run."""
-    wanted = {"CI": "true", "NNCF_CI": "1"}
-    before = {name: os.environ.get(name) for name in wanted}
-    os.environ.update(wanted)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
