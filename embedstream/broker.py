@@ -15,6 +15,7 @@ from redis.exceptions import NoPermissionError, NoScriptError, ResponseError
 from embedstream import scripts
 from embedstream.errors import BrokerError
 from embedstream.failpoints import reach, reach_step
+from embedstream.foreign import names
 from embedstream.job_record import parse_status
 from embedstream.jobs import JobState, JobStatus
 from embedstream.keys import GROUP, QUEUES, RELEASED, Keys
@@ -303,12 +304,12 @@ class Broker(Steps):
     def queues(self) -> list[str]:
         """Queues with a sign of life in the last 30 days, but for those whose keys are forbidden to this user."""
         horizon = self._now_ms() // 1000 - 30 * 86_400
-        names = [raw.decode() for raw in self._raw.zrange(QUEUES, horizon, "+inf", byscore=True)]
+        listed = names(QUEUES, self._raw.zrange(QUEUES, horizon, "+inf", byscore=True))
         with self._raw.pipeline(transaction=False) as pipe:
-            for name in names:
+            for name in listed:
                 pipe.exists(Keys(name).jobs)
             told = pipe.execute(raise_on_error=False)
-        return [name for name, answer in zip(names, told, strict=True) if not isinstance(answer, NoPermissionError)]
+        return [name for name, answer in zip(listed, told, strict=True) if not isinstance(answer, NoPermissionError)]
 
     def dead_consumers(self, job: str, living: Iterable[str]) -> list[str]:
         """Consumers of a job's stream that belong to no living worker and hold nothing."""

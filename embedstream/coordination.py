@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import redis
 
 from embedstream.broker import Broker
-from embedstream.errors import BrokerError
+from embedstream.dataset.sink import ShardName
+from embedstream.foreign import leaving_out, names, reading
 from embedstream.keys import COMPACTIONS, COORDINATORS, compaction, coordinator
 
 TROUBLES_SECONDS = 7 * 86_400
@@ -36,10 +37,10 @@ class Compaction(msgspec.Struct, frozen=True, kw_only=True):
     """A dataset whose shards are to be merged."""
 
     output: str
-    target_bytes: int
+    target_bytes: Annotated[int, msgspec.Meta(ge=1)]
     manifest: str = ""
     """Digest of the manifest that is to be replaced; empty until somebody has looked."""
-    groups: tuple[str, ...] = ()
+    groups: tuple[ShardName, ...] = ()
     """The shards to be written."""
 
     @property
@@ -67,11 +68,16 @@ def leave(client: redis.Redis, name: str) -> None:
 
 
 def coordinators(client: redis.Redis) -> list[CoordinatorRecord]:
-    """The live coordinators of a server."""
+    """The live coordinators of a server. A record that makes no sense is left out."""
     ask: Any = client
-    names = [raw.decode() for raw in ask.zrange(COORDINATORS, 0, -1)]
-    found = ask.mget([coordinator(name) for name in names]) if names else []
-    return [msgspec.json.decode(raw, type=CoordinatorRecord) for raw in found if raw is not None]
+    live: list[CoordinatorRecord] = []
+    with leaving_out(COORDINATORS):
+        listed = [coordinator(name) for name in names(COORDINATORS, ask.zrange(COORDINATORS, 0, -1))]
+        for key, raw in zip(listed, ask.mget(listed) if listed else [], strict=True):
+            if raw is not None:
+                with leaving_out(key):
+                    live.append(msgspec.json.decode(raw, type=CoordinatorRecord))
+    return live
 
 
 def ask_to_ingest(broker: Broker, job: str) -> None:
@@ -87,7 +93,7 @@ def forget_ingest(broker: Broker, job: str) -> None:
 def to_ingest(broker: Broker) -> list[str]:
     """Jobs whose parts a coordinator is to read, oldest first."""
     ask: Any = broker.client
-    return [raw.decode() for raw in ask.zrange(broker.keys.ingest, 0, -1)]
+    return names(broker.keys.ingest, ask.zrange(broker.keys.ingest, 0, -1))
 
 
 def is_ingested(broker: Broker, job: str) -> bool:
@@ -131,7 +137,7 @@ def repeated_rows(broker: Broker, job: str, part: int) -> Repeated | None:
 def due_to_finalize(broker: Broker) -> list[str]:
     """Jobs of the outbox that nobody has leased at the moment."""
     ask: Any = broker.client
-    return [raw.decode() for raw in ask.zrangebyscore(broker.keys.finalize, "-inf", _now_ms(broker.client))]
+    return names(broker.keys.finalize, ask.zrangebyscore(broker.keys.finalize, "-inf", _now_ms(broker.client)))
 
 
 def note_trouble(broker: Broker, job: str, what: str, why: str) -> bool:
@@ -148,23 +154,36 @@ def clear_troubles(broker: Broker, job: str, whats: Sequence[str]) -> None:
 def troubles(broker: Broker, job: str) -> dict[str, str]:
     """What could not be done for a job, and why."""
     ask: Any = broker.client
-    found = ask.hgetall(broker.keys.troubles(job))
-    return {what.decode(): why.decode() for what, why in sorted(found.items())}
+    with leaving_out(broker.keys.troubles(job)):
+        found = ask.hgetall(broker.keys.troubles(job))
+        return {what.decode(errors="replace"): why.decode(errors="replace") for what, why in sorted(found.items())}
+    return {}
 
 
 def save_compaction(client: redis.Redis, wanted: Compaction) -> None:
     """Have a dataset's shards merged by coordinators, or keep how far that is."""
-    client.hset(COMPACTIONS, wanted.id, msgspec.json.encode(wanted).decode())
+    with reading(COMPACTIONS):
+        client.hset(COMPACTIONS, wanted.id, msgspec.json.encode(wanted).decode())
 
 
 def compactions(client: redis.Redis) -> list[Compaction]:
-    """The datasets whose shards are to be merged. Raises `BrokerError` for what is none."""
+    """The datasets whose shards are to be merged. What is none is left out.
+
+    Raises:
+        RecordDamaged: what lies there is of another type.
+        redis.RedisError: as redis-py raises it.
+    """
     ask: Any = client
-    found = ask.hgetall(COMPACTIONS)
-    try:
-        return [msgspec.json.decode(found[id], type=Compaction) for id in sorted(found)]
-    except msgspec.MsgspecError as error:
-        raise BrokerError(f"{COMPACTIONS} is damaged in Redis ({error}): remove it, and compact again") from error
+    with reading(COMPACTIONS):
+        found = ask.hgetall(COMPACTIONS)
+    listed: list[Compaction] = []
+    for id, raw in sorted(found.items()):
+        with leaving_out(f"{COMPACTIONS}, {id[:100]!r}"):
+            wanted = msgspec.json.decode(raw, type=Compaction)
+            if wanted.id != id.decode():
+                raise ValueError(f"it is one of {wanted.output[:100]!r}")
+            listed.append(wanted)
+    return listed
 
 
 def end_compaction(client: redis.Redis, wanted: Compaction) -> None:

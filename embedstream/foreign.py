@@ -7,12 +7,15 @@ raises into one sentence; the caller refuses that one job or record, says so onc
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import redis
 
 from embedstream.errors import EmbedstreamError, RecordDamaged
+
+log = logging.getLogger(__name__)
 
 _LONGEST_REASON = 300
 
@@ -37,6 +40,26 @@ def reading(what: str) -> Iterator[None]:
         raise
     except Exception as error:  # whatever reading may raise
         raise RecordDamaged(f"{what} is damaged: {_reason(error)}") from error
+
+
+@contextmanager
+def leaving_out(what: str) -> Iterator[None]:
+    """`reading` for what the reader can do without: if it is damaged, that is logged once, and the reader goes on."""
+    try:
+        with reading(what):
+            yield
+    except RecordDamaged as error:
+        if _said.new(what, str(error)):
+            log.warning("%s", error)
+
+
+def names(key: str, raws: Iterable[bytes]) -> list[str]:
+    """The names that lie under a key. One that is no UTF-8 is left out."""
+    found = []
+    for raw in raws:
+        with leaving_out(f"{key}: the name {raw[:100]!r}"):
+            found.append(raw.decode())
+    return found
 
 
 def is_about_data(error: redis.RedisError) -> bool:
@@ -72,6 +95,9 @@ class Said:
         while len(self._said) > self._most:
             del self._said[next(iter(self._said))]
         return True
+
+
+_said = Said()
 
 
 def _reason(error: Exception) -> str:

@@ -17,6 +17,7 @@ from embedstream.dataset.folder import FolderSink
 from embedstream.dataset.manifest import manifest_digest
 from embedstream.dataset.merging import Group, write_group
 from embedstream.dataset.sink import Manifest, ShardRecord
+from embedstream.foreign import reading
 from embedstream.roots import allows, check_output
 from embedstream_coordinator.context import ELSEWHERE, Context
 
@@ -39,10 +40,11 @@ def plan_or_finish(context: Context, id: str) -> str:
         save_compaction(client, msgspec.structs.replace(wanted, manifest=manifest_digest(manifest), groups=names))
         return f"{len(groups)} shards to be written"
     if groups:
-        there = compacted(client, wanted)
-        if any(group.name not in there for group in groups):
-            return "merged shards are missing"
-        records = [msgspec.json.decode(there[group.name], type=ShardRecord) for group in groups]
+        with reading(f"compaction {wanted.id}"):
+            there = compacted(client, wanted)
+            if any(group.name not in there for group in groups):
+                return "merged shards are missing"
+            records = [msgspec.json.decode(there[group.name], type=ShardRecord) for group in groups]
         manifest = replace_manifest(sink, manifest, groups, records)
     removed = remove_unlisted(sink, manifest)
     end_compaction(client, wanted)

@@ -4,16 +4,16 @@ nothing that matters: a coordinator that takes over looks the same way.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from rq import Retry
 from rq.exceptions import DuplicateJobError, NoSuchJobError
 from rq.job import JobStatus
-from rq.scheduler import RQScheduler
 from rq.serializers import JSONSerializer
 
 from embedstream.broker import Broker
@@ -28,24 +28,33 @@ from embedstream.coordination import (
     to_ingest,
     unsealed_parts,
 )
-from embedstream.errors import EmbedstreamError, JobUnknown
+from embedstream.errors import EmbedstreamError, JobUnknown, RecordDamaged
+from embedstream.foreign import Said, reading
 from embedstream.jobs import JobState
+from embedstream.keys import COMPACTIONS, QUEUES
 from embedstream.logs import about
 from embedstream.roots import allows
+from embedstream.terminal import printable
 from embedstream_coordinator.context import Context
-from embedstream_coordinator.rq_types import QUEUE, ClosedJob, make_queue
+from embedstream_coordinator.rq_keys import (
+    FAILED_SECONDS,
+    SCHEDULED,
+    due_again,
+    forget,
+    is_name,
+    keep_short,
+    remove_foreign_types,
+)
+from embedstream_coordinator.rq_types import (
+    KEPT_SECONDS,
+    RETRY_SECONDS,
+    TIMEOUT_SECONDS,
+    ClosedJob,
+    ForeignJob,
+    make_queue,
+)
 
 log = logging.getLogger(__name__)
-
-RETRY_SECONDS = (2, 10, 60)
-"""Between the tries of one RQ job; then it has failed, where `rq info` shows it."""
-
-TIMEOUT_SECONDS = 30 * 86_400
-"""Reading a part takes as long as it takes: what hangs is seen by its heartbeats, not by a clock."""
-
-KEPT_SECONDS = 300
-FAILED_SECONDS = 86_400
-"""How long RQ shows what was done, and what failed."""
 
 PARTS_AHEAD = 64
 """Parts of one job that wait in RQ at once: more than run anywhere, few enough that RQ's queue stays short."""
@@ -62,6 +71,8 @@ job that runs changes its record every ten seconds. It is this process' own cloc
 
 OTHERWISE_SECONDS = 60.0
 
+TIDY_SECONDS = 60.0
+"""Between two looks for what is over in RQ's lists."""
 
 EXPIRE_SECONDS = 3600.0
 """Between two looks for what nobody will come back to: it is kept for weeks."""
@@ -82,36 +93,60 @@ class Dispatcher:
         self._client = connect(context.redis_url)
         self._nowhere = Broker(self._client, "")
         self._queue = make_queue(self._client)
-        self._scheduler = RQScheduler([QUEUE], self._client, logging_level=logging.WARNING, serializer=JSONSerializer)
         self._seen: dict[str, _Seen] = {}
-        self._refused: dict[str, str] = {}
-        self._next_expiry = clock()
+        self._said = Said()
+        self._next_expiry = self._next_tidying = clock()
 
     def round(self) -> None:
-        """One look at everything. Raises `redis.RedisError`; `BrokerError` for what is damaged there."""
+        """One look at everything. What is damaged is refused, each thing alone. Raises `redis.RedisError`."""
         asked: set[str] = set()
-        for queue in self._nowhere.queues():
-            broker = Broker(self._client, queue)
-            for job in due_to_finalize(broker):
-                asked |= self._finalize(broker, job)
-            for job in to_ingest(broker):
-                asked |= self._ingest(broker, job)
-            if self._clock() >= self._next_expiry:
-                asked |= self._ensure(f"expire-{_digest(queue)}", "embedstream.expire", queue)
-        if self._clock() >= self._next_expiry:
+        for key in remove_foreign_types(self._client):
+            self._refuse(key, f"{key} was of another type than RQ makes it, and is removed")
+        expires = self._clock() >= self._next_expiry
+        with self._guard(QUEUES):
+            for queue in self._nowhere.queues():
+                with self._guard(f"queue {printable(queue)}"):
+                    asked |= self._look_at_queue(queue, expires)
+        if expires:
             self._next_expiry = self._clock() + EXPIRE_SECONDS
-        self._enqueue_retries()
-        for wanted in compactions(self._client):
-            asked |= self._compact(wanted)
+        with self._guard(SCHEDULED):
+            self._enqueue_retries()
+        with self._guard(COMPACTIONS):
+            for wanted in compactions(self._client):
+                with self._guard(f"compaction {wanted.id}"):
+                    asked |= self._compact(wanted)
         self._seen = {name: seen for name, seen in self._seen.items() if name in asked}
+        if self._clock() >= self._next_tidying:
+            self._next_tidying = self._clock() + TIDY_SECONDS
+            with self._guard("what RQ keeps"):
+                keep_short(self._client, asked)
+
+    def _look_at_queue(self, queue: str, expires: bool) -> set[str]:
+        asked: set[str] = set()
+        broker = Broker(self._client, queue)
+        for jobs, look in ((due_to_finalize, self._finalize), (to_ingest, self._ingest)):
+            with self._guard(f"queue {printable(queue)}"):
+                for job in jobs(broker):
+                    with self._guard(f"job {printable(job)}", job):
+                        asked |= look(broker, job)
+        if expires:
+            asked |= self._ensure(f"expire-{_digest(queue)}", "embedstream.expire", queue)
+        return asked
+
+    @contextlib.contextmanager
+    def _guard(self, what: str, job: str | None = None) -> Iterator[None]:
+        """Refuse `what`, which others may have written, whatever reading it raises; it is said once."""
+        try:
+            with reading(what):
+                yield
+        except EmbedstreamError as error:
+            why = str(error)
+            self._refuse(what, why if why.startswith(what) else f"{what}: {why}", job)
 
     def _finalize(self, broker: Broker, job: str) -> set[str]:
         try:
             output = broker.status(job).spec.output
         except JobUnknown:
-            return set()
-        except EmbedstreamError as error:
-            self._refuse(job, str(error))
             return set()
         if not allows(self._context.output_roots, output):
             return set()  # a worker's or another coordinator's, who may write there
@@ -122,9 +157,6 @@ class Dispatcher:
             status = broker.status(job)
         except JobUnknown:
             forget_ingest(broker, job)
-            return set()
-        except EmbedstreamError as error:
-            self._refuse(job, str(error))
             return set()
         if status.state is not JobState.SUBMITTING:
             forget_ingest(broker, job)
@@ -150,10 +182,14 @@ class Dispatcher:
         return asked
 
     def _ensure(self, name: str, function: str, *args: object, first: bool = False) -> set[str]:
-        """See to it that RQ has a job of this name that is getting on."""
+        """See to it that RQ has a job of this name that is getting on. Raises `RecordDamaged` for what is no name."""
+        if not is_name(name):
+            raise RecordDamaged("its id is none: letters, digits, _ and - are")
         try:
             job = ClosedJob.fetch(name, connection=self._client, serializer=JSONSerializer)
-        except NoSuchJobError:
+        except NoSuchJobError as error:
+            if isinstance(error, ForeignJob):
+                forget(self._client, name)
             self._enqueue(name, function, args, first)
             return {name}
         status = job.get_status(refresh=False)
@@ -164,7 +200,7 @@ class Dispatcher:
         elif now - seen.since > PATIENCE.get(status, OTHERWISE_SECONDS):
             if status is JobStatus.QUEUED and self._queue.get_job_position(name) is not None:
                 return {name}  # it waits for its turn
-            job.delete()
+            forget(self._client, name)
             self._enqueue(name, function, args, first)
         return {name}
 
@@ -187,17 +223,15 @@ class Dispatcher:
             return  # another dispatcher was first
 
     def _enqueue_retries(self) -> None:
-        """What failed and is to be tried again now: RQ's own scheduler, without a process of its own."""
-        if self._scheduler.acquire_locks():
-            try:
-                self._scheduler.enqueue_scheduled_jobs()
-            finally:
-                self._scheduler.release_locks()
+        """What failed and is to be tried again now; what is lost on the way here is found by its record, later."""
+        for name in due_again(self._client):
+            with contextlib.suppress(NoSuchJobError):
+                job = ClosedJob.fetch(name, connection=self._client, serializer=JSONSerializer)
+                self._queue.enqueue_job(job, at_front=job.should_enqueue_at_front())
 
-    def _refuse(self, job: str, why: str) -> None:
-        if self._refused.get(job) != why:
-            self._refused[job] = why
-            log.warning("job %s: %s", job, why, extra=about(job))
+    def _refuse(self, what: str, why: str, job: str | None = None) -> None:
+        if self._said.new(what, why):
+            log.warning(why, extra=about(job) if job else None)
 
 
 def _digest(queue: str) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 from embedstream.broker import Broker
 from embedstream.errors import EmbedstreamError
+from embedstream.foreign import leaving_out, reading
 from embedstream.jobs import JobState
 from embedstream.settings import Settings
 
@@ -25,7 +26,13 @@ def expire_queue(broker: Broker) -> str:
 
 def _forget_expired(broker: Broker) -> int:
     """Listings name ended jobs; those of them whose keys have expired are forgotten."""
-    gone = [job for job in broker.recent_jobs() if broker.state(job) is None]
+    listed: list[str] = []
+    gone: list[str] = []
+    with leaving_out(broker.keys.recent):
+        listed = broker.recent_jobs()
+    for job in listed:
+        with leaving_out(f"job {job}"):
+            gone += [job] if broker.state(job) is None else []
     if gone:
         broker.client.zrem(broker.keys.recent, *gone)
     return len(gone)
@@ -37,7 +44,8 @@ def _end_abandoned(broker: Broker, days: float) -> int:
     ended = 0
     for job in broker.active_jobs():
         try:
-            status = broker.status(job)
+            with reading(f"job {job}"):
+                status = broker.status(job)
         except EmbedstreamError:  # it is gone, damaged, or newer than this coordinator
             continue
         idle = status.now - max(status.pushed, status.committed)
@@ -51,11 +59,11 @@ def _end_abandoned(broker: Broker, days: float) -> int:
 def _remove_orphans(broker: Broker) -> int:
     """Keys of jobs that have no hash any more, and that would never expire."""
     ask: Any = broker.client
-    prefix, removed = f"{broker.keys.prefix}:job:", 0
+    prefix, removed = broker.keys.job(""), 0
     names = list(ask.scan_iter(match=f"{_literal(prefix)}*:*", count=AT_ONCE))
     for key in names:
-        job = key.decode().removeprefix(prefix).partition(":")[0]
-        if ask.ttl(key) == -1 and not ask.exists(broker.keys.job(job)):
+        job = prefix.encode() + key.removeprefix(prefix.encode()).partition(b":")[0]
+        if ask.ttl(key) == -1 and not ask.exists(job):
             removed += ask.unlink(key)
     return removed
 

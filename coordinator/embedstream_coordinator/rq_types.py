@@ -1,4 +1,7 @@
-"""RQ's job, queue and worker, closed: nothing but `FUNCTIONS` is called, whatever lies in Redis."""
+"""RQ's job, queue and worker, closed: nothing but `FUNCTIONS` is called, whatever lies in Redis.
+
+What none of our programs can have put there counts as not there, is said once, and ends no process.
+"""
 
 from __future__ import annotations
 
@@ -7,26 +10,37 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from inspect import get_annotations
 from typing import Any
 
+import msgspec
 import redis
 from rq import Queue, Worker
+from rq.exceptions import DequeueTimeout, NoSuchJobError, StopRequested
 from rq.job import Job
 from rq.serializers import JSONSerializer
 
-from embedstream.errors import EmbedstreamError
+from embedstream.errors import EmbedstreamError, RecordDamaged
+from embedstream.foreign import Said, is_about_data, reading
 from embedstream.terminal import printable
 from embedstream.troubles import passes
 from embedstream_coordinator.context import Context
 from embedstream_coordinator.functions import FUNCTIONS
 from embedstream_coordinator.ingesting import Abandoned
+from embedstream_coordinator.rq_keys import FAILED_SECONDS, QUEUE, TAKEN, forget, is_name, remove_foreign_types
 from embedstream_coordinator.subjects import subject_of
 
 log = logging.getLogger(__name__)
 
-QUEUE = "embedstream"
-"""RQ's queue for all jobs of all queues of a server: a thousand-part corpus there is no more than a list of names."""
+RETRY_SECONDS = (2, 10, 60)
+"""Between the tries of one RQ job; then it has failed, where `rq info` shows it."""
+
+TIMEOUT_SECONDS = 30 * 86_400
+"""Reading a part takes as long as it takes: what hangs is seen by its heartbeats, not by a clock."""
+
+KEPT_SECONDS = 300
+"""How long RQ shows what was done."""
 
 HEARTBEAT_SECONDS = 10
 """How often RQ's own record of a job that runs says so."""
@@ -37,8 +51,11 @@ WORKER_SECONDS = 30
 _CONTEXT: list[Context] = []
 
 
-class ForeignJob(EmbedstreamError):
-    """A job that none of our programs put there."""
+_SAID = Said()
+
+
+class ForeignJob(RecordDamaged, NoSuchJobError):
+    """What lies in RQ under the name of a job, and none of our programs put there. For RQ there is no such job."""
 
 
 class ClosedJob(Job):
@@ -50,11 +67,42 @@ class ClosedJob(Job):
 
     @property
     def func(self) -> Callable[..., str]:
+        function = self._function()
+        return lambda *args: function(_CONTEXT[0], *args)
+
+    def _function(self) -> Callable[..., str]:
         function = FUNCTIONS.get(str(self.func_name)) if self.instance is None else None
         if function is None or self.kwargs:
             name = printable(str(self.func_name), 100)
-            raise ForeignJob(f"{name}: is no function of a coordinator, so it is not called: remove the job {self.id}")
-        return lambda *args: function(_CONTEXT[0], *args)
+            raise RecordDamaged(f"{name}: is no function of a coordinator, so it is not called")
+        return function
+
+    def refresh(self) -> None:
+        """Read it from Redis. Raises `NoSuchJobError`, which `ForeignJob` is."""
+        try:
+            with reading(f"job {self.id} in RQ"):
+                data: Any = self.connection.hgetall(self.key)
+                if data:
+                    self.restore(data)
+        except RecordDamaged as error:
+            if _SAID.new(self.id, str(error)):
+                log.warning("%s: %s", self.id, error)
+            raise ForeignJob(str(error)) from error
+        if not data:
+            raise NoSuchJobError(f"no job {self.id} in RQ")
+
+    def restore(self, raw_data: Mapping[bytes, bytes]) -> None:
+        """What may differ from job to job is taken from Redis and checked; all else is as `make_queue` makes it."""
+        super().restore(raw_data)
+        _, *types, _ = get_annotations(self._function(), eval_str=True).values()
+        self.args = msgspec.convert(self.args, tuple[*types])
+        msgspec.json.encode(self.args)  # half of a surrogate pair is no text that Redis takes
+        self.origin = QUEUE
+        self.timeout, self.result_ttl, self.failure_ttl, self.ttl = TIMEOUT_SECONDS, KEPT_SECONDS, FAILED_SECONDS, None
+        self.retries_left = min(self.retries_left or 0, len(RETRY_SECONDS))
+        self.retry_intervals = list(RETRY_SECONDS)
+        self.repeats_left = self.group_id = None
+        self._dependency_ids = []
 
     def send_webhooks(self, status: Any, *, exc_string: str | None = None) -> None:
         """Nobody is told."""
@@ -65,12 +113,30 @@ class ClosedQueue(Queue):
 
     job_class = ClosedJob
 
+    @classmethod
+    def lmove(cls, connection: redis.Redis, queue_key: str, timeout: int | None) -> tuple[str, bytes]:
+        """The next name, waiting for it. Raises `DequeueTimeout`: there is none, or what was there is none."""
+        try:
+            key, raw = super().lmove(connection, queue_key, timeout)
+        except redis.ResponseError as error:
+            if not is_about_data(error):
+                raise
+            remove_foreign_types(connection)
+            raise DequeueTimeout(timeout, queue_key) from error
+        if not is_name(raw.decode(errors="replace")):
+            connection.lrem(TAKEN, 1, raw)
+            raise DequeueTimeout(timeout, queue_key)
+        return key, raw
+
 
 class ClosedWorker(Worker):
     """One process that takes jobs from the queue, and forks for each."""
 
     job_class = ClosedJob
     queue_class = ClosedQueue
+
+    should_run_maintenance_tasks = False
+    """The dispatcher does what there is to do."""
 
     max_connection_wait_time = 5.0
 
@@ -84,11 +150,32 @@ class ClosedWorker(Worker):
             serializer=JSONSerializer,
             worker_ttl=WORKER_SECONDS,
             job_monitoring_interval=HEARTBEAT_SECONDS,
-            maintenance_interval=60,
         )
 
     def subscribe(self) -> None:
         """To nothing: nobody gives orders to this process but the coordinator that started it."""
+
+    def execute_job(self, job: Job, queue: Queue) -> None:
+        """As RQ does; but keys of the job that are of another type cost that job alone."""
+        try:
+            super().execute_job(job, queue)
+        except redis.ResponseError as error:
+            if not is_about_data(error):
+                raise
+            if self.horse_pid:
+                self.kill_horse()
+                self.wait_for_horse()
+                self._horse_pid = 0
+            forget(self.connection, job.id)
+            if _SAID.new(job.id, str(error)):
+                log.warning("%s: its record in RQ is damaged: %s", job.id, error)
+
+    def _shutdown(self) -> None:
+        """As RQ does; by what no guard takes for a fault of what is being read."""
+        try:
+            super()._shutdown()
+        except StopRequested:
+            raise SystemExit from None
 
     def handle_warm_shutdown_request(self) -> None:
         """A part may take hours to read, and what is done of it stays: the job goes on elsewhere, at once."""
@@ -110,7 +197,8 @@ class ClosedWorker(Worker):
         """Say what becomes of the job, which others need not wait for."""
         subject = subject_of(job)
         if subject is not None:
-            subject.release(self._context)
+            with contextlib.suppress(RecordDamaged), reading(job.id):
+                subject.release(self._context)
         if self._stop_requested:
             log.info("%s: handed over, as this coordinator stops", job.id, extra=subject.fields() if subject else None)
         else:
@@ -131,7 +219,7 @@ class ClosedWorker(Worker):
         subject = subject_of(job)
         try:
             news = subject is None or subject.note(self._context, why)
-        except redis.RedisError as error:
+        except (redis.RedisError, EmbedstreamError) as error:
             why, news = f"{why} (which embed-status cannot show: {error})", True
         if news:
             log.warning("%s: %s", job.id, why, exc_info=exc_info, extra=subject.fields() if subject else None)

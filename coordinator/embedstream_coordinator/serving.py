@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
@@ -22,6 +23,8 @@ from embedstream.connection import connect, explaining, mask
 from embedstream.coordination import CoordinatorRecord, heartbeat, leave
 from embedstream.errors import BrokerError
 from embedstream.exposition import Exposition, QueueCollector
+from embedstream.foreign import reading
+from embedstream.keys import COORDINATORS
 from embedstream.logs import LogFormat, identify
 from embedstream.preflight import check, refuse_few_rights, shortcomings
 from embedstream.troubles import trouble, waiting
@@ -82,22 +85,29 @@ class Coordinator:
             while not self._stopping.is_set():
                 for slot in self._slots:
                     self._met(slot.keep_running())
-                try:
-                    heartbeat(client, self.record, EXPIRE_SECONDS)
-                    dispatcher.round()
-                except BrokerError as error:
-                    self._met(str(error))
-                except redis.RedisError as error:
-                    clause = trouble(error)
-                    if clause is None:
-                        raise
-                    self._met(waiting(clause, mask(self._context.redis_url)))
-                else:
+                alive = self._try(COORDINATORS, lambda: heartbeat(client, self.record, EXPIRE_SECONDS))
+                if self._try("what lies in Redis", dispatcher.round) and alive:
                     self._begun = True
                 self._forget()
                 self._stopping.wait(ROUND_SECONDS)
         finally:
             self._end(client)
+
+    def _try(self, what: str, step: Callable[[], None]) -> bool:
+        """Whether it could be done. Raises `redis.RedisError` for what waiting does not mend."""
+        try:
+            with reading(what):
+                step()
+        except BrokerError as error:
+            self._met(str(error))
+        except redis.RedisError as error:
+            clause = trouble(error)
+            if clause is None:
+                raise
+            self._met(waiting(clause, mask(self._context.redis_url)))
+        else:
+            return True
+        return False
 
     def _met(self, what: str) -> None:
         """Say it, once while it lasts."""
