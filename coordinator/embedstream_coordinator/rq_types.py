@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 import redis
 from rq import Queue, Worker
-from rq.exceptions import DequeueTimeout, NoSuchJobError, StopRequested
+from rq.exceptions import NoSuchJobError, StopRequested
 from rq.job import Job
 from rq.serializers import JSONSerializer
 
@@ -114,19 +114,19 @@ class ClosedQueue(Queue):
     job_class = ClosedJob
 
     @classmethod
-    def lmove(cls, connection: redis.Redis, queue_key: str, timeout: int | None) -> tuple[str, bytes]:
-        """The next name, waiting for it. Raises `DequeueTimeout`: there is none, or what was there is none."""
-        try:
-            key, raw = super().lmove(connection, queue_key, timeout)
-        except redis.ResponseError as error:
-            if not is_about_data(error):
-                raise
-            remove_foreign_types(connection)
-            raise DequeueTimeout(timeout, queue_key) from error
-        if not is_name(raw.decode(errors="replace")):
-            connection.lrem(TAKEN, 1, raw)
-            raise DequeueTimeout(timeout, queue_key)
-        return key, raw
+    def lmove(cls, connection: redis.Redis, queue_key: str, timeout: int | None) -> tuple[str, bytes] | None:
+        """The next name; what is none is passed over. Raises as RQ does."""
+        while True:
+            try:
+                taken: tuple[str, bytes] | None = super().lmove(connection, queue_key, timeout)
+            except redis.ResponseError as error:
+                if not is_about_data(error):
+                    raise
+                remove_foreign_types(connection)
+                continue
+            if taken is None or is_name(taken[1].decode(errors="replace")):
+                return taken
+            connection.lrem(TAKEN, 1, taken[1])
 
 
 class ClosedWorker(Worker):
