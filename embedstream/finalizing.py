@@ -12,6 +12,7 @@ from embedstream.dataset.manifest import encode_manifest
 from embedstream.dataset.retry import finalize_retry
 from embedstream.dataset.sink import Manifest, ShardRecord, Sink
 from embedstream.errors import BrokerError, EmbedstreamError
+from embedstream.foreign import reading
 from embedstream.jobs import JobSpec, JobState, JobStatus, parse_max_errors, verdict
 from embedstream.roots import is_redis
 from embedstream.settings import Settings
@@ -19,6 +20,9 @@ from embedstream.steps import Code, Lease
 
 LEASE_MS = 60_000
 """Above what a manifest takes by far; after it, somebody else tries. Two who do it at once do no harm."""
+
+MOST_PAUSE_MS = 300_000
+"""Between two tries to write a manifest. Whoever opens the job again need not wait for it."""
 
 _DAY_MS = 86_400_000
 
@@ -29,20 +33,27 @@ def finalize_job(
     """Finalize a job if it waits in the outbox and nobody else is at it. Whether it was finalized here and now.
 
     Raises:
-        OutputError: the manifest cannot be written, or the shards do not add up; others may try at once.
+        OutputError: the manifest cannot be written, or the shards do not add up; the next may try after a pause.
+        RecordDamaged: what lies in Redis of the job makes no sense; the same.
         redis.RedisError: as redis-py raises it.
     """
-    lease = broker.run(broker.take_finalize(job, LEASE_MS))
-    if lease is None:
-        return False
-    settings = settings or Settings.from_environment()
+    with reading(f"job {job}"):
+        lease = broker.run(broker.take_finalize(job, LEASE_MS))
+        if lease is None:
+            return False
+        try:
+            with reading(f"job {job}"):
+                return _finalize(broker, lease, sink_for, settings or Settings.from_environment())
+        except EmbedstreamError:
+            broker.run(broker.finalized(lease, JobState.FINALIZING, MOST_PAUSE_MS))
+            raise
+
+
+def _finalize(broker: Broker, lease: Lease, sink_for: Callable[[JobSpec], Sink], settings: Settings) -> bool:
+    job = lease.job
     status = broker.status(job)
     shards = (_decode_record(job, raw) for raw in broker.shard_records(job))
-    try:
-        state, manifest = _write_manifest(sink_for(status.spec), status, shards, lease)
-    except EmbedstreamError:
-        broker.run(broker.finalized(lease, JobState.FINALIZING, 0))
-        raise
+    state, manifest = _write_manifest(sink_for(status.spec), status, shards, lease)
     copy = encode_manifest(manifest).decode() if manifest is not None and is_redis(status.spec.output) else ""
     days = settings.job_days if state is JobState.COMPLETED else settings.failed_days
     answer = broker.run(broker.finalized(lease, state, int(days * _DAY_MS), copy))

@@ -240,7 +240,7 @@ class Steps:
     def finalized(self, lease: Lease, state: JobState, ttl_ms: int, manifest: str = "") -> Step[Answer]:
         """Record that the manifest stands: OK, STALE, UNKNOWN_JOB.
 
-        With the state `finalizing`: that it could not be written, so that the lease ends at once.
+        With the state `finalizing`: that it could not be written, and may be tried again `ttl_ms` later at most.
         """
         keys, job = self.keys, lease.job
         return Step(

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import re
 from collections.abc import Container, Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import msgspec
@@ -240,10 +240,36 @@ class FolderSink:
         """The listed shards' error rows as JSON, in the order of the corpus."""
         with Ordering() as ordering:
             for shard in manifest.shards:
-                if shard.failed:
-                    for batch in self.batches(errors_file(shard.name), None, ERROR_ROWS):
-                        ordering.put(placed_errors(batch, sources))
+                for batch in self._error_batches(shard, len(sources)):
+                    ordering.put(placed_errors(batch, sources))
             yield from ordering.values()
+
+    def _error_batches(self, shard: ManifestShard | ShardRecord, parts: int) -> Iterator[pa.RecordBatch]:
+        """A shard's error rows, if they are those that were committed. Raises `OutputError`."""
+        if not shard.failed:
+            return
+        name = errors_file(shard.name)
+        if shard.errors_checksum and self.files.checksum(name)[1] != shard.errors_checksum:
+            raise OutputError(f"{self.files.path(name)}: was changed since it was committed: restore the file")
+        yield from self._typed(name, errors_schema().names, ERROR_ROWS, parts)
+
+    def _typed(self, name: str, columns: Sequence[str], rows: int, parts: int) -> Iterator[pa.RecordBatch]:
+        """Columns that the errors schema has, found to be as it has them and of `parts` parts. Raises `OutputError`."""
+        path, schema = self.files.path(name), errors_schema()
+        for batch in self.batches(name, list(columns), rows):
+            for field in map(schema.field, columns):
+                if not batch.schema.field(field.name).equals(field):
+                    raise OutputError(
+                        f"{path}: column {field.name} is {batch.schema.field(field.name).type}, not {field.type}: "
+                        f"restore the file"
+                    )
+            try:
+                batch.validate(full=True)
+            except pa.ArrowException as error:
+                raise OutputError(f"{path}: damaged ({error}): restore the file") from error
+            if not all(0 <= part < parts for part in batch.column("part").unique().to_pylist()):
+                raise OutputError(f"{path}: names a part that the job does not have: restore the file")
+            yield batch
 
     def block_sums(self) -> dict[tuple[int, int], str]:
         """From the footers of the listed shards. Raises `OutputError`."""
@@ -254,13 +280,12 @@ class FolderSink:
         """Write shards without rows, of the error rows that stay; the same ones each time. Raises `OutputError`."""
         with Ordering() as ordering:
             for shard in manifest.shards:
-                if shard.failed:
-                    for batch in self.batches(errors_file(shard.name), None, ERROR_ROWS):
-                        ordering.put((*place, msgspec.json.encode(row)) for place, row in _placed(batch))
+                for batch in self._error_batches(shard, len(manifest.parts)):
+                    ordering.put((*place, msgspec.json.encode(row)) for place, row in _placed(batch))
             for record in retried:
-                for name in (part_file(record.name), *([errors_file(record.name)] if record.failed else [])):
-                    for batch in self.batches(name, list(PLACE), BATCH_ROWS):
-                        ordering.remove(place for place, _ in _placed(batch))
+                good = self._typed(part_file(record.name), PLACE, BATCH_ROWS, len(manifest.parts))
+                for batch in chain(good, self._error_batches(record, len(manifest.parts))):
+                    ordering.remove(place for place, _ in _placed(batch))
             expected = manifest.failed - sum(record.rows + record.failed for record in retried)
             if len(ordering) != expected:
                 raise OutputError(

@@ -6,6 +6,7 @@ import re
 import shlex
 import uuid
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from typing import Any, TypeAlias, TypeVar
@@ -23,8 +24,9 @@ from embedstream.dataset.manifest import decode_manifest, encode_manifest, list_
 from embedstream.dataset.ordering import Ordering
 from embedstream.dataset.schema import ErrorRow, placed_errors, vector_type
 from embedstream.dataset.sink import Manifest, ManifestShard, ShardContent, ShardRecord
-from embedstream.errors import OutputError, UsageError
+from embedstream.errors import OutputError, RecordDamaged, UsageError
 from embedstream.failpoints import reach
+from embedstream.foreign import reading
 from embedstream.input.refusals import FOR_GOOD
 from embedstream.jobs import JobSpec, JobState
 
@@ -297,7 +299,8 @@ class RedisSink:
         """The error row of each (part, row), of this job or an older one, if there is any. Raises `OutputError`."""
         names = [f"{part}:{row}:0" for part, row in places]
         found = self._ask(lambda: self._client.hmget(f"{self._prefix}_errors", names)) if names else []
-        return [None if data is None else msgspec.json.decode(data, type=ErrorRow) for data in found]
+        with self._reading_errors():
+            return [None if data is None else msgspec.json.decode(data, type=ErrorRow) for data in found]
 
     def count_errors(self) -> int:
         """How many error rows there are, older ones' included. Raises `OutputError`."""
@@ -318,10 +321,21 @@ class RedisSink:
         """
         with Ordering() as ordering:
             for place, data in self._scan_hash("_errors"):
-                part, row, chunk = map(int, place.split(b":"))
-                ordering.put([(part, row, chunk, data)])
+                with self._reading_errors():
+                    part, row, chunk = map(int, place.split(b":"))
+                    ordering.put([(part, row, chunk, data)])
             for data in ordering.values():
-                yield msgspec.json.decode(data, type=ErrorRow)
+                with self._reading_errors():
+                    error = msgspec.json.decode(data, type=ErrorRow)
+                yield error
+
+    @contextmanager
+    def _reading_errors(self) -> Iterator[None]:
+        try:
+            with reading(f"{mask(self._server)} {self._prefix}_errors"):
+                yield
+        except RecordDamaged as error:
+            raise OutputError(f"{error}: remove what does not belong there") from error
 
     def describe(self) -> str:
         """A shell line that shows some keys. It asks for the password, if there is one."""

@@ -145,6 +145,6 @@ def read_footer(file: pa.NativeFile, path: str) -> tuple[Footer, int]:
     try:
         footer = msgspec.json.decode(raw, type=Footer)
         footer.job_spec()
-    except (msgspec.MsgspecError, UnicodeDecodeError, UsageError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, UsageError) as error:
         raise OutputError(f"{path}: its footer cannot be read ({error})") from error
     return footer, metadata.num_rows

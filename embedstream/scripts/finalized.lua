@@ -1,9 +1,9 @@
 -- Record that a job's manifest stands, and all keys of the job get their expiry; or that it could not be written, and
--- others may try at once.
+-- when it may be tried again: 2 s later, then after twice as long each time.
 --
 -- KEYS 1 job hash, 2 finalize, 3 shards, 4 suspect, 5 recent   (derived: <job>:done:<part>, <job>:sums:<part>)
 -- ARGV 1 job id, 2 epoch, 3 state, or 'finalizing' for a manifest that could not be written, 4 ended (ms, as in the
---      manifest), 5 time to live (ms), 6 manifest or ''
+--      manifest), 5 time to live (ms; for 'finalizing': the longest pause before the next try), 6 manifest or ''
 -- Answers {OK} | {STALE} (leased again since, or reopened) | {UNKNOWN_JOB}
 -- Twice: the second run finds the same epoch in an ended job and answers OK.
 
@@ -14,13 +14,19 @@ local current = redis.call('HGET', job, 'state')
 if not current then return {'UNKNOWN_JOB'} end
 if redis.call('HGET', job, 'epoch') ~= epoch then return {'STALE'} end
 if current == state then
-  if state == 'finalizing' then redis.call('ZADD', finalize, 'XX', 0, id) end
+  if state == 'finalizing' then
+    -- Twice as long after each try: what is damaged stays so until somebody mends it.
+    local tries = math.min(number(job, 'tries') + 1, 30)
+    redis.call('HSET', job, 'tries', tries)
+    redis.call('ZADD', finalize, 'XX', now_ms() + math.min(ttl, 1000 * 2 ^ tries), id)
+  end
   return {'OK'}
 end
 if current ~= 'finalizing' then return {'STALE'} end
 
 redis.call('ZREM', finalize, id)
 redis.call('HSET', job, 'state', state, 'ended', ended, 'manifest', ARGV[6])
+redis.call('HDEL', job, 'tries')
 redis.call('ZADD', recent, ended, id)
 redis.call('ZREMRANGEBYSCORE', recent, '-inf', now_ms() - 30 * 86400000)
 redis.call('PEXPIRE', recent, math.max(ttl, 30 * 86400000))
