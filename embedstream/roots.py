@@ -58,7 +58,10 @@ def _allows(root: str, output: str) -> bool:
         return _allows_redis(root, output)
     if is_object(root) or is_object(output):
         return is_object(root) and is_object(output) and _allows_object(root, output)
-    above, below = os.path.realpath(root), os.path.realpath(output)
+    try:
+        above, below = os.path.realpath(root), os.path.realpath(output)
+    except (OSError, ValueError):  # no name that a file can have, or folders that are being changed
+        return False
     return below == above or below.startswith(above.rstrip(os.sep) + os.sep)
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import stat
+
 import msgspec
 
+from embedstream.beneath import open_beneath
 from embedstream.broker import Broker
 from embedstream.connection import connect
 from embedstream.dataset.sink import Sink, open_sink
@@ -41,3 +45,19 @@ class Context(msgspec.Struct, frozen=True, kw_only=True):
                 f"{source}: is outside this coordinator's input roots ({', '.join(self.input_roots)}): "
                 f"start it with --input-root, or submit without --server-side"
             )
+
+    def open_input(self, path: str, flags: int) -> int:
+        """As `open` takes it: opens a file that lies below the input roots, whatever is swapped for a link meanwhile.
+
+        Raises:
+            InputError: this coordinator may not read it, or it is no regular file.
+            OSError: it cannot be opened.
+            ValueError: it lies elsewhere by now.
+        """
+        self.check_input(path)
+        root = next((root for root in self.input_roots if allows([root], path)), "")
+        descriptor = open_beneath(root, path, flags | os.O_NONBLOCK)
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise InputError(f"{path}: is no regular file, so it cannot be read by a coordinator")
+        return descriptor

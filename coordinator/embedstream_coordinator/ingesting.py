@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 from embedstream.blocks import Block
 from embedstream.broker import Broker
@@ -13,7 +12,6 @@ from embedstream.coordination import Repeated, note_repeated, repeated_rows, uns
 from embedstream.errors import EmbedstreamError, InputError
 from embedstream.input.duplicates import DuplicateIndex, Position
 from embedstream.jobs import JobSpec, JobState
-from embedstream.objects import is_object
 from embedstream.plans import drive
 from embedstream.settings import Settings
 from embedstream.submission import Part, Pushed, push_part
@@ -108,6 +106,4 @@ def _wanted_by(parent: int) -> Callable[[], None]:
 def _open(context: Context, spec: JobSpec, part: int) -> CorpusPart:
     source = spec.parts[part]
     context.check_input(source)
-    if not is_object(source) and Path(source).exists() and not Path(source).is_file():
-        raise InputError(f"{source}: is no regular file, so it cannot be read by a coordinator")
-    return open_part(part, source)
+    return open_part(part, source, opener=context.open_input)

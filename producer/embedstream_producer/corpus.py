@@ -11,8 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from io import FileIO
 from itertools import chain, islice
-from pathlib import Path
-from typing import Protocol, cast
+from typing import Protocol
 
 import pyarrow as pa
 
@@ -73,8 +72,17 @@ class CorpusPart(Protocol):
 class FilePart:
     """Lines of JSON: a file, an object, or a stream that can be read only once (standard input, a named pipe)."""
 
-    def __init__(self, index: int, source: str, stdin: ByteStream | None = None) -> None:
-        """Open `source` (`-`: `stdin`, by default the process's own) and look for its first record.
+    def __init__(
+        self,
+        index: int,
+        source: str,
+        name: str,
+        raw: ByteStream,
+        again: Callable[[], ByteStream] | None = None,
+        size: int | None = None,
+        identity: object = None,
+    ) -> None:
+        """Look for its first record in `raw`, which is open. `again` opens it anew; None: it can be read only once.
 
         Raises:
             InputError: it cannot be read, or has no records.
@@ -82,20 +90,15 @@ class FilePart:
         self.index = index
         self.source = source
         """As the user typed it."""
-        self.name = part_name(source)
+        self.name = name
         self.label = "standard input" if source == STDIN else source
-        self._object = ObjectSource(parse_object(source, "corpus"), source) if is_object(source) else None
-        raw = self._raw(stdin)
-        self.size: int | None = None
-        self.identity: object = None
-        if self._object is not None:
-            self.size, self.identity = self._object.size, self.name
-        elif source != STDIN:
-            self.size, self.identity = _size_and_identity(raw)
+        self.size = size
+        self.identity = identity
+        self._again = again
         head = _Head(LineStream(raw, self.label))
-        self._head = head if self.size is None else None
+        self._head = None if again else head
         """The beginning of a stream, until it is read."""
-        if self.size is not None:
+        if again:
             head.stream.close()
 
     def blocks(
@@ -158,8 +161,8 @@ class FilePart:
         return f"{self.label}: {which} {' or '.join(absent)}, which --keep names"
 
     def _open(self) -> _Head:
-        if self.size is not None:
-            return _Head(LineStream(self._raw(None), self.label))
+        if self._again is not None:
+            return _Head(LineStream(self._again(), self.label))
         if self._head is None:
             raise InputError(f"{self.label}: cannot be read a second time: save it in a file and submit that")
         head, self._head = self._head, None
@@ -169,27 +172,39 @@ class FilePart:
         if self.source != STDIN:
             head.stream.close()
 
-    def _raw(self, stdin: ByteStream | None) -> ByteStream:
-        if self.source == STDIN:
-            return _own_stdin() if stdin is None else stdin
-        return _open_file(self.name, self.label) if self._object is None else self._object.stream()
+
+Opener = Callable[[str, int], int]
+"""As `open` takes it: from a path and flags to a descriptor."""
 
 
 class _LocalFile:
-    """A file on a disk, for reading at any place."""
+    """A file on a disk, for reading from its beginning or at any place."""
 
     piece_bytes = 1024 * 1024
     quick = True
 
-    def __init__(self, path: str, label: str) -> None:
+    def __init__(self, path: str, label: str, opener: Opener | None) -> None:
         self._path = path
         self._label = label
+        self._opener = opener
 
-    def file(self) -> pa.NativeFile:
+    def stream(self) -> FileIO:
         try:
-            return pa.OSFile(self._path, "rb")
+            # Not by `Path`, which knows no opener.
+            return open(self._path, "rb", buffering=0, opener=self._opener)
+        except FileNotFoundError:
+            raise InputError(f"{self._label}: no such file") from None
+        except IsADirectoryError:
+            raise InputError(
+                f"{self._label}: is a folder: name the files in it ({self._label.rstrip('/')}/*)"
+            ) from None
         except OSError as error:
             raise self.cannot_read(error) from error
+        except ValueError as error:
+            raise InputError(f"{self._label}: cannot be read ({error})") from error
+
+    def file(self) -> pa.NativeFile:
+        return pa.PythonFile(self.stream(), "r")
 
     def check_unchanged(self) -> None:
         """Nothing: an open file stays what it is when its name is given to another."""
@@ -214,48 +229,34 @@ def part_name(source: str) -> str:
     return os.path.abspath(source)  # noqa: PTH100  (keeps symbolic links)
 
 
-def open_part(index: int, source: str, stdin: ByteStream | None = None) -> CorpusPart:
+def open_part(index: int, source: str, stdin: ByteStream | None = None, opener: Opener | None = None) -> CorpusPart:
     """A source as the part that it is by its first bytes: Parquet, or lines of JSON.
+
+    `stdin`: what `-` is, by default the process's own. `opener`: opens files, each time that one is read.
 
     Raises:
         InputError: it cannot be read, or has no records.
         UsageError: an address that cannot be used.
     """
-    if source == STDIN:
-        return FilePart(index, source, stdin)
     name = part_name(source)
+    if source == STDIN:
+        return FilePart(index, source, name, _own_stdin() if stdin is None else stdin)
     if is_object(source):
         found = ObjectSource(parse_object(source, "corpus"), source)
         with contextlib.closing(found.file()) as file:
             if file.read(len(MAGIC)) == MAGIC:
                 return ParquetPart(index, source, name, found.size, name, found)
-        return FilePart(index, source)
-    if _is_regular(name):
-        with contextlib.closing(_open_file(name, source)) as raw:
-            size, identity = _size_and_identity(raw)
-            if size is not None and raw.read(len(MAGIC)) == MAGIC:
-                return ParquetPart(index, source, name, size, identity, _LocalFile(name, source))
-    return FilePart(index, source)
-
-
-def _is_regular(path: str) -> bool:
-    """Whether a file can be opened twice; what cannot be opened at all is told of by whoever tries."""
-    try:
-        return stat.S_ISREG(os.stat(path).st_mode)  # noqa: PTH116  (of paths that no file can have, too)
-    except (OSError, ValueError):
-        return False
-
-
-def _open_file(path: str, label: str) -> ByteStream:
-    try:
-        return Path(path).open("rb", buffering=0)
-    except FileNotFoundError:
-        raise InputError(f"{label}: no such file") from None
-    except IsADirectoryError:
-        raise InputError(f"{label}: is a folder: name the files in it ({label.rstrip('/')}/*)") from None
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise InputError(f"{label}: cannot be read ({reason})") from error
+        return FilePart(index, source, name, found.stream(), found.stream, found.size, name)
+    local = _LocalFile(name, source, opener)
+    raw = local.stream()
+    state = os.fstat(raw.fileno())
+    if not stat.S_ISREG(state.st_mode):
+        return FilePart(index, source, name, raw)
+    identity = state.st_dev, state.st_ino
+    if os.pread(raw.fileno(), len(MAGIC), 0) == MAGIC:
+        raw.close()
+        return ParquetPart(index, source, name, state.st_size, identity, local)
+    return FilePart(index, source, name, raw, local.stream, state.st_size, identity)
 
 
 def check_sources(
@@ -351,11 +352,6 @@ def _own_stdin() -> ByteStream:
     if sys.stdin is None:
         raise InputError("standard input: is closed")
     return getattr(sys.stdin.buffer, "raw", sys.stdin.buffer)  # unbuffered, so that rows go out as they come in
-
-
-def _size_and_identity(raw: ByteStream) -> tuple[int | None, tuple[int, int] | None]:
-    found = os.fstat(cast("FileIO", raw).fileno())
-    return found.st_size if stat.S_ISREG(found.st_mode) else None, (found.st_dev, found.st_ino)
 
 
 def _is_blank(line: bytes) -> bool:

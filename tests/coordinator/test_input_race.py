@@ -1,0 +1,138 @@
+"""A coordinator reads below its input roots only, even while somebody swaps folders there for links."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from broker_lab import Lab
+
+from embedstream.beneath import open_beneath
+from embedstream.connection import connect
+from embedstream.coordination import note_repeated
+from embedstream.errors import InputError
+from embedstream.jobs import JobSpec
+from embedstream_coordinator import functions
+from embedstream_coordinator.context import Context
+
+SECRET, PUBLIC = "root:$6$TOPSECRET", "public"
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir()
+    if path.suffix == ".parquet":
+        pq.write_table(pa.table({"id": ["a"], "text": [text]}), path)
+    else:
+        path.write_text(json.dumps({"id": "a", "text": text}) + "\n")
+
+
+@contextlib.contextmanager
+def swapping(folder: Path, secret: Path) -> Iterator[None]:
+    """A folder is a link to the secret one, and is the folder again, as fast as a thread can."""
+    away, link, over = folder.with_name("away"), folder.with_name("link"), threading.Event()
+    link.symlink_to(secret)
+
+    def swap() -> None:
+        while not over.is_set():
+            for old, new in ((folder, away), (link, folder), (folder, link), (away, folder)):
+                os.rename(old, new)  # noqa: PTH104  (by far the fastest)
+
+    thread = threading.Thread(target=swap)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_what_lies_outside_never_reaches_the_queue(redis_url: str, tmp_path: Path, suffix: str) -> None:
+    inside, outside = tmp_path / "inside", tmp_path / "outside"
+    inside.mkdir()
+    part = inside / "sub" / f"c{suffix}"
+    write(part, PUBLIC)
+    write(outside / part.name, SECRET)
+    lab = Lab(connect(redis_url))
+    context = Context(redis_url=redis_url, input_roots=(str(inside),), output_roots=("/",))
+    read, ask = 0, lab.client
+    with swapping(part.parent, outside):
+        for n in range(250):
+            spec = msgspec.structs.replace(lab.spec(f"/out/{n}", 1), parts=(str(part),))
+            lab.broker.run(lab.broker.create(spec))
+            note_repeated(lab.broker, spec.job, 0, [])
+            with contextlib.suppress(InputError):
+                functions.ingest(context, lab.broker.queue, spec.job, 0)
+            entries: Any = ask.xrange(lab.keys.blocks(spec.job))
+            text = b"".join(value for _, fields in entries for value in fields.values())
+            assert SECRET.encode() not in text
+            read += bool(entries)
+    assert read, "the folder was there now and then"
+
+
+def test_what_lies_outside_is_never_open_in_thousands_of_tries(tmp_path: Path) -> None:
+    inside, outside = tmp_path / "inside", tmp_path / "outside"
+    inside.mkdir()
+    part = inside / "sub" / "c.jsonl"
+    write(part, PUBLIC)
+    write(outside / part.name, SECRET)
+    found: set[str] = set()
+    with swapping(part.parent, outside):
+        for _ in range(5000):
+            with contextlib.suppress(OSError, ValueError):
+                descriptor = open_beneath(str(inside), str(part), os.O_RDONLY)
+                with os.fdopen(descriptor, "rb") as file:
+                    found.add(json.loads(file.read())["text"])
+    assert found == {PUBLIC}
+
+
+@pytest.mark.parametrize(
+    ("root", "path", "allowed"),
+    [
+        ("in", "in/sub/c.jsonl", True),
+        ("in", "in/link/c.jsonl", True),
+        ("in/sub/c.jsonl", "in/sub/c.jsonl", True),
+        ("way", "way/sub/c.jsonl", True),
+        ("in", "in/out/c.jsonl", False),
+        ("in", "in/../outside/c.jsonl", False),
+        ("in", "inside/c.jsonl", False),
+        ("in", "in/loop", False),
+    ],
+)
+def test_links_lead_where_they_lead_as_long_as_that_is_below_the_root(
+    tmp_path: Path, root: str, path: str, allowed: bool
+) -> None:
+    (tmp_path / "in").mkdir()
+    for folder in ("in/sub", "outside", "inside"):
+        write(tmp_path / folder / "c.jsonl", PUBLIC)
+    (tmp_path / "in" / "link").symlink_to("sub")
+    (tmp_path / "in" / "out").symlink_to("../outside")
+    (tmp_path / "in" / "loop").symlink_to("loop")
+    (tmp_path / "way").symlink_to("in")
+    with contextlib.ExitStack() as stack:
+        if not allowed:
+            stack.enter_context(pytest.raises((ValueError, OSError)))
+        os.close(open_beneath(str(tmp_path / root), str(tmp_path / path), os.O_RDONLY))
+
+
+def test_a_pipe_below_the_root_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    context = Context(redis_url="", input_roots=(str(tmp_path),), output_roots=())
+    with pytest.raises(InputError, match="is no regular file"):
+        context.open_input(str(tmp_path / "pipe"), os.O_RDONLY)
+
+
+def test_a_spec_names_no_part_that_a_coordinator_would_take_for_its_own_input(tmp_path: Path) -> None:
+    context = Context(redis_url="", input_roots=(str(tmp_path),), output_roots=())
+    for part in ("-", "records", "relative", "/etc/passwd", f"{tmp_path}/../x", f"{tmp_path}/x\0y"):
+        with pytest.raises((InputError, ValueError)):
+            context.open_input(JobSpec(queue="q", output="/o", model="m", parts=(part,)).parts[0], os.O_RDONLY)
