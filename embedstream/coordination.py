@@ -179,11 +179,23 @@ def compactions(client: redis.Redis) -> list[Compaction]:
     listed: list[Compaction] = []
     for id, raw in sorted(found.items()):
         with leaving_out(f"{COMPACTIONS}, {id[:100]!r}"):
-            wanted = msgspec.json.decode(raw, type=Compaction)
-            if wanted.id != id.decode():
-                raise ValueError(f"it is one of {wanted.output[:100]!r}")
-            listed.append(wanted)
+            listed.append(_compaction(id, raw))
     return listed
+
+
+def find_compaction(client: redis.Redis, id: str) -> Compaction | None:
+    """One of them; None if it is not wanted any more. Raises `RecordDamaged`."""
+    ask: Any = client
+    with reading(f"{COMPACTIONS}, {id}"):
+        raw = ask.hget(COMPACTIONS, id)
+        return None if raw is None else _compaction(id.encode(), raw)
+
+
+def _compaction(id: bytes, raw: bytes) -> Compaction:
+    wanted = msgspec.json.decode(raw, type=Compaction)
+    if wanted.id != id.decode():
+        raise ValueError(f"it is one of {wanted.output[:100]!r}")
+    return wanted
 
 
 def end_compaction(client: redis.Redis, wanted: Compaction) -> None:

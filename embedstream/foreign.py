@@ -101,5 +101,7 @@ _said = Said()
 
 
 def _reason(error: Exception) -> str:
-    text = " ".join(f"{type(error).__name__}: {error}".split())
+    # Of a pipeline's command, whose arguments may be another each time, nothing.
+    said = str(error).rpartition("of pipeline caused error: ")[2]
+    text = " ".join(f"{type(error).__name__}: {said}".split())
     return text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]}…"

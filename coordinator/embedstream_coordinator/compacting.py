@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import msgspec
-import redis
 
 from embedstream.connection import connect
-from embedstream.coordination import Compaction, compacted, compactions, end_compaction, note_compacted, save_compaction
+from embedstream.coordination import (
+    Compaction,
+    compacted,
+    end_compaction,
+    find_compaction,
+    note_compacted,
+    save_compaction,
+)
 from embedstream.dataset.compaction import (
     open_finished,
     plan_groups,
@@ -28,7 +34,7 @@ MOST_BYTES = 1 << 30
 def plan_or_finish(context: Context, id: str) -> str:
     """What can be done before the first, or after the last of the merged shards is there."""
     client = connect(context.redis_url)
-    wanted = _find(client, id)
+    wanted = find_compaction(client, id)
     if wanted is None:
         return "was done, or is no longer wanted"
     if not allows(context.output_roots, wanted.output):
@@ -54,7 +60,7 @@ def plan_or_finish(context: Context, id: str) -> str:
 def merge(context: Context, id: str, shard: str) -> str:
     """Write one merged shard."""
     client = connect(context.redis_url)
-    wanted = _find(client, id)
+    wanted = find_compaction(client, id)
     if wanted is None or shard not in wanted.groups:
         return "was done, or is no longer wanted"
     if not allows(context.output_roots, wanted.output):
@@ -74,7 +80,3 @@ def _open(context: Context, wanted: Compaction) -> tuple[FolderSink, Manifest, t
     check_output(context.output_roots, wanted.output)
     sink, manifest = open_finished(wanted.output)
     return sink, manifest, plan_groups(manifest, min(wanted.target_bytes, MOST_BYTES))
-
-
-def _find(client: redis.Redis, id: str) -> Compaction | None:
-    return next((wanted for wanted in compactions(client) if wanted.id == id), None)

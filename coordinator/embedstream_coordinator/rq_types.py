@@ -167,8 +167,9 @@ class ClosedWorker(Worker):
                 self.wait_for_horse()
                 self._horse_pid = 0
             forget(self.connection, job.id)
-            if _SAID.new(job.id, str(error)):
-                log.warning("%s: its record in RQ is damaged: %s", job.id, error)
+            _, _, why = str(error).rpartition("of pipeline caused error: ")
+            if _SAID.new(job.id, why):
+                log.warning("%s: what RQ keeps of it is damaged and removed: %s", job.id, why)
 
     def _shutdown(self) -> None:
         """As RQ does; by what no guard takes for a fault of what is being read."""

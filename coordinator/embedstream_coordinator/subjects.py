@@ -10,7 +10,7 @@ from rq.exceptions import DeserializationError
 from rq.job import Job
 
 from embedstream.connection import connect
-from embedstream.coordination import compactions, note_compacted, note_trouble
+from embedstream.coordination import find_compaction, note_compacted, note_trouble
 from embedstream.logs import about
 from embedstream_coordinator.context import Context
 
@@ -67,7 +67,7 @@ class OfCompaction:
     def note(self, context: Context, why: str) -> bool:
         client = connect(context.redis_url)
         said = f"{self.shard}: {why}" if self.shard else why
-        wanted = next((wanted for wanted in compactions(client) if wanted.id == self.id), None)
+        wanted = find_compaction(client, self.id)
         return wanted is not None and note_compacted(client, wanted, TROUBLE, said)
 
     def release(self, context: Context) -> None:
