@@ -154,10 +154,10 @@ def clear_troubles(broker: Broker, job: str, whats: Sequence[str]) -> None:
 def troubles(broker: Broker, job: str) -> dict[str, str]:
     """What could not be done for a job, and why."""
     ask: Any = broker.client
+    found: dict[bytes, bytes] = {}
     with leaving_out(broker.keys.troubles(job)):
         found = ask.hgetall(broker.keys.troubles(job))
-        return {what.decode(errors="replace"): why.decode(errors="replace") for what, why in sorted(found.items())}
-    return {}
+    return {what.decode(errors="replace"): why.decode(errors="replace") for what, why in sorted(found.items())}
 
 
 def save_compaction(client: redis.Redis, wanted: Compaction) -> None:

@@ -95,7 +95,7 @@ class ClosedJob(Job):
         """What may differ from job to job is taken from Redis and checked; all else is as `make_queue` makes it."""
         super().restore(raw_data)
         _, *types, _ = get_annotations(self._function(), eval_str=True).values()
-        self.args = msgspec.convert(self.args, tuple[*types])
+        self.args = [msgspec.convert(arg, type) for arg, type in zip(self.args, types, strict=True)]
         msgspec.json.encode(self.args)  # half of a surrogate pair is no text that Redis takes
         self.origin = QUEUE
         self.timeout, self.result_ttl, self.failure_ttl, self.ttl = TIMEOUT_SECONDS, KEPT_SECONDS, FAILED_SECONDS, None
@@ -114,7 +114,7 @@ class ClosedQueue(Queue):
     job_class = ClosedJob
 
     @classmethod
-    def lmove(cls, connection: redis.Redis, queue_key: str, timeout: int | None) -> tuple[str, bytes] | None:
+    def lmove(cls, connection: Any, queue_key: str, timeout: int | None) -> tuple[str, bytes] | None:
         """The next name; what is none is passed over. Raises as RQ does."""
         while True:
             try:
@@ -174,7 +174,7 @@ class ClosedWorker(Worker):
     def _shutdown(self) -> None:
         """As RQ does; by what no guard takes for a fault of what is being read."""
         try:
-            super()._shutdown()
+            super()._shutdown()  # type: ignore[no-untyped-call]
         except StopRequested:
             raise SystemExit from None
 

@@ -267,7 +267,7 @@ class FolderSink:
                 batch.validate(full=True)
             except pa.ArrowException as error:
                 raise OutputError(f"{path}: damaged ({error}): restore the file") from error
-            if not all(0 <= part < parts for part in batch.column("part").unique().to_pylist()):
+            if not all(part in range(parts) for part in batch.column("part").unique().to_pylist()):
                 raise OutputError(f"{path}: names a part that the job does not have: restore the file")
             yield batch
 

@@ -6,6 +6,7 @@ import json
 import logging
 import random
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -78,11 +79,12 @@ class Bench:
             "zset": lambda: self.client.zadd(key, {b"\xff": 0, "x y": 0}),
         }[type]()
 
-    def rq_job(self, name: str, **fields: object) -> None:
-        """A record in RQ, as others could write it, at the head of the queue."""
+    def rq_job(self, name: str, **fields: object) -> str:
+        """A record in RQ, as others could write it, at the head of the queue. Returns its name."""
         made = {"data": json.dumps(["embedstream.finalize", None, ["q", "x"], {}]), "origin": "embedstream"}
         self.client.hset(f"rq:job:{name}", mapping={**made, "status": "queued", **fields})
         self.client.lpush("rq:queue:embedstream", name)
+        return name
 
     def take_all(self) -> set[str]:
         """What the processes of a coordinator would take now, and say that they work on."""
@@ -185,6 +187,12 @@ CASES: dict[str, Plant] = {
     "a job of another RQ": lambda b: Queue("embedstream", b.client).enqueue("os.getcwd"),
 }
 
+
+def of_rq(key: str, type: str, _: Bench) -> tuple[str, str]:
+    return f"rq:{key}", type
+
+
+REGISTRIES = ("wip", "finished", "failed", "scheduled", "deferred", "canceled")
 TYPES = ("string", "list", "hash", "set", "zset")
 KEYS: dict[str, Callable[[Bench], tuple[str, str]]] = {
     "queues": lambda _: (QUEUES, "zset"),
@@ -198,21 +206,9 @@ KEYS: dict[str, Callable[[Bench], tuple[str, str]]] = {
     "job ended": lambda b: (b.keys.job(b.ended), "hash"),
     "repeated": lambda b: (b.keys.repeated(b.read), "hash"),
     "troubles": lambda b: (b.keys.troubles(b.read), "hash"),
-    **{
-        key: lambda _, key=key, type=type: (f"rq:{key}", type)
-        for key, type in {
-            "queue:embedstream": "list",
-            "queue:embedstream:intermediate": "list",
-            "wip:embedstream": "zset",
-            "finished:embedstream": "zset",
-            "failed:embedstream": "zset",
-            "scheduled:embedstream": "zset",
-            "deferred:embedstream": "zset",
-            "workers": "set",
-            "workers:embedstream": "set",
-            "queues": "set",
-        }.items()
-    },
+    **{f"rq:{key}": partial(of_rq, key, "list") for key in ("queue:embedstream", "queue:embedstream:intermediate")},
+    **{f"rq:{key}:embedstream": partial(of_rq, f"{key}:embedstream", "zset") for key in REGISTRIES},
+    **{f"rq:{key}": partial(of_rq, key, "set") for key in ("workers", "workers:embedstream", "queues")},
 }
 
 

@@ -48,6 +48,11 @@ def not_utf8(path: Path) -> None:
     rewritten(path, lambda table: table.set_column(5, errors_schema().field("message"), text))
 
 
+def to_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
 DAMAGES: dict[str, Callable[[Path], object]] = {
     "a missing column": lambda path: rewritten(path, lambda table: table.drop_columns(["message"])),
     "a column of another type": with_column("message", [1, 2], pa.int64()),
@@ -62,7 +67,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "an empty file": lambda path: path.write_bytes(b""),
     "no Parquet": lambda path: path.write_bytes(b"PAR1" * 100),
     "no file": lambda path: path.unlink(),
-    "a folder": lambda path: (path.unlink(), path.mkdir()),
+    "a folder": to_folder,
     "other rows of the same kind": with_column("message", ["x", "y"], pa.string()),
 }
 COMMITTED = [name for name in DAMAGES if name not in ("other rows of the same kind", "no file", "a folder")]
