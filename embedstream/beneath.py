@@ -1,15 +1,18 @@
-"""Opening what lies below a folder, whatever is swapped for a link meanwhile."""
+"""Opening what lies below some folders, whatever is swapped for a link meanwhile."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Sequence
 from pathlib import PurePath
 
-_FOLDER = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_PASSED = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC | getattr(os, "O_PATH", os.O_RDONLY)
+"""How a folder on the way is opened: no right to read it is needed, where the system can do that."""
 
 
-def open_beneath(root: str, path: str, flags: int, mode: int = 0o777) -> int:
-    """A descriptor of what lies at `path`, which is `root` or below it once all links are resolved.
+def open_beneath(roots: Sequence[str], path: str, flags: int) -> int:
+    """A descriptor of what lies at `path`, which is one of the roots or below it once all links are resolved.
 
     Links are resolved first; what they come to is then opened step by step from the root on, following none. So what is
     open lies below the root, even if somebody changes folders there at the same time.
@@ -18,17 +21,46 @@ def open_beneath(root: str, path: str, flags: int, mode: int = 0o777) -> int:
         ValueError: it lies elsewhere.
         OSError: it cannot be opened, or was changed meanwhile.
     """
-    above, below = os.path.realpath(root), os.path.realpath(path)
-    if os.path.commonpath([above, below]) != above:
-        raise ValueError(f"is not below {root}")
-    *folders, name = PurePath(below).relative_to(above).parts or ("",)
-    if not name:
-        return os.open(above, flags | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
-    at = os.open(above, _FOLDER)
+    root, names = _resolved(roots, path)
+    if not names:
+        return os.open(root, flags | os.O_NOFOLLOW | os.O_CLOEXEC)
+    at = os.open(root, _PASSED)
     try:
-        for folder in folders:
-            at, parent = os.open(folder, _FOLDER, dir_fd=at), at
-            os.close(parent)
-        return os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, mode, dir_fd=at)
+        for name in names[:-1]:
+            at = _step(at, name)
+        return os.open(names[-1], flags | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=at)
     finally:
         os.close(at)
+
+
+def make_beneath(roots: Sequence[str], path: str) -> None:
+    """Make a folder and those above it, as far as they are not there. Raises as `open_beneath`."""
+    root, names = _resolved(roots, path)
+    at = os.open(root, _PASSED)
+    try:
+        for name in names:
+            try:
+                at = _step(at, name)
+            except FileNotFoundError:
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(name, dir_fd=at)
+                at = _step(at, name)
+    finally:
+        os.close(at)
+
+
+def _resolved(roots: Sequence[str], path: str) -> tuple[str, tuple[str, ...]]:
+    """The root that a path lies below, and the names on the way from it to there."""
+    below = PurePath(os.path.realpath(path))
+    for root in filter(os.path.isabs, roots):
+        above = os.path.realpath(root)
+        if below.is_relative_to(above):
+            return above, below.relative_to(above).parts
+    raise ValueError(f"is not below {', '.join(roots)}")
+
+
+def _step(at: int, name: str) -> int:
+    """From a folder to one in it; the first is closed then."""
+    found = os.open(name, _PASSED, dir_fd=at)
+    os.close(at)
+    return found

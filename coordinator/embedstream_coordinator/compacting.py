@@ -78,5 +78,5 @@ def merge(context: Context, id: str, shard: str) -> str:
 
 def _open(context: Context, wanted: Compaction) -> tuple[FolderSink, Manifest, tuple[Group, ...]]:
     check_output(context.output_roots, wanted.output)
-    sink, manifest = open_finished(wanted.output)
+    sink, manifest = open_finished(wanted.output, context.output_roots)
     return sink, manifest, plan_groups(manifest, min(wanted.target_bytes, MOST_BYTES))

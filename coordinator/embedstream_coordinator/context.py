@@ -34,7 +34,7 @@ class Context(msgspec.Struct, frozen=True, kw_only=True):
     def sink(self, spec: JobSpec) -> Sink:
         """Raises `OutputError` or `UsageError` for an output that this coordinator may not write."""
         check_output(self.output_roots, spec.output)
-        return open_sink(spec.output, spec, self.redis_url)
+        return open_sink(spec.output, spec, self.redis_url, self.output_roots)
 
     def check_input(self, source: str) -> None:
         """Raise `InputError` for a part that this coordinator may not read."""
@@ -55,8 +55,7 @@ class Context(msgspec.Struct, frozen=True, kw_only=True):
             ValueError: it lies elsewhere by now.
         """
         self.check_input(path)
-        root = next((root for root in self.input_roots if allows([root], path)), "")
-        descriptor = open_beneath(root, path, flags | os.O_NONBLOCK)
+        descriptor = open_beneath(self.input_roots, path, flags | os.O_NONBLOCK)
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.close(descriptor)
             raise InputError(f"{path}: is no regular file, so it cannot be read by a coordinator")

@@ -62,8 +62,8 @@ def plan_groups(manifest: Manifest, target_bytes: int = TARGET_BYTES) -> tuple[G
     )
 
 
-def open_finished(output: str) -> tuple[FolderSink, Manifest]:
-    """A dataset that can be compacted.
+def open_finished(output: str, roots: Sequence[str] = ()) -> tuple[FolderSink, Manifest]:
+    """A dataset that can be compacted, written below `roots` alone if there are any.
 
     Raises:
         UsageError: it is not in files.
@@ -74,7 +74,7 @@ def open_finished(output: str) -> tuple[FolderSink, Manifest]:
     manifest = open_sink(output).read_manifest()
     if manifest is None or manifest.state != JobState.COMPLETED:
         raise OutputError(f"{mask(output)}: no finished dataset, so there is nothing to merge: wait for its job")
-    sink = open_sink(output, msgspec.structs.replace(manifest_spec(manifest), output=output))
+    sink = open_sink(output, msgspec.structs.replace(manifest_spec(manifest), output=output), roots=roots)
     assert isinstance(sink, FolderSink), "an output in files"
     return sink, manifest
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
@@ -46,8 +47,10 @@ class Readable(Protocol):
     def __buffer__(self, flags: int, /) -> memoryview: ...
 
 
-def write_durable(path: Path, pieces: Iterable[Readable]) -> None:
+def write_durable(path: Path, pieces: Iterable[Readable], folder: int) -> None:
     """Put the pieces, one after the other, into `path`, replacing it at once or not at all.
+
+    `folder`: an open descriptor of the folder of `path`, which is not looked for again.
 
     When this returns, the file survives a power cut. A reader never sees it half-written; what a crash leaves is named
     `<name>.tmp-<uuid>`.
@@ -56,38 +59,39 @@ def write_durable(path: Path, pieces: Iterable[Readable]) -> None:
     written again, if the pieces can be had again.
 
     Raises:
-        OutputError: with nothing changed at `path`.
+        OSError: with nothing changed at `path`.
+        OutputError: the same.
     """
     tries = SWEPT_TRIES if isinstance(pieces, Sequence) else 1
-    try:
-        while not _put(path, pieces):
-            tries -= 1
-            if not tries:
-                raise OutputError(f"{path}: cannot write: somebody removes it half-written: try again")
-        sync_folder(path.parent)
-    except OSError as error:
-        raise cannot("write", path, error) from error
+    while not _put(path, pieces, folder):
+        tries -= 1
+        if not tries:
+            raise OutputError(f"{path}: cannot write: somebody removes it half-written: try again")
+    sync_folder(folder)
 
 
-def _put(path: Path, pieces: Iterable[Readable]) -> bool:
+def _put(path: Path, pieces: Iterable[Readable], folder: int) -> bool:
     """Whether the file is in its place; if not, somebody has removed it on its way there, and the folder is there."""
-    temporary = path.with_name(f"{path.name}{TEMPORARY}{uuid.uuid4().hex}")
+    temporary = f"{path.name}{TEMPORARY}{uuid.uuid4().hex}"
     try:
-        with temporary.open("xb") as file:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666, dir_fd=folder)
+        with os.fdopen(descriptor, "wb") as file:
             for piece in pieces:
                 file.write(piece)
             file.flush()
             os.fsync(file.fileno())
         reach("file.written")
         try:
-            temporary.replace(path)
+            os.replace(temporary, path.name, src_dir_fd=folder, dst_dir_fd=folder)
         except FileNotFoundError:
             if not path.parent.is_dir():
                 raise
             return False
         reach("file.renamed")
     except BaseException:
-        remove(temporary)
+        # One that cannot be removed is left: it counts for nothing without a manifest.
+        with contextlib.suppress(OSError):
+            os.unlink(temporary, dir_fd=folder)
         raise
     return True
 
@@ -106,25 +110,14 @@ def refuse_special(path: Path) -> None:
         raise OutputError(f"{path}: cannot read: is {what}, not a file: restore the file, or move it out of the folder")
 
 
-def remove(path: Path) -> None:
-    """Remove a file if it is there. One that cannot be removed is left: it counts for nothing without a manifest."""
+def sync_folder(folder: int) -> None:
+    """Make renames and removals in an open folder durable."""
     try:
-        path.unlink()
-    except OSError:
-        return
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames and removals in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
+        os.fsync(folder)
     except OSError as error:
         # Some network file systems have no such call; there a rename is as durable as it gets.
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
-    finally:
-        os.close(descriptor)
 
 
 def cannot(verb: str, path: Path, error: OSError, folder: Path | None = None) -> OutputError:

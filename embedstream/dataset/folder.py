@@ -57,9 +57,9 @@ class FolderSink:
     `spec` may be left out for reading a dataset that has its manifest.
     """
 
-    def __init__(self, output: str, spec: JobSpec | None = None) -> None:
+    def __init__(self, output: str, spec: JobSpec | None = None, roots: Sequence[str] = ()) -> None:
         self.output = output
-        self.files: Storage = storage_of(output)
+        self.files: Storage = storage_of(output, roots)
         self._spec = spec
 
     def check(self) -> None:

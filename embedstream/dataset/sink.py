@@ -229,8 +229,12 @@ def canonical_output(text: str) -> str:
     return parse_address(text).url
 
 
-def open_sink(output: str, spec: JobSpec | None = None, queue_url: str | None = None) -> Sink:
+def open_sink(
+    output: str, spec: JobSpec | None = None, queue_url: str | None = None, roots: Sequence[str] = ()
+) -> Sink:
     """The sink of an output; nothing is touched before its first call.
+
+    A folder is written below `roots` alone if there are any, whatever is swapped for a link there meanwhile.
 
     `spec` is needed for writing; without it a dataset that has its manifest can be read. `queue_url` is the server that
     `redis:?prefix=...` means.
@@ -243,7 +247,7 @@ def open_sink(output: str, spec: JobSpec | None = None, queue_url: str | None = 
 
     canonical = canonical_output(output)
     if canonical.startswith("/") or is_object(canonical):
-        return FolderSink(canonical, spec)
+        return FolderSink(canonical, spec, roots)
     address = parse_address(canonical)
     server = address.server or queue_url
     if server is None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import pyarrow as pa
 
+from embedstream.beneath import make_beneath, open_beneath
 from embedstream.dataset.files import Readable, cannot, refuse_special, sync_folder, write_durable
 from embedstream.errors import OutputError
 from embedstream.failpoints import reach
@@ -58,11 +60,14 @@ class Storage(Protocol):
         """One sentence about what could not be read."""
 
 
-def storage_of(output: str) -> Storage:
-    """The storage of an output in its canonical spelling; nothing is touched before its first call."""
+def storage_of(output: str, roots: Sequence[str] = ()) -> Storage:
+    """The storage of an output in its canonical spelling; nothing is touched before its first call.
+
+    `roots`: folders below which a folder is written, whatever is swapped for a link meanwhile; none: anywhere.
+    """
     from embedstream.dataset.bucket import Bucket
 
-    return Bucket(parse_object(output, "output")) if is_object(output) else Folder(Path(output))
+    return Bucket(parse_object(output, "output")) if is_object(output) else Folder(Path(output), roots)
 
 
 class Folder:
@@ -70,8 +75,9 @@ class Folder:
 
     sql = ""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, roots: Sequence[str] = ()) -> None:
         self._folder = folder
+        self._roots = roots or (os.sep,)
 
     def path(self, name: str) -> str:
         return str(self._folder / name)
@@ -80,16 +86,19 @@ class Folder:
         if self._folder.exists() and not self._folder.is_dir():
             raise OutputError(f"{self._folder}: is a file, not a folder: choose another output (-o)")
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            make_beneath(self._roots, str(self._folder))
+        except ValueError as error:
+            raise self._outside(error) from error
         except OSError as error:
             there = next(folder for folder in self._folder.absolute().parents if folder.is_dir())
             raise cannot("write", self._folder, error, there) from error
 
     def prove_writable(self) -> None:
-        probe = self._folder / f".probe-{uuid.uuid4().hex}"
+        probe = f".probe-{uuid.uuid4().hex}"
         try:
-            probe.touch(exist_ok=False)
-            probe.unlink()
+            with self._opened() as folder:
+                os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666, dir_fd=folder))
+                os.unlink(probe, dir_fd=folder)
         except OSError as error:
             raise cannot("write", self._folder, error, self._folder) from error
 
@@ -138,18 +147,41 @@ class Folder:
             raise cannot("read", path, error) from error
 
     def write(self, name: str, pieces: Iterable[Readable]) -> None:
-        write_durable(self._folder / name, pieces)
+        path = self._folder / name
+        try:
+            with self._opened() as folder:
+                write_durable(path, pieces, folder)
+        except OSError as error:
+            raise cannot("write", path, error) from error
 
     def remove(self, names: Iterable[str]) -> None:
         path = self._folder
         try:
             reach("shard.discarding")
-            for path in [self._folder / name for name in names]:
-                path.unlink(missing_ok=True)
-            sync_folder(self._folder)
+            with self._opened() as folder:
+                for name in names:
+                    path = self._folder / name
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(name, dir_fd=folder)
+                sync_folder(folder)
             reach("shard.discarded")
         except OSError as error:
             raise cannot("remove", path, error) from error
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[int]:
+        """A descriptor of the folder, which lies below the roots. Raises `OSError`; `OutputError` if it does not."""
+        try:
+            folder = open_beneath(self._roots, str(self._folder), os.O_RDONLY | os.O_DIRECTORY)
+        except ValueError as error:
+            raise self._outside(error) from error
+        try:
+            yield folder
+        finally:
+            os.close(folder)
+
+    def _outside(self, error: ValueError) -> OutputError:
+        return OutputError(f"{self._folder}: {error}: somebody has put a link there")
 
     def cannot_read(self, name: str, error: OSError) -> OutputError:
         return cannot("read", self._folder / name, error)

@@ -271,10 +271,10 @@ MUTANTS = (
     mutant(
         "a file is written in its place",
         "embedstream/dataset/files.py",
-        'temporary = path.with_name(f"{path.name}{TEMPORARY}{uuid.uuid4().hex}")',
-        "temporary = path",
+        'temporary = f"{path.name}{TEMPORARY}{uuid.uuid4().hex}"',
+        "temporary = path.name",
         f"{FOLDER}::test_a_kill_before_the_rename_leaves_nothing_that_counts",
-        also=(Edit("embedstream/dataset/files.py", 'temporary.open("xb")', 'temporary.open("wb")'),),
+        also=(Edit("embedstream/dataset/files.py", "os.O_CREAT | os.O_EXCL", "os.O_CREAT | os.O_TRUNC"),),
     ),
     mutant(
         "a file is renamed before it is on disk",

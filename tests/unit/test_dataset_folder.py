@@ -17,10 +17,11 @@ import pyarrow.parquet as pq
 import pytest
 from dataset_lab import Dataset, contents_of, make_content, make_error, make_spec
 
-from embedstream.dataset.files import write_durable
+from embedstream.dataset.files import TEMPORARY
 from embedstream.dataset.folder import FolderSink
 from embedstream.dataset.parquet import read_footer
 from embedstream.dataset.sink import ShardContent, open_sink
+from embedstream.dataset.storage import Folder
 from embedstream.errors import OutputError, SpecDiffers
 from embedstream.jobs import JobState
 
@@ -100,13 +101,11 @@ def test_a_kill_before_the_rename_leaves_nothing_that_counts(dataset: Dataset) -
     """A process of its own dies for good in the middle of writing `part-a.parquet`."""
     script = """
 import os, sys
-from pathlib import Path
 from dataset_lab import make_content, make_error, make_spec
-from embedstream.dataset.files import write_durable
 from embedstream.dataset.folder import FolderSink
 spec = make_spec(sys.argv[1])
-rename = Path.replace
-Path.replace = lambda self, to: os.kill(os.getpid(), 9) if to.name == "part-a.parquet" else rename(self, to)
+rename = os.replace
+os.replace = lambda name, to, **at: os.kill(os.getpid(), 9) if to == "part-a.parquet" else rename(name, to, **at)
 FolderSink(spec.output, spec).write_shard(make_content(spec, errors=[make_error()]))
 """
     search_path = os.pathsep.join(["tests", *sys.path])
@@ -189,18 +188,18 @@ def test_content_that_is_not_what_its_record_says_is_not_written(dataset: Datase
 def test_each_file_is_on_disk_before_the_next_step(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     """What survives a power cut at any moment: the system's calls happen in this order."""
     steps: list[str] = []
-    sync, rename = os.fsync, Path.replace
+    sync, rename = os.fsync, os.replace
 
     def note_sync(descriptor: int) -> None:
         steps.append("sync " + re.sub(r"\.tmp-.*", "", Path(f"/proc/self/fd/{descriptor}").readlink().name))
         sync(descriptor)
 
-    def note_rename(self: Path, to: Path) -> Path:
-        steps.append(f"rename {to.name}")
-        return rename(self, to)
+    def note_rename(name: str, to: str, **folders: int) -> None:
+        steps.append(f"rename {to}")
+        rename(name, to, **folders)
 
     monkeypatch.setattr(os, "fsync", note_sync)
-    monkeypatch.setattr(Path, "replace", note_rename)
+    monkeypatch.setattr(os, "replace", note_rename)
     dataset.write(make_content(dataset.spec, errors=[make_error()]))
     dataset.end()
 
@@ -280,7 +279,7 @@ class Interrupted(list[bytes]):
 def test_a_file_that_a_finalizer_sweeps_away_half_written_is_written_again(dataset: Dataset) -> None:
     dataset.write(make_content(dataset.spec))
     path = folder_of(dataset) / "part-late.parquet"
-    write_durable(path, Interrupted(dataset.end))
+    Folder(folder_of(dataset)).write(path.name, Interrupted(dataset.end))
     assert path.read_bytes() == b"one file"
     assert names_in(dataset) == ["_manifest.json", "part-a.parquet", "part-late.parquet"]
 
@@ -289,22 +288,24 @@ def test_a_file_that_is_swept_away_for_ever_is_an_error_that_does_not_call_the_f
     dataset.write(make_content(dataset.spec))
     for pieces in (Interrupted(dataset.end, times=99), iter(Interrupted(dataset.end))):
         with pytest.raises(OutputError, match=r"errors.jsonl: cannot write: somebody removes it half-written: try ag"):
-            write_durable(folder_of(dataset) / "errors.jsonl", pieces)
+            Folder(folder_of(dataset)).write("errors.jsonl", pieces)
         assert names_in(dataset) == ["_manifest.json", "part-a.parquet"]
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_no_file(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     """The system's own full device stands where the temporary file would be."""
-    opened = Path.open
-    made: list[Path] = []
+    opened = os.open
+    made: list[str] = []
 
-    def open_full(self: Path, mode: str = "r") -> object:
-        made.append(self)
-        self.symlink_to("/dev/full")
-        return opened(self, mode.replace("x", "w"))
+    def open_full(path: str, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
+        if TEMPORARY in path:
+            made.append(path)
+            os.symlink("/dev/full", path, dir_fd=dir_fd)
+            flags &= ~os.O_EXCL
+        return opened(path, flags, mode, dir_fd=dir_fd)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "open", open_full)
+        patch.setattr(os, "open", open_full)
         with pytest.raises(OutputError, match="no space left on the device: free some") as caught:
             dataset.sink.write_shard(make_content(dataset.spec))
 

@@ -65,7 +65,7 @@ class Housekeeping:
     def _sink(self, spec: JobSpec) -> Sink:
         """Raises `OutputError` or `UsageError` for an output that this worker may not write."""
         check_output(self._roots, spec.output)
-        return open_sink(spec.output, spec, self._redis_url)
+        return open_sink(spec.output, spec, self._redis_url, self._roots)
 
     def _note(self, job: str, why: str) -> None:
         if self._failed.get(job) != why:

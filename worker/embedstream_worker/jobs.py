@@ -200,7 +200,7 @@ class Jobs:
             prompt_length=self._tokenizer.prompt_length(prompt, max_length) if prompt else 0,
             max_length=max_length,
             space=space_id(info, spec, prompt, max_length),
-            sink=open_sink(spec.output, spec, self._redis_url),
+            sink=open_sink(spec.output, spec, self._redis_url, self._roots),
         )
 
     def _unfit(self, spec: JobSpec) -> str | None:

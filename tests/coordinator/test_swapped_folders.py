@@ -1,12 +1,13 @@
-"""A coordinator reads below its input roots only, even while somebody swaps folders there for links."""
+"""Nothing outside the roots is read or written, even while somebody swaps folders below them for links."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from broker_lab import Lab
 from embedstream.beneath import open_beneath
 from embedstream.connection import connect
 from embedstream.coordination import note_repeated
-from embedstream.errors import InputError
+from embedstream.dataset.storage import Folder
+from embedstream.errors import InputError, OutputError
 from embedstream.jobs import JobSpec
 from embedstream_coordinator import functions
 from embedstream_coordinator.context import Context
@@ -46,7 +48,29 @@ def swapping(folder: Path, secret: Path) -> Iterator[None]:
             for old, new in ((folder, away), (link, folder), (folder, link), (away, folder)):
                 os.rename(old, new)  # noqa: PTH104  (by far the fastest)
 
-    thread = threading.Thread(target=swap)
+    with running(swap, over):
+        yield
+
+
+@contextlib.contextmanager
+def turning(link: Path, *targets: Path) -> Iterator[None]:
+    """A link leads to one folder and the other, in turn, and is never missing."""
+    over, new = threading.Event(), link.with_name("new-link")
+
+    def turn() -> None:
+        for target in itertools.cycle(targets):
+            new.symlink_to(target)
+            new.replace(link)
+            if over.is_set():
+                return
+
+    with running(turn, over):
+        yield
+
+
+@contextlib.contextmanager
+def running(act: Callable[[], None], over: threading.Event) -> Iterator[None]:
+    thread = threading.Thread(target=act)
     thread.start()
     try:
         yield
@@ -89,10 +113,33 @@ def test_what_lies_outside_is_never_open_in_thousands_of_tries(tmp_path: Path) -
     with swapping(part.parent, outside):
         for _ in range(5000):
             with contextlib.suppress(OSError, ValueError):
-                descriptor = open_beneath(str(inside), str(part), os.O_RDONLY)
+                descriptor = open_beneath([str(inside)], str(part), os.O_RDONLY)
                 with os.fdopen(descriptor, "rb") as file:
                     found.add(json.loads(file.read())["text"])
     assert found == {PUBLIC}
+
+
+def test_nothing_outside_is_ever_written_or_removed(tmp_path: Path) -> None:
+    inside, outside = tmp_path / "inside", tmp_path / "outside"
+    (inside / "real" / "out").mkdir(parents=True)
+    (inside / "sub").symlink_to("real")
+    (outside / "out").mkdir(parents=True)
+    (outside / "out" / "part-a.parquet").write_text("precious")
+    storage, written = Folder(inside / "sub" / "out", [str(inside)]), 0
+    with turning(inside / "sub", inside / "real", outside):
+        for _ in range(1000):
+            with contextlib.suppress(OutputError):
+                storage.prove_writable()
+            with contextlib.suppress(OutputError):
+                storage.write("part-a.parquet", [b"rows"])
+                written += 1
+            with contextlib.suppress(OutputError):
+                storage.remove(["part-a.parquet"])
+            with contextlib.suppress(OutputError):
+                Folder(inside / "sub" / "new", [str(inside)]).prepare()
+    assert written
+    assert sorted(path.name for path in outside.rglob("*")) == ["out", "part-a.parquet"]
+    assert (outside / "out" / "part-a.parquet").read_text() == "precious"
 
 
 @pytest.mark.parametrize(
@@ -121,7 +168,7 @@ def test_links_lead_where_they_lead_as_long_as_that_is_below_the_root(
     with contextlib.ExitStack() as stack:
         if not allowed:
             stack.enter_context(pytest.raises((ValueError, OSError)))
-        os.close(open_beneath(str(tmp_path / root), str(tmp_path / path), os.O_RDONLY))
+        os.close(open_beneath([str(tmp_path / root)], str(tmp_path / path), os.O_RDONLY))
 
 
 def test_a_pipe_below_the_root_is_refused_and_not_waited_for(tmp_path: Path) -> None:
