@@ -22,7 +22,7 @@ LEASE_MS = 60_000
 """Above what a manifest takes by far; after it, somebody else tries. Two who do it at once do no harm."""
 
 MOST_PAUSE_MS = 300_000
-"""Between two tries to write a manifest. Whoever opens the job again need not wait for it."""
+"""Between two tries to write a manifest: what is damaged stays so until somebody mends it."""
 
 _DAY_MS = 86_400_000
 
