@@ -15,11 +15,11 @@ from redis.exceptions import NoPermissionError, NoScriptError, ResponseError
 from embedstream import scripts
 from embedstream.errors import BrokerError
 from embedstream.failpoints import reach, reach_step
-from embedstream.foreign import names
+from embedstream.foreign import names, reading
 from embedstream.job_record import parse_status
 from embedstream.jobs import JobState, JobStatus
 from embedstream.keys import GROUP, QUEUES, RELEASED, Keys
-from embedstream.steps import MOST_BLOCKS, CommitBlock, Step, Steps
+from embedstream.steps import MOST_BLOCKS, PROMPT, CommitBlock, Step, Steps
 from embedstream.workers import WorkerRecord
 
 T = TypeVar("T")
@@ -187,6 +187,15 @@ class Broker(Steps):
         raw = self._raw.hget(self.keys.suspect(job), f"{part}:{block}")
         return tuple(map(int, raw.split(b","))) if raw else ()
 
+    def prompt_tries(self, job: str) -> tuple[str, ...]:
+        """The workers that died of a job's prompt, the last of which may be trying it still; or `(PROVEN,)`.
+
+        Raises `RecordDamaged` for a note that makes no sense.
+        """
+        with reading(f"job {job}'s note of its prompt"):
+            raw = self._raw.hget(self.keys.suspect(job), PROMPT)
+            return tuple(raw.decode().split(",")) if raw else ()
+
     def free_finalize(self, job: str) -> None:
         """Let a job of the outbox be taken at once: for when whoever leased it is surely gone."""
         self._raw.zadd(self.keys.finalize, {job: 0}, xx=True)
@@ -278,6 +287,10 @@ class Broker(Steps):
             pipe.delete(self.keys.worker(name))
             pipe.zrem(self.keys.workers, name)
             pipe.execute()
+
+    def is_alive(self, name: str) -> bool:
+        """Whether a worker of this name has given a sign of life that still counts."""
+        return bool(self._raw.exists(self.keys.worker(name)))
 
     def workers(self) -> list[WorkerRecord]:
         """The live workers of the queue; names of dead ones are forgotten."""

@@ -25,6 +25,9 @@ T = TypeVar("T")
 
 Argument = str | bytes | int | float
 
+PROMPT, PROVEN = "prompt", "proven"
+"""Of the notes about what workers died of: the field of a job's prompt, and its value once one has survived it."""
+
 
 class Code(enum.StrEnum):
     """What steps answer."""
@@ -212,8 +215,17 @@ class Steps:
 
         The last of them is the one that is about to be tried alone.
         """
-        noted = ",".join(map(str, chunks))
-        return Step("suspect", (self.keys.job(job), self.keys.suspect(job)), (part, block, noted), _answer)
+        return self._note(job, f"{part}:{block}", map(str, chunks))
+
+    def suspect_prompt(self, job: str, workers: Sequence[str]) -> Step[Answer]:
+        """Note the workers that died of a job's prompt: OK, ENDED(state), UNKNOWN_JOB.
+
+        The last of them is the one that is about to try it. `(PROVEN,)`: a worker has survived it.
+        """
+        return self._note(job, PROMPT, workers)
+
+    def _note(self, job: str, what: str, names: Iterable[str]) -> Step[Answer]:
+        return Step("suspect", (self.keys.job(job), self.keys.suspect(job)), (what, ",".join(names)), _answer)
 
     def request(self, request: str, payload: bytes, wait_ms: int, most: int) -> Step[Answer]:
         """Put an interactive request on its stream: OK, BUSY."""

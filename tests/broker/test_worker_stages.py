@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -130,7 +131,7 @@ class Taking:
         self.windows: Channel[Window] = Channel(room)
         broker = Broker(connect(bench.url, 0), bench.broker.queue)
         model = WorkerModel("hashing", None)
-        self.jobs = Jobs(broker, bench.url, HashingEngine(), model, (str(bench.folder),))
+        self.jobs = Jobs(broker, bench.url, HashingEngine(), model, (str(bench.folder),), lambda *_: 0)
         chosen = WorkerSettings(**{"window_ms": 20, "lease_seconds": 600.0, **settings})
         self.ahead = Ahead(65_536, padded=False, window_tokens=window_tokens)
         meter = Meter("q")
@@ -366,3 +367,25 @@ def test_a_request_that_its_workers_died_of_is_not_tried_again(bench: WorkerLab)
     life.stop()
     thread.join(30)
     assert "2 workers died" in msgpack.decode(raw, type=EmbedReply).error
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        (msgpack.encode(EmbedRequest(texts=("x",) * 1024, prompt="p" * 60_000)), "each with its prompt"),
+        (msgpack.encode({"texts": ["x" * (5 << 20)]}), "a request of 5,242,"),
+        (b"\xff", "Expected `object`"),
+    ],
+    ids=["prompt times texts", "body", "no request"],
+)
+def test_a_request_for_too_much_is_answered_with_the_bound(bench: WorkerLab, body: bytes, says: str) -> None:
+    life, channel = Life(), Channel[list[TokenizedGroup] | Urgent](1)
+    bench.broker.run(bench.broker.request("r", body, 60_000, 10))
+    asking = make_interactive(bench, life, channel)
+    thread = start_stage("interactive", life, asking.run, [])
+    client: Any = bench.broker.client
+    (_, raw) = client.blpop([bench.broker.keys.reply("r")], timeout=30)
+    life.stop()
+    thread.join(30)
+    assert re.search(says, msgpack.decode(raw, type=EmbedReply).error)
+    assert channel.get(timeout=0) is None

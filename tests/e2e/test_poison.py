@@ -6,6 +6,7 @@ import json
 import re
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,8 @@ from e2e.harness import (
     start_submit,
     wait_until,
 )
+from embedstream.client import Client
+from embedstream.errors import RequestError
 from embedstream.jobs import JobState, job_id
 
 STALLED = 75
@@ -101,6 +104,81 @@ def test_each_further_killer_in_a_block_costs_one_worker_more(workers: Fleet, tm
     assert len(supervise(workers, strikes, "--lease-seconds", 1)) == 5
     assert_exact(tmp_path / "out", good(texts, 3, 7, 40))
     assert errors_of(tmp_path / "out") == {"t3": "poison", "t7": "poison", "t40": "poison"}
+
+
+def submit(workers: Fleet, path: Path, *args: object) -> str:
+    output = path.with_suffix(".out")
+    done = run("embed-submit", path, "-o", output, "--redis", workers.url, "--model", "hashing", "--detach", *args)
+    assert done.returncode == 0, done.stderr
+    return job_id("hashing", str(output))
+
+
+def supervise_without_signs(workers: Fleet, strikes: Path) -> list[int]:
+    """As `supervise`, but a dead worker's last sign of life does not count for another 15 seconds."""
+    ends: list[int] = []
+    while len(ends) < 12:
+        worker = workers.start_worker(
+            "--burst", "--lease-seconds", 1, wait=False, EMBEDSTREAM_HASHING_FAULTS=str(strikes)
+        )
+        code = worker.wait(120)
+        if code == 0:
+            return ends
+        ends.append(code)
+        for record in workers.broker.workers():
+            workers.broker.leave(record.name)
+    raise AssertionError(f"the work is not done after {ends}")
+
+
+@pytest.mark.parametrize("fault", ["tokenize-kill", "kill"])
+def test_a_prompt_that_kills_costs_three_workers_and_its_own_job(
+    workers: Fleet, tmp_path: Path, strikes: Path, fault: str
+) -> None:
+    texts = corpus(tmp_path / "good.jsonl", 2000, {})
+    corpus(tmp_path / "bad.jsonl", 2000, {})
+    bad = submit(workers, tmp_path / "bad.jsonl", "--prompt", f"[[fault:{fault}]]")
+    good = submit(workers, tmp_path / "good.jsonl", "--prompt", "passage: ")
+    assert len(supervise_without_signs(workers, strikes)) == 3
+    assert workers.broker.state(bad) == JobState.FAILED
+    assert "3 workers died while they ran its prompt" in workers.broker.status(bad).reason
+    assert workers.broker.state(good) == JobState.COMPLETED
+    assert {row["id"] for row in read_rows(tmp_path / "good.out")} == set(texts)
+
+
+@pytest.mark.parametrize("fault", ["tokenize-raise", "raise", "memory"])
+def test_a_prompt_that_fails_ends_its_job_with_the_reason(
+    workers: Fleet, tmp_path: Path, strikes: Path, fault: str
+) -> None:
+    corpus(tmp_path / "bad.jsonl", 2000, {})
+    bad = submit(workers, tmp_path / "bad.jsonl", "--prompt", f"[[fault:{fault}]]")
+    assert supervise(workers, strikes) == []
+    assert workers.broker.state(bad) == JobState.FAILED
+    assert "asked for" in workers.broker.status(bad).reason
+    assert "prompt" in workers.broker.status(bad).reason
+
+
+@pytest.mark.parametrize("fault", ["tokenize-kill", "kill"])
+def test_a_request_whose_prompt_kills_costs_two_workers_and_is_answered(
+    workers: Fleet, strikes: Path, fault: str
+) -> None:
+    answers: list[str] = []
+
+    def ask() -> None:
+        with Client(workers.url) as client, pytest.raises(RequestError) as refused:
+            client.embed(["a"], prompt=f"[[fault:{fault}]]", model="hashing", timeout=60)
+        answers.append(str(refused.value))
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    deaths = 0
+    while not answers:
+        worker = workers.start_worker("--lease-seconds", 1, wait=False, EMBEDSTREAM_HASHING_FAULTS=str(strikes))
+        wait_until(lambda worker=worker: answers or worker.poll() is not None, "a death, or the answer")
+        deaths += worker.poll() is not None
+    asking.join(30)
+    assert deaths == 2
+    assert "2 workers died of this request" in answers[0]
+    with Client(workers.url) as client:
+        assert client.embed(["a"], model="hashing").shape == (1, 384)
 
 
 def test_a_text_that_killed_but_once_or_twice_gets_its_vector(workers: Fleet, tmp_path: Path, strikes: Path) -> None:

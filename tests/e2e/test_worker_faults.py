@@ -23,6 +23,8 @@ from embedstream.interactive import EmbedRequest, ask, vectors
 from embedstream.jobs import JobState
 from embedstream.metrics import DEVICE_BUSY
 from embedstream.plans import drive
+from embedstream.steps import PROVEN
+from embedstream.workers import WorkerRecord
 
 
 def parts(lab: WorkerLab, output: str = "out") -> list[str]:
@@ -335,3 +337,21 @@ def test_an_interactive_request_is_answered_before_the_next_batch_of_a_job(lab: 
     finish(lab, job)
     assert order[1] == ["now"]
     assert vectors(answers[0], 1)[0] == pytest.approx(reference_vector("now"), abs=1e-6)
+
+
+def test_a_prompt_that_another_worker_tries_is_waited_for_and_two_deaths_do_not_end_its_job(lab: WorkerLab) -> None:
+    job = lab.job(TEXTS[:4], prompt="passage: ")
+    other = lab.job(TEXTS[:4], output="other")
+    record = WorkerRecord(
+        name="w9", host="h", pid=1, model="m", fingerprint="", engine="", device="", dtype="", roots=(), state="ready",
+        started=0.0,
+    )  # fmt: skip
+    lab.broker.heartbeat(record, 60)
+    lab.broker.run(lab.broker.suspect_prompt(job, ("dead", "w9")))
+    lab.start()
+    finish(lab, other)
+    assert lab.broker.state(job) == JobState.RUNNING
+    assert lab.broker.prompt_tries(job) == ("dead", "w9")
+    lab.broker.leave("w9")
+    finish(lab, job)
+    assert lab.broker.prompt_tries(job) == (PROVEN,)

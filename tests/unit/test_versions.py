@@ -72,7 +72,7 @@ def test_a_worker_leaves_a_newer_job_to_others_and_everybody_sees_why(tmp_path: 
     lab = Lab(fakeredis.FakeRedis(server=fakeredis.FakeServer()))
     newer, ours = lab.create(str(tmp_path / "newer")), lab.create(str(tmp_path / "ours"))
     lab.client.hset(lab.keys.job(newer), "spec", json.dumps({**UNLIKE_OURS, "v": NEWER}))
-    worker = Jobs(lab.broker, "redis://x", HashingEngine(), WorkerModel("m", None), (str(tmp_path),))
+    worker = Jobs(lab.broker, "redis://x", HashingEngine(), WorkerModel("m", None), (str(tmp_path),), lambda *_: 0)
     assert [job.id for job in worker.takeable()] == [ours]
     why = f"job spec has format version {NEWER}, this embedstream reads {FORMAT_VERSION}: upgrade it"
     assert worker.refused_for_good() == {newer: why}

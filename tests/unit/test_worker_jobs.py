@@ -27,8 +27,15 @@ class Bench:
         self.jobs = self.worker()
 
     def worker(self, model: str = "hashing", revision: str | None = None) -> Jobs:
+        tokenizer = self.engine.tokenizer()
         return Jobs(
-            self.broker, "redis://x", self.engine, WorkerModel(model, revision), (str(self.root),), lambda: self.now
+            self.broker,
+            "redis://x",
+            self.engine,
+            WorkerModel(model, revision),
+            (str(self.root),),
+            lambda _job, _spec, prompt, max_length: tokenizer.prompt_length(prompt, max_length),
+            lambda: self.now,
         )
 
     def create(self, **changed: Any) -> str:

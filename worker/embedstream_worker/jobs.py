@@ -31,6 +31,10 @@ LOOK_AGAIN_SECONDS = 30.0
 FOR_GOOD = float("inf")
 
 
+class PromptBeingTried(Exception):
+    """Another worker tries the job's prompt at present, or died of it a moment ago: look again soon."""
+
+
 @dataclass(frozen=True)
 class WorkerModel:
     """The one model that a worker serves, as it was asked for."""
@@ -71,14 +75,17 @@ class Jobs:
         engine: Engine,
         model: WorkerModel,
         roots: tuple[str, ...],
+        prompt_length: Callable[[str, JobSpec, str, int], int],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`prompt_length` of job, spec, prompt and max length: see `Prompts.length`."""
         self._broker = broker
         self._redis_url = redis_url
         self._engine = engine
         self._tokenizer = engine.tokenizer()
         self._model = model
         self._roots = roots
+        self._prompt_length = prompt_length
         self._clock = clock
         self._lives: dict[str, float] = {}
         self._open: dict[str, OpenJob] = {}
@@ -175,6 +182,8 @@ class Jobs:
                     f"bring it back, or cancel the job"
                 )
             opened.sink.check()
+        except PromptBeingTried:
+            return
         except (JobUnknown, OutputError) as error:
             self.refuse(job, str(error), LOOK_AGAIN_SECONDS)
         except ModelError as error:
@@ -192,12 +201,12 @@ class Jobs:
         spec, info = status.spec, self._engine.info
         prompt = self._engine.prompt(spec.role, spec.prompt, spec.prompt_name)
         max_length = spec.max_length or info.max_length
-        self._tokenizer.encode([prompt], max_length)  # proves that the length is possible
+        self._tokenizer.encode(["a"], max_length)  # proves that the length is possible
         return OpenJob(
             id=job,
             spec=spec,
             prompt=prompt,
-            prompt_length=self._tokenizer.prompt_length(prompt, max_length) if prompt else 0,
+            prompt_length=self._prompt_length(job, spec, prompt, max_length),
             max_length=max_length,
             space=space_id(info, spec, prompt, max_length),
             sink=open_sink(spec.output, spec, self._redis_url, self._roots),

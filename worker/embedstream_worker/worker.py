@@ -33,6 +33,7 @@ from embedstream_worker.lease import Leases
 from embedstream_worker.meter import Meter
 from embedstream_worker.pipeline import Channel, Life, start_stage
 from embedstream_worker.probe import Trial, try_budgets
+from embedstream_worker.prompts import Prompts
 from embedstream_worker.rates import Rates
 from embedstream_worker.tokenize import Tokenize
 from embedstream_worker.watchdog import LOADING, WARMING_UP, Watchdog
@@ -165,7 +166,8 @@ class Worker:
         windows: Channel[Window] = Channel(1)
         tokenized: Channel[list[TokenizedGroup] | Urgent] = Channel(1)
         embedded: Channel[list[EmbeddedGroup]] = Channel(1)
-        jobs = self._jobs = Jobs(self._broker(), url, engine, plan.model, plan.roots)
+        prompts = Prompts(self._broker(), name, engine.tokenizer(), life, tokenized, plan.alone)
+        jobs = self._jobs = Jobs(self._broker(), url, engine, plan.model, plan.roots, prompts.length)
         housekeeping = Housekeeping(self._broker(), url, plan.roots)
         if plan.alone:
             self._inherit()
