@@ -16,7 +16,7 @@ from measure import table
 from embedstream.blocks import decode_block, encode_block
 from embedstream.broker import Broker
 from embedstream.connection import connect
-from embedstream.dataset.hashing import input_hashes, model_inputs
+from embedstream.dataset.hashing import input_hashes
 from embedstream.dataset.schema import errors_schema
 from embedstream.dataset.sink import ShardContent, ShardRecord, open_sink
 from embedstream.input.duplicates import DuplicateIndex
@@ -81,7 +81,7 @@ def _once(server: Server, corpus: Path, output: Path, clock: Clock) -> None:
         for entry, block in zip(claimed, blocks, strict=True)
     ]
     column: Any = pa.chunked_array([block.rows.column("text") for block in blocks])
-    inputs = clock.time("worker: texts to strings", lambda: model_inputs(column, ""))
+    inputs = clock.time("worker: texts to strings", column.to_pylist)
     tokenizer = engine.tokenizer()
     tokens = clock.time("worker: tokenize", lambda: tokenizer.encode(inputs, job.max_length))
     hashes = clock.time("worker: input hashes", lambda: input_hashes(inputs))

@@ -269,7 +269,7 @@ def make_request(
     prompt_name: str | None,
     max_length: int | None,
 ) -> EmbedRequest:
-    """A checked request. Raises `UsageError`."""
+    """A request. Raises `UsageError` for what are no texts."""
     texts = (texts,) if isinstance(texts, str) else tuple(texts)
     if not all(isinstance(text, str) for text in texts):
         raise UsageError("embed() takes strings")
@@ -280,8 +280,6 @@ def make_request(
             raise UsageError(
                 f"text {at} has half of a UTF-16 surrogate pair (character {error.start}); repair it"
             ) from error
-    if prompt is not None and prompt_name is not None:
-        raise UsageError("prompt and prompt_name exclude each other")
     return EmbedRequest(texts=texts, role=role, prompt=prompt, prompt_name=prompt_name, max_length=max_length)
 
 

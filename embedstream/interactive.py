@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 
 from embedstream.errors import RequestError, UsageError
+from embedstream.jobs import check_prompting
 from embedstream.plans import Action, Pause, Receive
+from embedstream.settings import BLOCK_LIMITS, MIB
 from embedstream.steps import Answer, Code, Steps
 
 if TYPE_CHECKING:
@@ -18,6 +20,12 @@ if TYPE_CHECKING:
 
 MOST_TEXTS = 1024
 """A request is for a few texts; more are a job."""
+
+MOST_BODY_BYTES = 4 * MIB
+"""Of a request as it travels, looked at before it is decoded."""
+
+MOST_INPUT_BYTES = 8 * MIB
+"""Of what enters the model: each text with the prompt in front of it."""
 
 MOST_WAITING = 1000
 """Requests that may wait on a queue's stream before it is called busy."""
@@ -37,6 +45,23 @@ class EmbedRequest(msgspec.Struct, frozen=True, kw_only=True):
     prompt_name: str | None = None
     max_length: int | None = None
     """Tokens, special tokens included; None: the model's own."""
+
+    def check(self) -> None:
+        """Raise `UsageError` for more than a request may ask."""
+        if len(self.texts) > MOST_TEXTS:
+            raise UsageError(f"{len(self.texts)} texts in one request: at most {MOST_TEXTS}, submit more as a job")
+        check_prompting(self.prompt, self.prompt_name, self.max_length)
+        total = len(self.texts) * len((self.prompt or "").encode())
+        for at, text in enumerate(self.texts):
+            size, most = len(text.encode()), BLOCK_LIMITS.longest_text_bytes
+            if size > most:
+                raise UsageError(f"text {at} has {size:,} bytes: at most {most:,} are allowed, split it")
+            total += size
+        if total > MOST_INPUT_BYTES:
+            raise UsageError(
+                f"the texts have {total:,} bytes, each with its prompt: at most {MOST_INPUT_BYTES:,} are allowed in "
+                f"one request, submit more as a job"
+            )
 
 
 class EmbedReply(msgspec.Struct, frozen=True, kw_only=True):
@@ -58,12 +83,12 @@ def ask(
     """The plan of one request. Returns the reply; None if none came within `seconds`.
 
     Raises:
-        UsageError: more texts than a request may have.
+        UsageError: more than a request may ask.
         RequestError: the reply is not one.
     """
-    if len(request.texts) > MOST_TEXTS:
-        raise UsageError(f"{len(request.texts)} texts in one request: at most {MOST_TEXTS}, submit more as a job")
+    request.check()
     name, payload, end = secrets.token_hex(8), msgspec.msgpack.encode(request), clock() + seconds
+    refuse_long_body(payload)
     while True:
         left = end - clock()
         if left <= 0:
@@ -81,6 +106,14 @@ def ask(
             except msgspec.MsgspecError as error:
                 raise RequestError(f"the worker's answer cannot be read ({error}): upgrade the older side") from error
     return None
+
+
+def refuse_long_body(body: bytes) -> None:
+    """Raise `UsageError` for a request of more bytes than are decoded."""
+    if len(body) > MOST_BODY_BYTES:
+        raise UsageError(
+            f"a request of {len(body):,} bytes: at most {MOST_BODY_BYTES:,} are allowed, submit more texts as a job"
+        )
 
 
 def vectors(reply: EmbedReply, texts: int) -> npt.NDArray[np.float32]:

@@ -21,6 +21,15 @@ DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 MOST_KEPT = 1000
 """Kept fields: each costs a block some bytes a row, whatever it holds."""
 
+LONGEST_PROMPT_BYTES = 64 * 1024
+"""A prompt enters the model with every text, so its length counts as often as there are rows."""
+
+LONGEST_SETTING_BYTES = 8 * 1024
+"""Of every other setting: twice the longest path."""
+
+MOST_TOKENS = 2**20
+"""No text within a block's bounds has more."""
+
 RESERVED_COLUMNS = frozenset(
     {"part", "row", "id", "chunk", "start", "end", "text", "text_pair", "n_tokens", "truncated", "input_hash"}
 )
@@ -92,12 +101,13 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
         """Raise `UsageError` for a combination that cannot run."""
         if not self.queue or any(c in self.queue for c in "{}\0\n"):
             raise UsageError(f"queue name {self.queue!r}: use letters, digits, dots, slashes and dashes (--queue)")
-        if self.prompt is not None and self.prompt_name is not None:
-            raise UsageError("--prompt and --prompt-name exclude each other")
-        if self.max_length is not None and self.max_length < 1:
-            raise UsageError(f"--max-length {self.max_length}: must be at least 1 token")
+        named = ("queue", "output", "model", "revision", "id_field", "text_field", "title_field", "title_sep")
+        for name in named:
+            check_setting(f"--{name.replace('_', '-')}", getattr(self, name))
+        check_prompting(self.prompt, self.prompt_name, self.max_length)
         taken = RESERVED_COLUMNS | {output.name for output in self.outputs}
         for name in self.keep:
+            check_setting("--keep", name)
             if name in taken:
                 raise UsageError(f"--keep {name}: the dataset has a column of that name already")
         if len(self.keep) > MOST_KEPT:
@@ -106,6 +116,27 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
             raise UsageError("--keep names a field twice")
         if len(self.outputs) != 1:
             raise UsageError("a job has exactly one output of kind dense")
+
+
+def check_prompting(prompt: str | None, prompt_name: str | None, max_length: int | None) -> None:
+    """Raise `UsageError` for what neither a job nor a request may put in front of its texts, or cut them to."""
+    if prompt is not None and prompt_name is not None:
+        raise UsageError("--prompt and --prompt-name exclude each other")
+    check_setting("--prompt", prompt, LONGEST_PROMPT_BYTES)
+    check_setting("--prompt-name", prompt_name)
+    if max_length is not None and not 1 <= max_length <= MOST_TOKENS:
+        bound = "at least 1 token" if max_length < 1 else f"at most {MOST_TOKENS:,} tokens"
+        raise UsageError(f"--max-length {max_length}: must be {bound}")
+
+
+def check_setting(flag: str, text: str | None, most: int = LONGEST_SETTING_BYTES) -> None:
+    """Raise `UsageError` for a setting of more than `most` bytes of UTF-8, or that has no UTF-8."""
+    try:
+        size = 0 if text is None else len(text.encode())
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{flag}: character {error.start + 1} has no UTF-8: repair it") from error
+    if size > most:
+        raise UsageError(f"{flag}: has {size:,} bytes, at most {most:,} are allowed: shorten it")
 
 
 def decode_spec(data: bytes | str) -> JobSpec:

@@ -18,7 +18,7 @@ from dataset_lab import vectors as unit_vectors
 from embedstream.blocks import Block
 from embedstream.dataset.finalize import finalize
 from embedstream.dataset.folder import FolderSink
-from embedstream.dataset.hashing import input_hashes, model_inputs
+from embedstream.dataset.hashing import input_hashes
 from embedstream.dataset.parquet import FOOTER_KEY
 from embedstream.dataset.schema import dataset_schema, errors_schema
 from embedstream.dataset.sink import BlockRecord, Manifest, ShardContent, ShardRecord, Sink
@@ -97,7 +97,7 @@ class Maker:
             "part": pa.array(parts, pa.int32()),
             "n_tokens": lengths,
             "truncated": pa.array([i % 10 == 1 for i in range(count)]),
-            "input_hash": input_hashes(model_inputs(rows.column("text"), PROMPT)),
+            "input_hash": input_hashes(rows.column("text").to_pylist(), PROMPT),
             "embedding": pa.FixedSizeListArray.from_arrays(
                 pa.array(matrix.reshape(-1)), type=schema.field("embedding").type
             ),

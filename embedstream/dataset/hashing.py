@@ -2,29 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from hashlib import blake2b
-from typing import Any, cast
 
 import pyarrow as pa
 
 from embedstream.dataset.schema import INPUT_HASH_BYTES
 
-
-def model_inputs(texts: pa.Array[Any], prompt: str) -> list[str]:
-    """The exact texts that enter the model. `texts`: string array without nulls; an empty prompt adds nothing."""
-    strings = cast("list[str]", texts.to_pylist())
-    return [prompt + text for text in strings] if prompt else strings
+INPUT_CHARACTERS = 1 << 20
+"""Of the inputs made at once: several usual blocks of texts, and no more memory for a long prompt than for a short."""
 
 
-def text_digests(texts: Sequence[str]) -> bytes:
-    """BLAKE2b of 16 bytes over the UTF-8 of each text, one after the other."""
-    return b"".join([blake2b(text.encode(), digest_size=INPUT_HASH_BYTES).digest() for text in texts])
+def model_inputs(texts: Sequence[str], prompt: str) -> Iterator[list[str]]:
+    """The exact texts that enter the model, in order, at most about `INPUT_CHARACTERS` of them at once."""
+    if sum(map(len, texts)) + len(texts) * len(prompt) <= INPUT_CHARACTERS:
+        yield [prompt + text for text in texts] if prompt else list(texts)
+        return
+    inputs: list[str] = []
+    size = 0
+    for text in texts:
+        size += len(prompt) + len(text)
+        if inputs and size > INPUT_CHARACTERS:
+            yield inputs
+            inputs, size = [], len(prompt) + len(text)
+        inputs.append(prompt + text)
+    yield inputs
 
 
-def input_hashes(inputs: Sequence[str]) -> pa.FixedSizeBinaryArray:
+def text_digests(texts: Sequence[str], prompt: str = "") -> bytes:
+    """BLAKE2b of 16 bytes over the UTF-8 of each text with the prompt in front, one after the other."""
+    if not prompt:
+        return b"".join([blake2b(text.encode(), digest_size=INPUT_HASH_BYTES).digest() for text in texts])
+    begun, digests = blake2b(prompt.encode(), digest_size=INPUT_HASH_BYTES), []
+    for text in texts:
+        digest = begun.copy()
+        digest.update(text.encode())
+        digests.append(digest.digest())
+    return b"".join(digests)
+
+
+def input_hashes(texts: Sequence[str], prompt: str = "") -> pa.FixedSizeBinaryArray:
     """The column `input_hash` [n] of texts as they enter the model, prompt included."""
-    buffers = [None, pa.py_buffer(text_digests(inputs))]
-    array = pa.FixedSizeBinaryArray.from_buffers(pa.binary(INPUT_HASH_BYTES), len(inputs), buffers)
+    buffers = [None, pa.py_buffer(text_digests(texts, prompt))]
+    array = pa.FixedSizeBinaryArray.from_buffers(pa.binary(INPUT_HASH_BYTES), len(texts), buffers)
     assert isinstance(array, pa.FixedSizeBinaryArray)
     return array

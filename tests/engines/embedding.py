@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 from sentence_transformers import SentenceTransformer
 
 from embedstream.dataset.hashing import model_inputs
@@ -35,7 +34,8 @@ def embed(
     limit = max_length or engine.info.max_length
     chosen = engine.prompt(role, prompt, prompt_name)
     tokenizer = engine.tokenizer()
-    tokens = tokenizer.encode(model_inputs(pa.array(texts), chosen), limit)
+    [inputs] = model_inputs(texts, chosen)
+    tokens = tokenizer.encode(inputs, limit)
     prompt_length = tokenizer.prompt_length(chosen, limit)
     vectors = np.full((len(texts), engine.info.outputs["embedding"].dim), np.nan, np.float32)
     for rows in cut_batches(tokens.lengths, budget, engine.info.padded):

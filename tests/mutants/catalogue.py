@@ -321,8 +321,8 @@ MUTANTS = (
     mutant(
         "the prompt is left out of the input hash",
         "worker/embedstream_worker/tokenize.py",
-        "return tokens, input_hashes(inputs), errors",
-        'return tokens, input_hashes(model_inputs(held.block.rows.column("text"), "")), errors',
+        "return encoded, input_hashes(texts, job.prompt)",
+        "return encoded, input_hashes(texts)",
         f"{FAULTS}::test_vector_and_hash_are_of_the_prompt_and_the_text",
     ),
     mutant(

@@ -72,7 +72,7 @@ def embedded(
     """Row i of the group has the vector [i, i, i], and cost ten tokens."""
     job = OpenJob(spec.job, spec, "", 0, 512, "space", FolderSink(spec.output, spec))
     texts: list[Any] = [text for block in blocks for text in block.rows.column("text").to_pylist()]
-    tokens, _ = encode_rows(HashingTokenizer(), texts, 2)
+    tokens, _ = encode_rows(HashingTokenizer(), texts, "", 2)
     held = [HeldBlock(job, "stream", f"{i}-0", 10, 1, block, 1.0) for i, block in enumerate(blocks)]
     done = np.ones(len(texts), np.bool_)
     done[list(undone)] = False
@@ -194,7 +194,7 @@ class Picky(HashingTokenizer):
 
 
 def test_a_text_that_the_tokenizer_cannot_bear_is_an_error_row() -> None:
-    tokens, errors = encode_rows(Picky(), ["good", "bad", "better"], 8)
+    tokens, errors = encode_rows(Picky(), ["good", "bad", "better"], "", 8)
     assert errors == {1: ("tokenizer_error", "ValueError: cannot bear this")}
     assert tokens.lengths.tolist() == [1, 0, 2]
     assert tokens.ids.tobytes() == b"goodbetter\0\0"
@@ -225,4 +225,4 @@ def test_a_tokenizer_that_can_do_nothing_blames_no_text() -> None:
             raise ValueError("broken")
 
     with pytest.raises(ValueError, match="broken"):
-        encode_rows(Broken(), ["good"], 8)
+        encode_rows(Broken(), ["good"], "", 8)

@@ -19,7 +19,7 @@ from embedstream.broker import Broker, Claimed, entry_size
 from embedstream.errors import BlockError
 from embedstream.jobs import JobState
 from embedstream.logs import about
-from embedstream.settings import WorkerSettings
+from embedstream.settings import BLOCK_LIMITS, WorkerSettings
 from embedstream.troubles import passes
 from embedstream_worker.ahead import Ahead
 from embedstream_worker.held import Held, HeldBlock, Window, hand_back, release
@@ -159,8 +159,9 @@ class Intake:
             return
         tokens, closes = 0.0, 0.0
         full, most, alone = self._ahead.window_tokens, math.inf, self._is_alone()
+        prompts = BLOCK_LIMITS.chunks * max(job.prompt_length for job in jobs)
         while not self._life.stopping.is_set():
-            wanted = min(MOST_PER_CLAIM, max(1, int((full - tokens) / self._block_tokens)))
+            wanted = min(MOST_PER_CLAIM, max(1, int((full - tokens) / max(self._block_tokens, prompts))))
             if not alone:  # how many are left is asked with the first block in hand: idle workers are many
                 wanted = int(min(wanted, max(1, most - len(blocks)))) if blocks else 1
             claimed = self._sweep(jobs, wanted) or self._claim(jobs, wanted, 0)
@@ -275,7 +276,7 @@ class Intake:
                 extra=about(job.id, (block.part, block.number)),
             )
         size = entry_size(claimed.fields)
-        tokens = estimate_tokens(block, size, job.max_length)
+        tokens = estimate_tokens(block, size, job.max_length, job.prompt_length)
         return HeldBlock(job, claimed.stream, claimed.entry, size, claimed.deliveries, block, tokens)
 
     def _nothing_to_come(self, blocks: list[HeldBlock]) -> bool:
@@ -309,10 +310,12 @@ class Intake:
                 hand_back(self._broker, stream, self._consumer, unseen)
 
 
-def estimate_tokens(block: Block, size: int, max_length: int) -> float:
-    """What a block counts in a window. `size`: bytes of its entry; `max_length`: most tokens of a text."""
+def estimate_tokens(block: Block, size: int, max_length: int, prompt_length: int) -> float:
+    """What a block counts in a window. `size`: bytes of its entry; `max_length`: most tokens of a text, its prompt's
+    `prompt_length` included.
+    """
     rows = block.rows
     column: Any = rows.column("text")
     sizes = pc.binary_length(column).to_numpy()
-    text = float(np.minimum(sizes / BYTES_PER_TOKEN, max_length).sum()) + rows.num_rows
+    text = float(np.minimum(sizes / BYTES_PER_TOKEN + prompt_length, max_length).sum()) + rows.num_rows
     return max(LEAST_BLOCK_TOKENS, text, (rows.nbytes + size) / OTHER_BYTES_PER_TOKEN)

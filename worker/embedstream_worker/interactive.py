@@ -11,9 +11,11 @@ import redis
 from redis.backoff import ExponentialWithJitterBackoff
 
 from embedstream.broker import Broker, Claimed
+from embedstream.dataset.hashing import model_inputs
 from embedstream.errors import ModelError, UsageError
-from embedstream.interactive import MOST_TEXTS, EmbedReply, EmbedRequest
+from embedstream.interactive import EmbedReply, EmbedRequest, refuse_long_body
 from embedstream.troubles import passes
+from embedstream_worker.batching import join_tokens
 from embedstream_worker.engines.base import Engine, TextTokenizer
 from embedstream_worker.held import TokenizedGroup, hand_back
 from embedstream_worker.infer import Urgent
@@ -112,6 +114,7 @@ class Interactive:
 
     def _answer(self, body: bytes) -> EmbedReply:
         try:
+            refuse_long_body(body)
             return self._embed(msgspec.msgpack.decode(body, type=EmbedRequest))
         except (msgspec.MsgspecError, ModelError, UsageError) as error:
             return EmbedReply(error=str(error))
@@ -122,15 +125,14 @@ class Interactive:
             return EmbedReply(error=f"{type(error).__name__}: {error}")
 
     def _embed(self, request: EmbedRequest) -> EmbedReply:
-        if len(request.texts) > MOST_TEXTS:
-            raise UsageError(f"{len(request.texts)} texts in one request: at most {MOST_TEXTS}, submit more as a job")
-        if request.max_length is not None and request.max_length < 1:
-            raise UsageError(f"max_length {request.max_length}: must be at least 1 token")
+        request.check()
         info = self._engine.info
         prompt = self._engine.prompt(request.role, request.prompt, request.prompt_name)
         max_length = request.max_length or info.max_length
-        tokens = self._tokenizer.encode([prompt + text for text in request.texts], max_length)
-        prompt_length = self._tokenizer.prompt_length(prompt, max_length) if prompt else 0
+        with self._life.computing():
+            pieces = [self._tokenizer.encode(inputs, max_length) for inputs in model_inputs(request.texts, prompt)]
+            prompt_length = self._tokenizer.prompt_length(prompt, max_length) if prompt else 0
+        tokens = join_tokens(pieces)
         urgent = Urgent(tokens, prompt_length, request.role)
         self._infer.put_first(urgent)
         urgent.done.wait()

@@ -24,6 +24,9 @@ from embedstream_worker.suspects import BY_CHUNK, NotOurs, Trial
 _NONE = Tokens(np.empty(0, np.int32), np.zeros(1, np.int64), np.empty(0, np.bool_))
 _NO_TOKENS = Tokens(np.empty(0, np.int32), np.zeros(2, np.int64), np.zeros(1, np.bool_))
 
+Encoded = tuple[Tokens, RowErrors]
+"""Tokens of some texts, and those of them that have none."""
+
 
 class Tokenize:
     """Owns its tokenizers, one for each thread: they are not safe to share."""
@@ -77,43 +80,40 @@ class Tokenize:
         if len(blocks) == 1 and blocks[0].deliveries >= BY_CHUNK:
             return self._tried(job, blocks[0])
         pieces = list(pool.map(lambda held: self._encode(job, held), blocks))
-        errors, first = RowErrors(), 0
-        for tokens, _, failed in pieces:
-            errors |= {first + row: error for row, error in failed.items()}
-            first += len(tokens.truncated)
-        hashes = pa.concat_arrays([hashes for _, hashes, _ in pieces])
-        return TokenizedGroup(job, blocks, join_tokens([tokens for tokens, _, _ in pieces]), hashes, errors)
+        tokens, errors = _joined([piece for piece, _ in pieces])
+        return TokenizedGroup(job, blocks, tokens, pa.concat_arrays([hashes for _, hashes in pieces]), errors)
 
-    def _encode(self, job: OpenJob, held: HeldBlock) -> tuple[Tokens, pa.FixedSizeBinaryArray, RowErrors]:
-        inputs = model_inputs(held.block.rows.column("text"), job.prompt)
+    def _encode(self, job: OpenJob, held: HeldBlock) -> tuple[Encoded, pa.FixedSizeBinaryArray]:
+        texts = held.block.rows.column("text").to_pylist()
         tokenizer = self._tokenizers.get()
         try:
             with self._life.computing():
-                tokens, errors = encode_rows(tokenizer, inputs, job.max_length)
+                encoded = encode_rows(tokenizer, texts, job.prompt, job.max_length)
         finally:
             self._tokenizers.put(tokenizer)
-        return tokens, input_hashes(inputs), errors
+        return encoded, input_hashes(texts, job.prompt)
 
     def _tried(self, job: OpenJob, held: HeldBlock) -> TokenizedGroup:
         """A block with which workers died, row by row. Raises `NotOurs`."""
         trial = Trial(self._broker, self._held, self._life, held)
-        inputs = model_inputs(held.block.rows.column("text"), job.prompt)
+        texts = held.block.rows.column("text").to_pylist()
         tokenizer, errors, pieces = self._tokenizers.get(), trial.errors, [_NONE]
         try:
-            for row, text in enumerate(inputs):
+            for row, text in enumerate(texts):
                 if row in errors:
                     pieces.append(_NO_TOKENS)
                     continue
                 trial.note(row)
                 with self._life.computing():
-                    tokens, failed = encode_rows(tokenizer, [text], job.max_length)
+                    tokens, failed = encode_rows(tokenizer, [text], job.prompt, job.max_length)
                 pieces.append(tokens)
                 if failed:
                     errors[row] = failed[0]
             trial.note(None)
         finally:
             self._tokenizers.put(tokenizer)
-        return TokenizedGroup(job, [held], join_tokens(pieces), input_hashes(inputs), errors, trial.note)
+        hashes = input_hashes(texts, job.prompt)
+        return TokenizedGroup(job, [held], join_tokens(pieces), hashes, errors, trial.note)
 
 
 def by_job(blocks: list[HeldBlock]) -> list[tuple[OpenJob, list[HeldBlock]]]:
@@ -124,12 +124,16 @@ def by_job(blocks: list[HeldBlock]) -> list[tuple[OpenJob, list[HeldBlock]]]:
     return list(groups.values())
 
 
-def encode_rows(tokenizer: TextTokenizer, inputs: Sequence[str], max_length: int) -> tuple[Tokens, RowErrors]:
-    """Token ids of each input; a text that the tokenizer cannot bear has none, and an error.
+def encode_rows(tokenizer: TextTokenizer, texts: Sequence[str], prompt: str, max_length: int) -> Encoded:
+    """Token ids of each text with the prompt in front; a text that the tokenizer cannot bear has none, and an error.
 
     Raises:
         Exception: what the tokenizer raises for any text at all.
     """
+    return _joined([_encode_some(tokenizer, inputs, max_length) for inputs in model_inputs(texts, prompt)])
+
+
+def _encode_some(tokenizer: TextTokenizer, inputs: Sequence[str], max_length: int) -> Encoded:
     try:
         return tokenizer.encode(inputs, max_length), {}
     except Exception:  # noqa: BLE001 - whatever it raises, it is the fault of some text, or of the tokenizer
@@ -142,3 +146,11 @@ def encode_rows(tokenizer: TextTokenizer, inputs: Sequence[str], max_length: int
             pieces.append(_NO_TOKENS)
             errors[row] = ("tokenizer_error", f"{type(error).__name__}: {error}")
     return join_tokens(pieces), errors
+
+
+def _joined(pieces: Sequence[Encoded]) -> Encoded:
+    errors, first = RowErrors(), 0
+    for tokens, failed in pieces:
+        errors |= {first + row: error for row, error in failed.items()}
+        first += len(tokens.truncated)
+    return join_tokens([tokens for tokens, _ in pieces]), errors
