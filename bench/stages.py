@@ -117,7 +117,7 @@ def _produce(broker: Broker, spec: JobSpec, corpus: Path, clock: Clock) -> int:
 
     def read() -> list[bytes]:
         with LineStream(corpus.open("rb", buffering=0), corpus.name) as stream:
-            return [line for lines in stream.batches() for line in lines if line]
+            return [line for _, lines in stream.batches() for line in lines if line]
 
     lines = clock.time("producer: read lines", read)
     reader = RecordReader(spec)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from hashlib import blake2b
+from typing import Any, cast
 
 import pyarrow as pa
 
@@ -27,6 +28,11 @@ def model_inputs(texts: Sequence[str], prompt: str) -> Iterator[list[str]]:
             inputs, size = [], len(prompt) + len(text)
         inputs.append(prompt + text)
     yield inputs
+
+
+def strings_of(column: pa.Array[Any]) -> list[str]:
+    """A string column without nulls."""
+    return cast("list[str]", column.to_pylist())
 
 
 def text_digests(texts: Sequence[str], prompt: str = "") -> bytes:

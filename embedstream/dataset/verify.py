@@ -16,7 +16,7 @@ from embedstream.blocks import MOST_INPUT_ROWS
 from embedstream.dataset.block_spans import BlockSpans
 from embedstream.dataset.findings import Finding, Findings, Kind
 from embedstream.dataset.folder import BATCH_ROWS, ERRORS, MANIFEST, FolderSink, errors_file, part_file
-from embedstream.dataset.hashing import text_digests
+from embedstream.dataset.hashing import strings_of, text_digests
 from embedstream.dataset.locating import locate
 from embedstream.dataset.manifest import manifest_spec
 from embedstream.dataset.places import PAGE_ROWS, Mask, Numbers, PlaceNumbers, Places, Rows
@@ -210,7 +210,7 @@ class FolderCheck:
         if self.spec.keep:
             numbers[:, 2] = kept_numbers(batch, self.spec.keep)
         if self.spec.text:
-            digests = text_digests(batch.column("text").to_pylist(), self.manifest.prompt)
+            digests = text_digests(strings_of(batch.column("text")), self.manifest.prompt)
             own = np.frombuffer(digests, np.uint64).reshape(-1, 2)[:, 0]
             located.add(Kind.OTHER_TEXT, own != numbers[:, 1])
         return numbers

@@ -8,7 +8,7 @@ import numpy as np
 
 from embedstream.blocks import Block
 from embedstream.dataset.findings import MOST_SHOWN, Finding, Kind
-from embedstream.dataset.hashing import text_digests
+from embedstream.dataset.hashing import strings_of, text_digests
 from embedstream.dataset.locating import Place, locate
 from embedstream.dataset.places import Mask, Places, Rows
 from embedstream.dataset.sink import Manifest
@@ -66,7 +66,7 @@ class CorpusCheck:
         other_id = (good | failed) & (there[:, 0] != id_numbers(ids))
         self._told(Kind.OTHER_ID, part, rows, other_id, ids.to_pylist(), label, "has another id in the dataset")
         same = good & ~failed & ~other_id
-        digests = text_digests(batch.column("text").to_pylist(), self._check.manifest.prompt)
+        digests = text_digests(strings_of(batch.column("text")), self._check.manifest.prompt)
         texts = np.frombuffer(digests, np.uint64).reshape(-1, 2)[:, 0]
         other_text = same & (there[:, 1] != texts)
         words = "has another text than the one that was embedded"

@@ -133,7 +133,7 @@ class ColumnReader:
             if _is_string(column.type):
                 column, rows = _checked(column)
                 broken |= dict.fromkeys(rows, name)
-            elif pa.types.is_timestamp(column.type):
+            elif pa.types.is_timestamp(column.type) and column.type.unit == "ns":
                 # Python's dates end at microseconds.
                 column = column.cast(pa.timestamp("us", column.type.tz), safe=False)
             columns.append(column)
@@ -169,7 +169,7 @@ class _Row(Mapping[str, object]):
         self._at = at
 
     def __getitem__(self, name: str) -> object:
-        return self._batch.column(name)[self._at].as_py()
+        return _value(self._batch.column(name), self._at)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._batch.schema.names)
@@ -188,14 +188,32 @@ def _as_strings(column: Column) -> tuple[Column, Column]:
         return column.cast(pa.string()), all_rows  # as JSON writes them
     values: list[str | None] = []
     readable: list[bool] = []
-    for value in column.to_pylist():
+    for at in range(len(column)):
         try:
-            values.append(kept_value(value))
+            values.append(kept_value(_value(column, at)))
             readable.append(True)
         except RowRefused:
             values.append(None)
             readable.append(False)
     return pa.array(values, pa.string()), pa.array(readable, pa.bool_())
+
+
+class _Unreadable:
+    """Stands for a value that Python has none for, so that its row is refused as one that JSON cannot hold."""
+
+    def __init__(self, type: pa.DataType) -> None:
+        self._type = type
+
+    def __repr__(self) -> str:
+        return f"<{self._type} that cannot be read>"
+
+
+def _value(column: Column, at: int) -> object:
+    """A value as Python has it."""
+    try:
+        return column[at].as_py()
+    except Exception:  # noqa: BLE001 - years beyond 9999, zones that nobody knows, what Arrow has not implemented
+        return _Unreadable(column.type)
 
 
 def _checked(column: Column) -> tuple[Column, list[int]]:

@@ -313,32 +313,29 @@ class _Head:
     def __init__(self, stream: LineStream) -> None:
         self.stream = stream
         self.row = 0
-        """Of the first of `lines`; only blank lines came before."""
+        """Of the first of `lines`; nothing but blank lines came before."""
         self.lines: list[bytes] = []
         self._rest = stream.batches()
         try:
-            for lines in self._rest:
+            for row, lines in self._rest:
                 if not all(map(_is_blank, lines)):
-                    self.lines = lines
+                    self.row, self.lines = row, lines
                     break
-                self.row += len(lines)
         except InputError:
             stream.close()
             raise
 
-    def batches(self) -> Iterator[list[bytes]]:
+    def batches(self) -> Iterator[tuple[int, list[bytes]]]:
         first, self.lines = self.lines, []
-        return chain([first], self._rest)
+        return chain([(self.row, first)], self._rest)
 
 
 def _judge_all(
     reader: RecordReader, head: _Head, on_position: Callable[[int], None] | None
 ) -> Iterator[Sequence[Outcome]]:
-    row = head.row
-    for lines in head.batches():
+    for row, lines in head.batches():
         for start in range(0, len(lines), ROWS_AT_ONCE):
             yield list(_judge(reader, row + start, lines[start : start + ROWS_AT_ONCE]))
-        row += len(lines)
         if on_position is not None:
             on_position(head.stream.position)
 

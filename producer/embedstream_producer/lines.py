@@ -21,6 +21,12 @@ READ_BYTES = 256 * 1024
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 _HEAD_BYTES = 6
 _BOM = b"\xef\xbb\xbf"
+_MARKS = bytes(ord(" " if bytes([byte]).isspace() else "x") for byte in range(256))
+"""For `bytes.translate`: where lines are not blank."""
+_SHORT_LINE = 8
+"""Bytes: no record has fewer, so where lines have fewer on average many are blank, or bad."""
+_MOSTLY = 16
+"""So many lines for each byte that is not blank are mostly blank."""
 _FOREIGN = (
     (b"PAR1", "a Parquet file", "name the file itself, as such a one cannot be read from a stream or compressed"),
     (b"PK\x03\x04", "a zip archive", "unpack it first"),
@@ -91,6 +97,7 @@ class LineStream:
         self._source = _Source(raw, label)
         self._line = 1
         """The line that comes next."""
+        self._tail = b""
         try:
             self._format, self._read = self._decompressed(self._source.peek(_HEAD_BYTES))
             self._first = _at_least(self._plain, _HEAD_BYTES)
@@ -106,10 +113,11 @@ class LineStream:
         """Bytes of the source consumed, before any decompression."""
         return self._source.position
 
-    def batches(self) -> Iterator[list[bytes]]:
-        """Consecutive lines without their newlines, blank ones included, some at a time.
+    def batches(self) -> Iterator[tuple[int, list[bytes]]]:
+        """Consecutive lines without their newlines, some at a time, with the place of the first, from 0.
 
-        A line longer than the bound comes cut to one byte more than the bound, so its length tells.
+        Where blank lines abound they are left out, so places tell of them. A line longer than the bound comes cut to
+        one byte more than the bound, so its length tells.
 
         Raises:
             InputError: the source cannot be read to its end, or is no JSON Lines at all.
@@ -121,22 +129,42 @@ class LineStream:
                 _, newline, chunk = chunk.partition(b"\n")
                 in_long_line = not newline
             if not in_long_line:
-                lines = (tail + chunk).split(b"\n")
-                tail = lines.pop()
-                if len(chunk) > self._longest or (lines and len(lines[0]) > self._longest):
-                    lines = [line[: self._longest + 1] for line in lines]
-                if len(tail) > self._longest:
-                    lines.append(tail[: self._longest + 1])
-                    tail, in_long_line = b"", True
-                if lines:
+                for place, lines in self._cut(tail + chunk):
                     judged = judged or self._judge_first(lines)
-                    self._line += len(lines)
-                    yield lines
+                    yield place, lines
+                tail = self._tail
+                if len(tail) > self._longest:
+                    judged = judged or self._judge_first([tail])
+                    yield self._line - 1, [tail[: self._longest + 1]]
+                    self._line += 1
+                    tail, in_long_line = b"", True
             chunk = self._plain(self._read_bytes)
         if not (judged or self._judge_first([tail])):
             raise InputError(f"{self._label}: has no records")
         if tail:
-            yield [tail]
+            yield self._line - 1, [tail]
+
+    def _cut(self, data: bytes) -> Iterator[tuple[int, list[bytes]]]:
+        """The whole lines of the data, as `batches` gives them; what follows the last is the `_tail`."""
+        count = data.count(b"\n")
+        marks = data.translate(_MARKS) if count * _SHORT_LINE > len(data) else b""
+        if count < _MOSTLY * marks.count(b"x") or not marks:
+            lines = data.split(b"\n")
+            self._tail = lines.pop()
+            if len(data) > self._longest:
+                lines = [line[: self._longest + 1] for line in lines]
+            if lines:
+                yield self._line - 1, lines
+            self._line += count
+            return
+        # No list of a million empty lines is made.
+        end, at = data.rfind(b"\n") + 1, 0
+        self._tail = data[end:]
+        while (found := marks.find(b"x", at, end)) >= 0:
+            self._line += data.count(b"\n", at, found)
+            begin, at = data.rfind(b"\n", 0, found) + 1, data.index(b"\n", found)
+            yield self._line - 1, [data[begin : min(at, begin + self._longest + 1)]]
+        self._line += data.count(b"\n", at)
 
     def close(self) -> None:
         self._source.close()

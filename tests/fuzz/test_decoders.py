@@ -179,7 +179,7 @@ def test_the_longest_lines_take_seconds_at_most(kind: str) -> None:
 def test_a_corpus_of_any_bytes(data: bytes, magic: bytes) -> None:
     try:
         with LineStream(BytesIO(magic + data), "corpus", longest=500) as stream:
-            for lines in stream.batches():
+            for _, lines in stream.batches():
                 for line in lines:
                     judged(line)
     except InputError:

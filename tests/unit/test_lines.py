@@ -37,9 +37,25 @@ def zstd(data: bytes) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
+def all_lines(stream: LineStream) -> list[bytes]:
+    """Of a stream, with the blank ones that are left out."""
+    lines: list[bytes] = []
+    for place, some in stream.batches():
+        lines += [b""] * (place - len(lines)) + some
+    return lines
+
+
+def plain(lines: list[bytes]) -> list[bytes]:
+    """Without what is no promise: what is on blank lines, and how many come last."""
+    lines = [b"" if line.isspace() else line for line in lines]
+    while lines and not lines[-1]:
+        lines.pop()
+    return lines
+
+
 def lines_of(data: bytes, label: str = "corpus", longest: int = 1 << 20, read_bytes: int = 1 << 18) -> list[bytes]:
     with LineStream(io.BytesIO(data), label, longest=longest, read_bytes=read_bytes) as stream:
-        lines = [line for batch in stream.batches() for line in batch]
+        lines = all_lines(stream)
         assert stream.position == len(data)
         return lines
 
@@ -94,7 +110,7 @@ def test_every_kind_of_input_gives_the_same_lines(data: bytes) -> None:
 def test_a_slow_pipe_loses_nothing(size: int) -> None:
     for data in (b"\xef\xbb\xbf" + TEXT[:200], gz(TEXT[:200]), zstd(TEXT[:200])):
         with LineStream(Trickle(data, size), "pipe") as stream:
-            assert b"\n".join(line for batch in stream.batches() for line in batch) + b"\n" in (
+            assert b"\n".join(all_lines(stream)) + b"\n" in (
                 TEXT[:200],
                 TEXT[:200] + b"\n",
             )
@@ -115,9 +131,9 @@ def test_a_pipe_that_is_made_non_blocking_is_read_to_its_end() -> None:
     writer.start()
     with LineStream(io.FileIO(reading), "pipe") as stream:
         batches = stream.batches()
-        assert next(batches) == [b"first"]
+        assert next(batches) == (0, [b"first"])
         ready.set()
-        assert next(batches) == [b"second"]
+        assert next(batches) == (1, [b"second"])
         assert list(batches) == []
     writer.join()
 
@@ -131,6 +147,27 @@ def test_blank_lines_keep_their_place() -> None:
 
 
 @given(
+    runs=st.lists(
+        st.tuples(st.sampled_from([b"x", b" y", b"z" * 30, b"\r", b"  "]), st.integers(0, 300), st.booleans()),
+        max_size=8,
+    ),
+    read_bytes=st.integers(1, 500),
+)
+def test_lines_among_many_blank_ones_keep_their_place(runs: list[tuple[bytes, int, bool]], read_bytes: int) -> None:
+    data = b"first\n" + b"".join(line + (b" \n" if spaces else b"\n") * count for line, count, spaces in runs)
+    assert plain(lines_of(data, longest=20, read_bytes=read_bytes)) == plain([line[:21] for line in data.split(b"\n")])
+
+
+def test_a_million_blank_lines_are_no_list() -> None:
+    data = (b"\n" * 1_000_000 + b"{}") * 3 + b" \n" * 1_000_000
+    with LineStream(io.BytesIO(gz(data)), "corpus") as stream:
+        batches = list(stream.batches())
+    found = [(place + at, line) for place, lines in batches for at, line in enumerate(lines) if line.strip()]
+    assert found == [(1_000_000, b"{}"), (2_000_000, b"{}"), (3_000_000, b"{} ")]
+    assert sum(len(lines) for _, lines in batches) < 10_000
+
+
+@given(
     parts=st.lists(st.sampled_from([b"", b"a", b"bb", b"c" * 9, b"d" * 10, b"e" * 11, b"f" * 40, b"\r"]), max_size=12),
     end=st.sampled_from([b"", b"\n"]),
     read_bytes=st.integers(1, 50),
@@ -140,7 +177,7 @@ def test_over_long_lines_are_cut_to_one_byte_above_the_bound(parts: list[bytes],
     expected = [line[:11] for line in data.split(b"\n")]
     if not expected[-1]:
         expected.pop()
-    assert lines_of(data, longest=10, read_bytes=read_bytes) == expected
+    assert plain(lines_of(data, longest=10, read_bytes=read_bytes)) == plain(expected)
 
 
 @given(data=st.binary(max_size=300), read_bytes=st.integers(1, 64), longest=st.integers(1, 64))
@@ -154,7 +191,7 @@ def test_any_bytes_end_as_lines_or_as_one_clear_error(data: bytes, read_bytes: i
         assert problem.startswith("corpus: ")
     else:
         expected = data.removeprefix(b"\xef\xbb\xbf").split(b"\n")
-        assert lines == [line[: longest + 1] for line in (expected if expected[-1] else expected[:-1])]
+        assert plain(lines) == plain([line[: longest + 1] for line in expected])
 
 
 def test_a_line_far_over_the_bound_takes_no_memory_for_its_rest() -> None:
@@ -166,7 +203,7 @@ def test_a_line_far_over_the_bound_takes_no_memory_for_its_rest() -> None:
             return b"x" * size if self.left > 0 else b"\nlast\n" if self.left == 0 else b""
 
     with LineStream(Endless(), "endless", longest=100_000) as stream:
-        assert [len(line) for batch in stream.batches() for line in batch] == [100_001, 4]
+        assert [len(line) for line in all_lines(stream)] == [100_001, 4]
 
 
 @pytest.mark.parametrize("data", [b"", b"\n\n  \r\n", b"\xef\xbb\xbf", b"\xef\xbb\xbf\n", gz(b""), zstd(b"\n")])
@@ -239,7 +276,7 @@ from embedstream_producer.lines import LineStream
 
 def read(path):
     with LineStream(Path(path).open("rb", buffering=0), path) as stream:
-        return [len(line) for lines in stream.batches() for line in lines]
+        return [len(line) for _, lines in stream.batches() for line in lines]
 
 read(sys.argv[1])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from embedstream.broker import Broker
-from embedstream.dataset.hashing import input_hashes, model_inputs
+from embedstream.dataset.hashing import input_hashes, model_inputs, strings_of
 from embedstream_worker.ahead import Ahead
 from embedstream_worker.batching import join_tokens
 from embedstream_worker.engines.base import TextTokenizer, Tokens
@@ -84,7 +84,7 @@ class Tokenize:
         return TokenizedGroup(job, blocks, tokens, pa.concat_arrays([hashes for _, hashes in pieces]), errors)
 
     def _encode(self, job: OpenJob, held: HeldBlock) -> tuple[Encoded, pa.FixedSizeBinaryArray]:
-        texts = held.block.rows.column("text").to_pylist()
+        texts = strings_of(held.block.rows.column("text"))
         tokenizer = self._tokenizers.get()
         try:
             with self._life.computing():
@@ -96,7 +96,7 @@ class Tokenize:
     def _tried(self, job: OpenJob, held: HeldBlock) -> TokenizedGroup:
         """A block with which workers died, row by row. Raises `NotOurs`."""
         trial = Trial(self._broker, self._held, self._life, held)
-        texts = held.block.rows.column("text").to_pylist()
+        texts = strings_of(held.block.rows.column("text"))
         tokenizer, errors, pieces = self._tokenizers.get(), trial.errors, [_NONE]
         try:
             for row, text in enumerate(texts):
