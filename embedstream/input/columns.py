@@ -13,7 +13,15 @@ import pyarrow as pa
 import pyarrow.compute
 
 from embedstream.errors import InputError
-from embedstream.input.records import LONGEST_ID_BYTES, LONGEST_KEPT_BYTES, Outcome, Record, RecordReader, kept_value
+from embedstream.input.records import (
+    LONGEST_ID_BYTES,
+    LONGEST_KEPT_BYTES,
+    Outcome,
+    Record,
+    RecordReader,
+    Unreadable,
+    kept_value,
+)
 from embedstream.input.refusals import Code, RowRefused, refusal
 from embedstream.jobs import JobSpec
 from embedstream.settings import BLOCK_LIMITS
@@ -169,7 +177,7 @@ class _Row(Mapping[str, object]):
         self._at = at
 
     def __getitem__(self, name: str) -> object:
-        return _value(self._batch.column(name), self._at)
+        return _python(self._batch.column(name)[self._at])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._batch.schema.names)
@@ -188,9 +196,9 @@ def _as_strings(column: Column) -> tuple[Column, Column]:
         return column.cast(pa.string()), all_rows  # as JSON writes them
     values: list[str | None] = []
     readable: list[bool] = []
-    for at in range(len(column)):
+    for scalar in column:
         try:
-            values.append(kept_value(_value(column, at)))
+            values.append(kept_value(_python(scalar)))
             readable.append(True)
         except RowRefused:
             values.append(None)
@@ -198,22 +206,12 @@ def _as_strings(column: Column) -> tuple[Column, Column]:
     return pa.array(values, pa.string()), pa.array(readable, pa.bool_())
 
 
-class _Unreadable:
-    """Stands for a value that Python has none for, so that its row is refused as one that JSON cannot hold."""
-
-    def __init__(self, type: pa.DataType) -> None:
-        self._type = type
-
-    def __repr__(self) -> str:
-        return f"<{self._type} that cannot be read>"
-
-
-def _value(column: Column, at: int) -> object:
+def _python(scalar: Any) -> object:
     """A value as Python has it."""
     try:
-        return column[at].as_py()
-    except Exception:  # noqa: BLE001 - years beyond 9999, zones that nobody knows, what Arrow has not implemented
-        return _Unreadable(column.type)
+        return scalar.as_py()
+    except Exception:  # noqa: BLE001 - years beyond 9999, zones that nobody knows, bytes that are no UTF-8 in a list
+        return Unreadable(printable(str(scalar.type), NAME_CHARACTERS))
 
 
 def _checked(column: Column) -> tuple[Column, list[int]]:

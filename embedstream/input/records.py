@@ -61,6 +61,12 @@ Outcome: TypeAlias = Record | Refusal | None
 """How a row ends; None: skipped."""
 
 
+class Unreadable(msgspec.Struct, frozen=True):
+    """Stands for a value of an Arrow column that Python has none for."""
+
+    type: str
+
+
 class _Found(msgspec.Struct, frozen=True):
     """The value of a field: its kind in words, and a string as it is, anything else as its JSON text."""
 
@@ -340,6 +346,8 @@ def _found(value: object) -> _Found:
         return _Found(_KINDS["t"], "true" if value else "false")
     if isinstance(value, uuid.UUID):
         return _Found(_STRING, str(value))
+    if isinstance(value, Unreadable):
+        return _Found(f"{_OF_TYPE}{value.type} and out of bounds")
     of_type = f"{_OF_TYPE}{type(value).__name__}"
     try:
         if isinstance(value, numbers.Integral):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import datetime
+import decimal
 from collections.abc import Mapping
 from typing import Any
 
 import msgspec
+import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given
@@ -111,6 +113,56 @@ def test_a_kept_value_that_json_cannot_hold_costs_its_row_alone() -> None:
     first, second = judge(batch, make_spec(keep=("raw",)))
     assert refused(first).code == "bad_kept"
     assert record(second).kept == (None,)
+
+
+LONGS = pa.array([2**63 - 1, -(2**63), 0, None, 1], pa.int64())
+INTS = pa.array([2**31 - 1, -(2**31), 0, None, 1], pa.int32())
+FIVE = pa.array([0, 1, 2, 3, 4, 5], pa.int32())
+BYTES = pa.array([b"\xff", b"a", b"", None, b"c"])
+LATE: Any = LONGS.view(pa.timestamp("s"))
+ZONES = (None, "UTC", "Europe/Berlin", "Nowhere/Land", "+99:99")
+EXTREMES: Mapping[str, Any] = {
+    **{f"{unit} {zone}": LONGS.view(pa.timestamp(unit, zone)) for unit in ("s", "ms", "us", "ns") for zone in ZONES},
+    **{f"duration {unit}": LONGS.view(pa.duration(unit)) for unit in ("s", "ms", "us", "ns")},
+    **{f"time {unit}": INTS.view(pa.time32(unit)) for unit in ("s", "ms")},
+    **{f"time {unit}": LONGS.view(pa.time64(unit)) for unit in ("us", "ns")},
+    "date32": INTS.view(pa.date32()),
+    "date64": LONGS.view(pa.date64()),
+    "interval": pa.array([(2**31 - 1, 2**31 - 1, 2**63 - 1), None, (0, 0, 0), (-1, -1, -1), (1, 2, 3)]),
+    "decimal": pa.array([decimal.Decimal("9" * 70), None, *map(decimal.Decimal, ("-1e-3", "0", "1"))]),
+    **{
+        str(type): pa.array(np.array([np.inf, -np.inf, np.nan, 0, 1], type))
+        for type in (np.float16, np.float32, np.float64)
+    },
+    "binary view": BYTES.cast(pa.binary_view()),
+    "fixed bytes": pa.array([b"ab"] * 5, pa.binary(2)),
+    "no UTF-8": pa.Array.from_buffers(pa.string(), 5, BYTES.buffers()),
+    "list of no UTF-8": pa.ListArray.from_arrays(FIVE, pa.Array.from_buffers(pa.string(), 5, BYTES.buffers())),
+    "list": pa.ListArray.from_arrays(FIVE, LATE),
+    "list view": pa.ListViewArray.from_arrays(FIVE[:5], [1] * 5, LATE),
+    "struct": pa.StructArray.from_arrays([LATE, LONGS], ["a", "b"]),
+    "map": pa.MapArray.from_arrays(FIVE, list("abcde"), LATE),
+    "dictionary": pa.DictionaryArray.from_arrays(FIVE[:5], LATE),
+    "run ends": pa.RunEndEncodedArray.from_arrays(pa.array([2, 5], pa.int32()), LATE[:2]),
+    "union": pa.UnionArray.from_sparse(pa.array([0, 0, 0, 1, 1], pa.int8()), [LATE, LONGS]),
+    "extension": pa.ExtensionArray.from_storage(pa.opaque(pa.timestamp("s"), "x", "y"), LATE),
+}
+
+
+@pytest.mark.parametrize("name", EXTREMES)
+def test_a_kept_value_beyond_what_python_knows_costs_its_row_alone(name: str) -> None:
+    batch = pa.record_batch({"id": list("12345"), "text": list("abcde"), "kept": EXTREMES[name]})
+    outcomes = judge(batch, make_spec(keep=("kept",)))
+    assert len(outcomes) == 5
+    codes = {outcome.code for outcome in outcomes if isinstance(outcome, Refusal)}
+    assert codes <= {"bad_kept", "not_utf8"}
+
+
+def test_a_time_beyond_microseconds_is_not_taken_for_another_one() -> None:
+    late = pa.array([2**62, 0], pa.int64()).view(pa.timestamp("s"))
+    first, second = judge(pa.record_batch({"id": ["1", "2"], "text": ["a", "b"], "t": late}), make_spec(keep=("t",)))
+    assert refused(first).message == 'field "t" is of type timestamp[s] and out of bounds, which JSON cannot hold'
+    assert record(second).kept == ("1970-01-01T00:00:00",)
 
 
 def test_bytes_that_are_not_utf8_cost_their_row_alone() -> None:
