@@ -28,6 +28,8 @@ READ_BYTES = 8 * 1024 * 1024
 class Bucket:
     """Keys below a prefix. An object appears whole when its upload is closed; one that was not closed never was."""
 
+    quick_piece = READ_BYTES
+
     def __init__(self, address: ObjectAddress) -> None:
         self._address = address
 

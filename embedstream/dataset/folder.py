@@ -30,6 +30,8 @@ from embedstream.dataset.sink import Manifest, ManifestShard, ShardContent, Shar
 from embedstream.dataset.storage import Storage, storage_of
 from embedstream.errors import OutputError
 from embedstream.jobs import JobSpec
+from embedstream.parquet_rows import RowsRefused, rows_at_once
+from embedstream.settings import MIB
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +41,8 @@ OURS = (".embedstream", MANIFEST, ERRORS, "part-", "errors-")
 """Beginnings of the names that make a folder a dataset, finished or not."""
 
 BATCH_ROWS = 8192
-"""Rows of a batch in reading: some megabytes of vectors."""
+BATCH_BYTES = 32 * MIB
+"""Most rows of a batch in reading, and about how many bytes of them."""
 
 ERROR_ROWS = 1024
 """The same for error rows, which become Python objects."""
@@ -356,7 +359,7 @@ class FolderSink:
         )
 
     def batches(self, name: str, columns: list[str] | None, rows: int) -> Iterator[pa.RecordBatch]:
-        """A Parquet file's rows, `rows` at a time. Raises `OutputError`."""
+        """A Parquet file's rows in bounded memory, at most `rows` at a time. Raises `OutputError`."""
         path = self.files.path(name)
         try:
             with self.files.open(name) as source, pq.ParquetFile(source) as file:
@@ -364,7 +367,11 @@ class FolderSink:
                 unknown = set(columns or ()) - set(there)
                 if unknown:
                     raise OutputError(f"{path}: no column {min(unknown)} (there are: {', '.join(there)})")
-                yield from file.iter_batches(batch_size=rows, columns=columns)
+                for group in range(file.num_row_groups):
+                    most = rows_at_once(file, source, group, columns, rows, BATCH_BYTES, self.files.quick_piece)
+                    yield from file.iter_batches(batch_size=most, row_groups=[group], columns=columns)
+        except RowsRefused as error:
+            raise OutputError(f"{path}: {error}") from error
         except (pa.ArrowException, UnicodeDecodeError) as error:
             raise OutputError(f"{path}: damaged ({error}): restore the file") from error
         except OSError as error:

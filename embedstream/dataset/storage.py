@@ -26,6 +26,10 @@ class Storage(Protocol):
     def sql(self) -> str:
         """What DuckDB must be told before it can read there; ends in a space if there is any."""
 
+    @property
+    def quick_piece(self) -> int | None:
+        """Bytes that are well read at once where each read costs a request; None where it does not."""
+
     def path(self, name: str) -> str:
         """As people and SQL call a file."""
 
@@ -74,6 +78,7 @@ class Folder:
     """A folder on a disk."""
 
     sql = ""
+    quick_piece = None
 
     def __init__(self, folder: Path, roots: Sequence[str] = ()) -> None:
         self._folder = folder

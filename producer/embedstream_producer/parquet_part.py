@@ -4,37 +4,25 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
-from typing import Any, Protocol
+from typing import Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embedstream.blocks import Block, Refusal
 from embedstream.errors import InputError
-from embedstream.input.columns import NAME_CHARACTERS, ColumnReader
+from embedstream.input.columns import ColumnReader
 from embedstream.input.cutting import cut_part, enter_ids
 from embedstream.input.duplicates import DuplicateIndex, Position
 from embedstream.input.records import Outcome
 from embedstream.jobs import JobSpec
-from embedstream.terminal import printable
-from embedstream_producer.parquet_pages import LARGEST_PAGE_BYTES, Page, read_pages, values_at_once
+from embedstream.parquet_rows import RowsRefused, rows_at_once
 
 MAGIC = b"PAR1"
 
 BATCH_ROWS = 1024
 BATCH_BYTES = 8 * 1024 * 1024
 """Most rows judged at once, and about how many bytes of them."""
-
-PIECE_BYTES = 4096
-"""Read of a quick file to find the header of a page, which lies a page behind the one before."""
-
-COLUMN_BYTES = 32 * 1024 * 1024
-"""Most bytes that rows decoded at once may have in a column, however its values are spread and repeated."""
-
-USUAL_RATIO = 20
-"""Where each look at a page costs a request, columns are taken at their footer's word if it says no more than this of
-compression: texts shrink to a third or a tenth."""
 
 
 class RandomAccess(Protocol):
@@ -108,7 +96,8 @@ class ParquetPart:
     ) -> Iterator[Sequence[Outcome]]:
         row, total = 0, file.metadata.num_rows
         for group in range(file.metadata.num_row_groups):
-            rows = self._rows_at_once(file, source, group, reader.columns)
+            piece = None if self._opens.quick else self._opens.piece_bytes
+            rows = rows_at_once(file, source, group, reader.columns, BATCH_ROWS, BATCH_BYTES, piece)
             # Threads take longer to share out a batch than to decode it.
             batches = file.iter_batches(batch_size=rows, row_groups=[group], columns=reader.columns, use_threads=False)
             for batch in _gathered(batches):
@@ -116,46 +105,6 @@ class ParquetPart:
                 row += batch.num_rows
                 if on_position is not None and self.size is not None:
                     on_position(self.size * row // total)
-
-    def _rows_at_once(self, file: pq.ParquetFile, source: pa.NativeFile, at: int, columns: Sequence[str]) -> int:
-        """How many rows of a row group can be decoded at once. Raises `InputError` for a page that is too large."""
-        group = file.metadata.row_group(at)
-        each = max(1, group.total_byte_size // max(1, group.num_rows))
-        rows = max(1, min(BATCH_ROWS, BATCH_BYTES // each))
-        leaves = [i for i in range(len(file.schema)) if file.schema.column(i).path.partition(".")[0] in columns]
-        # Asking for a column of damaged metadata ends the process, unless it is a reader that asks: one of no rows.
-        list(file.reader.iter_batches(0, row_groups=[at], column_indices=leaves, use_threads=False))
-        for leaf in leaves:
-            chunk = group.column(leaf)
-            # Of a list, as many rows as have so many values on average.
-            each = max(1, chunk.num_values // max(1, group.num_rows))
-            rows = min(rows, max(1, values_at_once(self._pages(source, chunk), rows * each, COLUMN_BYTES) // each))
-        return rows
-
-    def _pages(self, source: pa.NativeFile, chunk: pq.ColumnChunkMetaData) -> list[Page]:
-        """All of them, or only the dictionary where more would cost much.
-
-        Raises:
-            InputError: one is too large, or makes no sense.
-        """
-        column = printable(chunk.path_in_schema, NAME_CHARACTERS)
-        usual = chunk.total_uncompressed_size <= USUAL_RATIO * chunk.total_compressed_size
-        few = not self._opens.quick and usual and "DELTA_BYTE_ARRAY" not in chunk.encodings
-        read = _by_pieces(source, PIECE_BYTES if few or self._opens.quick else self._opens.piece_bytes)
-        pages = []
-        try:
-            for page in islice(read_pages(read, chunk), int(chunk.has_dictionary_page) if few else None):
-                if page.bytes > LARGEST_PAGE_BYTES:
-                    raise InputError(
-                        f"{self.label}: column {column} has a page of {page.bytes:,} bytes, more than the "
-                        f"{LARGEST_PAGE_BYTES:,} that are read at once: write the file again with smaller pages"
-                    )
-                pages.append(page)
-        except ValueError as error:
-            raise InputError(
-                f"{self.label}: column {column} is damaged ({error}): make or fetch the file again"
-            ) from error
-        return pages
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[tuple[pq.ParquetFile, pa.NativeFile]]:
@@ -166,6 +115,8 @@ class ParquetPart:
                 pq.ParquetFile(source, buffer_size=self._opens.piece_bytes, pre_buffer=False) as file,
             ):
                 yield file, source
+        except RowsRefused as error:
+            raise InputError(f"{self.label}: {error}") from error
         except (pa.ArrowException, UnicodeDecodeError) as error:
             first = str(error).partition("\n")[0].rstrip(".")
             raise InputError(
@@ -173,19 +124,6 @@ class ParquetPart:
             ) from error
         except OSError as error:
             raise self._opens.cannot_read(error) from error
-
-
-def _by_pieces(source: Any, piece: int) -> Callable[[int, int], bytes]:
-    """Reads at an offset of an Arrow file, out of the last piece read where it is in there."""
-    begin, held = 0, b""
-
-    def read(at: int, size: int) -> bytes:
-        nonlocal begin, held
-        if not begin <= at <= at + size <= begin + len(held):
-            begin, held = at, source.read_at(max(size, piece), at)
-        return held[at - begin : at - begin + size]
-
-    return read
 
 
 def _gathered(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from embedstream.errors import InputError
 from embedstream.input.duplicates import DuplicateIndex
 from embedstream.jobs import JobSpec
+from embedstream.parquet_rows import COLUMN_BYTES
 from embedstream_producer.corpus import check_sources
-from embedstream_producer.parquet_part import COLUMN_BYTES
 
 ROWS = 300
 DATA = pa.table(

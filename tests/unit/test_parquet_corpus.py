@@ -19,8 +19,8 @@ from embedstream.blocks import Block, Refusal
 from embedstream.errors import InputError, UsageError
 from embedstream.input.duplicates import DuplicateIndex
 from embedstream.jobs import JobSpec
+from embedstream.parquet_rows import COLUMN_BYTES
 from embedstream_producer.corpus import CorpusPart, check_sources, total_bytes
-from embedstream_producer.parquet_part import COLUMN_BYTES
 
 
 def make_spec(parts: Iterable[CorpusPart], **changed: Any) -> JobSpec:

@@ -24,6 +24,7 @@ _DEEPEST = 4
 
 _BYTES, _STORED, _DATA, _DICTIONARY, _DATA_V2 = 2, 3, 5, 7, 8  # fields of PageHeader
 _VALUES = 1  # field of the headers of both kinds of data pages
+_LEVELS = 6  # field of that of the second kind
 _ENCODING = {_DATA: 2, _DATA_V2: 4}  # field of each of them
 _DELTA_BYTE_ARRAY = 7  # of Encoding: each value begins with a piece of the one before
 
@@ -37,6 +38,12 @@ class Page(NamedTuple):
     """Once decompressed."""
     shared: bool
     """Whether many values may stand for the same bytes of it, so that only each of them is no longer than the page."""
+    at: int = 0
+    """Where it begins in the file, after its header."""
+    stored: int = 0
+    """Its bytes there."""
+    levels: int = -1
+    """Of a data page of the second kind, bytes of the repetition levels with which it begins, never compressed."""
 
 
 def read_pages(read: Callable[[int, int], bytes], chunk: pq.ColumnChunkMetaData) -> Iterator[Page]:
@@ -54,12 +61,13 @@ def read_pages(read: Callable[[int, int], bytes], chunk: pq.ColumnChunkMetaData)
         stored, held = header.numbers.get(_STORED, -1), header.numbers.get(_BYTES, -1)
         if stored < 0 or held < 0:
             raise ValueError("a page of no size")
-        values, shared = 0, _DICTIONARY in header.structs
+        values, shared, levels = 0, _DICTIONARY in header.structs, -1
         for kind in _ENCODING.keys() & header.structs.keys():
             data = header.structs[kind].numbers
             values = max(0, data.get(_VALUES, 0))
             shared = data.get(_ENCODING[kind]) == _DELTA_BYTE_ARRAY
-        yield Page(values, held, shared)
+            levels = data.get(_LEVELS, 0) if kind == _DATA_V2 else -1
+        yield Page(values, held, shared, at + size, stored, levels)
         left -= values
         at += size + stored
 
