@@ -6,9 +6,10 @@ The levels (https://parquet.apache.org/docs/file-format/nestedencoding/) do: a r
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterable
 from functools import lru_cache
-from typing import Any, Literal, cast
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,8 +22,8 @@ Read = Callable[[int, int], bytes]
 _LENGTH_BYTES = 4
 """In front of the levels of a data page of the first kind."""
 
-_STREAMED = frozenset({"zstd", "gzip", "brotli"})
-_WHOLE = frozenset({"snappy", "lz4_raw"})
+_STREAMED: frozenset[Any] = frozenset({"zstd", "gzip", "brotli"})
+_WHOLE: dict[str, Any] = {"snappy": "snappy", "lz4": "lz4_raw", "lz4_raw": "lz4_raw"}
 
 
 def longest_row(read: Read, codec: str, pages: Iterable[Page], highest: int) -> int | None:
@@ -50,9 +51,10 @@ def longest_row(read: Read, codec: str, pages: Iterable[Page], highest: int) -> 
 
 def longest_value(read: Read, codec: str, dictionary: Page) -> int | None:
     """Bytes of the longest string in a dictionary; None for a codec that is not known. Raises as `longest_row`."""
-    data = _head(read, codec, dictionary, dictionary.bytes)
-    if data is None:
+    plain = _decompressed(read, codec, dictionary)
+    if plain is None:
         return None
+    data = plain(dictionary.bytes)
     longest = at = 0
     while at < len(data):
         size = int.from_bytes(data[at : at + _LENGTH_BYTES], "little")
@@ -63,25 +65,42 @@ def longest_value(read: Read, codec: str, dictionary: Page) -> int | None:
 def _levels(read: Read, codec: str, page: Page) -> bytes | None:
     if page.levels >= 0:
         return read(page.at, min(page.levels, page.stored))
-    length = _head(read, codec, page, _LENGTH_BYTES)
-    if length is None:
-        return None
-    data = _head(read, codec, page, _LENGTH_BYTES + min(int.from_bytes(length, "little"), page.bytes))
-    return None if data is None else data[_LENGTH_BYTES:]
+    plain = _decompressed(read, codec, page)
+    return None if plain is None else plain(min(int.from_bytes(plain(_LENGTH_BYTES), "little"), page.bytes))
 
 
-def _head(read: Read, codec: str, page: Page, size: int) -> bytes | None:
-    """The first bytes of a page once decompressed."""
-    stored = read(page.at, page.stored)
+def _decompressed(read: Read, codec: Any, page: Page) -> Callable[[int], bytes] | None:
+    """Reads the next bytes of a page, and no more of the file than that takes if the codec allows."""
     if codec == "uncompressed":
-        return stored[:size]
+        return _Stored(read, page).read
     if codec in _STREAMED:
-        with pa.CompressedInputStream(pa.BufferReader(stored), codec) as stream:
-            return bytes(stream.read(size))
+        return pa.CompressedInputStream(pa.PythonFile(_Stored(read, page), mode="r"), codec).read
     if codec in _WHOLE:
-        known = cast(Literal["snappy"], codec)
-        return bytes(memoryview(pa.decompress(stored, page.bytes, known))[:size])
+        try:
+            return pa.BufferReader(pa.decompress(read(page.at, page.stored), page.bytes, _WHOLE[codec])).read
+        except (pa.ArrowException, OSError):
+            if codec == "lz4":  # of Hadoop, under the same name
+                return None
+            raise
     return None
+
+
+class _Stored(io.RawIOBase):
+    """A page as it lies in the file."""
+
+    def __init__(self, read: Read, page: Page) -> None:
+        super().__init__()
+        self._read = read
+        self._at, self._end = page.at, page.at + page.stored
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1, /) -> bytes:
+        left = self._end - self._at
+        data = self._read(self._at, left if size < 0 else min(size, left))
+        self._at += len(data)
+        return data
 
 
 @lru_cache(maxsize=64)

@@ -25,6 +25,12 @@ from embedstream.dataset.parquet import (
 from embedstream.dataset.schema import dataset_schema, errors_schema
 from embedstream.dataset.sink import BlockRecord, BlockRuns, Manifest, ShardRecord
 from embedstream.errors import OutputError
+from embedstream.settings import MIB
+
+LEAST_HELD_BYTES = 256 * MIB
+HELD_RATIO = 8
+"""What a group's rows may take in memory: that, and so many times the bytes of their files. Vectors hardly shrink on
+a disk, texts to a third or a tenth; a few kilobytes that become gigabytes are none that a worker wrote."""
 
 Place = tuple[int, int]
 """Part and block."""
@@ -43,7 +49,8 @@ class Group:
 def write_group(sink: FolderSink, manifest: Manifest, group: Group) -> ShardRecord:
     """Write the group's shard; doing it twice writes the same. Raises `OutputError`."""
     listed = {shard.name: shard for shard in manifest.shards}
-    data, errors = _Rows("rows"), _Rows("failed")
+    room = _Room(LEAST_HELD_BYTES + HELD_RATIO * sum(listed[name].bytes for name in group.blocks), sink.output)
+    data, errors = _Rows("rows", room), _Rows("failed", room)
     blocks: list[BlockRecord] = []
     sources: list[ShardRecord] = []
     padded = 0
@@ -86,11 +93,29 @@ def write_group(sink: FolderSink, manifest: Manifest, group: Group) -> ShardReco
     return msgspec.structs.replace(record, bytes=size, checksum=checksum, errors_checksum=errors_checksum)
 
 
+class _Room:
+    """What the rows of a group may take in memory."""
+
+    def __init__(self, most: int, output: str) -> None:
+        self._most = self._left = most
+        self._output = output
+
+    def take(self, size: int) -> None:
+        """Raises `OutputError` when there is no more."""
+        self._left -= size
+        if self._left < 0:
+            raise OutputError(
+                f"{mask(self._output)}: the rows of one merged shard have more than {self._most:,} bytes once "
+                f"decompressed: leave this dataset as it is, or merge into smaller shards (--shard-mib)"
+            )
+
+
 class _Rows:
     """The rows or error rows of some blocks, read shard by shard, to be written in the order of the corpus."""
 
-    def __init__(self, counted_as: str) -> None:
+    def __init__(self, counted_as: str, room: _Room) -> None:
         self._counted_as = counted_as
+        self._room = room
         self._pieces: dict[Place, list[pa.RecordBatch]] = defaultdict(list)
         self.count = 0
 
@@ -119,6 +144,7 @@ class _Rows:
         if wanted < batch.num_rows:
             # A copy, so that the rest of the batch is not held with it: a shard may have few rows of many groups.
             batch = batch.take(pa.array([row for _, low, high in cuts for row in range(low, high)], pa.int64()))
+        self._room.take(batch.nbytes if wanted else 0)
         at = 0
         for place, low, high in cuts:
             self._pieces[place].append(batch.slice(at, high - low))

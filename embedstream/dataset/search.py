@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +10,13 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from embedstream.connection import mask
 from embedstream.dataset.folder import FolderSink
 from embedstream.dataset.manifest import manifest_spec
+from embedstream.dataset.schema import dataset_schema
 from embedstream.dataset.sink import canonical_output
 from embedstream.errors import OutputError, UsageError
+from embedstream.terminal import printable
 
 Vector = npt.NDArray[np.float32]
 
@@ -39,7 +42,7 @@ def search(folder: str, query: Vector, k: int = 10) -> list[Hit]:
 
     Raises:
         UsageError: `k` is below 1, or the query's length is not the dataset's.
-        OutputError: the folder holds no finished dataset.
+        OutputError: the folder holds no finished dataset, or other columns than its manifest says.
     """
     sink = FolderSink(canonical_output(folder))
     manifest = sink.read_manifest()
@@ -50,9 +53,30 @@ def search(folder: str, query: Vector, k: int = 10) -> list[Hit]:
         raise UsageError(f"-k {k}: must be at least 1")
     if manifest.rows and query.shape != (output.dim,):
         raise UsageError(f"the query has shape {query.shape}, vectors of {folder} have {output.dim} dimensions")
-    text = ["text"] if manifest_spec(manifest).text else []
-    batches = sink.read(["part", "row", "id", "chunk", *text, output.name])
+    spec = manifest_spec(manifest)
+    names = ["part", "row", "id", "chunk", *(["text"] if spec.text else []), output.name]
+    schema = dataset_schema(spec, {each.name: each.dim for each in manifest.outputs})
+    batches = _checked(sink.read(names), [schema.field(name) for name in names], mask(sink.output))
     return top_k(batches, query, k, output.name, output.normalized)
+
+
+def _checked(
+    batches: Iterable[pa.RecordBatch], fields: Sequence[pa.Field[Any]], output: str
+) -> Iterator[pa.RecordBatch]:
+    """The batches as long as they are what the manifest says; raises `OutputError` for others."""
+    for batch in batches:
+        for field in fields:
+            found = batch.schema.field(field.name)
+            if not found.equals(field):
+                raise OutputError(
+                    f"{output}: a shard's column {field.name} is {printable(str(found.type), 60)}, the manifest says "
+                    f"{field.type}: restore the file (embed-verify names it)"
+                )
+        try:
+            batch.validate(full=True)
+        except pa.ArrowInvalid as error:
+            raise OutputError(f"{output}: a shard is damaged ({error}): restore it (embed-verify names it)") from error
+        yield batch
 
 
 def top_k(batches: Iterable[pa.RecordBatch], query: Vector, k: int, column: str, normalized: bool) -> list[Hit]:
