@@ -82,8 +82,9 @@ def test_a_vector_of_thirty_million_numbers_is_refused_unread(tmp_path: Path) ->
 
 
 def wider(data: Any) -> Any:
-    type, numbers = vector_type(DIM + 1), vectors(len(data), dim=DIM + 1)
-    column: Any = pa.FixedSizeListArray.from_arrays(pa.array(numbers.reshape(-1)), type=type)
+    type: Any = vector_type(DIM + 1)
+    numbers: Any = pa.array(vectors(len(data), dim=DIM + 1).reshape(-1))
+    column = pa.FixedSizeListArray.from_arrays(numbers, type=type)
     at = data.schema.get_field_index("embedding")
     return data.set_column(at, pa.field("embedding", type, nullable=False), column)
 

@@ -24,7 +24,7 @@ from embedstream.settings import MIB
 from embedstream_producer.corpus import check_sources
 
 
-def arrow(codec: str, version: Any) -> Callable[[pa.Table, Path], object]:
+def arrow(codec: Any, version: Any) -> Callable[[pa.Table, Path], object]:
     def write(table: pa.Table, path: Path) -> None:
         pages: Any = {"data_page_version": version, "data_page_size": 500, "write_batch_size": 7}
         pq.write_table(table, path, compression=codec, **pages)
