@@ -118,6 +118,7 @@ def test_a_kept_value_that_json_cannot_hold_costs_its_row_alone() -> None:
 LONGS = pa.array([2**63 - 1, -(2**63), 0, None, 1], pa.int64())
 INTS = pa.array([2**31 - 1, -(2**31), 0, None, 1], pa.int32())
 FIVE: Any = pa.array([0, 1, 2, 3, 4, 5], pa.int32())
+LIST_VIEW: Any = pa.ListViewArray
 LETTERS: Any = pa.array(list("abcde"))
 BYTES = pa.array([b"\xff", b"a", b"", None, b"c"])
 LATE: Any = LONGS.view(pa.timestamp("s"))
@@ -140,7 +141,7 @@ EXTREMES: Mapping[str, Any] = {
     "no UTF-8": pa.Array.from_buffers(pa.string(), 5, BYTES.buffers()),
     "list of no UTF-8": pa.ListArray.from_arrays(FIVE, pa.Array.from_buffers(pa.string(), 5, BYTES.buffers())),
     "list": pa.ListArray.from_arrays(FIVE, LATE),
-    "list view": pa.ListViewArray.from_arrays(FIVE[:5], pa.array([1] * 5, pa.int32()), LATE),
+    "list view": LIST_VIEW.from_arrays(FIVE[:5], pa.array([1] * 5, pa.int32()), LATE),
     "struct": pa.StructArray.from_arrays([LATE, LONGS], ["a", "b"]),
     "map": pa.MapArray.from_arrays(FIVE, LETTERS, LATE),
     "dictionary": pa.DictionaryArray.from_arrays(FIVE[:5], LATE),
