@@ -180,13 +180,15 @@ def decode_block(fields: Mapping[bytes, bytes], keep: tuple[str, ...], parts: in
     try:
         batch = _read_rows(body, block_schema(keep), name)
         refused = msgspec.json.decode(refused_body, type=tuple[Refusal, ...])
-    except (pa.ArrowException, OSError, EOFError, StopIteration, ValueError, RecursionError) as error:
-        raise BlockError(f"{name} cannot be read: {error}") from error
-    if batch.num_rows != count:
-        raise BlockError(f"{name} says {count} rows and has {batch.num_rows}")
-    if batch.num_rows + len(refused) > MAX_ROWS:
-        raise BlockError(f"{name} has {len(refused)} refused rows beside {count} others, {MAX_ROWS} are allowed")
-    _check_rows(batch, refused, name)
+        if batch.num_rows != count:
+            raise BlockError(f"{name} says {count} rows and has {batch.num_rows}")
+        if batch.num_rows + len(refused) > MAX_ROWS:
+            raise BlockError(f"{name} has {len(refused)} refused rows beside {count} others, {MAX_ROWS} are allowed")
+        _check_rows(batch, refused, name)
+    except BlockError:
+        raise
+    except Exception as error:  # whatever Arrow and Python raise for what is none
+        raise BlockError(f"{name} cannot be read: {_shown(error)}") from error
     return Block(part=part, number=number, rows=batch, sum=checksum, refused=refused, skipped=skipped)
 
 
@@ -237,7 +239,8 @@ def _longest(batch: pa.RecordBatch, column: str) -> int:
     offsets = batch.column(column).buffers()[1]
     if not batch.num_rows or offsets is None:
         return 0
-    return max(end - start for start, end in pairwise(memoryview(offsets).cast("i")[: batch.num_rows + 1]))
+    ends = memoryview(offsets)[: 4 * (batch.num_rows + 1)].cast("i")  # the buffer may have any length beyond
+    return max(end - start for start, end in pairwise(ends))
 
 
 def _shown(value: object) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Awaitable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import msgspec
 import redis
@@ -13,10 +14,10 @@ import redis.asyncio
 from redis.exceptions import NoPermissionError, NoScriptError, ResponseError
 
 from embedstream import scripts
-from embedstream.errors import BrokerError
+from embedstream.errors import BrokerError, RecordDamaged, UsageError
 from embedstream.failpoints import reach, reach_step
-from embedstream.foreign import names, reading
-from embedstream.job_record import parse_status
+from embedstream.foreign import answered, leaving_out, names, reading
+from embedstream.job_record import parse_status, reading_job
 from embedstream.jobs import JobState, JobStatus
 from embedstream.keys import GROUP, QUEUES, RELEASED, Keys
 from embedstream.steps import MOST_BLOCKS, PROMPT, CommitBlock, Step, Steps
@@ -24,9 +25,10 @@ from embedstream.workers import WorkerRecord
 
 T = TypeVar("T")
 
-log = logging.getLogger(__name__)
-
 Fields = dict[bytes, bytes]
+
+PARTS_AT_ONCE = 1000
+"""Parts asked for at once."""
 
 SHARDS_AT_ONCE = 64
 """Records asked for at once: some hundred kilobytes."""
@@ -53,15 +55,21 @@ class Broker(Steps):
         self._raw: Any = client
 
     def run(self, step: Step[T]) -> T:
-        """Run a step. Raises `redis.RedisError` as redis-py does."""
+        """Run a step.
+
+        Raises:
+            RecordDamaged: what lies under its keys makes no sense.
+            redis.RedisError: as redis-py raises it.
+        """
         script, count = scripts.load(step.script), len(step.keys)
         reach_step(step.script, "before")
-        try:
-            raw = self.client.evalsha(script.sha, count, *step.keys, *step.args)
-        except NoScriptError:
-            raw = self.client.eval(script.body, count, *step.keys, *step.args)
-        reach_step(step.script, "after")
-        return step.parse(raw)
+        with _reading_keys(self.keys, step.keys):
+            try:
+                raw = self.client.evalsha(script.sha, count, *step.keys, *step.args)
+            except NoScriptError:
+                raw = self.client.eval(script.body, count, *step.keys, *step.args)
+            reach_step(step.script, "after")
+            return step.parse(raw)
 
     # Claiming
 
@@ -69,6 +77,9 @@ class Broker(Steps):
         """New blocks of `jobs`, at most `count` per job, waiting up to `block_ms` (0: not at all) for the first.
 
         Blocks that are done already (adopted meanwhile) are dropped and not returned. Entries that are no blocks are.
+
+        Raises:
+            RecordDamaged: the keys of one of the jobs are. Blocks of others may be in this consumer's hands by then.
         """
         if not jobs:
             return []
@@ -92,9 +103,10 @@ class Broker(Steps):
     def _read_group(self, step: str, consumer: str, streams: list[str], count: int, block_ms: int) -> list[Claimed]:
         reach(f"{step}.before")
         try:
-            raw = self._raw.xreadgroup(
-                GROUP, consumer, dict.fromkeys(streams, ">"), count=count, block=block_ms or None
-            )
+            with _reading_keys(self.keys, streams):
+                raw = self._raw.xreadgroup(
+                    GROUP, consumer, dict.fromkeys(streams, ">"), count=count, block=block_ms or None
+                )
         except ResponseError as error:
             if not _stream_gone(error):
                 raise
@@ -114,18 +126,19 @@ class Broker(Steps):
         cursor, deleted = "0-0", False
         reach(f"{step}.before")
         try:
-            while len(found) < count:
-                raw = self._raw.xautoclaim(stream, GROUP, consumer, idle_ms, cursor, count=count - len(found))
-                cursor = raw[0].decode()
-                for entry, fields in raw[1]:
-                    if entry is None or not fields:
-                        deleted = True
-                    else:
-                        found.append((entry.decode(), fields))
-                if cursor == "0-0":
-                    break
-            if deleted:
-                self._acknowledge_deleted(stream, consumer)
+            with _reading_keys(self.keys, [stream]):
+                while len(found) < count:
+                    raw = self._raw.xautoclaim(stream, GROUP, consumer, idle_ms, cursor, count=count - len(found))
+                    cursor = raw[0].decode()
+                    for entry, fields in raw[1]:
+                        if entry is None or not fields:
+                            deleted = True
+                        else:
+                            found.append((entry.decode(), fields))
+                    if cursor == "0-0":
+                        break
+                if deleted:
+                    self._acknowledge_deleted(stream, consumer)
         except ResponseError as error:
             if not _stream_gone(error):
                 raise
@@ -143,7 +156,9 @@ class Broker(Steps):
                 return []
             if isinstance(rows, Exception):
                 raise rows
-            claimed.append(Claimed(stream, entry, fields, int(rows[0]["times_delivered"]) if rows else 1))
+            # Whoever claims an entry may say any count.
+            deliveries = max(1, int(rows[0]["times_delivered"])) if rows else 1
+            claimed.append(Claimed(stream, entry, fields, deliveries))
         return claimed
 
     def _acknowledge_deleted(self, stream: str, consumer: str) -> None:
@@ -162,7 +177,8 @@ class Broker(Steps):
             for c, address in zip(claimed, addresses, strict=True):
                 if address is not None:
                     pipe.getbit(self.keys.done(streams[c.stream], address[0]), address[1])
-            done = iter(pipe.execute())
+            with _reading_keys(self.keys, list(streams)):
+                done = iter(pipe.execute())
         kept: list[Claimed] = []
         for c, address in zip(claimed, addresses, strict=True):
             if address is not None and next(done):
@@ -173,87 +189,146 @@ class Broker(Steps):
         return kept
 
     def pending(self, stream: str, consumer: str) -> list[str]:
-        """Ids of the entries that the consumer holds, looked at without re-delivering them."""
+        """Ids of the entries that the consumer holds, without re-delivering them; none if this is no stream."""
         try:
-            rows = self._raw.xpending_range(stream, GROUP, "-", "+", 10_000, consumername=consumer)
+            with _leaving_out(stream):
+                rows = self._raw.xpending_range(stream, GROUP, "-", "+", 10_000, consumername=consumer)
+                return [row["message_id"].decode() for row in rows]
         except ResponseError as error:
             if not _stream_gone(error):
                 raise
-            return []
-        return [row["message_id"].decode() for row in rows]
+        return []
 
     def suspected(self, job: str, part: int, block: int) -> tuple[int, ...]:
-        """The chunks, by their place in the block, with which holders of the block died when they tried them alone."""
-        raw = self._raw.hget(self.keys.suspect(job), f"{part}:{block}")
-        return tuple(map(int, raw.split(b","))) if raw else ()
+        """The chunks, by their place in the block, with which holders of the block died when they tried them alone.
+
+        A note that makes no sense is none.
+        """
+        with leaving_out(f"{self.keys.suspect(job)}, the note {part}:{block}"):
+            raw = self._raw.hget(self.keys.suspect(job), f"{part}:{block}")
+            return tuple(map(int, raw.split(b","))) if raw else ()
+        return ()
 
     def prompt_tries(self, job: str) -> tuple[str, ...]:
         """The workers that died of a job's prompt, the last of which may be trying it still; or `(PROVEN,)`.
 
-        Raises `RecordDamaged` for a note that makes no sense.
+        A note that makes no sense is none.
         """
-        with reading(f"job {job}'s note of its prompt"):
+        with leaving_out(f"{self.keys.suspect(job)}, the note of the prompt"):
             raw = self._raw.hget(self.keys.suspect(job), PROMPT)
             return tuple(raw.decode().split(",")) if raw else ()
+        return ()
 
     def free_finalize(self, job: str) -> None:
         """Let a job of the outbox be taken at once: for when whoever leased it is surely gone."""
-        self._raw.zadd(self.keys.finalize, {job: 0}, xx=True)
+        with _leaving_out(self.keys.finalize):
+            self._raw.zadd(self.keys.finalize, {job: 0}, xx=True)
 
     # Questions
 
     def active_jobs(self) -> list[str]:
         """Jobs that still have blocks to do, oldest first."""
-        return [raw.decode() for raw in self._raw.zrange(self.keys.jobs, 0, -1)]
+        return list(self.births())
+
+    def births(self) -> dict[str, float]:
+        """Jobs that still have blocks to do, oldest first, and when each was made (ms)."""
+        made: dict[bytes, float] = {}
+        with _leaving_out(self.keys.jobs):
+            made = dict(self._raw.zrange(self.keys.jobs, 0, -1, withscores=True))
+        return {name: made[name.encode()] for name in names(self.keys.jobs, made)}
 
     def recent_jobs(self) -> list[str]:
         """Ended jobs, newest first."""
-        return [raw.decode() for raw in self._raw.zrange(self.keys.recent, 0, -1, desc=True)]
+        return self._listed(self.keys.recent, desc=True)
 
     def outbox(self) -> list[str]:
         """Jobs that wait to be finalized, or whose finalizer's lease runs."""
-        return [raw.decode() for raw in self._raw.zrange(self.keys.finalize, 0, -1)]
+        return self._listed(self.keys.finalize)
 
     def unfinished(self) -> bool:
         """Whether any job of the queue is not ended yet."""
-        return bool(self._raw.zcard(self.keys.jobs) or self._raw.zcard(self.keys.finalize))
+        return bool(self.births() or self.outbox())
 
     def backlog(self, job: str) -> int:
         """Blocks of a job that are queued or in a worker's hands."""
-        return int(self._raw.xlen(self.keys.blocks(job)))
+        with reading_job(job):
+            return int(self._raw.xlen(self.keys.blocks(job)))
+
+    def knows(self, job: str) -> bool:
+        """Whether anything lies under the job's name, whatever it is."""
+        return bool(self._raw.exists(self.keys.job(job)))
 
     def status(self, job: str) -> JobStatus:
-        """Raises `JobUnknown`."""
+        """Raises `JobUnknown`, `RecordDamaged`, `UsageError` for a spec of another version."""
         with self._raw.pipeline(transaction=False) as pipe:
             pipe.hgetall(self.keys.job(job))
             pipe.time()
-            raw, (seconds, micros) = pipe.execute()
+            with reading_job(job):
+                raw, (seconds, micros) = pipe.execute()
         return parse_status(job, raw, seconds + micros / 1e6)
 
+    def prove_keys(self, job: str, parts: int) -> None:
+        """Raise `RecordDamaged` if one of the keys that the job's blocks need is of another type."""
+        keys = self.keys
+        for first in range(0, max(1, parts), PARTS_AT_ONCE):
+            with self._raw.pipeline(transaction=False) as pipe:
+                pipe.xlen(keys.blocks(job))
+                pipe.hexists(keys.shards(job), "")
+                for part in range(first, min(parts, first + PARTS_AT_ONCE)):
+                    pipe.getbit(keys.done(job, part), 0)
+                    pipe.getrange(keys.sums(job, part), 0, 0)
+                with reading_job(job):
+                    pipe.execute()
+
+    def is_damaged(self, job: str) -> bool:
+        """Whether what lies in Redis about a job makes no sense. Raises `JobUnknown`."""
+        try:
+            self.prove_keys(job, len(self.status(job).spec.parts))
+        except RecordDamaged:
+            return True
+        except UsageError:  # of another version
+            pass
+        return False
+
+    def keys_below(self, job: str) -> list[str]:
+        """All keys of a job but its hash, whatever lies under them."""
+        pattern = re.sub(r"([\\*?\[\]])", r"\\\1", f"{self.keys.job(job)}:") + "*"
+        return names(pattern, self._raw.scan_iter(match=pattern, count=10_000))
+
     def state(self, job: str) -> JobState | None:
-        """A job's state; None if there is no such job."""
-        raw = self._raw.hget(self.keys.job(job), "state")
-        return None if raw is None else JobState(raw.decode())
+        """A job's state; None if there is no such job. Raises `RecordDamaged`."""
+        with reading_job(job):
+            raw = self._raw.hget(self.keys.job(job), "state")
+            return None if raw is None else JobState(raw.decode())
 
     def next_block(self, job: str, part: int) -> int:
-        """The number that the part's next block must have."""
-        return int(self._raw.hget(self.keys.job(job), f"next:{part}") or 0)
+        """The number that the part's next block must have. Raises `RecordDamaged`."""
+        with reading_job(job):
+            return int(self._raw.hget(self.keys.job(job), f"next:{part}") or 0)
+
+    def sums(self, job: str, part: int, first: int, count: int) -> bytes:
+        """The 8-byte sums of `count` submitted blocks, fewer if there are not so many. Raises `RecordDamaged`."""
+        with reading_job(job):
+            raw: bytes = self._raw.getrange(self.keys.sums(job, part), *_sums_range(first, count))
+            return raw
 
     def shard_records(self, job: str) -> Iterator[bytes]:
         """The committed shards' records as JSON, by name; asked for in pieces, so that others are served meanwhile.
 
-        Raises `BrokerError` for one that is gone by then.
+        Raises `BrokerError` for one that is gone by then, `RecordDamaged`.
         """
-        names = sorted(self.shard_names(job))
-        for start in range(0, len(names), SHARDS_AT_ONCE):
-            records = self._raw.hmget(self.keys.shards(job), names[start : start + SHARDS_AT_ONCE])
+        listed = sorted(self.shard_names(job))
+        for start in range(0, len(listed), SHARDS_AT_ONCE):
+            with reading_job(job):
+                records = self._raw.hmget(self.keys.shards(job), listed[start : start + SHARDS_AT_ONCE])
             if None in records:
                 raise BrokerError(f"job {job}: records of shards vanish from Redis: run the same embed-submit again")
             yield from records
 
     def shard_names(self, job: str) -> frozenset[str]:
-        """The committed shards."""
-        return frozenset(name.decode() for name in self._raw.hkeys(self.keys.shards(job)))
+        """The committed shards. Raises `RecordDamaged`."""
+        with reading_job(job):
+            return frozenset(name.decode() for name in self._raw.hkeys(self.keys.shards(job)))
 
     def memory_bound(self, wanted: int) -> int:
         """The bound on queued bytes: `wanted`, or a quarter of the server's `maxmemory` if that is told and less."""
@@ -274,19 +349,25 @@ class Broker(Steps):
             pipe.pexpire(self.keys.workers, 86_400_000)
             pipe.zadd(QUEUES, {self.queue: now // 1000})
             pipe.expire(QUEUES, 86_400 * 30)
-            pipe.execute()
+            replies = pipe.execute(raise_on_error=False)
+        written = (self.keys.worker(record.name), self.keys.workers, self.keys.workers, QUEUES, QUEUES)
+        for key, reply in zip(written, replies, strict=True):
+            with _leaving_out(key):
+                answered(reply)
 
     def count_workers(self, expire_seconds: float) -> int:
         """How many workers of the queue gave a sign of life within so many seconds."""
-        client: Any = self._raw
-        return int(client.zcount(self.keys.workers, self._now_ms() - int(expire_seconds * 1000), "+inf"))
+        with _leaving_out(self.keys.workers):
+            return int(self._raw.zcount(self.keys.workers, self._now_ms() - int(expire_seconds * 1000), "+inf"))
+        return 0
 
     def leave(self, name: str) -> None:
         """Say that a worker is gone."""
         with self._raw.pipeline(transaction=False) as pipe:
             pipe.delete(self.keys.worker(name))
             pipe.zrem(self.keys.workers, name)
-            pipe.execute()
+            with _leaving_out(self.keys.workers):
+                pipe.execute()
 
     def is_alive(self, name: str) -> bool:
         """Whether a worker of this name has given a sign of life that still counts."""
@@ -294,16 +375,17 @@ class Broker(Steps):
 
     def workers(self) -> list[WorkerRecord]:
         """The live workers of the queue; names of dead ones are forgotten."""
-        names = [raw.decode() for raw in self._raw.zrange(self.keys.workers, 0, -1)]
-        if not names:
+        listed = self._listed(self.keys.workers)
+        if not listed:
             return []
-        raws = self._raw.mget([self.keys.worker(name) for name in names])
+        raws = self._raw.mget([self.keys.worker(name) for name in listed])
         live, dead = [], []
-        for name, raw in zip(names, raws, strict=True):
+        for name, raw in zip(listed, raws, strict=True):
             if raw is None:
                 dead.append(name)
             else:
-                live.append(msgspec.json.decode(raw, type=WorkerRecord))
+                with _leaving_out(self.keys.worker(name)):
+                    live.append(msgspec.json.decode(raw, type=WorkerRecord))
         horizon = self._now_ms() - 3_600_000
         if dead:
             self._raw.zremrangebyscore(self.keys.workers, "-inf", horizon)
@@ -311,13 +393,13 @@ class Broker(Steps):
 
     def announce(self) -> None:
         """Put the queue on the list of queues."""
-        self._raw.zadd(QUEUES, {self.queue: self._now_ms() // 1000})
-        self._raw.expire(QUEUES, 86_400 * 30)
+        with _leaving_out(QUEUES):
+            self._raw.zadd(QUEUES, {self.queue: self._now_ms() // 1000})
+            self._raw.expire(QUEUES, 86_400 * 30)
 
     def queues(self) -> list[str]:
         """Queues with a sign of life in the last 30 days, but for those whose keys are forbidden to this user."""
-        horizon = self._now_ms() // 1000 - 30 * 86_400
-        listed = names(QUEUES, self._raw.zrange(QUEUES, horizon, "+inf", byscore=True))
+        listed = self._listed(QUEUES, self._now_ms() // 1000 - 30 * 86_400, "+inf", byscore=True)
         with self._raw.pipeline(transaction=False) as pipe:
             for name in listed:
                 pipe.exists(Keys(name).jobs)
@@ -333,14 +415,22 @@ class Broker(Steps):
         return {name: holds for name, holds in self._others(job, living).items() if holds}
 
     def _others(self, job: str, living: Iterable[str]) -> dict[str, int]:
-        keep = {*living, RELEASED}
+        keep, stream = {*living, RELEASED}, self.keys.blocks(job)
         try:
-            rows = self._raw.xinfo_consumers(self.keys.blocks(job), GROUP)
+            with _leaving_out(stream):
+                found = {row["name"]: row["pending"] for row in self._raw.xinfo_consumers(stream, GROUP)}
+                return {name: found[name.encode()] for name in names(stream, found) if name not in keep}
         except ResponseError as error:
             if not _stream_gone(error):
                 raise
-            return {}
-        return {row["name"].decode(): row["pending"] for row in rows if row["name"].decode() not in keep}
+        return {}
+
+    def _listed(self, key: str, *bounds: float | str, **options: bool) -> list[str]:
+        """The names in a sorted set; none if it is of another type."""
+        listed: list[bytes] = []
+        with _leaving_out(key):
+            listed = self._raw.zrange(key, *(bounds or (0, -1)), **options)
+        return names(key, listed)
 
     def _now_ms(self) -> int:
         seconds, micros = self._raw.time()
@@ -355,23 +445,54 @@ class AsyncBroker(Steps):
         self.client = client
 
     async def run(self, step: Step[T]) -> T:
-        """Run a step. Raises `redis.RedisError` as redis-py does."""
+        """As `Broker.run`."""
         script, count = scripts.load(step.script), len(step.keys)
         reach_step(step.script, "before")
-        try:
-            raw = await self.client.evalsha(script.sha, count, *step.keys, *step.args)
-        except NoScriptError:
-            raw = await self.client.eval(script.body, count, *step.keys, *step.args)
-        reach_step(step.script, "after")
-        return step.parse(raw)
+        with _reading_keys(self.keys, step.keys):
+            try:
+                raw = await self.client.evalsha(script.sha, count, *step.keys, *step.args)
+            except NoScriptError:
+                raw = await self.client.eval(script.body, count, *step.keys, *step.args)
+            reach_step(step.script, "after")
+            return step.parse(raw)
+
+    async def next_block(self, job: str, part: int) -> int:
+        """As `Broker.next_block`."""
+        with reading_job(job):
+            return int(await cast("Awaitable[Any]", self.client.hget(self.keys.job(job), f"next:{part}")) or 0)
+
+    async def sums(self, job: str, part: int, first: int, count: int) -> bytes:
+        """As `Broker.sums`."""
+        with reading_job(job):
+            client: Any = self.client
+            raw: bytes = await client.getrange(self.keys.sums(job, part), *_sums_range(first, count))
+            return raw
 
     async def status(self, job: str) -> JobStatus:
-        """Raises `JobUnknown`."""
+        """As `Broker.status`."""
         async with self.client.pipeline(transaction=False) as pipe:
             pipe.hgetall(self.keys.job(job))
             pipe.time()
-            raw, (seconds, micros) = await pipe.execute()
+            with reading_job(job):
+                raw, (seconds, micros) = await pipe.execute()
         return parse_status(job, raw, seconds + micros / 1e6)
+
+
+def _reading_keys(keys: Keys, named: Sequence[str]) -> AbstractContextManager[None]:
+    """`reading` for a command on these keys, of which the first is what it is about."""
+    job = keys.job_of(named[0])
+    return reading_job(job) if job else reading(named[0], _REMOVE)
+
+
+def _leaving_out(key: str) -> AbstractContextManager[None, bool]:
+    return leaving_out(key, _REMOVE)
+
+
+_REMOVE = "remove this key"
+
+
+def _sums_range(first: int, count: int) -> tuple[int, int]:
+    return first * 8, (first + count) * 8 - 1
 
 
 def block_address(fields: Mapping[bytes, bytes]) -> tuple[int, int] | None:

@@ -286,7 +286,7 @@ def make_request(
 def find_queue(broker: Broker, job: str, queue: str | None = None) -> str:
     """The queue that a job is on; `queue`: look at no other. Raises `JobUnknown`."""
     for name in broker.queues() if queue is None else (queue,):
-        if Broker(broker.client, name).state(job) is not None:
+        if Broker(broker.client, name).knows(job):
             return name
     where = (
         "this server" if queue is None else f"queue {queue} (without --queue and EMBEDSTREAM_QUEUE all are looked at)"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import logging
 import os
 import signal
 import sys
@@ -16,7 +17,7 @@ from typing import NoReturn
 import click
 
 from embedstream.errors import EmbedstreamError
-from embedstream.terminal import echo
+from embedstream.terminal import PrintableFormatter, echo
 
 INTERRUPTED = 130
 
@@ -36,6 +37,8 @@ def run(command: click.Command, tell: Callable[[str], None] = tell_error) -> NoR
 
     `tell`: what says the sentence.
     """
+    if logging.lastResort is not None:  # of commands that set up no log: warnings, as lines for people
+        logging.lastResort.setFormatter(PrintableFormatter("%(message)s"))
     try:
         # Not standalone: click would end an interrupted command with 1, which here means a failed job.
         code = command.main(standalone_mode=False)

@@ -20,7 +20,7 @@ from redis.retry import Retry
 
 from embedstream.errors import BrokerError, UsageError
 from embedstream.failpoints import breakable
-from embedstream.troubles import UNREACHABLE, trouble
+from embedstream.troubles import UNREACHABLE, trouble, without_command
 
 TIMEOUT_SECONDS = 15.0
 """Above any blocking read (2 s at most) by far, below what a person waits."""
@@ -107,7 +107,7 @@ def connect_async(url: str, retries: int = 3, timeout: float = TIMEOUT_SECONDS) 
 def explain(error: Exception, url: str) -> str:
     """One sentence about a failed connection or refused command."""
     shown = mask(url)
-    text = re.sub(r"^Command # \d+ \(.*?\) of pipeline caused error: ", "", str(error))
+    text = without_command(error)
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, ssl.SSLError):

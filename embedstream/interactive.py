@@ -103,7 +103,7 @@ def ask(
         if raw is not None:
             try:
                 return msgspec.msgpack.decode(raw, type=EmbedReply)
-            except msgspec.MsgspecError as error:
+            except Exception as error:  # whatever decoding raises
                 raise RequestError(f"the worker's answer cannot be read ({error}): upgrade the older side") from error
     return None
 
@@ -128,6 +128,6 @@ def vectors(reply: EmbedReply, texts: int) -> npt.NDArray[np.float32]:
         raise UsageError("embed() returns a NumPy array: pip install numpy") from error
     if reply.error:
         raise RequestError(reply.error)
-    if len(reply.vectors) != 4 * texts * reply.dim:
+    if reply.dim < 1 or len(reply.vectors) != 4 * texts * reply.dim:
         raise RequestError(f"the worker answered {len(reply.vectors)} bytes for {texts} vectors of {reply.dim}")
     return np.frombuffer(reply.vectors, dtype="<f4").reshape(texts, reply.dim).astype(np.float32)

@@ -205,7 +205,11 @@ def model_folder(model: str) -> Path | None:
         named = path.is_dir() or model.startswith(("/", "./", "../", "~")) or model in (".", "..")
         return path.absolute() if named else None
     except (OSError, RuntimeError, ValueError) as error:
-        raise UsageError(f"model {model[:100]}: no name of a folder or a model ({str(error)[:100]})") from error
+        raise _no_name(model, error) from error
+
+
+def _no_name(model: str, error: Exception) -> UsageError:
+    return UsageError(f"model {model[:100]!r}: no name of a folder or a model ({str(error)[:100]})")
 
 
 def model_address(model: str) -> str:
@@ -215,9 +219,16 @@ def model_address(model: str) -> str:
 
 
 def queue_name(model: str) -> str:
-    """The queue that serves a model unless another is named: a folder's name, or the id itself."""
+    """The queue that serves a model unless another is named: a folder's name, or the id itself.
+
+    Raises:
+        UsageError: as `model_folder`.
+    """
     folder = model_folder(model)
-    name = model if folder is None else folder.resolve().name
+    try:
+        name = model if folder is None else folder.resolve().name
+    except (OSError, RuntimeError, ValueError) as error:
+        raise _no_name(model, error) from error
     return re.sub(r"[^A-Za-z0-9._/-]", "-", name)
 
 

@@ -100,6 +100,11 @@ class Keys:
         """Hash: spec, state, counters, and per part `next:<part>` and `sealed:<part>`."""
         return f"{self.prefix}:job:{job}"
 
+    def job_of(self, key: str) -> str:
+        """The job that a key is about; empty if it is about none."""
+        head, _, rest = key.partition(self.job(""))
+        return "" if head else rest.partition(":")[0]
+
     def blocks(self, job: str) -> str:
         """The job's stream."""
         return f"{self.job(job)}:blocks"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, TypedDict
 
 from embedstream.adoption import Adopted, adopt_shards
@@ -15,7 +15,9 @@ from embedstream.dataset.manifest import manifest_spec, refuse_other_spec
 from embedstream.dataset.sink import Manifest, Sink, canonical_output
 from embedstream.errors import BrokerError, OutputError
 from embedstream.failpoints import reach
-from embedstream.jobs import JobSpec, JobState, decode_spec, model_address, queue_name
+from embedstream.foreign import leaving_out
+from embedstream.job_record import read_spec
+from embedstream.jobs import JobSpec, JobState, model_address, queue_name
 from embedstream.keys import job_keys
 from embedstream.objects import is_object
 from embedstream.plans import drive, silent
@@ -80,13 +82,20 @@ def is_fruitless(manifest: Manifest) -> bool:
 
 def refuse_forbidden(workers: Iterable[WorkerRecord], output: str) -> None:
     """Raise `OutputError` if workers live and none of them may write to the output."""
-    roots = [worker.roots for worker in workers]
-    if roots and not any(allows(each, output) for each in roots):
-        named = ", ".join(sorted({mask(root) for each in roots for root in each})) or "none"
+    roots = {f"worker {worker.name}": worker.roots for worker in workers}
+    if roots and not any(may(whose, each, output) for whose, each in roots.items()):
+        named = ", ".join(sorted({mask(root) for each in roots.values() for root in each})) or "none"
         raise OutputError(
             f"{mask(output)}: no live worker may write there (their output roots: {named}): "
             f"choose an output below one of them (-o), or start a worker with --output-root"
         )
+
+
+def may(whose: str, roots: Sequence[str], address: str) -> bool:
+    """Whether roots that lie in Redis allow an address; those that are none allow nothing. `whose`: for the log."""
+    with leaving_out(f"{whose}: its roots"):
+        return allows(roots, address)
+    return False
 
 
 def is_visible(workers: Sequence[WorkerRecord], output: str) -> bool:
@@ -96,7 +105,8 @@ def is_visible(workers: Sequence[WorkerRecord], output: str) -> bool:
 
 def is_here(output: str) -> bool:
     """Whether an output can be reached from this machine: a server or a bucket always, a folder if it exists."""
-    return is_redis(output) or is_object(output) or Path(output).is_dir()
+    # Of what can be no path it says no.
+    return is_redis(output) or is_object(output) or os.path.isdir(output)  # noqa: PTH112
 
 
 @dataclass(frozen=True)
@@ -135,7 +145,7 @@ def open_job(
         forget_job(broker, spec)
         answer = broker.run(broker.create(spec, max_errors))
     if answer.code is Code.DIFFERS:
-        made, state = decode_spec(answer.detail), broker.state(spec.job)
+        made, state = read_spec(spec.job, answer.detail), broker.state(spec.job)
         if visible and state is not None and state.ended and _is_deleted(sink):
             forget_job(broker, made)
             answer = broker.run(broker.create(spec, max_errors))

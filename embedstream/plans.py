@@ -104,7 +104,7 @@ def drive(
                     case NextBlock(job, part):
                         answer = broker.next_block(job, part)
                     case Sums(job, part, first, count):
-                        answer = client.getrange(broker.keys.sums(job, part), first * 8, (first + count) * 8 - 1)
+                        answer = broker.sums(job, part, first, count)
                     case Receive(key, seconds):
                         item = client.blpop([key], timeout=seconds)
                         answer = None if item is None else item[1]
@@ -139,9 +139,9 @@ async def drive_async(
                         await asyncio.sleep(seconds)
                         answer = None
                     case NextBlock(job, part):
-                        answer = int(await client.hget(broker.keys.job(job), f"next:{part}") or 0)
+                        answer = await broker.next_block(job, part)
                     case Sums(job, part, first, count):
-                        answer = await client.getrange(broker.keys.sums(job, part), first * 8, (first + count) * 8 - 1)
+                        answer = await broker.sums(job, part, first, count)
                     case Receive(key, seconds):
                         item = await cast("Awaitable[Any]", client.blpop([key], timeout=seconds))
                         answer = None if item is None else item[1]

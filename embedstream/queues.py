@@ -9,8 +9,9 @@ from typing import Any
 import msgspec
 
 from embedstream.broker import Broker
-from embedstream.errors import EmbedstreamError, JobUnknown
-from embedstream.job_record import parse_status
+from embedstream.errors import EmbedstreamError, JobUnknown, RecordDamaged
+from embedstream.foreign import answered, leaving_out
+from embedstream.job_record import counter, parse_status, reading_job
 from embedstream.jobs import JobSpec, JobStatus, decode_spec
 from embedstream.workers import Rate, WorkerRecord, in_hand_of
 
@@ -73,15 +74,21 @@ def look_at_queue(broker: Broker, ended: int = 0) -> QueueLook:
         pipe.get(broker.keys.bytes)
         pipe.hmget(broker.keys.pace, "tokens", "bytes", "ms")
         pipe.time()
-        *hashes, queued, pace, (seconds, micros) = pipe.execute()
+        *hashes, queued, pace, (seconds, micros) = pipe.execute(raise_on_error=False)
     now = seconds + micros / 1e6
     jobs, unreadable = [], {}
     refused, refused_bytes = _refused_by_all(workers), 0
-    for job, raw in zip(ids, hashes, strict=True):
+    for job, reply in zip(ids, hashes, strict=True):
+        raw: dict[bytes, bytes] = {}
         try:
+            with reading_job(job):
+                raw = answered(reply)
             jobs.append(parse_status(job, raw, now))
         except JobUnknown:
             continue  # it expired
+        except RecordDamaged as error:
+            unreadable[job] = str(error)
+            refused.add(job)
         except EmbedstreamError as error:
             ending = raw.get(b"verdict", b"").decode(errors="replace")
             unreadable[job] = (
@@ -92,8 +99,12 @@ def look_at_queue(broker: Broker, ended: int = 0) -> QueueLook:
             refused.add(job)
         if job in refused:
             refused_bytes += _queued_bytes(raw)
-    tokens, size, ms = (int(value or 0) for value in pace)
-    queued_bytes, measured = int(queued or 0), bool(tokens and ms)
+    queued_bytes, tokens, size, ms = 0, 0, 0, 0
+    with leaving_out(broker.keys.bytes):
+        queued_bytes = counter(answered(queued))
+    with leaving_out(broker.keys.pace):
+        tokens, size, ms = map(counter, answered(pace))
+    measured = bool(tokens and ms)
     return QueueLook(
         queue=broker.queue,
         now=now,
@@ -117,10 +128,12 @@ def find_retries(broker: Broker, status: JobStatus) -> list[JobStatus]:
     with broker.client.pipeline(transaction=False) as pipe:
         for job in ids:
             pipe.hget(broker.keys.job(job), "spec")
-        specs: list[bytes | None] = pipe.execute()
+        specs = pipe.execute(raise_on_error=False)
     found = []
-    for job, raw in zip(ids, specs, strict=True):
-        with contextlib.suppress(EmbedstreamError):  # no retry that could be shown: it expired, or is unreadable
+    for job, reply in zip(ids, specs, strict=True):
+        # No retry that could be shown: it expired, or is unreadable.
+        with contextlib.suppress(EmbedstreamError), reading_job(job):
+            raw: bytes | None = answered(reply)
             if raw is not None and is_retry_of(decode_spec(raw), status):
                 found.append(broker.status(job))
     return found
@@ -139,8 +152,10 @@ def _refused_by_all(workers: Iterable[WorkerRecord]) -> set[str]:
 
 def _queued_bytes(raw: Mapping[bytes, bytes]) -> int:
     """Of a job's hash, which may be damaged."""
-    queued = raw.get(b"queued", b"")
-    return int(queued) if queued.isdigit() else 0
+    try:
+        return counter(raw.get(b"queued"))
+    except ValueError:
+        return 0
 
 
 def rate_of(job: str, workers: Iterable[WorkerRecord]) -> Rate:

@@ -18,6 +18,7 @@ from embedstream.blocks import MOST_BLOCKS as MOST_BLOCKS
 from embedstream.blocks import Entry
 from embedstream.dataset.sink import ShardRecord
 from embedstream.errors import BrokerError
+from embedstream.foreign import reading
 from embedstream.jobs import JobSpec, JobState
 from embedstream.keys import RELEASED, Keys
 
@@ -69,8 +70,9 @@ class Answer:
 
     @property
     def state(self) -> JobState:
-        """The state that `EXISTS`, `ENDED`, `DROPPED` and `TOO_LATE` name."""
-        return JobState(self.detail)
+        """The state that `EXISTS`, `ENDED`, `DROPPED` and `TOO_LATE` name. Raises `RecordDamaged` if it is none."""
+        with reading("the job's state in Redis", "end the job with embed-cancel"):
+            return JobState(self.detail)
 
 
 @dataclass(frozen=True)
@@ -243,6 +245,12 @@ class Steps:
     def cancel(self, job: str, verdict: JobState = JobState.CANCELLED, reason: str = "") -> Step[Answer]:
         """End a job early as cancelled or failed: OK, TOO_LATE(state), UNKNOWN_JOB."""
         return Step("cancel", self._job_keys(job), (job, verdict.value, reason), _answer)
+
+    def forget(self, job: str, below: Sequence[str]) -> Step[Answer]:
+        """Remove a damaged job and whatever lies `below` its hash: OK."""
+        keys = self.keys
+        shared = (keys.jobs, keys.bytes, keys.finalize, keys.recent, keys.ingest)
+        return Step("forget", (keys.job(job), *shared, *below), (job,), _answer)
 
     def take_finalize(self, job: str, lease_ms: int) -> Step[Lease | None]:
         """Lease a job of the outbox; None if it is not there or leased. The same step again answers the same lease."""

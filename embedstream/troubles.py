@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -44,6 +45,11 @@ def trouble(error: redis.RedisError) -> str | None:
         if (kind is not None and isinstance(error, kind)) or words in text:
             return clause
     return UNREACHABLE if isinstance(error, (redis.ConnectionError, redis.TimeoutError)) else None
+
+
+def without_command(error: Exception) -> str:
+    """What Redis says, without the command that a pipeline puts in front: its values differ from try to try."""
+    return re.sub(r"^Command # \d+ \(.*?\) of pipeline caused error: ", "", str(error), flags=re.DOTALL)
 
 
 def passes(error: redis.RedisError) -> bool:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Annotated
 
 import msgspec
+
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+Quantity = Annotated[float, msgspec.Meta(ge=0, le=1e15)]
+"""What workers say comes out of Redis: sums and shares of it must stay numbers."""
 
 
 class InHand(msgspec.Struct, frozen=True, array_like=True):
     """Work that a worker has computed and not committed yet: for showing progress, never for counting."""
 
-    rows: int = 0
-    tokens: int = 0
-    padded: int = 0
+    rows: Count = 0
+    tokens: Count = 0
+    padded: Count = 0
 
     def __add__(self, other: InHand) -> InHand:
         return InHand(self.rows + other.rows, self.tokens + other.tokens, self.padded + other.padded)
@@ -21,8 +26,8 @@ class InHand(msgspec.Struct, frozen=True, array_like=True):
 class Rate(msgspec.Struct, frozen=True, array_like=True):
     """What a worker computes per second, lately."""
 
-    rows: float = 0.0
-    tokens: float = 0.0
+    rows: Quantity = 0.0
+    tokens: Quantity = 0.0
 
     def __add__(self, other: Rate) -> Rate:
         return Rate(self.rows + other.rows, self.tokens + other.tokens)
@@ -33,7 +38,7 @@ class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     name: str
     host: str
-    pid: int
+    pid: Count
     model: str
     fingerprint: str
     engine: str
@@ -44,14 +49,14 @@ class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):
     """starting, ready or draining."""
     phase: str = ""
     """What it is doing while it starts, and for how long."""
-    started: float
-    warm_up_seconds: float = 0.0
-    rows: int = 0
-    tokens: int = 0
-    lease_seconds: float = 0.0
+    started: Quantity
+    warm_up_seconds: Quantity = 0.0
+    rows: Count = 0
+    tokens: Count = 0
+    lease_seconds: Quantity = 0.0
     in_hand: dict[str, InHand] = {}
     """By job."""
-    written: dict[str, int] = {}
+    written: dict[str, Count] = {}
     """Rows that it has committed, by job, of those that are still worked on."""
     rates: dict[str, Rate] = {}
     """By job; none for jobs on which it does not work at the moment."""

@@ -13,5 +13,6 @@ if is_open(state) then
   redis.call('HSET', job, 'reason', ARGV[3])
   return {'OK'}
 end
+if state == 'finalizing' then put('ZADD', KEYS[5], 'NX', 0, ARGV[1]) end -- whatever became of the outbox
 if redis.call('HGET', job, 'verdict') == ARGV[2] then return {'OK'} end
 return {'TOO_LATE', state}

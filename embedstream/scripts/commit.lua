@@ -53,15 +53,19 @@ if #conflict > 1 then
   return conflict
 end
 if #changed > 1 then return changed end
+-- Nothing below may fail in the middle: what it writes of the job's has been read above, or is here.
+local wrong = no_counter(job, 'done', 'rows', 'failed', 'skipped', 'truncated', 'tokens', 'padded', 'queued', 'by:' .. worker)
+if wrong then return wrong end
+redis.call('XLEN', stream)
 
 -- What a worker of this queue can do, over about the last ten minutes of work. It outlives workers and jobs: those who
 -- start workers need it when there is none.
 local function keep_pace()
   local size = 0
   for i = FIRST, #ARGV, 5 do size = size + ARGV[i + 4] end
-  redis.call('HINCRBY', pace, 'tokens', ARGV[9])
-  redis.call('HINCRBY', pace, 'bytes', size)
-  if redis.call('HINCRBY', pace, 'ms', worked) > 600000 then
+  put('HINCRBY', pace, 'tokens', ARGV[9])
+  put('HINCRBY', pace, 'bytes', size)
+  if put('HINCRBY', pace, 'ms', worked) > 600000 then
     for _, field in ipairs({'tokens', 'bytes', 'ms'}) do
       redis.call('HSET', pace, field, string.format('%.0f', math.floor(number(pace, field) / 2)))
     end
@@ -72,7 +76,7 @@ end
 -- Freeing comes before taking, so that a full server drains.
 for i = FIRST, #ARGV, 5 do
   if ARGV[i + 3] ~= '' then clear_entry(stream, job, bytes, ARGV[i + 3], ARGV[i + 4]) end
-  redis.call('HDEL', suspect, ARGV[i] .. ':' .. ARGV[i + 1])
+  put('HDEL', suspect, ARGV[i] .. ':' .. ARGV[i + 1])
 end
 for i = FIRST, #ARGV, 5 do
   redis.call('SETBIT', job .. ':done:' .. ARGV[i], ARGV[i + 1], 1)

@@ -7,8 +7,36 @@ local function now_ms()
   return t[1] * 1000 + math.floor(t[2] / 1000)
 end
 
+-- A counter of a hash; 0 for what is none. Lua reads nan, inf, 0x10 and 1e300, too, with which a loop would never end.
 local function number(key, field)
-  return tonumber(redis.call('HGET', key, field) or '0') or 0
+  local value = redis.pcall('HGET', key, field)
+  local n = type(value) == 'string' and tonumber(value) or 0
+  return (n == math.floor(n) and math.abs(n) <= 9007199254740992) and n or 0
+end
+
+-- How many parts a job has: its spec names each of them, whatever its counter says.
+local function parts_of(job)
+  return math.min(number(job, 'parts'), #(redis.call('HGET', job, 'spec') or ''))
+end
+
+-- An error, to be answered before anything is written, if one of these counters of a job is none; nil if all are.
+local function no_counter(job, ...)
+  for i, value in ipairs(redis.call('HMGET', job, ...)) do
+    if value and (#value > 16 or not (value == '0' or string.match(value, '^-?[1-9]%d*$'))) then
+      return redis.error_reply('ERR hash value is not an integer: ' .. select(i, ...) .. ' of ' .. job)
+    end
+  end
+end
+
+-- Write to a key of the queue. What lies there and is of another type, or no number, is nothing of the queue's: it gives
+-- way, so that no job waits for it.
+local function put(command, key, ...)
+  local answer = redis.pcall(command, key, ...)
+  if type(answer) ~= 'table' or not answer.err then return answer end
+  if string.find(answer.err, 'WRONGTYPE', 1, true) or string.find(answer.err, 'not an integer', 1, true) then
+    redis.call('UNLINK', key)
+  end
+  return redis.call(command, key, ...)
 end
 
 -- A server without memory refuses the first write of a script, and no later one, if that write could take memory.
@@ -20,9 +48,9 @@ end
 -- Why a job cannot have this block (to be answered as an error), or nil. The sums of a part, 8 bytes a block, end at
 -- 512 MiB.
 local function impossible_block(job, part, block)
-  local n = tonumber(part)
-  if not n or n < 0 or n >= number(job, 'parts') or n ~= math.floor(n) then
-    return redis.error_reply('ERR part ' .. part .. ' of a job with ' .. number(job, 'parts') .. ' parts')
+  local n, parts = tonumber(part), number(job, 'parts')
+  if not n or n < 0 or n >= parts or n ~= math.floor(n) then
+    return redis.error_reply('ERR part ' .. part .. ' of a job with ' .. parts .. ' parts')
   end
   if not block or block < 0 or block >= 67108864 or block ~= math.floor(block) then
     return redis.error_reply('ERR block number out of bounds in part ' .. part)
@@ -35,11 +63,15 @@ local function other_content(job, part, block, sum)
   return #known == 8 and known ~= string.rep('\0', 8) and known ~= sum
 end
 
--- Take `size` queued bytes off the job's and the queue's counters.
+-- Take `size` queued bytes off the queue's counter.
+local function take_off(bytes, size)
+  if size ~= 0 and put('DECRBY', bytes, size) <= 0 then redis.call('DEL', bytes) end
+end
+
+-- Take them off the job's, too.
 local function unqueue(job, bytes, size)
-  if size == 0 then return end
-  redis.call('HINCRBY', job, 'queued', -size)
-  if redis.call('DECRBY', bytes, size) <= 0 then redis.call('DEL', bytes) end
+  if size ~= 0 then redis.call('HINCRBY', job, 'queued', -size) end
+  take_off(bytes, size)
 end
 
 -- Acknowledge and delete one entry; its bytes are counted off only if it was still there.
@@ -51,10 +83,10 @@ end
 -- Drop what is queued as a whole (entry by entry would stop the server) and put the job into the outbox.
 local function to_outbox(job, id, stream, jobs, bytes, finalize, verdict)
   redis.call('UNLINK', stream)
-  unqueue(job, bytes, number(job, 'queued'))
-  redis.call('ZREM', jobs, id)
-  redis.call('HSET', job, 'state', 'finalizing', 'verdict', verdict)
-  redis.call('ZADD', finalize, 0, id)
+  take_off(bytes, number(job, 'queued'))
+  put('ZREM', jobs, id)
+  redis.call('HSET', job, 'state', 'finalizing', 'verdict', verdict, 'queued', 0)
+  put('ZADD', finalize, 0, id)
 end
 
 -- A running job whose blocks are all done moves on.

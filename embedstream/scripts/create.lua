@@ -15,7 +15,7 @@ local state = redis.call('HGET', job, 'state')
 if existing and existing ~= spec then
   local fruitless = (state == 'cancelled' or state == 'failed') and number(job, 'rows') == 0
   if not fruitless then return {'DIFFERS', existing} end
-  for part = 0, number(job, 'parts') - 1 do
+  for part = 0, parts_of(job) - 1 do
     redis.call('UNLINK', job .. ':done:' .. part, job .. ':sums:' .. part)
   end
   redis.call('UNLINK', job)
@@ -28,6 +28,8 @@ end
 
 local now = now_ms()
 if existing then
+  local wrong = no_counter(job, 'epoch')
+  if wrong then return wrong end
   -- Committed blocks keep their done bits; everything else is submitted again.
   redis.call('PERSIST', job)
   redis.call('PERSIST', shards)
@@ -52,8 +54,8 @@ else
 end
 redis.call('HSET', job, 'state', 'submitting', 'verdict', '', 'reason', '', 'max_errors', max_errors, 'pushed', now,
   'blocks', 0, 'sealed', 0, 'submitted', 0, 'added', 0, 'queued', 0, 'ended', '', 'manifest', '')
-redis.call('ZREM', recent, id)
+put('ZREM', recent, id)
 redis.call('UNLINK', stream)
 redis.call('XGROUP', 'CREATE', stream, GROUP, '0', 'MKSTREAM')
-redis.call('ZADD', jobs, number(job, 'created'), id)
+put('ZADD', jobs, number(job, 'created'), id)
 return {existing and 'REOPENED' or 'CREATED'}

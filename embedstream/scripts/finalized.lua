@@ -18,21 +18,21 @@ if current == state then
     -- Twice as long after each try: what is damaged stays so until somebody mends it.
     local tries = math.min(number(job, 'tries') + 1, 30)
     redis.call('HSET', job, 'tries', tries)
-    redis.call('ZADD', finalize, 'XX', now_ms() + math.min(ttl, 1000 * 2 ^ tries), id)
+    put('ZADD', finalize, 'XX', now_ms() + math.min(ttl, 1000 * 2 ^ tries), id)
   end
   return {'OK'}
 end
 if current ~= 'finalizing' then return {'STALE'} end
 
-redis.call('ZREM', finalize, id)
+put('ZREM', finalize, id)
 redis.call('HSET', job, 'state', state, 'ended', ended, 'manifest', ARGV[6])
 redis.call('HDEL', job, 'tries')
-redis.call('ZADD', recent, ended, id)
+put('ZADD', recent, ended, id)
 redis.call('ZREMRANGEBYSCORE', recent, '-inf', now_ms() - 30 * 86400000)
 redis.call('PEXPIRE', recent, math.max(ttl, 30 * 86400000))
 redis.call('PEXPIRE', shards, ttl)
 redis.call('PEXPIRE', suspect, ttl)
-for part = 0, number(job, 'parts') - 1 do
+for part = 0, parts_of(job) - 1 do
   redis.call('PEXPIRE', job .. ':done:' .. part, ttl)
   redis.call('PEXPIRE', job .. ':sums:' .. part, ttl)
 end

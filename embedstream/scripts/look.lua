@@ -16,6 +16,7 @@ for i, stream in ipairs(KEYS) do
     end
   end
   local added = (not first.err and first[1]) and string.match(first[1][1], '^%d+') or '0'
-  found[i] = {redis.call('XLEN', stream), held, added}
+  local entries = redis.pcall('XLEN', stream)
+  found[i] = {type(entries) == 'number' and entries or 0, held, added}
 end
 return found

@@ -10,7 +10,8 @@ local stream, consumer, nobody = KEYS[1], ARGV[1], ARGV[2]
 for i = 4, #ARGV do
   local pending = redis.pcall('XPENDING', stream, GROUP, ARGV[i], ARGV[i], 1)
   if not pending.err and #pending == 1 and pending[1][2] == consumer then
-    local deaths = math.max(0, pending[1][4] - ARGV[3])
+    -- Whoever claims an entry may say any count.
+    local deaths = math.min(math.max(0, pending[1][4] - ARGV[3]), 2147483647)
     redis.call('XCLAIM', stream, GROUP, nobody, 0, ARGV[i], 'IDLE', 86400000, 'RETRYCOUNT', deaths, 'JUSTID')
   end
 end

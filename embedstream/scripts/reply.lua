@@ -7,6 +7,6 @@
 
 redis.call('XACK', KEYS[1], GROUP, ARGV[1])
 if redis.call('XDEL', KEYS[1], ARGV[1]) == 0 or redis.call('DEL', KEYS[2]) == 0 then return {'GONE'} end
-redis.call('RPUSH', KEYS[3], ARGV[2])
+put('RPUSH', KEYS[3], ARGV[2])
 redis.call('PEXPIRE', KEYS[3], ARGV[3])
 return {'OK'}

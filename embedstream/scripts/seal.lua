@@ -22,6 +22,8 @@ if next < blocks then return {'MISSING', next} end
 -- it let pass, its done bit would stand for a block that is not done.
 if next > blocks or redis.call('STRLEN', job .. ':sums:' .. part) > blocks * 8 then return {'CHANGED', blocks} end
 
+wrong = no_counter(job, 'blocks', 'sealed')
+if wrong then return wrong end
 let_through(job)
 redis.call('HSET', job, 'sealed:' .. part, blocks, 'pushed', now_ms())
 redis.call('HINCRBY', job, 'blocks', blocks)

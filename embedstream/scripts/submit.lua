@@ -28,12 +28,17 @@ if block > next then return {'GAP', next} end
 -- A block whose done bit is set came back by adoption, or was committed before the job was reopened.
 local wanted = redis.call('GETBIT', job .. ':done:' .. part, block) == 0
 if wanted then
-  local queued = tonumber(redis.call('GET', bytes) or '0')
+  local queued = redis.pcall('GET', bytes)
+  queued = type(queued) == 'string' and tonumber(queued) or 0
   if queued > 0 and queued + size > bound then return {'FULL'} end
-  local own, sharing = number(job, 'queued'), redis.call('ZCARD', jobs)
+  local own, sharing = number(job, 'queued'), redis.pcall('ZCARD', jobs)
+  if type(sharing) ~= 'number' then sharing = 1 end
   if own > 0 and sharing > 1 and own + size > bound / sharing then return {'FULL'} end
 end
 
+wrong = no_counter(job, 'next:' .. part, 'added', 'submitted', 'queued')
+if wrong then return wrong end
+redis.call('XLEN', stream)
 local first = redis.pcall('SETRANGE', sums, block * 8, sum)
 if type(first) == 'table' then
   if string.find(first.err, 'OOM', 1, true) then return {'FULL'} end
@@ -41,7 +46,7 @@ if type(first) == 'table' then
 end
 if wanted then
   redis.call('XADD', stream, '*', unpack(ARGV, 7))
-  redis.call('INCRBY', bytes, size)
+  put('INCRBY', bytes, size)
   redis.call('HINCRBY', job, 'queued', size)
 end
 redis.call('HINCRBY', job, 'next:' .. part, 1)

@@ -12,8 +12,8 @@ if not state then return {'UNKNOWN_JOB'} end
 if not is_open(state) then return {'ENDED', state} end
 let_through(KEYS[1])
 if ARGV[2] == '' then
-  redis.call('HDEL', KEYS[2], ARGV[1])
+  put('HDEL', KEYS[2], ARGV[1])
 else
-  redis.call('HSET', KEYS[2], ARGV[1], ARGV[2])
+  put('HSET', KEYS[2], ARGV[1], ARGV[2])
 end
 return {'OK'}

@@ -17,6 +17,8 @@ if redis.call('HGET', KEYS[1], 'state') ~= 'finalizing' then
   redis.call('ZREM', KEYS[2], ARGV[1])
   return {'NONE'}
 end
+local wrong = no_counter(KEYS[1], 'epoch')
+if wrong then return wrong end
 let_through(KEYS[1])
 redis.call('ZADD', KEYS[2], now + tonumber(ARGV[2]), ARGV[1])
 redis.call('HSET', KEYS[1], 'taking', ARGV[3])

@@ -36,8 +36,12 @@ def cancel(job: str, redis_url: str | None, queue: str | None) -> None:
                 end_compaction(client, wanted)
                 click.echo(f"compaction {job} is cancelled; its dataset is as it was")
                 return
-        # Its spec is not looked at: a job that this version cannot read can be ended, too.
         broker = Broker(client, find_queue(Broker(client, ""), job, queue or None))
+        if broker.is_damaged(job):
+            broker.run(broker.forget(job, broker.keys_below(job)))
+            click.echo(f"job {job} was damaged in Redis and is removed; the same embed-submit adopts what is written")
+            return
+        # Its spec is not looked at: a job of another version can be ended, too.
         before = broker.state(job)
         ended_now = was_cancelled(job, broker.run(broker.cancel(job))) and before is not None and not before.ended
         state = broker.state(job)

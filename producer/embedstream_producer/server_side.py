@@ -11,9 +11,8 @@ from embedstream.coordination import ask_to_ingest, compared_parts, coordinators
 from embedstream.dataset.sink import Manifest, Sink
 from embedstream.errors import InputError, UsageError
 from embedstream.jobs import JobSpec, JobState, JobStatus
-from embedstream.opening import finished_manifest, is_visible, open_job, refuse_forbidden
+from embedstream.opening import finished_manifest, is_visible, may, open_job, refuse_forbidden
 from embedstream.preflight import check
-from embedstream.roots import allows
 from embedstream.troubles import Notice, patiently
 from embedstream_producer.corpus import STDIN, part_name
 
@@ -128,7 +127,8 @@ def without_coordinator(broker: Broker, spec: JobSpec, url: str) -> str:
     live = coordinators(broker.client)
     if not live:
         return f"no coordinator runs, so nobody reads its parts: start one with {with_redis('embed-coordinator', url)}"
-    unreadable = [part for part in spec.parts if not any(allows(each.input_roots, part) for each in live)]
+    roots_of = {f"coordinator {each.name}": each.input_roots for each in live}
+    unreadable = [part for part in spec.parts if not any(may(*each, part) for each in roots_of.items())]
     if unreadable:
         roots = ", ".join(sorted({root for each in live for root in each.input_roots}))
         return (

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import redis
 
 from embedstream.blocks import Block
 from embedstream.broker import Broker
 from embedstream_worker.engines.base import Tokens
 from embedstream_worker.jobs import OpenJob
+from embedstream_worker.troubles import Refused
 
 log = logging.getLogger(__name__)
 
@@ -129,7 +129,7 @@ def release(broker: Broker, consumer: str, held: Held, blocks: Sequence[HeldBloc
         held.remove(stream, entries)
         try:
             hand_back(broker, stream, consumer, entries)
-        except redis.RedisError as error:
+        except Refused as error:
             log.warning("could not hand %d blocks back (%s): their lease will expire", len(entries), error)
 
 

@@ -6,16 +6,15 @@ import logging
 import random
 from collections.abc import Callable
 
-import redis
-
 from embedstream.broker import Broker
 from embedstream.dataset.sink import Sink, open_sink
 from embedstream.errors import EmbedstreamError
 from embedstream.finalizing import finalize_job
+from embedstream.job_record import reading_job
 from embedstream.jobs import JobSpec
 from embedstream.logs import about
 from embedstream.roots import check_output
-from embedstream_worker.troubles import Outage
+from embedstream_worker.troubles import Outage, Refused
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +42,7 @@ class Housekeeping:
                 if self._round % RETIRE_ROUNDS == 0:
                     self._retire()
                 outage.over()
-            except redis.RedisError as error:
+            except Refused as error:
                 outage.met(error)
 
     def hopeless(self) -> frozenset[str]:
@@ -56,8 +55,11 @@ class Housekeeping:
         self._failed = {job: why for job, why in self._failed.items() if job in outbox}
         for job in outbox:
             try:
-                self._sink(self._broker.status(job).spec)  # a lease that this worker cannot use would hold others up
-                if finalize_job(self._broker, job, self._sink):
+                with reading_job(job):
+                    # A lease that this worker cannot use would hold others up.
+                    self._sink(self._broker.status(job).spec)
+                    finalized = finalize_job(self._broker, job, self._sink)
+                if finalized:
                     log.info("job %s finalized", job, extra=about(job))
             except EmbedstreamError as error:
                 self._note(job, str(error))

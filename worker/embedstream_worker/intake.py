@@ -6,28 +6,27 @@ import logging
 import math
 import random
 import time
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
-import redis
 from redis.backoff import ExponentialWithJitterBackoff
 
 from embedstream.blocks import Block, decode_block
 from embedstream.broker import Broker, Claimed, entry_size
-from embedstream.errors import BlockError
+from embedstream.errors import BlockError, RecordDamaged
 from embedstream.jobs import JobState
 from embedstream.logs import about
 from embedstream.settings import BLOCK_LIMITS, WorkerSettings
-from embedstream.troubles import passes
 from embedstream_worker.ahead import Ahead
 from embedstream_worker.held import Held, HeldBlock, Window, hand_back, release
-from embedstream_worker.jobs import Jobs, OpenJob
+from embedstream_worker.jobs import LOOK_AGAIN_SECONDS, Jobs, OpenJob
 from embedstream_worker.meter import Meter
 from embedstream_worker.pipeline import Channel, Closed, Life
 from embedstream_worker.suspects import ALONE, BY_CHUNK
-from embedstream_worker.troubles import Outage
+from embedstream_worker.troubles import Outage, Refused, may_pass
 
 log = logging.getLogger(__name__)
 
@@ -108,8 +107,8 @@ class Intake:
                     self._life.stop()
                 failures = 0
                 outage.over()
-            except redis.RedisError as error:
-                if not passes(error):
+            except Refused as error:
+                if not may_pass(error):
                     raise
                 failures += 1
                 outage.met(error)
@@ -134,7 +133,7 @@ class Intake:
             self._fill(blocks, jobs)
         except BaseException as error:
             self._unseen = True
-            if not isinstance(error, redis.RedisError) or not passes(error):
+            if not isinstance(error, Refused) or not may_pass(error):
                 release(self._broker, self._consumer, self._held, blocks)
                 raise
             if not blocks:
@@ -202,7 +201,7 @@ class Intake:
         share = math.ceil(left / (EVEN_SHARES * self._workers))
         if share * self._block_tokens >= full:
             return math.inf
-        if any(self._broker.state(job) == JobState.SUBMITTING for job in ids):
+        if any(self._is_submitted(job) for job in ids):
             return math.inf
         return max(1, share)
 
@@ -236,7 +235,15 @@ class Intake:
         turn = (jobs[first:] + jobs[:first])[:STREAMS_PER_READ]
         ids, each = [job.id for job in turn], max(1, wanted // len(turn))
         begun = time.monotonic()
-        claimed = self._broker.claim(self._consumer, ids, each, wait_ms)
+        try:
+            claimed = self._broker.claim(self._consumer, ids, each, wait_ms)
+        except RecordDamaged:
+            # One of several: what was claimed with it goes back, and each is asked alone.
+            self._hand_back_unseen(turn)
+            claimed = []
+            for id in ids:
+                with self._refusing(id):
+                    claimed += self._broker.claim(self._consumer, [id], each, 0)
         if not claimed:
             # A stream that is gone ends a read at once; without this its job would be asked for in a tight loop.
             self._life.stopping.wait(max(0.0, begun + wait_ms / 1000 - time.monotonic()))
@@ -252,7 +259,10 @@ class Intake:
         found: list[Claimed] = []
         for job in jobs:
             if len(found) < wanted:
-                found += self._broker.sweep(self._consumer, job.id, int(lease * 1000), wanted - len(found))
+                with self._refusing(job.id):
+                    if self._careful:
+                        self._broker.state(job.id)  # of a damaged job no note could be kept: it is refused here
+                    found += self._broker.sweep(self._consumer, job.id, int(lease * 1000), wanted - len(found))
         if found:
             self._next_sweep = now
         return found
@@ -281,8 +291,22 @@ class Intake:
 
     def _nothing_to_come(self, blocks: list[HeldBlock]) -> bool:
         """Whether the producers of all the window's jobs are done."""
-        jobs = {held.job.id for held in blocks}
-        return all(self._broker.state(job) != JobState.SUBMITTING for job in jobs)
+        return not any(self._is_submitted(job) for job in {held.job.id for held in blocks})
+
+    def _is_submitted(self, job: str) -> bool:
+        """Whether a producer may add to it."""
+        state = None
+        with self._refusing(job):
+            state = self._broker.state(job)
+        return state is JobState.SUBMITTING
+
+    @contextmanager
+    def _refusing(self, job: str) -> Iterator[None]:
+        """A job that turns out to be damaged is left alone for a while; the others go on."""
+        try:
+            yield
+        except RecordDamaged as error:
+            self._jobs.refuse(job, str(error), LOOK_AGAIN_SECONDS)
 
     def _nothing_left(self) -> bool:
         """Whether no job is left that this worker could work on or finalize."""

@@ -7,20 +7,18 @@ import time
 
 import msgspec
 import numpy as np
-import redis
 from redis.backoff import ExponentialWithJitterBackoff
 
 from embedstream.broker import Broker, Claimed
 from embedstream.dataset.hashing import model_inputs
 from embedstream.errors import ModelError, UsageError
 from embedstream.interactive import EmbedReply, EmbedRequest, refuse_long_body
-from embedstream.troubles import passes
 from embedstream_worker.batching import join_tokens
 from embedstream_worker.engines.base import Engine, TextTokenizer
 from embedstream_worker.held import TokenizedGroup, hand_back
 from embedstream_worker.infer import Urgent
 from embedstream_worker.pipeline import Channel, Closed, Life
-from embedstream_worker.troubles import Outage
+from embedstream_worker.troubles import Outage, Refused, may_pass
 
 log = logging.getLogger(__name__)
 
@@ -75,8 +73,8 @@ class Interactive:
                 outage.over()
             except Closed:
                 break
-            except redis.RedisError as error:
-                if not passes(error):
+            except Refused as error:
+                if not may_pass(error):
                     raise
                 failures += 1
                 outage.met(error)
@@ -85,7 +83,7 @@ class Interactive:
             return  # perhaps a request was the cause: it must not be the next worker's at once
         try:
             self._hand_all_back()
-        except redis.RedisError as error:
+        except Refused as error:
             log.warning("could not hand requests back (%s): their lease will expire", error)
 
     def _claim(self) -> list[Claimed]:

@@ -7,20 +7,20 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import msgspec
-import redis
 
 from embedstream.broker import Broker
 from embedstream.dataset.sink import Sink, open_sink
-from embedstream.errors import EmbedstreamError, JobUnknown, ModelError, OutputError
+from embedstream.errors import EmbedstreamError, JobUnknown, ModelError, OutputError, RecordDamaged
+from embedstream.job_record import reading_job
 from embedstream.jobs import JobSpec, JobState, JobStatus, queue_name
 from embedstream.logs import about
 from embedstream.opening import is_here
 from embedstream.roots import check_output
 from embedstream_worker.engines.base import Engine, EngineInfo
+from embedstream_worker.troubles import Refused
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +59,10 @@ class OpenJob:
     sink: Sink
 
 
+class NotForThisWorker(EmbedstreamError):
+    """The job asks for what this worker does not have."""
+
+
 @dataclass(frozen=True)
 class _Refused:
     why: str
@@ -95,10 +99,8 @@ class Jobs:
 
     def takeable(self) -> list[OpenJob]:
         """Those of the active jobs that this worker may work on, oldest first. Raises `redis.RedisError`."""
-        client: Any = self._broker.client
-        # The score is when the job was made: another one under the same id means that Redis was emptied meanwhile.
-        listed = client.zrange(self._broker.keys.jobs, 0, -1, withscores=True)
-        active = {job.decode(): made for job, made in listed}
+        # Another birth under the same id means that Redis was emptied meanwhile.
+        active = self._broker.births()
         with self._lock:
             for job in [job for job, made in self._lives.items() if active.get(job) != made]:
                 self._lives.pop(job)
@@ -153,7 +155,7 @@ class Jobs:
         self.refuse(job, why, LOOK_AGAIN_SECONDS)
         try:
             self._broker.run(self._broker.cancel(job, JobState.FAILED, why))
-        except redis.RedisError as error:
+        except Refused as error:
             log.warning("job %s could not be ended (%s): whoever takes it next will try", job, error, extra=about(job))
 
     def check_root(self, job: OpenJob) -> None:
@@ -166,25 +168,13 @@ class Jobs:
 
     def _look_at(self, job: str) -> None:
         try:
-            status = self._broker.status(job)
-            why = self._unfit(status.spec)
-            if why:
-                self.refuse(job, why)
-                return
-            opened = self._opened(job, status)
-            if status.space and status.space != opened.space:
-                self.refuse(job, f"its vectors are of space {status.space}, this worker's would be of {opened.space}")
-                return
-            if status.done and not is_here(status.spec.output):
-                # Made anew, it would hide what was written before: a disk is not mounted, or somebody moved it.
-                raise OutputError(
-                    f"{status.spec.output}: the folder is gone, with the {status.done} blocks written so far: "
-                    f"bring it back, or cancel the job"
-                )
-            opened.sink.check()
+            with reading_job(job):
+                opened = self._openable(job)
+            length = self._prompt_length(job, opened.spec, opened.prompt, opened.max_length)
+            opened = replace(opened, prompt_length=length)
         except PromptBeingTried:
             return
-        except (JobUnknown, OutputError) as error:
+        except (JobUnknown, OutputError, RecordDamaged) as error:
             self.refuse(job, str(error), LOOK_AGAIN_SECONDS)
         except ModelError as error:
             self.fail(job, str(error))
@@ -196,6 +186,25 @@ class Jobs:
                 if self._refused.pop(job, None) is not None:
                     log.info("job %s can be worked on now", job, extra=about(job))
 
+    def _openable(self, job: str) -> OpenJob:
+        """Without the length of its prompt. Raises `NotForThisWorker`, and whatever reading the job may raise."""
+        status = self._broker.status(job)
+        self._broker.prove_keys(job, len(status.spec.parts))
+        why = self._unfit(status.spec)
+        if why:
+            raise NotForThisWorker(why)
+        opened = self._opened(job, status)
+        if status.space and status.space != opened.space:
+            raise NotForThisWorker(f"its vectors are of space {status.space}, this worker's would be of {opened.space}")
+        if status.done and not is_here(status.spec.output):
+            # Made anew, it would hide what was written before: a disk is not mounted, or somebody moved it.
+            raise OutputError(
+                f"{status.spec.output}: the folder is gone, with the {status.done} blocks written so far: "
+                f"bring it back, or cancel the job"
+            )
+        opened.sink.check()
+        return opened
+
     def _opened(self, job: str, status: JobStatus) -> OpenJob:
         """Raises `ModelError` if the model cannot serve it."""
         spec, info = status.spec, self._engine.info
@@ -206,7 +215,7 @@ class Jobs:
             id=job,
             spec=spec,
             prompt=prompt,
-            prompt_length=self._prompt_length(job, spec, prompt, max_length),
+            prompt_length=0,
             max_length=max_length,
             space=space_id(info, spec, prompt, max_length),
             sink=open_sink(spec.output, spec, self._redis_url, self._roots),

@@ -6,14 +6,12 @@ import logging
 import time
 from collections.abc import Callable
 
-import redis
-
 from embedstream.broker import Broker
 from embedstream.settings import WorkerSettings
 from embedstream.workers import WorkerRecord
 from embedstream_worker.held import ENTRIES_PER_STEP, Held
 from embedstream_worker.pipeline import Life
-from embedstream_worker.troubles import Outage
+from embedstream_worker.troubles import Outage, Refused
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +81,7 @@ class Leases:
     def _try(self, step: Callable[[], None], outage: Outage) -> bool:
         try:
             step()
-        except redis.RedisError as error:
+        except Refused as error:
             outage.met(error)
             return False
         outage.over()

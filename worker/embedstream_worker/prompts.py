@@ -51,7 +51,6 @@ class Prompts:
             ModelError: it fails, or has killed too many: the job cannot be served.
             PromptBeingTried: by another worker, which lives or died a moment ago.
             JobUnknown: the job has ended.
-            RecordDamaged: the note makes no sense.
             Closed: the model's stage has ended.
             redis.RedisError: as redis-py does.
         """

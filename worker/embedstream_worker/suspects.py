@@ -5,6 +5,7 @@ from __future__ import annotations
 import redis
 
 from embedstream.broker import Broker
+from embedstream.errors import RecordDamaged
 from embedstream.logs import about
 from embedstream.steps import Code
 from embedstream.troubles import passes
@@ -62,6 +63,8 @@ class Trial:
                 raise NotOurs
             try:
                 answer = self._broker.run(step)
+            except RecordDamaged as error:
+                raise NotOurs from error  # the intake refuses its job
             except redis.RedisError as error:
                 self._wait(error)
             else:
@@ -79,7 +82,7 @@ class Trial:
                 self._wait(error)
             else:
                 self._outage.over()
-                return known
+                return tuple(chunk for chunk in known if 0 <= chunk < block.rows.num_rows)
 
     def _wait(self, error: redis.RedisError) -> None:
         if not passes(error):

@@ -16,6 +16,7 @@ import redis
 from embedstream.broker import Broker
 from embedstream.connection import connect
 from embedstream.errors import ModelError
+from embedstream.foreign import leaving_out
 from embedstream.preflight import check
 from embedstream.settings import WorkerSettings
 from embedstream.workers import InHand, WorkerRecord
@@ -268,9 +269,10 @@ class Worker:
         broker, died = self._broker(retries=0), self.life.failure is not None
         try:
             for stream in (*map(broker.keys.blocks, broker.active_jobs()), broker.keys.interactive):
-                if not died or stream != broker.keys.interactive:
-                    hand_back(broker, stream, self.name, broker.pending(stream, self.name), died)
-                broker.run(broker.retire(stream, self.name))
+                with leaving_out(stream):
+                    if not died or stream != broker.keys.interactive:
+                        hand_back(broker, stream, self.name, broker.pending(stream, self.name), died)
+                    broker.run(broker.retire(stream, self.name))
             broker.leave(self.name)
         except redis.RedisError as error:
             log.warning("could not take leave of Redis (%s): this worker's name expires by itself", error)
@@ -284,8 +286,9 @@ class Worker:
         broker = self._broker()
         for job in broker.active_jobs():
             stream = broker.keys.blocks(job)
-            for consumer in broker.lost(job, [self.name]):
-                hand_back(broker, stream, consumer, broker.pending(stream, consumer), died=True)
+            with leaving_out(stream):
+                for consumer in broker.lost(job, [self.name]):
+                    hand_back(broker, stream, consumer, broker.pending(stream, consumer), died=True)
 
     def _broker(self, retries: int = RETRIES) -> Broker:
         """A broker with a connection of its own: no thread waits for another's reply."""

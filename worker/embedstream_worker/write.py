@@ -15,7 +15,7 @@ from redis.backoff import ExponentialWithJitterBackoff
 from embedstream.broker import Broker
 from embedstream.dataset.schema import errors_schema
 from embedstream.dataset.sink import ShardContent, ShardRecord
-from embedstream.errors import BrokerError, OutputError
+from embedstream.errors import BrokerError, OutputError, RecordDamaged
 from embedstream.jobs import JobState
 from embedstream.keys import GROUP, RELEASED
 from embedstream.logs import about
@@ -169,6 +169,8 @@ class Write:
                     return not self._is_unclaimed(shard.job.id)
                 case _:
                     return True
+        except RecordDamaged:
+            return True  # its commit says what is wrong
         except redis.RedisError:
             return False
 
@@ -323,6 +325,9 @@ class Write:
                     answer = self._broker.run(step)
                 outage.over()
                 return answer
+            except RecordDamaged as error:
+                self._jobs.refuse(job.id, str(error), LOOK_AGAIN_SECONDS)
+                return None
             except redis.RedisError as error:
                 if not passes(error):
                     self._jobs.refuse(record.job, f"Redis refuses shard {record.name}: {error}")
