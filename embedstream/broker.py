@@ -19,7 +19,7 @@ from embedstream.failpoints import reach, reach_step
 from embedstream.foreign import answered, leaving_out, names, reading
 from embedstream.job_record import parse_status, reading_job
 from embedstream.jobs import JobState, JobStatus
-from embedstream.keys import GROUP, QUEUES, RELEASED, Keys
+from embedstream.keys import GROUP, QUEUES, RELEASED, Keys, job_of
 from embedstream.steps import MOST_BLOCKS, PROMPT, CommitBlock, Step, Steps
 from embedstream.workers import WorkerRecord
 
@@ -480,7 +480,7 @@ class AsyncBroker(Steps):
 
 def _reading_keys(keys: Keys, named: Sequence[str]) -> AbstractContextManager[None]:
     """`reading` for a command on these keys, of which the first is what it is about."""
-    job = keys.job_of(named[0])
+    job = job_of(keys, named[0])
     return reading_job(job) if job else reading(named[0], _REMOVE)
 
 

@@ -100,11 +100,6 @@ class Keys:
         """Hash: spec, state, counters, and per part `next:<part>` and `sealed:<part>`."""
         return f"{self.prefix}:job:{job}"
 
-    def job_of(self, key: str) -> str:
-        """The job that a key is about; empty if it is about none."""
-        head, _, rest = key.partition(self.job(""))
-        return "" if head else rest.partition(":")[0]
-
     def blocks(self, job: str) -> str:
         """The job's stream."""
         return f"{self.job(job)}:blocks"
@@ -132,6 +127,12 @@ class Keys:
     def repeated(self, job: str) -> str:
         """Hash: part -> which of its rows have an id of an earlier part, and where that is. Expires by itself."""
         return f"{self.job(job)}:repeated"
+
+
+def job_of(keys: Keys, key: str) -> str:
+    """The job that a key is about; empty if it is about none."""
+    head, _, rest = key.partition(keys.job(""))
+    return "" if head else rest.partition(":")[0]
 
 
 def job_keys(keys: Keys, job: str, parts: int) -> list[str]:
