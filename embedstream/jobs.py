@@ -254,6 +254,11 @@ class JobState(enum.StrEnum):
     CANCELLED = "cancelled"  # ended by the user; the manifest is partial
 
     @property
+    def open(self) -> bool:
+        """Whether it has blocks to come or to do."""
+        return self in (JobState.SUBMITTING, JobState.RUNNING)
+
+    @property
     def ended(self) -> bool:
         return self in (JobState.COMPLETED, JobState.FAILED, JobState.CANCELLED)
 

@@ -284,7 +284,7 @@ class Steps:
 
 
 def _text(value: object) -> str:
-    return value.decode() if isinstance(value, bytes) else str(value)
+    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
 
 
 def _answer(raw: Any) -> Answer:

@@ -33,8 +33,8 @@ end
 local function put(command, key, ...)
   local answer = redis.pcall(command, key, ...)
   if type(answer) ~= 'table' or not answer.err then return answer end
-  if string.find(answer.err, 'WRONGTYPE', 1, true) or string.find(answer.err, 'not an integer', 1, true) then
-    redis.call('UNLINK', key)
+  for _, words in ipairs({'WRONGTYPE', 'not an integer', 'would overflow'}) do
+    if string.find(answer.err, words, 1, true) then redis.call('UNLINK', key) end
   end
   return redis.call(command, key, ...)
 end

@@ -32,6 +32,7 @@ from embedstream_worker.jobs import Jobs, WorkerModel
 from embedstream_worker.lease import Leases
 from embedstream_worker.meter import Meter
 from embedstream_worker.pipeline import Channel, Life, start_stage
+from embedstream_worker.troubles import Outage
 
 SETTINGS = WorkerSettings(window_ms=20, lease_seconds=600)
 
@@ -100,6 +101,24 @@ def test_leases_are_renewed_even_if_the_server_has_no_room_for_a_sign_of_life(be
     full = NoMemory(connect(bench.url), bench.broker.queue)
     make_leases(full, held, Life()).run(lambda _: next(rounds))
     assert max(idle_ms(bench, job)) < 1_000_000
+
+
+def test_a_sign_of_life_that_a_key_of_another_type_refuses_is_said_once(
+    bench: WorkerLab, caplog: pytest.LogCaptureFixture
+) -> None:
+    bench.broker.client.set(bench.broker.keys.workers, "garbage")
+    leases, rounds = make_leases(bench.broker, Held(), Life(), WorkerSettings(heartbeat_seconds=0.0)), iter(range(4))
+    leases.run(lambda _: next(rounds) == 3)
+    assert [record.getMessage().partition(" is damaged")[0] for record in caplog.records] == [bench.broker.keys.workers]
+
+
+def test_a_refusal_that_names_its_command_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    outage = Outage("speaking")
+    for now in range(3):
+        outage.met(redis.ResponseError(f"Command # 2 (ZADD key {now} w1) of pipeline caused error: no such luck"))
+    assert [record.getMessage() for record in caplog.records] == [
+        "speaking: Redis refuses (no such luck), trying again (no such luck)"
+    ]
 
 
 def test_a_pipeline_that_gets_nowhere_gives_its_leases_up(bench: WorkerLab, caplog: pytest.LogCaptureFixture) -> None:

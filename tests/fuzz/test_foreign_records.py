@@ -10,7 +10,7 @@ import json
 import os
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,8 @@ from foreign_records import Mutation, apply_all, mutations
 from worker_lab import BOUND, HOUR_MS, WorkerLab, pack
 
 from embedstream import coordination, keys
-from embedstream.blocks import encode_block
-from embedstream.broker import Broker
+from embedstream.blocks import decode_block, encode_block
+from embedstream.broker import Broker, Claimed, entry_size
 from embedstream.connection import connect, explaining
 from embedstream.dataset.sink import open_sink
 from embedstream.errors import EmbedstreamError, RecordDamaged
@@ -40,7 +40,7 @@ from embedstream.terminal import printable
 from embedstream.watching import look
 from embedstream.workers import InHand, Rate, WorkerRecord
 from embedstream_producer.status import look_at_all, look_at_job
-from embedstream_worker import intake, interactive
+from embedstream_worker import intake
 from embedstream_worker.ahead import Ahead
 from embedstream_worker.engines.hashing import HashingEngine
 from embedstream_worker.held import Held, HeldBlock, Window, release
@@ -48,7 +48,7 @@ from embedstream_worker.housekeeping import Housekeeping
 from embedstream_worker.infer import Urgent
 from embedstream_worker.intake import Intake
 from embedstream_worker.interactive import Interactive
-from embedstream_worker.jobs import Jobs, WorkerModel
+from embedstream_worker.jobs import LOOK_AGAIN_SECONDS, Jobs, OpenJob, WorkerModel
 from embedstream_worker.lease import Leases
 from embedstream_worker.meter import Meter
 from embedstream_worker.pipeline import Channel, Life
@@ -79,6 +79,16 @@ def impatient_life() -> Life:
     return life
 
 
+class ImpatientBroker(Broker):
+    """Nor does it wait for blocks and requests: a server ends such waits only every tenth of a second."""
+
+    def claim(self, consumer: str, jobs: Sequence[str], count: int, block_ms: int) -> list[Claimed]:  # noqa: ARG002
+        return super().claim(consumer, jobs, count, 0)
+
+    def claim_requests(self, consumer: str, count: int, block_ms: int) -> list[Claimed]:  # noqa: ARG002
+        return super().claim_requests(consumer, count, 0)
+
+
 class AnsweringModel(Channel[Any]):
     """In place of the model's stage: each request has its vectors at once."""
 
@@ -103,7 +113,7 @@ class Queue:
     def __init__(self, url: str, folder: Path) -> None:
         self.url, self.folder = url, folder
         self.lab = WorkerLab(url, folder)
-        self.broker = self.lab.broker = Broker(connect(url), "q")
+        self.broker = self.lab.broker = ImpatientBroker(connect(url), "q")
         self.client: Any = self.broker.client
         self.engine, self.meter = HashingEngine(), Meter("q")
         self.tokenizer = self.engine.tokenizer()
@@ -120,8 +130,12 @@ class Queue:
         lab, broker = self.lab, self.broker
         self.healthy = lab.job(["a", "b"], rows_per_block=1, output="healthy")
         self.sick = lab.job([f"text {row}" for row in range(6)], rows_per_block=1, output="sick", prompt="p: ")
-        first, *_ = broker.claim("gone", [self.sick], 3, 0)
-        self._commit(self.sick, first.entry, pack(["text 0"], 1)[0].sum)
+        (job,) = (job for job in self._jobs().takeable() if job.id == self.sick)
+        (first,) = broker.claim("gone", [self.sick], 1, 0)
+        block = decode_block(first.fields, ())
+        held = HeldBlock(job, first.stream, first.entry, entry_size(first.fields), 1, block, 1.0)
+        assert self._commit(job, held) is Code.COMMITTED
+        broker.claim("gone", [self.sick], 2, 0)
         for entry in broker.pending(broker.keys.blocks(self.sick), "gone"):
             self.client.xclaim(
                 broker.keys.blocks(self.sick), GROUP, "gone", 0, [entry], idle=HOUR_MS, retrycount=3, justid=True
@@ -135,10 +149,8 @@ class Queue:
         broker.run(broker.finalized(broker.run(broker.take_finalize(self.done, 0)), JobState.CANCELLED, HOUR_MS, "{}"))  # type: ignore[arg-type]
         self.jobs = (self.sick, self.open, self.ending, self.done)
 
-    def _commit(self, job: str, entry: str, checksum: bytes) -> Code:
-        record = make_record(job, "0123456789abcdef", [(0, 0)], "" if job == self.sick else "space")
-        block = CommitBlock(0, 0, checksum, entry, 100)
-        return self.broker.run(self.broker.commit(record, [block], worked_ms=5)).code
+    def _jobs(self) -> Jobs:
+        return Jobs(self.broker, self.url, self.engine, MODEL, (str(self.folder),))
 
     def _make_others(self) -> None:
         broker, client = self.broker, self.client
@@ -206,37 +218,48 @@ class Queue:
     def _work(self, healthy: bool) -> None:
         """A worker takes what it can. `healthy`: whether the healthy job must come, and be done."""
         broker, life, held = self.broker, impatient_life(), Held()
-        jobs = Jobs(broker, self.url, self.engine, MODEL, (str(self.folder),))
+        jobs = self._jobs()
         opened = [job.id for job in jobs.takeable()]
         assert not healthy or self.healthy in opened
         windows: Channel[Window] = Channel(100)
         ahead = Ahead(65_536, padded=False)
         made = Intake(broker, jobs, held, life, windows, "me", SETTINGS, ahead, self.meter)
         done = False
-        for _ in range(12):
+        for _ in range(14):
             made._step()
             while (window := windows.get(0)) is not None:
                 ahead.arrived(sum(block.tokens for block in window.blocks))
                 for block in window.blocks:
-                    self._try_alone(held, life, block)
-                    if block.job.id == self.healthy and block.block.number == 0:
-                        checksum = block.block.sum
-                        assert self._commit(self.healthy, block.entry, checksum) is Code.COMMITTED
-                        done = True
-                release(broker, "me", held, window.blocks)
-            if done:
-                break
+                    code = self._compute(jobs, held, life, block)
+                    done |= (block.job.id, code) == (self.healthy, Code.COMMITTED)
         assert not healthy or done, "the healthy job's blocks do not come"
+        assert held.empty
 
-    def _try_alone(self, held: Held, life: Life, block: HeldBlock) -> None:
-        if block.deliveries >= BY_CHUNK:
-            trial = Trial(self.broker, held, life, block)
-            assert set(trial.errors) <= set(range(block.block.rows.num_rows))
-            try:
+    def _compute(self, jobs: Jobs, held: Held, life: Life, block: HeldBlock) -> Code | None:
+        """As the stages after the intake do; the answer to the commit."""
+        held_block, job = block.block, block.job
+        try:
+            if block.deliveries >= BY_CHUNK:
+                trial = Trial(self.broker, held, life, block)
+                assert set(trial.errors) <= set(range(held_block.rows.num_rows))
                 trial.note(0)
                 trial.note(None)
-            except NotOurs:
-                return
+            code = self._commit(job, block)
+        except NotOurs:
+            code = None
+        except RecordDamaged as error:
+            jobs.refuse(job.id, str(error), LOOK_AGAIN_SECONDS)
+            code = None
+        if code is None:
+            release(self.broker, "me", held, [block])
+        held.remove(block.stream, [block.entry])
+        return code
+
+    def _commit(self, job: OpenJob, block: HeldBlock) -> Code:
+        address = (block.block.part, block.block.number)
+        record = make_record(job.id, "s{}-{}".format(*address), [address], job.space)
+        commit = CommitBlock(*address, block.block.sum, block.entry, block.size)
+        return self.broker.run(self.broker.commit(record, [commit], job.spec, worked_ms=5)).code
 
     def _answer(self, healthy: bool) -> None:
         """Interactive requests: at least the good ones have their answers."""
@@ -292,8 +315,7 @@ def server() -> Iterator[RedisServer]:
 @pytest.fixture
 def queue(server: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Queue:
     monkeypatch.setattr(intake, "IDLE_WAIT_MS", 1)
-    monkeypatch.setattr(intake, "LOOK_AGAIN_MS", 1)
-    monkeypatch.setattr(interactive, "WAIT_MS", 1)
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # nobody cuts the power here
     server.client().flushall()
     return Queue(server.url, tmp_path)
 

@@ -212,3 +212,17 @@ def test_a_message_of_a_type_that_arrow_would_not_verify_is_not_read() -> None:
     packed[header_type] = 110
     with pytest.raises(BlockError, match="begins with a message of type unknown"):
         decode_block(entry(bytes(packed), 3), ())
+
+
+@pytest.mark.parametrize("compression", [None, "zstd"])
+def test_a_number_changed_anywhere_in_a_body_is_refused_or_harmless(compression: Literal["zstd"] | None) -> None:
+    whole, refused = body(table(), compression), 0
+    for at in range(0, len(whole) - 8, 8):
+        number = int.from_bytes(whole[at : at + 8], "little")
+        for changed in (number + 1, number - 1, number ^ 2**62):
+            packed = (changed % 2**64).to_bytes(8, "little")
+            try:
+                decode_block(entry(whole[:at] + packed + whole[at + 8 :], rows=3), ())
+            except BlockError:
+                refused += 1
+    assert refused > 100

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import msgspec
 import pytest
 
@@ -120,6 +122,13 @@ def test_credentials_neither_show_nor_make_another_job(url: str, public: str) ->
 def test_a_queue_is_named_after_its_model() -> None:
     assert queue_name("sentence-transformers/all-MiniLM-L6-v2") == "sentence-transformers/all-MiniLM-L6-v2"
     assert queue_name("/models/my model") == "my-model"
+
+
+@pytest.mark.parametrize("name", ["", "/a\0b", "LOOP", "/" + "y" * 300, "~no-such-user/x"])
+def test_what_no_folder_and_no_model_can_be_called_names_no_queue(name: str, tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(UsageError, match="model"):
+        queue_name(name.replace("LOOP", str(tmp_path / "loop")))
 
 
 @pytest.mark.parametrize(

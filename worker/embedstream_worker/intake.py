@@ -260,8 +260,8 @@ class Intake:
         for job in jobs:
             if len(found) < wanted:
                 with self._refusing(job.id):
-                    if self._careful:
-                        self._broker.state(job.id)  # of a damaged job no note could be kept: it is refused here
+                    if self._careful and not self._takes_notes(job.id):
+                        continue
                     found += self._broker.sweep(self._consumer, job.id, int(lease * 1000), wanted - len(found))
         if found:
             self._next_sweep = now
@@ -292,6 +292,15 @@ class Intake:
     def _nothing_to_come(self, blocks: list[HeldBlock]) -> bool:
         """Whether the producers of all the window's jobs are done."""
         return not any(self._is_submitted(job) for job in {held.job.id for held in blocks})
+
+    def _takes_notes(self, job: str) -> bool:
+        """Whether chunks can be noted before they are tried; without that a block would come back at once, for ever."""
+        state = self._broker.state(job)
+        if state is None or not state.open:
+            why = f"it is {state or 'unknown to Redis'}, and blocks of it are left"
+            self._jobs.refuse(job, why, LOOK_AGAIN_SECONDS)
+            return False
+        return True
 
     def _is_submitted(self, job: str) -> bool:
         """Whether a producer may add to it."""

@@ -190,6 +190,8 @@ class Jobs:
         """Without the length of its prompt. Raises `NotForThisWorker`, and whatever reading the job may raise."""
         status = self._broker.status(job)
         self._broker.prove_keys(job, len(status.spec.parts))
+        if not status.state.open:
+            raise RecordDamaged(f"it is {status.state}, and listed among the jobs with blocks to do")
         why = self._unfit(status.spec)
         if why:
             raise NotForThisWorker(why)
