@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import redis
@@ -93,32 +94,33 @@ class Mutation:
 
     key: bytes
     what: str
-    apply: Callable[[Client], None]
+    apply: Callable[[Client], object]
 
     def __str__(self) -> str:
         return f"{self.key.decode(errors='replace')}: {self.what}"
 
 
-def put_type(key: bytes, kind: str) -> Callable[[Client], None]:
+def command(key: bytes, what: str, name: str, *args: object) -> Mutation:
+    """One command of Redis' with a key."""
+    return Mutation(key, what, lambda client: client.execute_command(name, key, *args))
+
+
+def put_type(client: Client, key: bytes, kind: str) -> None:
     """What lies there is of this type now."""
-
-    def apply(client: Client) -> None:
-        client.delete(key)
-        match kind:
-            case "string":
-                client.set(key, b"garbage")
-            case "list":
-                client.rpush(key, b"garbage")
-            case "set":
-                client.sadd(key, b"garbage")
-            case "zset":
-                client.zadd(key, {b"garbage": 1})
-            case "hash":
-                client.hset(key, b"garbage", b"garbage")
-            case "stream":
-                client.xadd(key, {b"garbage": b"garbage"})
-
-    return apply
+    client.delete(key)
+    match kind:
+        case "string":
+            client.set(key, b"garbage")
+        case "list":
+            client.rpush(key, b"garbage")
+        case "set":
+            client.sadd(key, b"garbage")
+        case "zset":
+            client.zadd(key, {b"garbage": 1})
+        case "hash":
+            client.hset(key, b"garbage", b"garbage")
+        case "stream":
+            client.xadd(key, {b"garbage": b"garbage"})
 
 
 def json_variants(raw: bytes, rng: random.Random) -> Iterator[tuple[str, bytes]]:
@@ -151,56 +153,48 @@ def mutations(client: Client, keys: list[bytes], rng: random.Random) -> Iterator
     """Everything that is tried with these keys, one at a time."""
     for key in keys:
         kind = client.type(key).decode()
-        yield Mutation(key, "gone", lambda c, key=key: c.delete(key))
+        yield command(key, "gone", "DEL")
         for other in ("string", "list", "set", "zset", "hash", "stream"):
             if other != kind:
-                yield Mutation(key, f"a {other}", put_type(key, other))
+                yield Mutation(key, f"a {other}", partial(put_type, key=key, kind=other))
         match kind:
             case "string":
                 yield from _of_string(key, client.get(key), rng)
             case "hash":
                 yield from _of_hash(key, client.hgetall(key), rng)
             case "zset":
-                yield from _of_zset(key)
+                yield from _of_zset(key, client.zrange(key, 0, -1))
             case "stream":
                 yield from _of_stream(key, client.xrange(key), rng)
             case "list":
-                for text in TEXTS:
-                    yield Mutation(key, f"+{text!r:.40}", lambda c, key=key, text=text: c.rpush(key, text))
+                yield from (command(key, f"+{text!r:.40}", "RPUSH", text) for text in TEXTS)
 
 
 def _of_string(key: bytes, raw: bytes, rng: random.Random) -> Iterator[Mutation]:
-    values = [(f"{text!r:.40}", text) for text in TEXTS]
-    values += [*json_variants(raw, rng), *(("a byte changed", flipped(raw, rng)) for _ in range(8))]
-    for what, value in values:
-        yield Mutation(key, what, lambda c, value=value: c.set(key, value))
+    values = [*_plain(), *json_variants(raw, rng), *(("a byte changed", flipped(raw, rng)) for _ in range(8))]
+    yield from (command(key, what, "SET", value) for what, value in values)
+
+
+def _plain() -> list[tuple[str, bytes]]:
+    return [(f"{text!r:.40}", text) for text in TEXTS]
 
 
 def _of_hash(key: bytes, fields: dict[bytes, bytes], rng: random.Random) -> Iterator[Mutation]:
     for name, raw in fields.items():
         shown = name.decode(errors="replace")
-        values = [(f"{text!r:.40}", text) for text in TEXTS]
-        values += json_variants(raw, rng)
-        for what, value in values:
-            yield Mutation(key, f"{shown}={what}", lambda c, name=name, value=value: c.hset(key, name, value))
-        yield Mutation(key, f"without {shown}", lambda c, name=name: c.hdel(key, name))
+        for what, value in (*_plain(), *json_variants(raw, rng)):
+            yield command(key, f"{shown}={what}", "HSET", name, value)
+        yield command(key, f"without {shown}", "HDEL", name)
     for text in TEXTS:
         for name in (text, b"by:" + text[:50], b"next:" + text[:50], b"sealed:0", text[:50] + b":" + text[:50]):
-            yield Mutation(key, f"more: {name!r:.40}", lambda c, name=name, text=text: c.hset(key, name, text))
+            yield command(key, f"more: {name!r:.40}", "HSET", name, text)
 
 
-def _of_zset(key: bytes) -> Iterator[Mutation]:
-    for text in TEXTS:
-        for score in SCORES:
-            yield Mutation(
-                key, f"+{text!r:.40} at {score}", lambda c, text=text, score=score: c.zadd(key, {text: score})
-            )
+def _of_zset(key: bytes, members: list[bytes]) -> Iterator[Mutation]:
     for score in SCORES:
-
-        def rescore(c: Client, score: float = score) -> None:
-            c.zadd(key, dict.fromkeys(c.zrange(key, 0, -1), score))
-
-        yield Mutation(key, f"all at {score}", rescore)
+        for text in TEXTS:
+            yield command(key, f"+{text!r:.40} at {score}", "ZADD", score, text)
+        yield command(key, f"all at {score}", "ZADD", *(each for member in members for each in (score, member)))
 
 
 def _of_stream(key: bytes, entries: list[tuple[bytes, dict[bytes, bytes]]], rng: random.Random) -> Iterator[Mutation]:
@@ -210,22 +204,18 @@ def _of_stream(key: bytes, entries: list[tuple[bytes, dict[bytes, bytes]]], rng:
         if name == b"body":
             values += [flipped(flipped(raw, rng), rng) for _ in range(300)]
         for value in values:
-            yield Mutation(
-                key,
-                f"an entry with {name.decode()}={value!r:.40}",
-                lambda c, name=name, value=value: c.xadd(key, {**fields, name: value}),
-            )
-        yield Mutation(
-            key,
-            f"an entry without {name.decode()}",
-            lambda c, name=name: c.xadd(key, {n: v for n, v in fields.items() if n != name} or {b"x": b"y"}),
-        )
-    yield Mutation(key, "without its group", lambda c: c.xgroup_destroy(key, GROUP))
-    for text in TEXTS:
-        if text:
-            yield Mutation(key, f"a consumer {text!r:.40}", lambda c, text=text: _claim(c, key, text, 0))
+            yield _entry(key, f"an entry with {name.decode()}={value!r:.40}", {**fields, name: value})
+        fewer = {other: value for other, value in fields.items() if other != name}
+        yield _entry(key, f"an entry without {name.decode()}", fewer or {b"x": b"y"})
+    yield Mutation(key, "without its group", lambda client: client.xgroup_destroy(key, GROUP))
+    for text in filter(None, TEXTS):
+        yield Mutation(key, f"a consumer {text!r:.40}", partial(_claim, key=key, consumer=text, count=0))
     for count in (0, 1, 2, 3, 5, 2**31, 2**53, 2**63 - 1):
-        yield Mutation(key, f"delivered {count} times", lambda c, count=count: _claim(c, key, b"gone", count))
+        yield Mutation(key, f"delivered {count} times", partial(_claim, key=key, consumer=b"gone", count=count))
+
+
+def _entry(key: bytes, what: str, fields: dict[bytes, bytes]) -> Mutation:
+    return command(key, what, "XADD", "*", *(item for pair in fields.items() for item in pair))
 
 
 def _claim(client: Client, key: bytes, consumer: bytes, count: int) -> None:

@@ -127,9 +127,7 @@ def test_a_step_among_keys_of_another_type_is_done_or_writes_nothing(scene: Scen
     whole = scene.copy()
     for key in (*step.keys, *derived):
         for kind in TYPES:
-            does_all_or_nothing(
-                scene, step, whole, lambda key=key, kind=kind: put_type(key.encode(), kind)(scene.client)
-            )  # type: ignore[misc]
+            does_all_or_nothing(scene, step, whole, partial(put_type, scene.client, key.encode(), kind))
 
 
 @pytest.mark.parametrize("name", STEPS)
@@ -161,7 +159,7 @@ def test_no_counter_of_the_queue_keeps_a_job_from_its_end(scene: Scene, name: st
 def test_no_key_beside_the_jobs_own_keeps_a_job_from_its_end(scene: Scene, name: str, kind: str) -> None:
     keys = scene.broker.keys
     key = keys.suspect(scene.job) if name == "suspect" else getattr(keys, name)
-    put_type(key.encode(), kind)(scene.client)
+    put_type(scene.client, key.encode(), kind)
     assert scene.broker.run(scene.steps()["commit"]).code is Code.COMMITTED
     assert scene.job in scene.broker.outbox()
     scene.lab.finalize(scene.job)
@@ -181,7 +179,7 @@ def test_a_damaged_job_is_forgotten_with_all_its_keys_and_made_again(scene: Scen
     assert not broker.is_damaged(job)
     queued = look_at_queue(broker).bytes
     for key in (keys.job(job), keys.done(job, 7), keys.troubles(job)):
-        put_type(key.encode(), "list")(scene.client)
+        put_type(scene.client, key.encode(), "list")
     assert broker.is_damaged(job)
     assert broker.run(broker.forget(job, broker.keys_below(job))).code is Code.OK
     assert not [key for key in scene.copy() if job.encode() in key]

@@ -30,7 +30,7 @@ from embedstream.dataset.sink import open_sink
 from embedstream.errors import EmbedstreamError, RecordDamaged
 from embedstream.exposition import queue_families
 from embedstream.interactive import EmbedRequest
-from embedstream.jobs import JobSpec, JobState
+from embedstream.jobs import JobState
 from embedstream.keys import GROUP
 from embedstream.opening import open_job, refuse_forbidden
 from embedstream.queues import look_at_queue
@@ -146,8 +146,11 @@ class Queue:
         broker.run(broker.cancel(self.ending, JobState.FAILED, "for a reason"))
         self.done = lab.job(["a"], output="done")
         broker.run(broker.cancel(self.done))
-        broker.run(broker.finalized(broker.run(broker.take_finalize(self.done, 0)), JobState.CANCELLED, HOUR_MS, "{}"))  # type: ignore[arg-type]
+        lease = broker.run(broker.take_finalize(self.done, 0))
+        assert lease is not None
+        broker.run(broker.finalized(lease, JobState.CANCELLED, HOUR_MS, "{}"))
         self.jobs = (self.sick, self.open, self.ending, self.done)
+        self.specs = {job: broker.status(job).spec for job in self.jobs}
 
     def _jobs(self) -> Jobs:
         return Jobs(self.broker, self.url, self.engine, MODEL, (str(self.folder),))
@@ -170,14 +173,6 @@ class Queue:
             for key, (data, expires) in self.copy.items():
                 pipe.restore(key, expires, data)
             pipe.execute()
-
-    def spec(self, job: str) -> JobSpec:
-        return next(
-            spec
-            for spec in (self.lab.spec("sick", prompt="p: "), self.lab.spec("open", parts=("/a", "/b"), max_length=9,
-                         keep=("lang",)), self.lab.spec("ending"), self.lab.spec("done"))
-            if spec.job == job
-        )  # fmt: skip
 
     # What every reader does
 
@@ -212,8 +207,8 @@ class Queue:
 
     def _ask(self, jobs: list[str]) -> None:
         for job in jobs:
-            refused(lambda job=job: look_at_job(Broker(self.client, ""), job, None, self.url))  # type: ignore[misc]
-            refused(lambda job=job: look(self.broker, job, self.url, Settings()))  # type: ignore[misc]
+            refused(look_at_job, Broker(self.client, ""), job, None, self.url)
+            refused(look, self.broker, job, self.url, Settings(), self.specs[job])
 
     def _work(self, healthy: bool) -> None:
         """A worker takes what it can. `healthy`: whether the healthy job must come, and be done."""
@@ -275,33 +270,33 @@ class Queue:
     def _produce(self) -> None:
         """A producer submits next to all that, and again what is there."""
         broker = self.broker
-        refused(lambda: refuse_forbidden(broker.workers(), str(self.folder)))
+        refused(refuse_forbidden, broker.workers(), str(self.folder))
         spec = self.lab.spec("fresh")
         assert broker.run(broker.create(spec)).code is Code.CREATED
         for block in pack(["a"], 1):
             assert broker.run(broker.submit(spec.job, encode_block(block), BOUND)).code in (Code.OK, Code.FULL)
         assert broker.run(broker.seal(spec.job, 0, 1)).code in (Code.OK, Code.MISSING)
-        again = self.spec(self.sick)
-        refused(lambda: open_job(broker, again, open_sink(again.output, again, self.url)))
+        again = self.specs[self.sick]
+        refused(open_job, broker, again, open_sink(again.output, again, self.url))
 
     def _end(self, job: str) -> None:
         """As embed-cancel does: afterwards it is ended, or gone without a trace and can be submitted again."""
         broker = self.broker
-        if not refused(lambda: broker.is_damaged(job)):
-            refused(lambda: broker.run(broker.cancel(job)))
+        if not refused(broker.is_damaged, job):
+            refused(broker.run, broker.cancel(job))
             return
         assert broker.run(broker.forget(job, broker.keys_below(job))).code is Code.OK
         assert not broker.knows(job)
         assert broker.keys_below(job) == []
         assert job not in (*broker.active_jobs(), *broker.outbox(), *broker.recent_jobs())
-        assert broker.run(broker.create(self.spec(job))).code is Code.CREATED
+        assert broker.run(broker.create(self.specs[job])).code is Code.CREATED
 
 
-def refused(act: Callable[[], Any]) -> Any:
+def refused(act: Callable[..., Any], *args: Any) -> Any:
     """Do something that may be refused in one sentence."""
     try:
         with explaining("redis://x"):
-            return act()
+            return act(*args)
     except EmbedstreamError:
         return None
 
@@ -316,7 +311,7 @@ def server() -> Iterator[RedisServer]:
 def queue(server: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Queue:
     monkeypatch.setattr(intake, "IDLE_WAIT_MS", 1)
     monkeypatch.setattr(os, "fsync", lambda _: None)  # nobody cuts the power here
-    server.client().flushall()
+    connect(server.url).flushall()
     return Queue(server.url, tmp_path)
 
 
