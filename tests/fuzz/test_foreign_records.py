@@ -52,6 +52,7 @@ from embedstream_worker.jobs import LOOK_AGAIN_SECONDS, Jobs, OpenJob, WorkerMod
 from embedstream_worker.lease import Leases
 from embedstream_worker.meter import Meter
 from embedstream_worker.pipeline import Channel, Life
+from embedstream_worker.prompts import Prompts
 from embedstream_worker.suspects import BY_CHUNK, NotOurs, Trial
 from embedstream_worker.worker import Worker, WorkerPlan
 
@@ -64,6 +65,11 @@ SHARE = 600
 
 MODEL = WorkerModel("hashing", None)
 SETTINGS = WorkerSettings(window_ms=1, lease_seconds=600)
+
+
+COORDINATOR = coordination.CoordinatorRecord(
+    name="c1", host="h", pid=1, processes=2, input_roots=("/",), output_roots=("/", "redis:")
+)
 
 
 class Impatient(threading.Event):
@@ -153,7 +159,8 @@ class Queue:
         self.specs = {job: broker.status(job).spec for job in self.jobs}
 
     def _jobs(self) -> Jobs:
-        return Jobs(self.broker, self.url, self.engine, MODEL, (str(self.folder),))
+        prompts = Prompts(self.broker, "me", self.tokenizer, impatient_life(), AnsweringModel(1))
+        return Jobs(self.broker, self.url, self.engine, MODEL, (str(self.folder),), prompts.length)
 
     def _make_others(self) -> None:
         broker, client = self.broker, self.client
@@ -163,6 +170,10 @@ class Queue:
         client.rpush(broker.keys.reply("r2"), b"an answer")
         broker.heartbeat(worker_record("w1", self.sick), 3600)
         broker.heartbeat(worker_record("w2", self.open), 3600)
+        coordination.heartbeat(client, COORDINATOR, 3600)
+        wanted = coordination.Compaction(output="/out", target_bytes=5, groups=("0123456789abcdef",))
+        coordination.save_compaction(client, wanted)
+        coordination.note_compacted(client, wanted, "trouble", "a disk is full")
         coordination.ask_to_ingest(broker, self.open)
         coordination.note_trouble(broker, self.open, "part 0", "it is gone")
         coordination.note_repeated(broker, self.open, 0, [(1, 0, 0)])
