@@ -98,7 +98,9 @@ def to_ingest(broker: Broker) -> list[str]:
 
 def is_ingested(broker: Broker, job: str) -> bool:
     """Whether a coordinator is to read the job's parts."""
-    return broker.client.zscore(broker.keys.ingest, job) is not None
+    with leaving_out(broker.keys.ingest):
+        return broker.client.zscore(broker.keys.ingest, job) is not None
+    return False
 
 
 def unsealed_parts(broker: Broker, job: str, parts: int) -> list[int]:
@@ -170,11 +172,11 @@ def compactions(client: redis.Redis) -> list[Compaction]:
     """The datasets whose shards are to be merged. What is none is left out.
 
     Raises:
-        RecordDamaged: what lies there is of another type.
         redis.RedisError: as redis-py raises it.
     """
     ask: Any = client
-    with reading(COMPACTIONS):
+    found: dict[bytes, bytes] = {}
+    with leaving_out(COMPACTIONS):
         found = ask.hgetall(COMPACTIONS)
     listed: list[Compaction] = []
     for id, raw in sorted(found.items()):
@@ -221,9 +223,10 @@ def _keep(client: redis.Redis, key: str, what: str, said: str) -> bool:
 
 
 def compacted(client: redis.Redis, wanted: Compaction) -> dict[str, str]:
-    """What was kept."""
+    """What was kept. Raises `RecordDamaged`."""
     ask: Any = client
-    return {what.decode(): said.decode() for what, said in ask.hgetall(compaction(wanted.id)).items()}
+    with reading(compaction(wanted.id)):
+        return {what.decode(): said.decode() for what, said in ask.hgetall(compaction(wanted.id)).items()}
 
 
 def _now_ms(client: redis.Redis) -> int:

@@ -18,6 +18,7 @@ from embedstream.coordination import (
     troubles,
     unsealed_parts,
 )
+from embedstream.foreign import leaving_out
 from embedstream.jobs import JobState, JobStatus
 from embedstream.workers import WorkerRecord
 from embedstream_producer.server_side import without_coordinator
@@ -44,17 +45,21 @@ def fleet_lines(nowhere: Broker) -> Iterator[str]:
     for coordinator in coordinators(nowhere.client):
         yield f"coordinator {coordinator.name}  {coordinator.processes} process(es)"
     for wanted in compactions(nowhere.client):
-        yield _compaction_line(wanted, compacted(nowhere.client, wanted))
+        yield _compaction_line(wanted, _written(nowhere, wanted))
 
 
 def fleet_object(nowhere: Broker) -> dict[str, Any]:
     """The same for scripts."""
     return {
         "coordinators": [msgspec.to_builtins(each) for each in coordinators(nowhere.client)],
-        "compactions": [
-            _compaction_object(each, compacted(nowhere.client, each)) for each in compactions(nowhere.client)
-        ],
+        "compactions": [_compaction_object(each, _written(nowhere, each)) for each in compactions(nowhere.client)],
     }
+
+
+def _written(nowhere: Broker, wanted: Compaction) -> dict[str, str]:
+    with leaving_out(f"compaction {wanted.id}"):
+        return compacted(nowhere.client, wanted)
+    return {}
 
 
 def _compaction_object(wanted: Compaction, there: Mapping[str, str]) -> dict[str, Any]:
