@@ -38,12 +38,14 @@ SLICE_ROWS = 256
 SLICE_BYTES = 1024 * 1024
 """What goes to the server at once: enough that round trips vanish, little enough that others are served between."""
 
-_OWN_NAMES = ("_errors", "_manifest", "_pending", "_probe")
-"""What follows the prefix in keys that are no row's; rows with such an id get their chunk number behind it."""
+_OWN_NAME = re.compile(rb"_[a-z]")
+"""How names begin that are no row's: `_errors`, `_manifest`, `_pending`, `_probe-…`. See `_name`."""
 
 
 class RedisSink:
-    """Hashes `prefix + id[:chunk]` with the vector as little-endian float32 bytes, `id`, `text`, `job`, kept fields.
+    """Hashes `prefix + id` with the vector as little-endian float32 bytes, `id`, `text`, `job`, kept fields.
+
+    In its key an id that begins with `_` has one more before it: no row takes the name of a key of ours.
 
     A row is written before its block is committed, and writing it again leaves the same hash. Error rows lie in the
     hash `prefix + "_errors"`, the manifest in the string `prefix + "_manifest"`. With a time to live, each key has it
@@ -279,13 +281,13 @@ class RedisSink:
         Raises:
             OutputError: the server cannot be reached or refuses.
         """
-        own = tuple((self._prefix + name).encode() for name in _OWN_NAMES)
+        begin = len(self._prefix.encode())
         pattern = _escaped(self._prefix) + "*"
         cursor = -1
         while cursor:
             question = partial(self._client.scan, max(cursor, 0), match=pattern, count=1000, _type="hash")
             cursor, keys = self._ask(question)
-            keys = [key for key in keys if key not in own]
+            keys = [key for key in keys if not _OWN_NAME.match(key, begin)]
             for start in range(0, len(keys), SLICE_ROWS):
                 some = keys[start : start + SLICE_ROWS]
                 yield some, self._fields(some, fields)
@@ -355,7 +357,7 @@ class RedisSink:
         return self._key(id, 0).encode(errors="replace")
 
     def _key(self, id: str, chunk: int) -> str:
-        return f"{self._prefix}{id}:{chunk}" if chunk or id in _OWN_NAMES else f"{self._prefix}{id}"
+        return f"{self._prefix}{_name(id, chunk)}"
 
     @property
     def _place(self) -> str:
@@ -382,6 +384,13 @@ class RedisSink:
             ) from error
         except (redis.RedisError, OSError) as error:
             raise OutputError(f"output {self._prefix}*: {explain(error, self._server)}") from error
+
+
+def _name(id: str, chunk: int) -> str:
+    """What follows the prefix in a row's key: another name for each id and chunk, and never one of ours."""
+    if chunk:
+        return f"_{chunk}:{id}"
+    return f"_{id}" if id.startswith("_") else id
 
 
 def _pending(record: ShardRecord, part: int, row: int, chunk: int) -> str:

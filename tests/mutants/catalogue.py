@@ -298,6 +298,13 @@ MUTANTS = (
         "tests/unit/test_dataset_hashes.py::test_a_late_worker_that_fails_a_row_with_a_vector_leaves_no_error",
     ),
     mutant(
+        "an id takes the key of a dataset's own errors in Redis",
+        "embedstream/dataset/hashes.py",
+        'return f"_{id}" if id.startswith("_") else id',
+        'return f"{id}:0" if id in ("_errors", "_manifest", "_pending") else id',
+        "tests/unit/test_dataset_hashes.py::test_no_id_takes_the_key_of_another_or_of_the_sink_itself",
+    ),
+    mutant(
         "an id is taken twice",
         "embedstream/input/cutting.py",
         "elif (position := next(earlier)) is not None:",

@@ -118,17 +118,25 @@ def test_a_later_chunk_has_its_number_in_the_key(make: Make, client: redis.Redis
     data = content.data.set_column(3, content.data.schema.field("chunk"), chunks)
     data = data.set_column(2, content.data.schema.field("id"), ids)
     dataset.write(replace(content, data=data))
-    assert sorted(key.decode() for key in dump(client, prefix)) == [f"{prefix}x", f"{prefix}x:1", f"{prefix}x:2"]
+    assert sorted(key.decode() for key in dump(client, prefix)) == [f"{prefix}_1:x", f"{prefix}_2:x", f"{prefix}x"]
 
 
-def test_ids_that_are_named_like_the_sinks_own_keys_do_no_harm(make: Make, client: redis.Redis, prefix: str) -> None:
+NAMES = ("_errors", "_manifest", "_pending", "_probe", "_1:x", "x")
+LOOK_ALIKES = sorted(
+    {f"{mark}{name}{chunk}" for name in NAMES for mark in ("", "_", "__") for chunk in ("", ":0", ":1")}
+)
+"""Ids that are named like keys of the sink, like rows with a chunk number, and like what either might be escaped to."""
+
+
+def test_no_id_takes_the_key_of_another_or_of_the_sink_itself(make: Make, client: redis.Redis, prefix: str) -> None:
     dataset = make()
-    content = make_content(dataset.spec, errors=[make_error()])
-    ids = pa.array(["_errors", "_manifest", "y"], pa.string())
+    count = len(LOOK_ALIKES)
+    content = make_content(dataset.spec, matrix=vectors(count), rows_per_block=count, errors=[make_error()])
+    ids = pa.array(LOOK_ALIKES, pa.string())
     dataset.write(replace(content, data=content.data.set_column(2, content.data.schema.field("id"), ids)))
     dataset.end()
-    assert {row["id"] for batch in dataset.sink.read() for row in batch.to_pylist()} == {"_errors", "_manifest", "y"}
-    assert client.hget(f"{prefix}_manifest:0", "id") == b"_manifest"
+    assert ids_of(dataset) == LOOK_ALIKES
+    assert client.hget(f"{prefix}__errors", "id") == b"_errors"
     assert len(list(dataset.sink.read_errors())) == 1
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,16 +42,23 @@ class Hashes:
 
 @pytest.fixture
 def hashes(redis_server: RedisServer, tmp_path: Path) -> Iterator[Hashes]:
-    prefix = f"d[oc]s-{uuid.uuid4().hex[:8]}:"
     corpus = tmp_path / "a.jsonl"
     write_lines(corpus, 700)
+    with written(redis_server, corpus) as made:
+        yield made
+
+
+@contextmanager
+def written(redis_server: RedisServer, corpus: Path) -> Iterator[Hashes]:
+    """The job of a corpus, finished."""
+    prefix = f"d[oc]s-{uuid.uuid4().hex[:8]}:"
     output = canonical_output(f"redis:?prefix={prefix}")
-    spec = make_spec(tmp_path, [corpus], output=output)
+    spec = make_spec(corpus.parent, [corpus], output=output)
     sink = open_sink(output, spec, redis_server.url)
     maker = Maker(spec, sink)
     blocks = maker.blocks()
-    maker.write(blocks[::2])
-    maker.write(blocks[1::2])
+    for some in filter(None, (blocks[::2], blocks[1::2])):
+        maker.write(some)
     manifest = maker.end()
     with redis_server.client() as client:
         yield Hashes(client, prefix, output, redis_server.url, corpus, manifest.rows, manifest.failed)
@@ -61,6 +70,17 @@ def test_good_hashes_are_verified_with_and_without_their_corpus(hashes: Hashes) 
     assert verdict.bytes == hashes.rows * DIM * 4
     verdict = hashes.check(corpus=True)
     assert (verdict.findings, verdict.compared) == ({}, hashes.rows + hashes.failed)
+
+
+def test_ids_that_are_named_like_the_outputs_own_keys_are_rows_like_others(
+    redis_server: RedisServer, tmp_path: Path
+) -> None:
+    ids = ["_errors", "_errors:0", "__errors", "_manifest", "_pending", "_probe-1", "plain"]
+    corpus = tmp_path / "a.jsonl"
+    corpus.write_text("".join(json.dumps({"id": id, "text": f"text of {id}"}) + "\n" for id in ids) + "no JSON\n")
+    with written(redis_server, corpus) as made:
+        for verdict in (made.check(), made.check(corpus=True)):
+            assert (verdict.findings, verdict.rows, verdict.failed) == ({}, len(ids), 1)
 
 
 def test_a_key_that_is_gone_is_found_and_named_by_the_corpus(hashes: Hashes) -> None:
@@ -128,7 +148,7 @@ def test_a_cancelled_job_is_verified_as_far_as_it_goes(redis_server: RedisServer
     corpus = tmp_path / "a.jsonl"
     write_lines(corpus, 700)
     output = canonical_output(f"redis:?prefix=p-{uuid.uuid4().hex[:8]}:")
-    spec = make_spec(tmp_path, [corpus], output=output)
+    spec = make_spec(corpus.parent, [corpus], output=output)
     maker = Maker(spec, open_sink(output, spec, redis_server.url))
     blocks = maker.blocks()
     maker.write(blocks[1:2])
