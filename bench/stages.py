@@ -108,7 +108,7 @@ def _once(server: Server, corpus: Path, output: Path, clock: Clock) -> None:
     data = pa.concat_tables([block.data for block in finished])
     content = ShardContent(record, data, pa.Table.from_pylist([], schema=errors_schema()))
     written = clock.time("worker: Parquet, SHA-256, fsync", lambda: sink.write_shard(content))
-    step = broker.commit(written, [block.to_commit() for block in finished])
+    step = broker.commit(written, [block.commit for block in finished])
     clock.time("worker: commit (Redis)", lambda: broker.run(step))
 
 

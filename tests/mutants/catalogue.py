@@ -36,6 +36,7 @@ class Mutant:
 
 
 SCRIPTS = "embedstream/scripts"
+COMMIT = "worker/embedstream_worker/commit.py"
 CONTRACT = "tests/broker/test_contract.py"
 ENDINGS = "tests/broker/test_contract_endings.py"
 FAULTS = "tests/e2e/test_worker_faults.py"
@@ -70,13 +71,12 @@ MUTANTS = (
     ),
     mutant(
         "a block is acknowledged before its shard is renamed",
-        "worker/embedstream_worker/write.py",
-        "                    record = job.sink.write_shard(content)\n",
+        COMMIT,
+        "            return shard.job.sink.write_shard(self._content(shard))\n",
         (
-            "                    step = self._broker.commit(content.record, [b.to_commit() for b in blocks], "
-            "job.spec)\n"
-            "                    self._broker.run(step)\n"
-            "                    record = job.sink.write_shard(content)\n"
+            "            content, blocks = self._content(shard), [block.commit for block in shard.blocks.values()]\n"
+            "            self._broker.run(self._broker.commit(content.record, blocks, shard.job.spec))\n"
+            "            return shard.job.sink.write_shard(content)\n"
         ),
         walk("worker-file.written#2=kill"),
     ),
@@ -174,13 +174,13 @@ MUTANTS = (
     ),
     mutant(
         "a conflict is taken for committed",
-        "worker/embedstream_worker/write.py",
+        COMMIT,
         "if answer.code not in (Code.CONFLICT, Code.CHANGED):",
         "if answer.code is not Code.CHANGED:",
         f"{FAULTS}::test_what_others_commit_first_is_left_out_of_the_shard",
         also=(
             Edit(
-                "worker/embedstream_worker/write.py",
+                COMMIT,
                 "case Code.COMMITTED | Code.ALREADY:",
                 "case Code.COMMITTED | Code.ALREADY | Code.CONFLICT:",
             ),

@@ -116,11 +116,11 @@ def test_a_row_that_failed_is_an_error_row_of_its_block_and_counts_for_nothing_e
     first, second = finished(group)
     assert first.data.column("id").to_pylist() == ["id-1"]
     assert first.data.column("embedding").to_pylist() == [[1.0] * DIM]
-    assert first.errors == [
+    assert first.errors.to_pylist() == [
         {"part": 0, "row": 0, "id": "id-0", "chunk": 0, "code": "c", "message": "m", "original": "1234567890"}
     ]
     assert (first.tokens, first.truncated, first.computed) == (1, 0, 10)
-    (error,) = second.errors
+    (error,) = second.errors.to_pylist()
     assert (error["row"], error["code"], len(str(error["original"]))) == (3, "d", 1000)
     assert (first.record().rows, first.record().failed) == (1, 1)
 
@@ -129,7 +129,7 @@ def test_refused_and_skipped_rows_come_out_of_their_block() -> None:
     (block,) = finished(embedded(packed(["good", refusal(1), None, "also good"])))
     record = block.record()
     assert (record.rows, record.failed, record.skipped) == (2, 1, 1)
-    assert block.errors == [
+    assert block.errors.to_pylist() == [
         {
             "part": 0,
             "row": 1,
@@ -140,7 +140,7 @@ def test_refused_and_skipped_rows_come_out_of_their_block() -> None:
             "original": "{broken",
         }
     ]
-    assert pa.Table.from_pylist(block.errors, schema=errors_schema()).num_rows == 1
+    assert block.errors.schema.equals(errors_schema())
 
 
 def test_blocks_without_a_row_are_finished_too() -> None:
@@ -172,15 +172,13 @@ def test_a_block_of_which_a_row_is_not_done_is_told_apart() -> None:
 def test_what_comes_out_is_what_a_sink_takes(tmp_path: Path) -> None:
     spec = msgspec.structs.replace(SPEC, output=str(tmp_path), keep=("lang",))
     blocks = finished(embedded(packed(["a", refusal(1), "c", "d"], spec, chunks=2), spec, errors={1: ("c", "m")}))
-    errors = [error for block in blocks for error in block.errors]
+    errors = pa.concat_tables([block.errors for block in blocks])
     record = ShardRecord(
         name="s", job=spec.job, space="space", blocks=tuple(b.record() for b in blocks), rows=2, failed=2, skipped=0,
         truncated=0, tokens=0, padded=0, dim=DIM, dtype="float32", normalized=False, engine="fake", worker="w",
     )  # fmt: skip
     data = pa.concat_tables([block.data for block in blocks])
-    written = FolderSink(spec.output, spec).write_shard(
-        ShardContent(record, data, pa.Table.from_pylist(errors, schema=errors_schema()))
-    )
+    written = FolderSink(spec.output, spec).write_shard(ShardContent(record, data, errors))
     assert written.bytes > 0
 
 

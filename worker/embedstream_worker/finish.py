@@ -9,8 +9,8 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 
-from embedstream.blocks import Refusal
-from embedstream.dataset.schema import dataset_schema
+from embedstream.blocks import Block, Refusal
+from embedstream.dataset.schema import dataset_schema, errors_schema
 from embedstream.dataset.sink import BlockRecord
 from embedstream.steps import CommitBlock
 from embedstream_worker.engines.base import EngineInfo
@@ -19,37 +19,54 @@ from embedstream_worker.held import EmbeddedGroup, HeldBlock
 ORIGINAL_CHARACTERS = 1000
 """How much of a failed text its error row keeps."""
 
+_NO_ERRORS = errors_schema().empty_table()
+
+
+BLOCK_BYTES = 16 * 1024
+"""What a block takes beside its rows: some Arrow objects for each column. It bounds blocks of few rows, or of none."""
+
 
 @dataclass(frozen=True)
 class FinishedBlock:
-    """One block with its outcome, ready for a shard."""
+    """One block with its outcome, ready for a shard. Nothing of it is in the memory that the block was read into."""
 
-    held: HeldBlock
+    stream: str
+    commit: CommitBlock
     data: pa.Table
-    errors: list[dict[str, object]]
+    errors: pa.Table
+    skipped: int
     truncated: int
     tokens: int
     computed: int
 
     @property
+    def entry(self) -> str:
+        return self.commit.entry
+
+    @property
     def address(self) -> tuple[int, int]:
         """Part and block."""
-        return self.held.block.part, self.held.block.number
+        return self.commit.part, self.commit.block
+
+    @property
+    def rows(self) -> int:
+        """Error rows included."""
+        return self.data.num_rows + self.errors.num_rows
+
+    @property
+    def bytes(self) -> int:
+        """What it takes in memory."""
+        return BLOCK_BYTES + self.data.nbytes + self.errors.nbytes
 
     def record(self) -> BlockRecord:
-        block = self.held.block
         return BlockRecord(
-            part=block.part,
-            block=block.number,
+            part=self.commit.part,
+            block=self.commit.block,
             rows=self.data.num_rows,
-            failed=len(self.errors),
-            skipped=block.skipped,
-            sum=block.sum.hex(),
+            failed=self.errors.num_rows,
+            skipped=self.skipped,
+            sum=self.commit.sum.hex(),
         )
-
-    def to_commit(self) -> CommitBlock:
-        held = self.held
-        return CommitBlock(held.block.part, held.block.number, held.block.sum, held.entry, held.size)
 
 
 def finish_blocks(group: EmbeddedGroup, info: EngineInfo) -> tuple[list[FinishedBlock], list[HeldBlock]]:
@@ -65,18 +82,21 @@ def finish_blocks(group: EmbeddedGroup, info: EngineInfo) -> tuple[list[Finished
     start = 0
     for held in group.tokenized.blocks:
         end = start + held.block.rows.num_rows
-        mine = good[start:end]
+        block, mine = held.block, good[start:end]
         if group.done[start:end].all():
             failed = (start + np.flatnonzero(~mine)).tolist()
             data = table.slice(start, end - start)
+            errors = [
+                *(refused_row(block, refusal) for refusal in block.refused),
+                *(failed_row(block, row - start, *group.errors[row]) for row in failed),
+            ]
             finished.append(
                 FinishedBlock(
-                    held=held,
+                    stream=held.stream,
+                    commit=CommitBlock(block.part, block.number, block.sum, held.entry, held.size),
                     data=data.filter(pa.array(mine)) if failed else data,
-                    errors=[
-                        *(refused_row(held, refusal) for refusal in held.block.refused),
-                        *(failed_row(held, row - start, *group.errors[row]) for row in failed),
-                    ],
+                    errors=pa.Table.from_pylist(errors, schema=errors_schema()) if errors else _NO_ERRORS,
+                    skipped=block.skipped,
                     truncated=int((tokens.truncated[start:end] & mine).sum()),
                     tokens=int(tokens.lengths[start:end][mine].sum()),
                     computed=int(group.computed[start:end][mine].sum()),
@@ -103,20 +123,25 @@ def group_table(group: EmbeddedGroup, info: EngineInfo) -> pa.Table:
         "input_hash": tokenized.input_hashes,
         name: pa.FixedSizeListArray.from_arrays(pa.array(group.vectors.reshape(-1)), type=schema.field(name).type),
     }
-    columns = [made[field.name] if field.name in made else rows.column(field.name) for field in schema]
+    columns = [made[field.name] if field.name in made else _copied(rows.column(field.name)) for field in schema]
     return pa.table(columns, schema=schema)
 
 
-def refused_row(held: HeldBlock, refusal: Refusal) -> dict[str, object]:
+def _copied(column: pa.ChunkedArray[Any]) -> pa.ChunkedArray[Any]:
+    """The column in memory of its own: a slice of a block keeps all of the block's bytes, columns not kept included."""
+    return pa.chunked_array([pa.concat_arrays([chunk]) for chunk in column.chunks], column.type)
+
+
+def refused_row(block: Block, refusal: Refusal) -> dict[str, object]:
     """A row that the producer refused, in the errors schema."""
-    return {"part": held.block.part, "chunk": 0, **msgspec.structs.asdict(refusal)}
+    return {"part": block.part, "chunk": 0, **msgspec.structs.asdict(refusal)}
 
 
-def failed_row(held: HeldBlock, at: int, code: str, message: str) -> dict[str, object]:
+def failed_row(block: Block, at: int, code: str, message: str) -> dict[str, object]:
     """A row that failed in the worker, in the errors schema."""
-    rows = held.block.rows
+    rows = block.rows
     return {
-        "part": held.block.part,
+        "part": block.part,
         "row": rows.column("row")[at].as_py(),
         "id": rows.column("id")[at].as_py(),
         "chunk": rows.column("chunk")[at].as_py(),

@@ -6,6 +6,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -120,7 +121,17 @@ class Held:
             return {stream: sorted(entries) for stream, entries in self._entries.items()}
 
 
-def release(broker: Broker, consumer: str, held: Held, blocks: Sequence[HeldBlock]) -> None:
+class Delivered(Protocol):
+    """What came as an entry of a stream."""
+
+    @property
+    def stream(self) -> str: ...
+
+    @property
+    def entry(self) -> str: ...
+
+
+def release(broker: Broker, consumer: str, held: Held, blocks: Iterable[Delivered]) -> None:
     """Hand blocks back so that others can claim them at once."""
     streams: dict[str, list[str]] = {}
     for block in blocks:

@@ -111,7 +111,7 @@ class Jobs:
         for job in unknown:
             self._look_at(job)
         with self._lock:
-            return [self._open[job] for job in active if job in self._open]
+            return [self._open[job] for job in active if job in self._open and job not in self._stuck]
 
     def open_jobs(self) -> frozenset[str]:
         """Ids of the jobs that this worker works on."""
@@ -135,7 +135,10 @@ class Jobs:
             return self._stuck | again
 
     def stuck(self, job: str, why: str) -> None:
-        """A shard of the job cannot be written, and that is tried again; with no reason: it is written."""
+        """A shard of the job cannot be written, and that is tried again: no more of it is taken until then.
+
+        With no reason: it is written, or given up.
+        """
         with self._lock:
             self._stuck.pop(job, None)
             if why:
