@@ -20,16 +20,17 @@ from embedstream.dataset.schema import dataset_schema, errors_schema
 from embedstream.dataset.sink import ShardContent, ShardRecord
 from embedstream.jobs import JobSpec
 from embedstream.packing import Packer
-from embedstream.settings import BlockLimits
+from embedstream.settings import BlockLimits, WorkerSettings
 from embedstream_worker.ahead import Ahead
 from embedstream_worker.engines.base import EngineInfo, OutputInfo
 from embedstream_worker.engines.hashing import HashingTokenizer
-from embedstream_worker.finish import FinishedBlock, finish_blocks
+from embedstream_worker.finish import BLOCK_BYTES, FinishedBlock, finish_blocks
 from embedstream_worker.held import EmbeddedGroup, Held, HeldBlock, TokenizedGroup, Window
 from embedstream_worker.infer import Urgent
 from embedstream_worker.jobs import OpenJob
 from embedstream_worker.meter import Meter
 from embedstream_worker.pipeline import Channel, Life, start_stage
+from embedstream_worker.shards import OpenShards, Shard
 from embedstream_worker.tokenize import Tokenize, encode_rows
 
 DIM = 3
@@ -167,6 +168,74 @@ def test_a_block_of_which_a_row_is_not_done_is_told_apart() -> None:
     assert [block.address for block in blocks] == [(0, 0), (0, 2)]
     assert [held.block.number for held in unfinished] == [1]
     assert blocks[1].data.column("id").to_pylist() == ["id-4"]
+
+
+def test_a_finished_block_keeps_nothing_of_the_bytes_that_it_was_read_from() -> None:
+    spec = msgspec.structs.replace(SPEC, text=False)
+    (packed_block,) = packed(["a long text that is not kept"] * 3, spec)
+    stream = pa.BufferOutputStream()
+    with pa.ipc.new_stream(stream, packed_block.rows.schema) as writer:  # not compressed: columns are slices of it
+        writer.write_batch(packed_block.rows)
+    body = stream.getvalue().to_pybytes()
+    fields = {name.encode(): str(value).encode() for name, value in encode_block(packed_block).fields().items()}
+    read = decode_block({**fields, b"sum": packed_block.sum, b"body": body}, spec.keep)
+    begin = np.frombuffer(body, np.uint8).ctypes.data
+    assert any(begin <= address < begin + len(body) for address in addresses(read.rows)), "the test shows nothing"
+    (block,) = finished(embedded([read], spec))
+    assert not any(begin <= address < begin + len(body) for address in addresses(block.data))
+
+
+def addresses(rows: pa.RecordBatch | pa.Table) -> list[int]:
+    """Where the memory of some columns begins."""
+    chunks = [chunk for column in rows.columns for chunk in (column.chunks if isinstance(rows, pa.Table) else [column])]
+    return [buffer.address for chunk in chunks for buffer in chunk.buffers() if buffer is not None]
+
+
+def filled(blocks: Sequence[Block], **settings: Any) -> tuple[OpenShards, Shard]:
+    """An open shard of these blocks, of whose job another block is on its way."""
+    held, group = Held(), embedded(blocks)
+    held.add("stream", "on its way")
+    open_shards = OpenShards(Broker(connect("redis://127.0.0.1:1"), "q"), held, Life(), WorkerSettings(**settings))
+    shard = open_shards.of(group.tokenized.job, "stream")
+    for block in finished(group):
+        shard.add(block)
+    return open_shards, shard
+
+
+@pytest.mark.parametrize(
+    ("rows", "shard_bytes"),
+    [
+        ([refusal(row) for row in range(2000)], 100_000),
+        ([Refusal(row, None, "bad_json", "m" * 1000, "x") for row in range(1000)], 1_000_000),
+        ([Refusal(row, None, "bad_json", "m", "x" * 1000) for row in range(1000)], 1_000_000),
+    ],
+    ids=["many", "long messages", "long originals"],
+)
+def test_refused_rows_fill_a_shard_as_others_do(rows: list[Refusal], shard_bytes: int) -> None:
+    open_shards, shard = filled(packed(rows), shard_bytes=shard_bytes)
+    assert open_shards.due(()) == [shard]
+    few, _ = filled(packed(rows[:100]), shard_bytes=shard_bytes)
+    assert few.due(()) == []
+
+
+def test_blocks_without_a_row_fill_a_shard_too() -> None:
+    skipped = [block for part in range(100) for block in packed([None], part=part)]
+    open_shards, shard = filled(skipped, shard_bytes=100 * BLOCK_BYTES)
+    assert open_shards.due(()) == [shard]
+    fewer, _ = filled(skipped[:99], shard_bytes=100 * BLOCK_BYTES)
+    assert fewer.due(()) == []
+
+
+def mixed(rows: int) -> list[str | Refusal]:
+    return [refusal(row) if row % 2 else "a" for row in range(rows)]
+
+
+def test_a_shard_closes_at_a_number_of_rows_however_small_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("embedstream_worker.shards.SHARD_ROWS", 500)
+    open_shards, shard = filled(packed(mixed(500)))
+    assert open_shards.due(()) == [shard]
+    fewer, _ = filled(packed(mixed(499)))
+    assert fewer.due(()) == []
 
 
 def test_what_comes_out_is_what_a_sink_takes(tmp_path: Path) -> None:
