@@ -24,6 +24,8 @@ HELD_BY = {
     ],
     "Bounded": [
         "e2e/test_scale.py::test_memory_at_two_million_rows_is_that_at_100_000",
+        "e2e/test_worker_memory.py::test_a_corpus_of_refused_rows_takes_no_more_memory_than_some_shards",
+        "e2e/test_unwritable_outputs.py::test_of_many_jobs_that_cannot_be_written_no_more_is_held_than_may_wait",
         "unit/test_lines.py::test_a_line_far_over_the_bound_takes_no_memory_for_its_rest",
         "unit/test_block_bounds.py::test_a_decompression_bomb_is_an_error_and_takes_no_memory",
     ],

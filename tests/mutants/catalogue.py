@@ -44,6 +44,8 @@ FOLDER = "tests/unit/test_dataset_folder.py"
 INFER = "tests/unit/test_infer.py"
 STAGES = "tests/broker/test_worker_stages.py"
 SUBMISSION = "tests/unit/test_submission.py"
+UNWRITABLE = "tests/e2e/test_unwritable_outputs.py"
+WRITE = "worker/embedstream_worker/write.py"
 
 
 def walk(name: str) -> str:
@@ -185,6 +187,55 @@ MUTANTS = (
                 "case Code.COMMITTED | Code.ALREADY | Code.CONFLICT:",
             ),
         ),
+    ),
+    mutant(
+        "a shard that could not be written is forgotten",
+        WRITE,
+        "        closing.failures += 1\n",
+        "        closing.failures += 1\n        closing.shards.clear()\n",
+        f"{UNWRITABLE}::test_a_healthy_job_is_done_while_four_others_cannot_be_written",
+    ),
+    mutant(
+        "a job that cannot be written is claimed on",
+        "worker/embedstream_worker/jobs.py",
+        " and job not in self._stuck]",
+        "]",
+        f"{UNWRITABLE}::test_no_more_of_a_job_is_claimed_while_it_cannot_be_written",
+    ),
+    mutant(
+        "any number of jobs that cannot be written is held",
+        WRITE,
+        "        while self._too_much():\n",
+        "        while False:\n",
+        f"{UNWRITABLE}::test_of_many_jobs_that_cannot_be_written_no_more_is_held_than_may_wait",
+    ),
+    mutant(
+        "what cannot be written is kept when the worker stops",
+        WRITE,
+        "            self._finish(job, closing)\n            for shard in closing.shards:\n",
+        "            self._finish(job, closing)\n            for shard in ():\n",
+        f"{UNWRITABLE}::test_what_cannot_be_written_is_handed_back_when_the_worker_stops",
+    ),
+    mutant(
+        "refused rows are not counted",
+        "worker/embedstream_worker/finish.py",
+        "return BLOCK_BYTES + self.data.nbytes + self.errors.nbytes",
+        "return BLOCK_BYTES + self.data.nbytes",
+        "tests/unit/test_write.py::test_refused_rows_fill_a_shard_as_others_do",
+    ),
+    mutant(
+        "blocks without a row are not counted",
+        "worker/embedstream_worker/finish.py",
+        "return BLOCK_BYTES + self.data.nbytes",
+        "return self.data.nbytes",
+        "tests/unit/test_write.py::test_blocks_without_a_row_fill_a_shard_too",
+    ),
+    mutant(
+        "finished rows lie in the bytes of their block",
+        "worker/embedstream_worker/finish.py",
+        "_copied(rows.column(field.name))",
+        "rows.column(field.name)",
+        "tests/unit/test_write.py::test_a_finished_block_keeps_nothing_of_the_bytes_that_it_was_read_from",
     ),
     mutant(
         "commit takes vectors of another space",

@@ -36,6 +36,9 @@ BYTES_PER_TOKEN = 4
 OTHER_BYTES_PER_TOKEN = 64
 """Kept fields and refused rows cost no model time, but memory: so many bytes of a block count as one token."""
 
+REFUSED_ROW_BYTES = 512
+"""What a refused row takes as Python objects, beside what its entry says of it."""
+
 LEAST_BLOCK_TOKENS = 256
 """What the smallest block counts, one that holds nothing but refused rows: a window is at most some hundred blocks."""
 
@@ -351,4 +354,5 @@ def estimate_tokens(block: Block, size: int, max_length: int, prompt_length: int
     column: Any = rows.column("text")
     sizes = pc.binary_length(column).to_numpy()
     text = float(np.minimum(sizes / BYTES_PER_TOKEN + prompt_length, max_length).sum()) + rows.num_rows
-    return max(LEAST_BLOCK_TOKENS, text, (rows.nbytes + size) / OTHER_BYTES_PER_TOKEN)
+    others = rows.nbytes + size + len(block.refused) * REFUSED_ROW_BYTES
+    return max(LEAST_BLOCK_TOKENS, text, others / OTHER_BYTES_PER_TOKEN)
