@@ -193,7 +193,7 @@ MUTANTS = (
         WRITE,
         "        closing.failures += 1\n",
         "        closing.failures += 1\n        closing.shards.clear()\n",
-        f"{UNWRITABLE}::test_a_healthy_job_is_done_while_four_others_cannot_be_written",
+        f"{FAULTS}::test_an_output_that_cannot_be_written_for_a_while_is_waited_for",
     ),
     mutant(
         "a job that cannot be written is claimed on",
@@ -208,13 +208,6 @@ MUTANTS = (
         "        while self._too_much():\n",
         "        while False:\n",
         f"{UNWRITABLE}::test_of_many_jobs_that_cannot_be_written_no_more_is_held_than_may_wait",
-    ),
-    mutant(
-        "what cannot be written is kept when the worker stops",
-        WRITE,
-        "            self._finish(job, closing)\n            for shard in closing.shards:\n",
-        "            self._finish(job, closing)\n            for shard in ():\n",
-        f"{UNWRITABLE}::test_what_cannot_be_written_is_handed_back_when_the_worker_stops",
     ),
     mutant(
         "refused rows are not counted",
