@@ -187,8 +187,9 @@ def test_a_finished_block_keeps_nothing_of_the_bytes_that_it_was_read_from() -> 
 
 def addresses(rows: pa.RecordBatch | pa.Table) -> list[int]:
     """Where the memory of some columns begins."""
-    chunks = [chunk for column in rows.columns for chunk in (column.chunks if isinstance(rows, pa.Table) else [column])]
-    return [buffer.address for chunk in chunks for buffer in chunk.buffers() if buffer is not None]
+    batches = rows.to_batches() if isinstance(rows, pa.Table) else [rows]
+    arrays = [array for batch in batches for array in batch.columns]
+    return [buffer.address for array in arrays for buffer in array.buffers() if buffer is not None]
 
 
 def filled(blocks: Sequence[Block], **settings: Any) -> tuple[OpenShards, Shard]:

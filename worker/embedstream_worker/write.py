@@ -90,7 +90,7 @@ class Write:
         self._open = OpenShards(broker, held, life, settings)
         self._commits = Commits(broker, jobs, info, consumer, held, meter)
         self._closing: dict[str, Closing] = {}
-        self._outage = Outage("committing shards")
+        self._outage = Outage("a shard waits to be committed")
         self.total = InHand()
         """All that was committed."""
         self.committed: dict[str, InHand] = {}
