@@ -242,7 +242,7 @@ def test_a_redis_that_comes_back_empty_in_mid_job_costs_only_what_was_not_writte
 ) -> None:
     texts = write_corpus(tmp_path / "c.jsonl", 60_000, length=20)
     with fleet(server.url, tmp_path) as workers:
-        workers.start_worker()
+        worker = workers.start_worker()
         args = [tmp_path / "c.jsonl", "-o", tmp_path / "out", "--redis", server.url, "--model", "hashing"]
         submit = start_submit(*args)
         job = job_id("hashing", str(tmp_path / "out"))
@@ -253,5 +253,7 @@ def test_a_redis_that_comes_back_empty_in_mid_job_costs_only_what_was_not_writte
         _, said = submit.communicate(timeout=120)
         assert submit.returncode == 0, said
         assert "rows that lay in the output already" in said
+        worker.terminate()  # killed, it would leave half-written what it writes of blocks that are done by now
+        assert worker.wait(30) == 0
     assert_exact(tmp_path / "out", texts, every=100)
     assert_no_leftovers(tmp_path / "out")
