@@ -193,7 +193,7 @@ def test_only_the_keys_of_that_job_are_forgotten(real_client: Any) -> None:
     odd, plain = Lab(real_client), Lab(real_client)
     odd.broker, plain.broker = Broker(real_client, "q[a-z]*?\\"), Broker(real_client, "qbxx")
     job, other = odd.sealed_job(1), plain.sealed_job(1)
-    assert odd.broker.keys_below(job) == [f"{odd.keys.job(job)}:blocks", *sorted(odd.broker.keys_below(job))[1:]]
+    assert set(odd.broker.keys_below(job)) == {f"{odd.keys.job(job)}:blocks", f"{odd.keys.job(job)}:sums:0"}
     real_client.hset(odd.keys.job(job), "state", "nonsense")
     odd.broker.run(odd.broker.forget(job, odd.broker.keys_below(job)))
     assert not odd.broker.knows(job)

@@ -18,7 +18,7 @@ from embedstream.troubles import passes
 from embedstream_worker.engines.base import EngineInfo
 from embedstream_worker.finish import FinishedBlock
 from embedstream_worker.held import Delivered, Held, release
-from embedstream_worker.jobs import Jobs, OpenJob
+from embedstream_worker.jobs import LOOK_AGAIN_SECONDS, Jobs, OpenJob
 from embedstream_worker.meter import Meter
 from embedstream_worker.shards import Shard
 
@@ -96,7 +96,7 @@ class Commits:
             with reading(f"job {record.job}'s record"), self._meter.stage("commit"):
                 return self._broker.run(step)
         except RecordDamaged as error:
-            self._jobs.refuse(record.job, str(error))
+            self._jobs.refuse(record.job, str(error), LOOK_AGAIN_SECONDS)
         except redis.RedisError as error:
             if passes(error):
                 raise
