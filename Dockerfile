@@ -76,6 +76,13 @@ HEALTHCHECK --interval=15s --timeout=10s --start-period=10m CMD ["embed-worker",
 ENTRYPOINT ["embed-worker"]
 
 FROM runtime AS worker-cuda
+# For --compile: Triton builds a module in C for each kernel. Python's headers are in the base image already.
+USER 0:0
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends gcc libc6-dev \
+    && rm -rf /var/lib/apt/lists/*
+USER 1000:1000
 VOLUME ["/models"]
 COPY --from=requirements-worker-cuda /opt/embedstream /opt/embedstream
 COPY --from=code /code /opt/embedstream

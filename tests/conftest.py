@@ -1,4 +1,4 @@
-"""What several folders of tests share."""
+"""What several folders of tests share. It is loaded where only the tests of engines can run: without Redis' client."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import redis
-from s3_server import S3Server
 
-from embedstream.embedded.programs import find_program
+if TYPE_CHECKING:
+    import redis
+    from s3_server import S3Server
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,16 @@ class RedisServer:
 
     def client(self) -> redis.Redis:
         """A new client; replies are bytes."""
+        import redis
+
         return redis.Redis.from_url(self.url)
 
 
 @contextlib.contextmanager
 def serve_redis() -> Iterator[RedisServer]:
     """A server of one's own. Its socket is in a short folder, as socket paths end at 107 bytes."""
+    from embedstream.embedded.programs import find_program
+
     with tempfile.TemporaryDirectory(prefix="es-", dir="/tmp") as folder:
         socket = Path(folder) / "redis.sock"
         options = ["--port", "0", "--unixsocket", str(socket), "--save", "", "--dir", folder]
@@ -50,6 +55,8 @@ def serve_redis() -> Iterator[RedisServer]:
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[S3Server]:
     """Started on first use: use buckets of your own."""
+    from s3_server import S3Server
+
     with S3Server() as server:
         yield server
 

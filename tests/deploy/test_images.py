@@ -103,6 +103,13 @@ def test_workers_get_what_engines_need(target: str) -> None:
     assert "openvino" in required("cpu")
 
 
+def test_only_the_gpu_image_has_a_compiler_and_runs_no_more_as_root() -> None:
+    dockerfile = Dockerfile()
+    assert "gcc libc6-dev" in (dockerfile.said("worker-cuda", "RUN") or "")
+    assert dockerfile.said("worker-cuda", "USER") == dockerfile.said("worker-cpu", "USER") == "1000:1000"
+    assert "gcc" not in (dockerfile.said("worker-cpu", "RUN") or "")
+
+
 def test_an_extra_that_is_not_there_is_an_error() -> None:
     with pytest.raises(subprocess.CalledProcessError):
         required("no-such-extra")

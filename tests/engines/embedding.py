@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from sentence_transformers import SentenceTransformer
 
-from embedstream.dataset.hashing import model_inputs
 from embedstream_worker.batching import cut_batches, gather_batch
 from embedstream_worker.engines.base import Engine, Role
 
 Vectors = npt.NDArray[np.float32]
 
-MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+MODEL_VARIABLE = "EMBEDSTREAM_TEST_MODEL"
+
+MINILM = os.environ.get(MODEL_VARIABLE, "sentence-transformers/all-MiniLM-L6-v2")
+"""The real model: of an installed package, or a folder with all of it."""
 
 
 def load_reference(folder: Path) -> SentenceTransformer:
@@ -34,8 +37,7 @@ def embed(
     limit = max_length or engine.info.max_length
     chosen = engine.prompt(role, prompt, prompt_name)
     tokenizer = engine.tokenizer()
-    [inputs] = model_inputs(texts, chosen)
-    tokens = tokenizer.encode(inputs, limit)
+    tokens = tokenizer.encode([chosen + text for text in texts], limit)
     prompt_length = tokenizer.prompt_length(chosen, limit)
     vectors = np.full((len(texts), engine.info.outputs["embedding"].dim), np.nan, np.float32)
     for rows in cut_batches(tokens.lengths, budget, engine.info.padded):

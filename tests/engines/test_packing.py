@@ -123,13 +123,6 @@ def test_on_a_cpu_batches_are_padded_unless_asked_for(folder: Callable[[Shape], 
     assert not started(folder(static_embedding), batches="auto").info.padded
 
 
-def test_a_text_without_tokens_is_refused_by_name(folder: Callable[[Shape], Path]) -> None:
-    engine = started(folder(plain_transformers))
-    batch = TokenBatch(np.full(3, 7, np.int32), np.array([0, 3, 3]), 3, 0, "document")
-    with pytest.raises(ValueError, match="the text has no token"):
-        engine.embed(batch)
-
-
 @pytest.mark.parametrize("batches", ["packed", "padded"])
 def test_a_token_beyond_the_vocabulary_is_refused_before_it_reaches_the_device(
     batches: Batches, folder: Callable[[Shape], Path]

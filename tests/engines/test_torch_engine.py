@@ -1,14 +1,20 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 from engines.embedding import MINILM, Vectors, embed, load_reference, lowest_cosine
 from engines.fitting import assert_it_goes_on_after_a_batch_too_large
 from engines.model_shapes import bert_mean_without_prompt, nearly_equal_vectors, plain_transformers, router, xlm_roberta
@@ -17,9 +23,13 @@ from sentence_transformers import SentenceTransformer
 
 from embedstream.errors import ModelError
 from embedstream_worker.engines import torch_device
-from embedstream_worker.engines.base import TokenBatch
-from embedstream_worker.engines.torch_engine import TorchEngine
+from embedstream_worker.engines.base import OutOfMemory, TokenBatch
+from embedstream_worker.engines.precision import tokenizer_threads
+from embedstream_worker.engines.text_input import warm_up_batches
+from embedstream_worker.engines.torch_device import pick_dtype, share_cores
+from embedstream_worker.engines.torch_engine import Batches, TorchEngine
 from embedstream_worker.models import resolve_model
+from embedstream_worker.tokenizing import UNLIMITED, Limits
 
 
 @pytest.fixture(scope="module")
@@ -204,6 +214,100 @@ def test_a_batch_that_does_not_fit_is_told_apart_and_a_smaller_one_goes_on(tmp_p
     folder = plain_transformers(tmp_path, resolve_model(MINILM).path, [])
     engine = f'TorchEngine(resolve_model({str(folder)!r}), "cpu", "float32")'
     assert_it_goes_on_after_a_batch_too_large("torch_engine", engine, room_mib=300, dim=32)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
+        "CUDA out of memory. Tried to allocate 2.00 GiB",
+    ],
+)
+def test_libraries_that_find_no_memory_ask_for_a_smaller_batch(
+    said: str, minilm: TorchEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> Vectors:
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(minilm, "_run", full)
+    with pytest.raises(OutOfMemory, match="1 texts of up to 2 tokens: CUDA"):
+        minilm.embed(TokenBatch(np.array([7, 8], np.int32), np.array([0, 2]), 2, 0, "document"))
+
+
+@pytest.mark.parametrize("batches", ["packed", "padded"])
+def test_a_closed_engine_holds_no_weights(batches: Batches, tmp_path: Path) -> None:
+    folder = plain_transformers(tmp_path, resolve_model(MINILM).path, [])
+    engine = TorchEngine(resolve_model(str(folder)), "cpu", "bfloat16", batches)
+    engine.start()
+    weights = [weakref.ref(parameter) for parameter in engine.modules.parameters()]
+    engine.close()
+    assert [weight() for weight in weights if weight() is not None] == []
+
+
+def test_the_chosen_gpu_is_asked_for_its_precision_not_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    current = [0]  # an old card, beside which there is a new one
+
+    @contextmanager
+    def on(device: torch.device) -> Iterator[None]:
+        before, current[0] = current[0], device.index
+        yield
+        current[0] = before
+
+    monkeypatch.setattr(torch.cuda, "device", on)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: current[0] == 1)
+    assert pick_dtype("auto", torch.device("cuda:1")) == "bfloat16"
+    assert pick_dtype("auto", torch.device("cuda:0")) == "float32"
+
+
+def test_beside_a_gpu_tokenizing_leaves_cores_to_the_threads_that_feed_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_device, "cpu_cores", lambda: 16)
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
+    monkeypatch.delenv("RAYON_NUM_THREADS", raising=False)
+    interval = sys.getswitchinterval()
+    try:
+        share_cores(torch.device("cuda:0"))
+        assert (os.environ["TOKENIZERS_PARALLELISM"], os.environ["RAYON_NUM_THREADS"]) == ("true", "13")
+        assert sys.getswitchinterval() < 0.001
+        assert tokenizer_threads() <= 3
+        monkeypatch.setenv("RAYON_NUM_THREADS", "4")
+        share_cores(torch.device("cuda:0"))
+        assert os.environ["RAYON_NUM_THREADS"] == "4", "a user's own choice"
+    finally:
+        sys.setswitchinterval(interval)
+        monkeypatch.delenv("TOKENIZERS_PARALLELISM")
+        monkeypatch.delenv("RAYON_NUM_THREADS")
+
+
+def test_a_model_without_a_limit_is_not_tried_with_a_text_as_long_as_the_budget(minilm: TorchEngine) -> None:
+    model = minilm.text_model
+    unlimited = replace(model, input=replace(model.input, max_length=UNLIMITED, limits=Limits(UNLIMITED, 3)))
+    shapes = [(len(batch), batch.longest) for batch in warm_up_batches(unlimited, 1 << 18)]
+    assert max(longest for _, longest in shapes) == 32_768
+    assert (8, 32_768) in shapes, "as many as fill the budget"
+
+
+@pytest.mark.parametrize(
+    ("given", "used"),
+    [
+        ({}, {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}),
+        ({"PYTORCH_ALLOC_CONF": "a"}, {"PYTORCH_ALLOC_CONF": "a"}),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "b"}, {"PYTORCH_CUDA_ALLOC_CONF": "b"}),
+    ],
+)
+def test_gpu_memory_is_taken_in_segments_that_grow_unless_the_user_says_otherwise(
+    given: dict[str, str], used: dict[str, str], tmp_path: Path
+) -> None:
+    program = (
+        "import os, sys; from embedstream_worker.engines.torch_environment import set_up; set_up();"
+        "assert 'torch' not in sys.modules;"
+        "print({name: value for name, value in os.environ.items() if name.startswith('PYTORCH')},"
+        " os.environ['TORCHINDUCTOR_CACHE_DIR'])"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTORCH", "TORCH"))}
+    environment |= given | {"EMBEDSTREAM_CACHE_DIR": str(tmp_path)}
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment)
+    assert run.stdout.strip() == f"{used} {tmp_path / 'inductor'}"
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "tpu", "nonsense"])

@@ -37,6 +37,9 @@ class Mutant:
 
 SCRIPTS = "embedstream/scripts"
 COMMIT = "worker/embedstream_worker/commit.py"
+ENGINES = "worker/embedstream_worker/engines"
+AT_ONCE = "tests/engines/test_attention_at_once.py"
+LANES = "tests/engines/test_lanes.py"
 CONTRACT = "tests/broker/test_contract.py"
 ENDINGS = "tests/broker/test_contract_endings.py"
 FAULTS = "tests/e2e/test_worker_faults.py"
@@ -456,5 +459,40 @@ MUTANTS = (
             blocks += decoded
             for held in decoded:""",
         f"{STAGES}::test_what_is_claimed_is_in_a_window_though_redis_cannot_say_how_much_is_left",
+    ),
+    mutant(
+        "attention of packed texts sees one token more than the window",
+        f"{ENGINES}/packed_attention.py",
+        "scale=scaling, window_size=window, **options",
+        "scale=scaling, window_size=(window[0] + 1, window[1]), **options",
+        f"{AT_ONCE}::test_attention_that_is_right_passes_the_check",
+    ),
+    mutant(
+        "attention that is a little wrong passes the check at load",
+        f"{ENGINES}/attention_check.py",
+        "if not error <= MOST_ERROR:",
+        "if not error <= 1:",
+        f"{AT_ONCE}::test_attention_that_is_a_little_wrong_fails_the_check",
+    ),
+    mutant(
+        "each packed batch waits for the device",
+        f"{ENGINES}/torch_features.py",
+        "longest = bound(batch.longest)",
+        "longest = bound(int((starts[1:] - starts[:-1]).max()))",
+        f"{AT_ONCE}::test_a_packed_batch_waits_for_nothing",
+    ),
+    mutant(
+        "a batch computes before its ids are on the device",
+        f"{ENGINES}/lanes.py",
+        "                self._computing.wait_event(lane.sent)\n",
+        "",
+        f"{LANES}::test_in_whatever_order_streams_get_on_each_batch_gets_its_own_vectors",
+    ),
+    mutant(
+        "vectors are fetched before they are computed",
+        f"{ENGINES}/lanes.py",
+        "            self._fetching.wait_event(self.computed)\n",
+        "",
+        f"{LANES}::test_in_whatever_order_streams_get_on_each_batch_gets_its_own_vectors",
     ),
 )

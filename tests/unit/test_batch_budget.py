@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+
+import pytest
+
 from embedstream_worker.engines.base import OutOfMemory
-from embedstream_worker.engines.batch_budget import MOST, SMALLEST, Probe, find_budget
+from embedstream_worker.engines.batch_budget import MOST, SMALLEST, Probe, find_budget, seconds_a_batch
 
 GIB = 1 << 30
 
@@ -44,3 +48,16 @@ def test_memory_that_runs_out_ends_the_search_at_what_worked() -> None:
 def test_a_margin_of_memory_stays_free() -> None:
     device = Device(overhead=10.0, bytes_per_token=1)
     assert find_budget(device, SMALLEST * 2) == SMALLEST  # twice as much would take all
+
+
+def test_batches_are_timed_with_as_many_under_way_as_the_worker_has() -> None:
+    together = threading.Barrier(3)
+    assert seconds_a_batch(lambda: together.wait(10), at_once=3) > 0  # a batch alone would wait in vain
+
+
+def test_a_timed_batch_that_does_not_fit_says_so() -> None:
+    def run() -> None:
+        raise OutOfMemory("full")
+
+    with pytest.raises(OutOfMemory, match="full"):
+        seconds_a_batch(run, at_once=2)

@@ -66,6 +66,13 @@ def usable_device(name: str) -> str:
     help="auto: bfloat16 where the device has it. int8 only when asked for: faster, less exact.",
 )
 @click.option("--threads", type=click.IntRange(min=1), help="Of one batch, for onnxruntime. [default: by cores]")
+@click.option(
+    "--compile",
+    "compiles",
+    envvar=f"{ENV_PREFIX}_COMPILE",
+    is_flag=True,
+    help="On a GPU, with torch: compile the model. Starting takes longer, the first time most; see docs/gpu.md.",
+)
 @click.option("--batch-tokens", type=click.IntRange(min=1), help="Tokens in one batch. [default: by device]")
 @click.option("--window-tokens", type=click.IntRange(min=1), help="Tokens sorted together. [default: 10 s of work]")
 @click.option(
@@ -119,6 +126,7 @@ def worker(
     engine: EngineName,
     dtype: Dtype,
     threads: int | None,
+    compiles: bool,
     batch_tokens: int | None,
     window_tokens: int | None,
     window_ms: int,
@@ -175,6 +183,7 @@ def worker(
         embedded,
         Trust(code=trust_remote_code, pickle=allow_pickle),
         None if metrics_port is None else (metrics_host, metrics_port),
+        compiles,
     )
 
 

@@ -46,6 +46,7 @@ def serve(
     embedded: bool,
     trust: Trust,
     listen: tuple[str, int] | None,
+    compiles: bool,
 ) -> None:
     """Build the worker and run it until it is told to stop. No output root: the current folder, and `redis:`.
 
@@ -71,7 +72,7 @@ def serve(
                 log.warning(shortcoming)
     # Arrow's own allocators keep what a shard needed and are no faster here: a third more memory for nothing.
     pa.set_memory_pool(pa.system_memory_pool())
-    made, source = make_engine(engine, model, revision, device, dtype, threads, trust)
+    made, source = make_engine(engine, model, revision, device, dtype, threads, trust, compiles)
     log.info("model %s: %s", model, source)
     plan = WorkerPlan(redis_url, queue, WorkerModel(model, revision), roots, settings, burst, embedded, warm_up)
 

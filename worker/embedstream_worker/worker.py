@@ -23,7 +23,7 @@ from embedstream.workers import InHand, WorkerRecord
 from embedstream_worker import known_models
 from embedstream_worker.ahead import Ahead
 from embedstream_worker.engines.base import Engine, EngineInfo, OutOfMemory
-from embedstream_worker.engines.precision import cpu_cores
+from embedstream_worker.engines.precision import tokenizer_threads
 from embedstream_worker.held import EmbeddedGroup, Held, TokenizedGroup, Window, hand_back
 from embedstream_worker.housekeeping import Housekeeping
 from embedstream_worker.infer import Infer, Urgent
@@ -47,9 +47,6 @@ Connect = Callable[[str, int], redis.Redis]
 
 RETRIES = 3
 """For steps, which are harmless when run twice. Claims are not repeated: their blocks would get lost."""
-
-TOKENIZER_THREADS = min(8, cpu_cores())
-"""One of them makes some hundred thousand tokens a second, a GPU takes millions."""
 
 SIGNAL_SECONDS = 0.5
 """A signal that the system gave to another thread (it does so after SIGCONT) is seen when the main thread wakes."""
@@ -189,7 +186,7 @@ class Worker:
             housekeeping.hopeless,
         )
         tokenize = Tokenize(
-            engine.tokenizer, TOKENIZER_THREADS, self._broker(), name, held, life, windows, tokenized, meter, ahead
+            engine.tokenizer, tokenizer_threads(), self._broker(), name, held, life, windows, tokenized, meter, ahead
         )
         infer = self._infer = Infer(engine, trial.batch_tokens, life, tokenized, embedded, meter, ahead)
         write = self._write = Write(self._broker(), jobs, engine.info, name, held, life, embedded, settings, meter)

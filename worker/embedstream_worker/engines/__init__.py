@@ -31,23 +31,28 @@ def make_engine(
     dtype: Dtype = "auto",
     threads: int | None = None,
     trust: Trust = NOTHING,
+    compiles: bool = False,
 ) -> tuple[Engine, str]:
     """An engine for a model, not yet started, and where the model comes from, for printing.
 
     `engine` "auto" is the hashing engine for the model "hashing", and for all others the fastest that gives the right
     vectors. `dtype` "auto" is the fastest precision that is still called exact: bfloat16 where the device has it.
     `threads`: those of one batch, for onnxruntime alone; by default it chooses. `trust`: what of the model's own may be
-    run.
+    run. `compiles`: as in `TorchEngine`, where torch is the engine.
 
     Raises:
         ModelError: the model cannot be found or trusted, or the engine is not here.
     """
     if threads is not None and engine != "onnxruntime":
         raise ModelError(f"--threads {threads}: only --engine onnxruntime takes it; the others choose by the cores")
+    if compiles and engine not in ("auto", "torch"):
+        raise ModelError(f"--compile: --engine {engine} does not take it; use --engine torch, or leave it out")
     if engine == "hashing" or (engine == "auto" and model == HASHING_MODEL):
         return _make_hashing(), "computed from the text's bytes, no model"
+    from embedstream_worker.engines.torch_environment import set_up
     from embedstream_worker.models import resolve_model
 
+    set_up()
     # Engines are imported only when they are wanted: torch alone takes seconds.
     if engine == "openvino":
         if device not in ("auto", "cpu"):
@@ -71,10 +76,10 @@ def make_engine(
     if engine == "torch":
         from embedstream_worker.engines.torch_engine import TorchEngine
 
-        return TorchEngine(folder, device, dtype), folder.source
+        return TorchEngine(folder, device, dtype, compiles=compiles), folder.source
     from embedstream_worker.engines.auto_engine import AutoEngine
 
-    return AutoEngine(folder, device, dtype), folder.source
+    return AutoEngine(folder, device, dtype, compiles), folder.source
 
 
 def _make_hashing() -> HashingEngine:

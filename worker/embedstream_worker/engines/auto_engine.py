@@ -23,10 +23,13 @@ _GPU_SIGNS = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg", "/dev/kfd", "/proc/d
 class AutoEngine:
     """OpenVINO on the CPU where its vectors are right, torch for everything else. One log line says which and why."""
 
-    def __init__(self, folder: ModelFolder, device: str = "auto", dtype: Dtype = "auto") -> None:
+    def __init__(
+        self, folder: ModelFolder, device: str = "auto", dtype: Dtype = "auto", compiles: bool = False
+    ) -> None:
         self._folder = folder
         self._device = device
         self._dtype = dtype
+        self._compiles = compiles
         self._engine: Engine | None = None
 
     @property
@@ -88,13 +91,15 @@ class AutoEngine:
                 fast.close()
                 reason = str(error)
             else:
+                if self._compiles:
+                    log.warning("--compile changes nothing here: openvino compiles by itself")
                 has = "has" if cpu_has_bfloat16() else "lacks"
                 return fast, f"fastest here; this CPU {has} bfloat16"
         if self._dtype == "int8":
             raise ModelError(f"--dtype int8: {reason}; use another dtype")
         from embedstream_worker.engines.torch_engine import TorchEngine
 
-        engine = TorchEngine(self._folder, self._device, self._dtype)
+        engine = TorchEngine(self._folder, self._device, self._dtype, compiles=self._compiles)
         engine.start()
         return engine, reason
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from embedstream_worker.engines.base import OutOfMemory
@@ -13,6 +15,8 @@ MOST = 262_144
 
 _WORTHWHILE = 1.03  # twice the tokens for less gain than this is only longer to wait for
 _MEMORY_SHARE = 0.7  # of what is free: texts to come may be longer, and the allocator loses some between its blocks
+_ROUNDS = 2
+_BATCHES_EACH = 2  # for each place under way, so that the first and the last, which nothing hides, count less
 
 
 @dataclass(frozen=True)
@@ -21,6 +25,22 @@ class Probe:
 
     seconds: float
     peak_bytes: int
+
+
+def seconds_a_batch(run: Callable[[], object], at_once: int) -> float:
+    """What a batch takes when as many are under way as the worker keeps there: launching one hides behind another.
+
+    Raises what `run` raises.
+    """
+    count = _BATCHES_EACH * at_once
+    seconds = []
+    with ThreadPoolExecutor(at_once) as pool:
+        for _ in range(_ROUNDS):
+            begun = time.perf_counter()
+            for done in [pool.submit(run) for _ in range(count)]:
+                done.result()
+            seconds.append((time.perf_counter() - begun) / count)
+    return min(seconds)
 
 
 def find_budget(probe: Callable[[int], Probe], free_bytes: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 from queue import SimpleQueue
@@ -47,10 +48,11 @@ class CudaLanes:
     """While one batch computes, the next one's ids have been copied and its kernels are queued behind it.
 
     All batches compute on one stream: side by side they would only share the chip, and each needs memory. The host
-    never waits for the device but for a batch's own vectors.
+    never waits for the device but for a batch's own vectors. Three, as with a small model the host takes as long for a
+    batch as the device: one computes, one is launched, one comes back.
     """
 
-    def __init__(self, device: torch.device, count: int = 2) -> None:
+    def __init__(self, device: torch.device, count: int = 3) -> None:
         self.count = count
         self._computing = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._launching = threading.Lock()
@@ -70,7 +72,8 @@ class CudaLanes:
             return lane.fetch(vectors)
         except BaseException:
             # Kernels that were launched before the error still read what the lane's next batch would overwrite.
-            self._computing.synchronize()
+            with contextlib.suppress(RuntimeError):  # of a device that is lost: the first error says more
+                self._computing.synchronize()
             raise
         finally:
             self._free.put(lane)

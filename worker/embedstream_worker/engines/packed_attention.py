@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import itertools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:
+    _OPTIONS: frozenset[str] = frozenset()
+else:
+    _OPTIONS = frozenset(inspect.signature(varlen_attn).parameters)
 
 NAME = "embedstream_packed"
 """As `set_attn_implementation` knows it. No mask function goes by this name, so models make no mask for it."""
@@ -20,6 +28,49 @@ _NOT_SERVED = ("softcap", "position_bias", "s_aux", "head_mask")
 
 class CannotPack(Exception):
     """The model asks something of attention that the packed one does not do."""
+
+
+class Asked(NamedTuple):
+    """What one layer asks of packed attention, whatever the texts."""
+
+    heads: int
+    key_heads: int
+    head_dim: int
+    scaling: float | None
+    window: tuple[int, int]
+    """How many tokens before and after its own a token sees; below 0: all."""
+
+
+def is_fast(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether attention there goes through `varlen_attn`, all texts at once."""
+    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+
+
+def require_fast() -> None:
+    """Raise `CannotPack` if this torch's attention for packed texts is none, or too old."""
+    if not {"scale", "window_size"} <= _OPTIONS:
+        raise CannotPack(f"torch {torch.__version__} has no such attention for packed texts; use 2.11 or newer")
+
+
+@contextmanager
+def noting() -> Iterator[set[Asked]]:
+    """Collects what layers ask of packed attention meanwhile."""
+    asked: set[Asked] = set()
+    registered = ALL_ATTENTION_FUNCTIONS[NAME]
+
+    def note(
+        module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, *states: torch.Tensor | None, **options: Any
+    ) -> tuple[torch.Tensor, None]:
+        window = _window(module, options.get("sliding_window"), options.get("is_causal"))
+        asked.add(Asked(query.shape[1], key.shape[1], query.shape[3], options.get("scaling"), window))
+        answer: tuple[torch.Tensor, None] = registered(module, query, key, *states, **options)
+        return answer
+
+    AttentionInterface.register(NAME, note)
+    try:
+        yield asked
+    finally:
+        AttentionInterface.register(NAME, registered)
 
 
 def attend(
@@ -38,8 +89,8 @@ def attend(
     """Each text attends to itself alone. Query, key and value: [1, heads, total, head's dim]; answer: [1, total, ...].
 
     `cu_seq_lens_q`: where texts begin and the last one ends, int32 [n + 1]; `max_length_q`: the longest text's tokens.
-    `sliding_window`: a token sees those less than so many places away. Half precision on CUDA goes through
-    `varlen_attn`; everything else through one call for each text, which is slow and what the other is checked against.
+    `sliding_window`: a token sees those less than so many places away. What `is_fast` goes through `varlen_attn`, which
+    must be there (`require_fast`); everything else through one call for each text, which is slow.
 
     Raises:
         CannotPack: the model wants more of attention than this, or does not hand the texts' places on.
@@ -49,13 +100,10 @@ def attend(
         raise CannotPack(f"its attention takes {' and '.join(asked or ['a mask'])}")
     if cu_seq_lens_q is None or max_length_q is None:
         raise CannotPack("it does not tell its attention where texts begin")
-    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     # [total, heads, head's dim]: views, as models compute their heads side by side.
     flat_query, flat_key, flat_value = (states.squeeze(0).transpose(0, 1) for states in (query, key, value))
-    before = -1 if sliding_window is None else sliding_window - 1
-    window = (before, 0 if causal else before)
-    fast = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
-    run = _attend_at_once if fast else _attend_one_by_one
+    window = _window(module, sliding_window, is_causal)
+    run = attend_at_once if is_fast(query.device, query.dtype) else _attend_one_by_one
     output = run(flat_query, flat_key, flat_value, cu_seq_lens_q, max_length_q, scaling, window)
     return output.unsqueeze(0), None
 
@@ -63,7 +111,7 @@ def attend(
 AttentionInterface.register(NAME, attend)
 
 
-def _attend_at_once(
+def attend_at_once(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -72,17 +120,26 @@ def _attend_at_once(
     scaling: float | None,
     window: tuple[int, int],
 ) -> torch.Tensor:
-    function, shares_heads = _varlen()
+    """Torch's attention for packed texts. Query: [total, heads, head's dim], as the answer; key and value alike, with
+    heads that divide the query's. `longest`: no text has more tokens.
+    """
     options: dict[str, Any] = {}
     if (groups := query.shape[1] // key.shape[1]) > 1:
-        if shares_heads:
+        if "enable_gqa" in _OPTIONS:
             options["enable_gqa"] = True
         else:
             key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    output: torch.Tensor = function(
+    output = varlen_attn(
         query, key, value, starts, starts, longest, longest, scale=scaling, window_size=window, **options
     )
+    assert isinstance(output, torch.Tensor)  # not a pair, as nothing else is asked for
     return output
+
+
+def _window(module: torch.nn.Module, sliding_window: int | None, is_causal: bool | None) -> tuple[int, int]:
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    before = -1 if sliding_window is None else sliding_window - 1
+    return before, 0 if causal else before
 
 
 def _attend_one_by_one(
@@ -118,16 +175,3 @@ def _window_mask(length: int, window: tuple[int, int], device: torch.device) -> 
     if after >= 0:
         mask &= ahead <= after
     return mask
-
-
-@functools.cache
-def _varlen() -> tuple[Callable[..., Any], bool]:
-    """Torch's attention for packed texts, and whether it lets queries share keys."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError as error:
-        raise CannotPack(f"torch {torch.__version__} has no attention for packed texts; use 2.11 or newer") from error
-    parameters = inspect.signature(varlen_attn).parameters
-    if not {"scale", "window_size"} <= parameters.keys():
-        raise CannotPack(f"torch {torch.__version__} has too old an attention for packed texts; use 2.11 or newer")
-    return varlen_attn, "enable_gqa" in parameters

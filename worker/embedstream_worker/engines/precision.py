@@ -44,6 +44,16 @@ def cpu_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def tokenizer_threads() -> int:
+    """Threads that tokenize, in a process whose engine is started.
+
+    Some hundred thousand tokens a second come from one that works by itself. If each hands its texts to the pool that
+    the tokenizers library has, a few keep that busy; more would keep the thread waiting that feeds the device.
+    """
+    pooled = os.environ.get("TOKENIZERS_PARALLELISM", "false") == "true"
+    return min(3 if pooled else 8, cpu_cores())
+
+
 def streams_for(cores: int) -> int:
     """Batches that are computed at the same moment.
 

@@ -26,6 +26,10 @@ ROLE_PROMPTS: dict[Role, tuple[str, ...]] = {
 
 _WARM_ROW_TOKENS = 64  # a usual short text: many rows at once
 
+LONGEST_TRIED = 32_768
+"""Tokens of the longest text that is tried before there is work. Models without a limit would take one as long as the
+budget, which hardly any corpus has."""
+
 
 class InputKind(enum.Enum):
     PADDED = "padded"  # [n, longest] ids and mask
@@ -116,7 +120,7 @@ class TextModel:
 
 def warm_up_batches(model: TextModel, batch_tokens: int) -> list[TokenBatch]:
     """The smallest, the longest and the fullest batch that the budget allows, for every role."""
-    longest = max(1, min(model.input.max_length, batch_tokens))
+    longest = max(1, min(model.input.max_length, batch_tokens, LONGEST_TRIED))
     short = min(_WARM_ROW_TOKENS, longest)
     shapes = ((1, 1), (max(1, batch_tokens // longest), longest), (max(1, batch_tokens // short), short))
     return [model.input.sample(rows, tokens, role) for rows, tokens in shapes for role in model.roles]

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
 import torch
 
 from embedstream.errors import ModelError
 from embedstream_worker.cache import cache_folder
 from embedstream_worker.engines.free_gpu import take_gpu
-from embedstream_worker.engines.precision import Dtype, cpu_has_bfloat16
+from embedstream_worker.engines.precision import Dtype, cpu_cores, cpu_has_bfloat16
+
+SWITCH_SECONDS = 0.0005
+"""How long a thread that computes in Python may keep others waiting, where one of them launches a GPU's kernels."""
+
+_OTHER_THREADS = 3
+"""Beside those that tokenize: the one that launches, the one that writes, the one that decodes."""
 
 
 def pick_dtype(wanted: Dtype, device: torch.device) -> Dtype:
@@ -18,9 +27,23 @@ def pick_dtype(wanted: Dtype, device: torch.device) -> Dtype:
         return wanted
     if device.type == "cpu":
         return "bfloat16" if cpu_has_bfloat16() else "float32"
-    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
-        return "bfloat16"  # not float16, in which some models overflow
+    if device.type == "cuda":
+        with torch.cuda.device(device):  # of the current one it is asked
+            if torch.cuda.is_bf16_supported(including_emulation=False):
+                return "bfloat16"  # not float16, in which some models overflow
     return "float32"
+
+
+def share_cores(device: torch.device) -> None:
+    """Let tokenizing leave the processor what the device needs of it. Before any text is tokenized.
+
+    Beside a model on the CPU, tokenizing takes its own thread alone; beside a GPU, all cores but those of the threads
+    that feed it. A user's own choice stands.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false" if device.type == "cpu" else "true")
+    if device.type == "cuda":
+        os.environ.setdefault("RAYON_NUM_THREADS", str(max(1, cpu_cores() - _OTHER_THREADS)))
+        sys.setswitchinterval(SWITCH_SECONDS)
 
 
 def pick_device(wanted: str) -> torch.device:

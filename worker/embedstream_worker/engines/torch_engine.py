@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import logging
-import os
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any, Literal
 
 import numpy as np
@@ -14,6 +14,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from embedstream.errors import ModelError
+from embedstream_worker.engines.attention_check import check_attention
 from embedstream_worker.engines.base import (
     EngineInfo,
     OutOfMemory,
@@ -21,15 +22,18 @@ from embedstream_worker.engines.base import (
     Role,
     TokenBatch,
 )
-from embedstream_worker.engines.batch_budget import Probe, find_budget
+from embedstream_worker.engines.batch_budget import Probe, find_budget, seconds_a_batch
 from embedstream_worker.engines.checking import CheckFailed, Vectors, check_batches, compare, require
+from embedstream_worker.engines.compiling import CannotCompile, compiling, release
 from embedstream_worker.engines.exact import ExactModel
+from embedstream_worker.engines.fusing import fuse_gelu, fuse_projections
 from embedstream_worker.engines.lanes import CudaLanes, DirectLanes, Lanes
-from embedstream_worker.engines.packed_attention import CannotPack
+from embedstream_worker.engines.packed_attention import Asked, CannotPack, is_fast, noting
+from embedstream_worker.engines.packed_batch import TOKENS_STEP, fill_up, only
 from embedstream_worker.engines.precision import Dtype, Precision
 from embedstream_worker.engines.text_engine import TextEngine
-from embedstream_worker.engines.text_input import ROLE_PROMPTS, InputKind, TextInput, TextModel
-from embedstream_worker.engines.torch_device import pick_device, pick_dtype
+from embedstream_worker.engines.text_input import LONGEST_TRIED, ROLE_PROMPTS, InputKind, TextInput, TextModel
+from embedstream_worker.engines.torch_device import pick_device, pick_dtype, share_cores
 from embedstream_worker.engines.torch_features import (
     Packing,
     first_position,
@@ -55,29 +59,36 @@ Batches = Literal["auto", "packed", "padded"]
 _REFUSALS = (ValueError, KeyError, RuntimeError, IndexError, AttributeError, TypeError)
 """What models raise at input that they were not made for."""
 
-_PROBE_ROW_TOKENS = 128  # the time of a batch hangs on its tokens, and hardly on how many texts they make
-_PROBE_RUNS = 3
+_USUAL_TOKENS = 128  # the time of a batch depends on its tokens, and hardly on how many texts they make
 
 
 class TorchEngine(TextEngine):
     """Vectors equal to `encode_document` and `encode_query` of sentence-transformers, within the precision.
 
     In bfloat16 only the transformer computes in it; pooling and what follows stay in float32. `batches` "auto" packs
-    texts without padding on CUDA in bfloat16, if the model's vectors stay what they are. `embed` may be called from
-    several threads.
+    texts without padding on CUDA in bfloat16, if the model's vectors stay what they are. `compiles`: run packed batches
+    through compiled code with fewer kernels, on the same condition. `embed` may be called from several threads.
     """
 
     def __init__(
-        self, folder: ModelFolder, device: str = "auto", dtype: Dtype = "auto", batches: Batches = "auto"
+        self,
+        folder: ModelFolder,
+        device: str = "auto",
+        dtype: Dtype = "auto",
+        batches: Batches = "auto",
+        compiles: bool = False,
     ) -> None:
         super().__init__()
         self._folder = folder
         self._wanted_device = device
         self._wanted_dtype = dtype
         self._wanted_batches = batches
+        self._compiles = compiles
         self._model: SentenceTransformer | None = None
         self._lanes: Lanes = DirectLanes(torch.device("cpu"))
-        self._packed = False
+        self._packing: Packing | None = None
+        self._packed = self._compiled = False
+        self._asked: set[Asked] = set()
         self._exact = ExactModel(folder)
 
     @property
@@ -91,8 +102,7 @@ class TorchEngine(TextEngine):
         """Load the model and try it. Raises `ModelError`."""
         device = pick_device(self._wanted_device)
         dtype = pick_dtype(self._wanted_dtype, device)
-        # Beside a model on the CPU, tokenizing must not take more than its own thread; a user's own choice stands.
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false" if device.type == "cpu" else "true")
+        share_cores(device)
         packs = self._wanted_batches == "packed" or (
             self._wanted_batches == "auto" and device.type == "cuda" and dtype == "bfloat16"
         )
@@ -101,6 +111,8 @@ class TorchEngine(TextEngine):
         self._lanes = CudaLanes(device) if device.type == "cuda" else DirectLanes(device)
         self._place(device)
         dtype = self._speed_up(dtype, packs)
+        if self._compiles and not self._packed:
+            log.warning("model %s runs eagerly, as only packed batches are compiled", self._folder.name)
         self.in_flight = self._lanes.count
         model = self.text_model
         self._info = EngineInfo(
@@ -115,6 +127,7 @@ class TorchEngine(TextEngine):
         )
         if device.type == "cuda":
             how = "padded" if self._info.padded else "packed without padding"
+            how += ", compiled" if self._compiled else ""
             log.info("torch in %s on %s: batches of %d tokens, %s", dtype, device, self._info.batch_tokens, how)
 
     def embed(self, batch: TokenBatch) -> dict[str, npt.NDArray[np.float32]]:
@@ -136,8 +149,13 @@ class TorchEngine(TextEngine):
 
     def close(self) -> None:
         """Give the model's memory back."""
-        self._model = None
+        if self._compiled:
+            release(self.modules)
+            self._compiled = False
+        self._model = self._packing = None
+        self._lanes = DirectLanes(torch.device("cpu"))
         self._exact.close()
+        gc.collect()  # modules and their hooks refer to each other
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -145,6 +163,7 @@ class TorchEngine(TextEngine):
         """In float32, and everything that there is to know about it."""
         self._model = load_model(self._folder, device)
         self._packed = False
+        self._tokens_step = 1
         self._packing = Packing(self._model)
         self._first_position = first_position(self._model)
         self._vocabulary = vocabulary_size(self._model)
@@ -177,7 +196,8 @@ class TorchEngine(TextEngine):
             return False
         batches = [_few_texts(model, role) for role in model.roles]
         references = self._vectors(batches)
-        failure = self._try_packed(batches, references, "float32")
+        with noting() as self._asked:
+            failure = self._try_packed(batches, references, "float32")
         self._pack(on=False)
         if failure:
             log.warning("model %s runs in padded batches, as it cannot be packed: %s", self._folder.name, failure)
@@ -195,16 +215,25 @@ class TorchEngine(TextEngine):
             packs = False
             self._pack(on=False)
             log.warning("model %s runs in padded batches, as packed ones fail: %s", self._folder.name, failure)
-        return self._lower(batches, references) if dtype == "bfloat16" else dtype
+        if dtype == "bfloat16":
+            dtype = self._lower(batches, references)
+        if self._compiles and self._packed:
+            self._compile(batches, references, "bfloat16" if dtype == "bfloat16" else "float32")
+        return dtype
 
     def _lower(self, batches: Sequence[TokenBatch], references: Sequence[Vectors]) -> Dtype:
-        device, packed = torch.device(self.modules.device), self._packed
+        device = torch.device(self.modules.device)
         for transformer in transformers_of(self.modules):
             _to_bfloat16(transformer)
             transformer.register_forward_hook(_upcast)
         _wait_for(device)
-        failure = self._try(batches, references, "bfloat16")
-        if failure and packed:
+        failure = None
+        if self._packed and is_fast(device, torch.bfloat16):
+            self._tokens_step = TOKENS_STEP
+            longest = self.text_model.input.limits.longest
+            failure = _failure_of(lambda: check_attention(self._asked, longest, device))
+        failure = failure or self._try(batches, references, "bfloat16")
+        if failure and self._packed:
             self._pack(on=False)
             log.warning("model %s runs in padded batches, as packed ones fail: %s", self._folder.name, failure)
             failure = self._try(batches, references, "bfloat16")
@@ -228,15 +257,27 @@ class TorchEngine(TextEngine):
 
     def _try(self, batches: Sequence[TokenBatch], references: Sequence[Vectors], precision: Precision) -> str | None:
         """What is wrong with its vectors now, if anything."""
+        return _failure_of(lambda: require(compare(self._vectors(batches), references), precision))
+
+    def _compile(self, batches: Sequence[TokenBatch], references: Sequence[Vectors], precision: Precision) -> None:
+        """Run packed batches through compiled code with fewer kernels, if that works and vectors stay what they are."""
+        device = torch.device(self.modules.device)
         try:
-            require(compare(self._vectors(batches), references), precision)
-        except (CheckFailed, CannotPack) as error:
-            return str(error)
-        except _REFUSALS as error:
-            return f"{type(error).__name__}: {error}"
-        return None
+            with ExitStack() as undo, compiling(self.modules):
+                fuse_projections(self.modules, undo)
+                fuse_gelu(self.modules, undo, GPU_BATCH_TOKENS if device.type == "cuda" else None)
+                _wait_for(device)
+                require(compare(self._vectors(batches), references), precision)
+                undo.pop_all()
+        except CannotCompile as error:
+            _wait_for(device)
+            log.warning("model %s runs eagerly, as it cannot be compiled: %s", self._folder.name, error)
+        else:
+            self._compiled = True
 
     def _pack(self, *, on: bool) -> None:
+        if self._packing is None:
+            raise RuntimeError("the engine is not started")
         if on:
             self._packing.on()
         elif self._packed:
@@ -251,23 +292,16 @@ class TorchEngine(TextEngine):
         return CPU_BATCH_TOKENS if device.type == "cpu" else GPU_BATCH_TOKENS
 
     def _probe(self, tokens: int, device: torch.device) -> Probe:
-        """Seconds of a full batch of usual texts, and the most memory that one of these or of the longest takes."""
+        """Seconds of a full batch of usual texts, and the most memory that these or one of the longest take."""
         usual, longest = (
             self.text_model.input.sample(max(1, tokens // row), row, next(iter(self.text_model.roles)))
-            for row in (min(_PROBE_ROW_TOKENS, self.text_model.input.max_length), self._longest(tokens))
+            for row in (min(each, tokens, self.text_model.input.max_length) for each in (_USUAL_TOKENS, LONGEST_TRIED))
         )
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         self.embed(longest)
-        seconds = []
-        for _ in range(_PROBE_RUNS):
-            begun = time.perf_counter()
-            self.embed(usual)
-            seconds.append(time.perf_counter() - begun)
-        return Probe(min(seconds), torch.cuda.max_memory_allocated(device) - before)
-
-    def _longest(self, tokens: int) -> int:
-        return max(1, min(self.text_model.input.max_length, tokens))
+        seconds = seconds_a_batch(lambda: self.embed(usual), self._lanes.count)
+        return Probe(seconds, torch.cuda.max_memory_allocated(device) - before)
 
     def _vectors(self, batches: Sequence[TokenBatch]) -> list[Vectors]:
         return [self._run(batch) for batch in batches]
@@ -276,6 +310,22 @@ class TorchEngine(TextEngine):
         if self._vocabulary is not None and len(batch.ids) and int(batch.ids.max()) >= self._vocabulary:
             # On a GPU this would end the process.
             raise ValueError(f"token {batch.ids.max()} is beyond the model's vocabulary of {self._vocabulary}")
+        return self._run_packed(batch) if self._packed else self._launch(batch)
+
+    def _run_packed(self, batch: TokenBatch) -> Vectors:
+        """A text without tokens has no place in a packed batch: its vector is NaN."""
+        kept = batch.lengths > 0
+        if not kept.any():
+            raise ValueError("the text has no token")
+        full = fill_up(only(batch, kept), self._tokens_step, self.text_model.input.limits.longest)
+        vectors = self._launch(full)
+        if kept.all():
+            return vectors[: len(batch)]
+        whole = np.full((len(batch), vectors.shape[1]), np.nan, np.float32)
+        whole[kept] = vectors[: int(kept.sum())]
+        return whole
+
+    def _launch(self, batch: TokenBatch) -> Vectors:
         return self._lanes.run(batch, lambda ids, starts: self._forward(batch, ids, starts))
 
     @torch.inference_mode()
@@ -310,6 +360,17 @@ class TorchEngine(TextEngine):
         if len(set(roles.values())) > 1:
             raise ModelError(f"model {self._folder.name} gives vectors of other dimensions for other roles: {roles}")
         return roles
+
+
+def _failure_of(run: Callable[[], None]) -> str | None:
+    """What is wrong with the model as it runs now, if anything."""
+    try:
+        run()
+    except (CheckFailed, CannotPack) as error:
+        return str(error)
+    except _REFUSALS as error:
+        return f"{type(error).__name__}: {error}"
+    return None
 
 
 def _wait_for(device: torch.device) -> None:
@@ -355,8 +416,15 @@ def _upcast(_module: torch.nn.Module, _inputs: Any, features: dict[str, Any]) ->
     }
 
 
+_OUT_OF_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED",  # its handle takes memory, too
+)
+"""MPS, the CPU's allocator and CUDA's libraries have no exception type of their own."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    # MPS and the CPU's allocator have no exception type of their own.
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
-        sign in str(error) for sign in ("out of memory", "can't allocate memory", "not enough memory")
-    )
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(sign in str(error) for sign in _OUT_OF_MEMORY)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import sentence_transformers
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
@@ -11,10 +12,14 @@ from transformers import PreTrainedModel
 
 from embedstream_worker.engines.base import TokenBatch
 from embedstream_worker.engines.packed_attention import NAME, CannotPack
+from embedstream_worker.engines.packed_batch import bound
 from embedstream_worker.engines.text_input import TextInput
 from embedstream_worker.engines.torch_loading import quiet
 
 Features = dict[str, Any]
+
+_WAITLESS_POOLING = (6, 2)
+"""Of sentence-transformers: before it, pooling packed texts waits for the device in each batch."""
 
 _PACKED_ARGUMENTS = frozenset({"position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"})
 
@@ -44,13 +49,9 @@ def packed_features(
 ) -> Features:
     """Texts behind each other as one row: ids and positions [1, total], and where texts begin, int32 [n + 1].
 
-    Waits for nothing on the device. `first_position`: what models call a text's first token.
-
-    Raises:
-        ValueError: a text has no token. A padded model has a place for its vector, a packed one has not.
+    Waits for nothing on the device. Each text has a token. `first_position`: what models call a text's first token.
     """
-    if not batch.lengths.all():
-        raise ValueError("the text has no token")
+    longest = bound(batch.longest)
     total = len(batch.ids)
     text = torch.repeat_interleave(
         torch.arange(len(batch), device=ids.device), (starts[1:] - starts[:-1]).long(), output_size=total
@@ -62,8 +63,8 @@ def packed_features(
         "seq_idx": text.unsqueeze(0),
         "cu_seq_lens_q": starts,
         "cu_seq_lens_k": starts,
-        "max_length_q": batch.longest,
-        "max_length_k": batch.longest,
+        "max_length_q": longest,
+        "max_length_k": longest,
     }
     return _with_extras(text_input, batch, features)
 
@@ -108,6 +109,9 @@ class Packing:
         """Packed batches from now on. Raises `CannotPack` for a model that has its own attention."""
         if not self._transformers:
             raise CannotPack("it has no transformer")
+        version = sentence_transformers.__version__
+        if tuple(map(int, version.split(".")[:2])) < _WAITLESS_POOLING:
+            raise CannotPack(f"sentence-transformers {version} pools such batches too slowly; use 6.2 or newer")
         if not all(isinstance(part.model, PreTrainedModel) for part in self._transformers):
             raise CannotPack("it is no model of transformers' own")
         with quiet():
