@@ -17,6 +17,7 @@ from typing import NoReturn
 import click
 
 from embedstream.errors import EmbedstreamError
+from embedstream.masking import mask_text
 from embedstream.terminal import PrintableFormatter, echo
 
 INTERRUPTED = 130
@@ -46,7 +47,9 @@ def run(command: click.Command, tell: Callable[[str], None] = tell_error) -> NoR
         click.echo("interrupted", err=True)
         sys.exit(INTERRUPTED)
     except click.ClickException as error:
-        error.show()
+        said = io.StringIO()
+        error.show(said)
+        click.echo(mask_text(said.getvalue()), nl=False, err=True)
         sys.exit(error.exit_code)
     except EmbedstreamError as error:
         tell(str(error))

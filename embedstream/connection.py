@@ -9,7 +9,7 @@ import shlex
 import ssl
 from collections.abc import Iterator
 from typing import Any
-from urllib.parse import SplitResult, parse_qsl, urlsplit, urlunsplit
+from urllib.parse import SplitResult, parse_qsl, urlsplit
 
 import redis
 import redis.asyncio
@@ -20,6 +20,8 @@ from redis.retry import Retry
 
 from embedstream.errors import BrokerError, UsageError
 from embedstream.failpoints import breakable
+from embedstream.masking import HIDDEN
+from embedstream.masking import mask as mask  # to be had here too, beside the connections whose addresses it hides
 from embedstream.troubles import UNREACHABLE, trouble, without_command
 
 TIMEOUT_SECONDS = 15.0
@@ -39,22 +41,26 @@ _KNOWN_TLS = ("ssl_ca_certs", "ssl_ca_path", "ssl_cert_reqs", "ssl_certfile", "s
 """What a URL's query may say; redis-py would fail on others at the first command, or answer in another type."""
 
 
-def _cut_short(parts: SplitResult) -> bool:
+def is_cut_short(parts: SplitResult) -> bool:
     """Whether an unescaped character in the password has ended what stands before the host."""
-    if "@" in parts.path or "@" in parts.fragment:
+    login_is_whole = parts.scheme == "unix" and (not parts.netloc or "@" in parts.netloc)
+    if not login_is_whole and "@" in f"{parts.path}{parts.query}{parts.fragment}":
         return True
     try:
         return parts.port is not None and parts.hostname is None
     except ValueError:
-        return "@" in parts.query
+        # What stands for the port of a URL without an @ may be a password.
+        return "@" not in parts.netloc and not parts.netloc.rpartition(":")[2].isdecimal()
 
 
 def _options(url: str, timeout: float) -> dict[str, Any]:
     """Raises `UsageError` for a URL that is none, `ValueError` for one that is none to `urlsplit`."""
     parts = urlsplit(url)
     if parts.scheme not in _SCHEMES:
-        raise UsageError(f"Redis URL {mask(url)!r}: use redis://host:6379/0, rediss:// (TLS) or unix:///path/to/socket")
-    if parts.scheme != "unix" and _cut_short(parts):
+        # Where the scheme was forgotten, any piece may be one of a password.
+        shown = mask(url) if "://" in url or "@" not in url else HIDDEN
+        raise UsageError(f"Redis URL {shown!r}: use redis://host:6379/0, rediss:// (TLS) or unix:///path/to/socket")
+    if is_cut_short(parts):
         # Nothing of it is shown: any piece may be one of a password.
         raise UsageError(
             f"Redis URL {parts.scheme}://***: in a password, / ? # and @ are written as %2F %3F %23 and %40; "
@@ -69,7 +75,7 @@ def _options(url: str, timeout: float) -> dict[str, Any]:
         if name not in known:
             raise UsageError(f"Redis URL {mask(url)!r}: unknown setting {name} (known: {', '.join(known)})")
     if parts.scheme != "unix" and not parts.path.strip("/").isdecimal() and parts.path.strip("/"):
-        raise UsageError(f"Redis URL {mask(url)!r}: database {parts.path[1:]!r} is not a number: redis://host:6379/0")
+        raise UsageError(f"Redis URL {mask(url)!r}: the database is not a number: redis://host:6379/0")
     options: dict[str, Any] = {
         "socket_timeout": timeout,
         "socket_connect_timeout": 5.0,
@@ -145,20 +151,6 @@ def explaining(url: str) -> Iterator[None]:
         yield
     except redis.RedisError as error:
         raise BrokerError(explain(error, url)) from error
-
-
-def mask(url: str) -> str:
-    """The URL without its password."""
-    try:
-        parts = urlsplit(url)
-    except ValueError:
-        return url.partition("://")[0] + "://***"
-    parts = parts._replace(query=re.sub(r"(?<![^&])password=[^&]*", "password=***", parts.query))
-    if parts.password is not None:
-        host = parts.netloc.rpartition("@")[2]
-        parts = parts._replace(netloc=f"{parts.username or ''}:***@{host}")
-    # urlunsplit drops the slashes of unix:///path.
-    return urlunsplit(parts).replace("unix:/", "unix:///", 1) if url.startswith("unix:///") else urlunsplit(parts)
 
 
 def with_redis(command: str, url: str) -> str:

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from embedstream.masking import mask_text
+
 
 class EmbedstreamError(Exception):
-    """Base of the family. `exit_code` is what a command line ends with when this error reaches it."""
+    """Base of the family. `exit_code` is what a command line ends with when this error reaches it.
+
+    No message shows a password: addresses in it are masked.
+    """
 
     exit_code = 2
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(mask_text(message))
 
 
 class UsageError(EmbedstreamError):

@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 from embedstream import commands
+from embedstream.masking import mask_text
 from embedstream.terminal import PrintableFormatter
 
 LogFormat = Literal["text", "json"]
@@ -77,11 +78,11 @@ class JsonFormatter(logging.Formatter):
             .isoformat(timespec="milliseconds")
             .replace("+00:00", "Z"),
             "level": record.levelname.lower(),
-            "message": record.getMessage(),
+            "message": mask_text(record.getMessage()),
             "logger": record.name,
             **_identity,
         }
         line |= {name: getattr(record, name) for name in FIELDS if hasattr(record, name)}
         if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
+            line["exception"] = mask_text(self.formatException(record.exc_info))
         return json.dumps(line)  # in ASCII, so that no terminal obeys it

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
 from embedstream.errors import UsageError
+from embedstream.masking import mask
 
 if TYPE_CHECKING:
     from pyarrow.fs import S3FileSystem
@@ -103,11 +104,11 @@ def parse_object(text: str, what: str, *, whole_bucket: bool = False) -> ObjectA
         )
     settings = dict(parse_qsl(query, keep_blank_values=True))
     unknown = set(settings) - set(_SETTINGS)
-    shown = f"{what} {SCHEME}{''.join(c if c.isprintable() else '?' for c in place)}"
+    shown = f"{what} {mask(SCHEME + ''.join(c if c.isprintable() else '?' for c in place))}"
     if unknown:
         raise UsageError(f"{shown}: unknown setting {min(unknown)}: known are {', '.join(_SETTINGS)}")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]+", bucket):
-        raise UsageError(f"{shown}: {bucket or 'nothing'} is no bucket's name: write {SCHEME}bucket/name")
+        raise UsageError(f"{shown}: this is no bucket's name: write {SCHEME}bucket/name")
     key = key.strip("/")
     if not key and not whole_bucket:
         raise UsageError(f"{shown}: names a bucket and no key: write {SCHEME}{bucket}/name")

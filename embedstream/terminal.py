@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from embedstream.masking import mask_text
+
 
 def printable(text: str, most: int | None = None) -> str:
     """One line: at most `most` characters of `text`, with those that could play tricks on a terminal escaped."""
@@ -34,11 +36,11 @@ def echo_json(data: bytes) -> None:
 
 
 class PrintableFormatter(logging.Formatter):
-    """Log records on one line each; only a traceback has lines of its own."""
+    """Log records on one line each, without passwords; only a traceback has lines of its own."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        record.message = printable(record.message)
+        record.message = printable(mask_text(record.message))
         return super().formatMessage(record)
 
     def formatException(self, ei: Any) -> str:
-        return printable_lines(super().formatException(ei))
+        return printable_lines(mask_text(super().formatException(ei)))

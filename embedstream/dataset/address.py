@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
+from embedstream.connection import is_cut_short
 from embedstream.errors import UsageError
+from embedstream.masking import mask
 
 SCHEMES = ("redis", "rediss", "unix")
 
@@ -49,7 +51,13 @@ def parse_address(text: str) -> RedisAddress:
         parts = urlsplit(text)
     except ValueError as error:
         raise UsageError(f"output {text.partition(':')[0]}:…: is no URL ({error})") from error
-    shown = f"{parts.scheme}:{'//…' if parts.netloc or parts.path else ''}?{parts.query}"
+    shown = mask(text)
+    if is_cut_short(parts):
+        # Nothing of it is shown: any piece may be one of a password.
+        raise UsageError(
+            f"output {parts.scheme}:…: in a password, / ? # and @ are written as %2F %3F %23 and %40, as is @ in a "
+            f"prefix; the whole is redis://USER:PASSWORD@host:6379/0?prefix=docs:"
+        )
     settings = dict(parse_qsl(parts.query, keep_blank_values=True))
     ttl = _ttl(settings.pop("ttl"), shown) if "ttl" in settings else None
     prefix = settings.pop("prefix", "")
@@ -97,9 +105,7 @@ def _db(text: str, shown: str) -> int:
     if not text:
         return 0
     if not text.isdecimal() or len(text) > _DIGITS:
-        raise UsageError(
-            f"output {shown}: database {text[:100]!r} is not a number: write redis://host:6379/0?prefix=docs:"
-        )
+        raise UsageError(f"output {shown}: the database is not a number: write redis://host:6379/0?prefix=docs:")
     return int(text)
 
 

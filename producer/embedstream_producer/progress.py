@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.text import Text
 
 from embedstream.jobs import JobStatus
+from embedstream.masking import mask_text
 from embedstream.terminal import printable, printable_lines
 from embedstream.workers import InHand, Rate
 from embedstream_producer.report import duration
@@ -141,4 +142,4 @@ class LogHandler(logging.Handler):
         self._progress = progress
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._progress.say(record.getMessage())
+        self._progress.say(mask_text(record.getMessage()))

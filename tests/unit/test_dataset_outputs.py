@@ -51,7 +51,7 @@ def test_equal_redis_outputs_have_one_spelling(text: str, canonical: str) -> Non
         ("redis://h?prefix=a:&ttl=0", "ttl=0 is not a number of seconds"),
         ("redis://h?prefix=a:&ttl=1d", "ttl=1d is not a number of seconds"),
         ("redis://h?prefix=a:&tll=5", "unknown setting tll"),
-        ("redis://h/x?prefix=a:", "database 'x' is not a number"),
+        ("redis://h/x?prefix=a:", "the database is not a number"),
         ("redis://h:99999?prefix=a:", "the port is not a number below 65536"),
         ("redis:?prefix=a:&db=1", "names no server"),
         ("unix://?prefix=a:", "no socket"),

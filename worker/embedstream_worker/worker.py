@@ -17,6 +17,7 @@ from embedstream.broker import Broker
 from embedstream.connection import connect
 from embedstream.errors import ModelError
 from embedstream.foreign import leaving_out
+from embedstream.masking import mask
 from embedstream.preflight import check
 from embedstream.settings import WorkerSettings
 from embedstream.workers import InHand, WorkerRecord
@@ -243,7 +244,7 @@ class Worker:
             engine=info.engine if info else "",
             device=info.device if info else "",
             dtype=info.dtype if info else "",
-            roots=self._plan.roots,
+            roots=tuple(map(mask, self._plan.roots)),
             state=self.state,
             phase="{} for {:.0f} s".format(*phase) if (phase := self.life.start_phase())[0] else "",
             started=self._started,
