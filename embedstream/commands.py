@@ -18,6 +18,7 @@ import click
 
 from embedstream.errors import EmbedstreamError
 from embedstream.masking import mask_text
+from embedstream.starting import protect_own_environment
 from embedstream.terminal import PrintableFormatter, echo
 
 INTERRUPTED = 130
@@ -38,6 +39,7 @@ def run(command: click.Command, tell: Callable[[str], None] = tell_error) -> NoR
 
     `tell`: what says the sentence.
     """
+    protect_own_environment()
     if logging.lastResort is not None:  # of commands that set up no log: warnings, as lines for people
         logging.lastResort.setFormatter(PrintableFormatter("%(message)s"))
     try:

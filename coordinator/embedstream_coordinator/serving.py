@@ -7,7 +7,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 import uuid
@@ -27,6 +26,7 @@ from embedstream.foreign import reading
 from embedstream.keys import COORDINATORS
 from embedstream.logs import LogFormat, identify
 from embedstream.preflight import check, refuse_few_rights, shortcomings
+from embedstream.starting import environment, python_command
 from embedstream.troubles import trouble, waiting
 from embedstream_coordinator.context import Context
 from embedstream_coordinator.dispatching import Dispatcher
@@ -164,8 +164,12 @@ class _Slot:
             context=self._context,
         )
         self._close()
-        command = [sys.executable, "-P", "-m", "embedstream_coordinator.slot"]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self._process = subprocess.Popen(
+            python_command("embedstream_coordinator.slot"),
+            env=environment(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(msgspec.json.encode(plan) + b"\n")

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import msgspec
 
+from embedstream.starting import environment, find_executable
+
 _PROC = Path("/proc/self/stat").exists()
 _POLL_SECONDS = 0.02
 
@@ -73,11 +75,11 @@ def _started_by_proc(pid: int) -> str | None:
 
 def _started_by_ps(pid: int) -> str | None:
     answer = subprocess.run(
-        ["ps", "-o", "stat=,lstart=", "-p", str(pid)],
+        [find_executable("ps") or "/bin/ps", "-o", "stat=,lstart=", "-p", str(pid)],
+        env={**environment(), "LC_ALL": "C"},
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "LC_ALL": "C"},
     )
     state, _, started = answer.stdout.strip().partition(" ")
     return None if not state or state.startswith("Z") else started.strip()

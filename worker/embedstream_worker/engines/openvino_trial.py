@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 
 from embedstream.errors import ModelError
+from embedstream.starting import environment, python_command
 from embedstream_worker.engines.precision import Precision
 from embedstream_worker.model_folder import Trust
 from embedstream_worker.models import ModelFolder
@@ -54,8 +55,13 @@ def run_trial(folder: ModelFolder, precision: Precision, fingerprint: str, cache
     """
     log.info("model %s: converting for openvino, once", folder.name)
     trial = _Trial(str(folder.path), folder.name, folder.needs, precision, fingerprint, str(cache))
-    command = [sys.executable, "-m", "embedstream_worker.engines.openvino_trial"]
-    ended = subprocess.run(command, input=msgspec.json.encode(trial), capture_output=True, check=False)
+    ended = subprocess.run(
+        python_command("embedstream_worker.engines.openvino_trial"),
+        env=environment(),
+        input=msgspec.json.encode(trial),
+        capture_output=True,
+        check=False,
+    )
     if ended.returncode < 0:
         died_of = signal.Signals(-ended.returncode)
         return TrialResult(f"a trial in {precision} died of {died_of.name}", died_of not in _FROM_OUTSIDE)
