@@ -27,6 +27,7 @@ from measure import machine, quantile, table
 from embedstream import Client
 from embedstream.broker import Broker
 from embedstream.connection import connect
+from embedstream.embedded import state_folder
 from embedstream_worker.batching import cut_batches, gather_batch
 from embedstream_worker.engines import make_engine
 
@@ -119,7 +120,7 @@ def embedded_phases(place: Path, number: int) -> dict[str, float]:
     """Seconds since its start at which one `embed-submit` of one text reached each phase."""
     corpus = corpora.write_corpus(place / f"one-{number}.jsonl", ["Return the sum of the numbers."])
     output = place / f"one-{number}.vectors"
-    log = output / ".embedstream" / "worker.log"
+    log = state_folder(str(output)) / "worker.log"
     manifest = output / "_manifest.json"
     begun, reached = time.time(), {}
     process = subprocess.Popen(

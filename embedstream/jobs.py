@@ -179,16 +179,17 @@ def other_version(what: str, version: int, reader: str) -> str:
 
 def public_spec(spec: JobSpec) -> JobSpec:
     """The spec as readers may see it: no credentials in the output's URL."""
-    return msgspec.structs.replace(spec, output=_without_credentials(spec.output))
+    return msgspec.structs.replace(spec, output=without_credentials(spec.output))
 
 
 def job_id(queue: str, output: str, retried: str = "") -> str:
     """16 hex digits from queue and output; who may log in there does not matter. `retried`: `Retry.manifest`."""
-    named = [queue, _without_credentials(output), *([retried] if retried else [])]
+    named = [queue, without_credentials(output), *([retried] if retried else [])]
     return hashlib.blake2b("\0".join(named).encode(), digest_size=8).hexdigest()
 
 
-def _without_credentials(output: str) -> str:
+def without_credentials(output: str) -> str:
+    """An output without who logs in there: the place itself."""
     return re.sub(r"^(rediss?|unix)://[^/?#]*@", r"\1://", output)
 
 

@@ -34,6 +34,14 @@ class RedisServer:
         return redis.Redis.from_url(self.url)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What embedded mode keeps of the tests' outputs does not lie among what it keeps of the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        yield
+
+
 @contextlib.contextmanager
 def serve_redis() -> Iterator[RedisServer]:
     """A server of one's own. Its socket is in a short folder, as socket paths end at 107 bytes."""

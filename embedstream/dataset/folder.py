@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 MANIFEST = "_manifest.json"
 ERRORS = "errors.jsonl"
-OURS = (".embedstream", MANIFEST, ERRORS, "part-", "errors-")
+OURS = (MANIFEST, ERRORS, "part-", "errors-")
 """Beginnings of the names that make a folder a dataset, finished or not."""
 
 BATCH_ROWS = 8192
@@ -137,6 +137,11 @@ class FolderSink:
                 log.warning("ignored: %s", error)
                 continue
             yield found
+
+    def missing(self, names: Iterable[str]) -> list[str]:
+        """Those of some shards whose data files are not there. Raises `OutputError`."""
+        there = set(self._part_files())
+        return [name for name in names if part_file(name) not in there]
 
     def _footers(self, known: Container[str] = ()) -> Iterator[ShardRecord]:
         """What each readable shard says of itself, but for the `known` ones, in name order."""

@@ -173,6 +173,10 @@ class RedisSink:
         """None: hashes do not say which shard they came in."""
         return iter(())
 
+    def missing(self, names: Iterable[str]) -> list[str]:  # noqa: ARG002
+        """None, for the same reason."""
+        return []
+
     def read_manifest(self) -> Manifest | None:
         """The manifest; None before the job's end. Raises `OutputError`."""
         key = f"{self._prefix}_manifest"

@@ -177,6 +177,9 @@ class Sink(Protocol):
             SpecDiffers: rows of a job with another spec lie there.
         """
 
+    def missing(self, names: Iterable[str]) -> list[str]:
+        """Those of some shards whose files are not there (none for sinks without files). Raises `OutputError`."""
+
     def read_manifest(self) -> Manifest | None:
         """The manifest, if one was ever written."""
 

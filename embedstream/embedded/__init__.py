@@ -6,7 +6,8 @@ with OutputLock(output) as lock:
     lock.remove_state()            # when the job is complete
 """
 
-from embedstream.embedded.lock import OutputLock, state_folder
+from embedstream.embedded.lock import OutputLock
+from embedstream.embedded.private import PrivateFolder, state_folder
 from embedstream.embedded.server import PrivateServer
 
-__all__ = ["OutputLock", "PrivateServer", "state_folder"]
+__all__ = ["OutputLock", "PrivateFolder", "PrivateServer", "state_folder"]

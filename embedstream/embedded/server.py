@@ -19,10 +19,14 @@ import msgspec
 import redis
 
 from embedstream.embedded.lock import OutputLock
+from embedstream.embedded.private import PrivateFolder
 from embedstream.embedded.processes import identify, is_running
 from embedstream.embedded.programs import Program, find_program
 from embedstream.embedded.state import (
+    LOG,
     SHUTDOWN_SECONDS,
+    SOCKET,
+    SOCKET_FOLDER,
     Say,
     ServerRecord,
     claim_folder,
@@ -36,15 +40,14 @@ from embedstream.embedded.state import (
     write_record,
 )
 from embedstream.errors import ServerError
+from embedstream.masking import mask
+from embedstream.starting import environment
 
 LONGEST_SOCKET_PATH = 103
 """Bytes: 107 on Linux, 103 on macOS."""
 
 START_SECONDS = 30.0
 """From the start of the process to its first answer; loading its data may then take as long as it takes."""
-
-LOG = "server.log"
-SOCKET = "redis.sock"
 
 
 def _print(message: str) -> None:
@@ -69,16 +72,16 @@ class PrivateServer:
             ServerError: no server could be found or started; the message ends with its last log lines.
         """
         if not lock.held:
-            raise ServerError(f"{lock.output}: lock the output before a server is started on it")
+            raise ServerError(f"{mask(lock.output)}: lock the output before a server is started on it")
         before = read_record(lock.state)
         if before is not None and end_survivors(before):
-            say(f"{lock.output}: ended what an earlier run left running")
+            say(f"{mask(lock.output)}: ended what an earlier run left running")
         server = cls(lock.state, program or find_program(), before, say)
         try:
             server._start()
         except OSError as error:
             server.stop()
-            raise ServerError(f"{lock.state}: no server could be started here: {error}") from error
+            raise ServerError(f"{lock.state.path}: no server could be started here: {error}") from error
         except BaseException:
             server.stop()
             raise
@@ -89,7 +92,7 @@ class PrivateServer:
             )
         return server
 
-    def __init__(self, state: Path, program: Program, before: ServerRecord | None, say: Say) -> None:
+    def __init__(self, state: PrivateFolder, program: Program, before: ServerRecord | None, say: Say) -> None:
         self.program = program
         self._state = state
         self._before = before
@@ -121,7 +124,7 @@ class PrivateServer:
             self._process = None
         remove_socket(self._record.socket)
         with self._recording:
-            if self._state.is_dir() and self._record.server is not None:
+            if self._state.path.is_dir() and self._record.server is not None:
                 self._note(server=None, socket="")
         atexit.unregister(self.stop)
 
@@ -157,16 +160,16 @@ class PrivateServer:
             self._launch(claim)
             if self._wait_ready() is None:
                 self._say(
-                    f"{moved[0][0]}: cannot be read, put aside as {moved[0][1].name}; what lies in the output is kept, "
-                    f"the rest is submitted again. The server said:\n{reason}"
+                    f"{self._state.path / moved[0][0]}: cannot be read, put aside as {moved[0][1]}; what lies in "
+                    f"the output is kept, the rest is submitted again. The server said:\n{reason}"
                 )
                 return
-            put_back(moved)
+            put_back(self._state, moved)
         raise ServerError(f"{self._describe()} ended at once (exit status {code}):\n{reason}")
 
     def _launch(self, claim: int) -> None:
         atexit.register(self.stop)
-        with (self._state / LOG).open("wb") as log:
+        with open(LOG, "wb", opener=self._state.opener) as log:
             if self.program.keeps_data:
                 self._launch_real(claim, log.fileno())
             else:
@@ -183,7 +186,7 @@ class PrivateServer:
             "port": "0",
             "unixsocket": str(path),
             "unixsocketperm": "700",
-            "dir": str(self._state),
+            "dir": str(self._state.path),
             "daemonize": "no",
             "appendonly": "yes",
             "appendfsync": "everysec",
@@ -194,6 +197,8 @@ class PrivateServer:
         arguments = [word for name, value in options.items() for word in (f"--{name}", value)]
         self._process = subprocess.Popen(
             [*self.program.command, *arguments],
+            env=environment(),
+            umask=0o077,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -206,6 +211,7 @@ class PrivateServer:
             self.url = f"redis://127.0.0.1:{listener.getsockname()[1]}/0"
             self._process = subprocess.Popen(
                 [*self.program.command, str(listener.fileno())],
+                env=environment(),
                 stdin=subprocess.PIPE,  # its end tells the stand-in that we are gone
                 stdout=log,
                 stderr=log,
@@ -244,10 +250,10 @@ class PrivateServer:
             process.stdin.close()
 
     def _describe(self) -> str:
-        return f"{self.program.product} {self.program.version} ({self.program.command[0]}) on {self._state}"
+        return f"{self.program.product} {self.program.version} ({self.program.command[0]}) on {self._state.path}"
 
     def _log_tail(self) -> str:
-        return "\n".join((self._state / LOG).read_text(errors="replace").splitlines()[-8:])
+        return "\n".join((self._state.read(LOG) or b"").decode(errors="replace").splitlines()[-8:])
 
 
 def _short_folder() -> Path:
@@ -258,10 +264,10 @@ def _short_folder() -> Path:
     """
     tried = dict.fromkeys([tempfile.gettempdir(), "/tmp", os.environ.get("XDG_RUNTIME_DIR", "")])
     for base in tried:
-        if len(os.fsencode(base)) + len(f"/embedstream-12345678/{SOCKET}") > LONGEST_SOCKET_PATH or not base:
+        if len(os.fsencode(base)) + len(f"/{SOCKET_FOLDER}12345678/{SOCKET}") > LONGEST_SOCKET_PATH or not base:
             continue
         try:
-            return Path(tempfile.mkdtemp(prefix="embedstream-", dir=base))
+            return Path(tempfile.mkdtemp(prefix=SOCKET_FOLDER, dir=base))
         except OSError:
             continue
     raise ServerError(

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import os
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,13 +20,24 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from embedstream.embedded.private import PrivateFolder, is_own_folder
 from embedstream.embedded.processes import Process, end, is_running, wait_ended
 from embedstream.embedded.programs import Program
 from embedstream.errors import ServerError
 
 RECORD = "server.json"
 CLAIM = "server.lock"
+LOG = "server.log"
+WORKER_LOG = "worker.log"
+DATA = "appendonly"
 ASIDE = ".aside-"
+
+SOCKET = "redis.sock"
+SOCKET_FOLDER = "embedstream-"
+"""Beginning of the name of the temporary folder that holds a socket."""
+
+MADE = (RECORD, CLAIM, LOG, WORKER_LOG, DATA, "temp-")
+"""Beginnings of all names in a state folder but the lock's: ours, the server's data, its files before a rename."""
 
 CHILD_GRACE_SECONDS = 15.0
 """A worker that is asked to leave finishes its batch, commits, and hands the rest back."""
@@ -60,28 +71,28 @@ def connect(url: str) -> redis.Redis:
     return redis.Redis.from_url(url, socket_timeout=5, socket_connect_timeout=5, retry=Retry(NoBackoff(), 0))
 
 
-def read_record(state: Path) -> ServerRecord | None:
+def read_record(state: PrivateFolder) -> ServerRecord | None:
     """What the run before left; None if nothing, or nothing that can be read."""
     try:
-        return msgspec.json.decode((state / RECORD).read_bytes(), type=ServerRecord)
-    except (FileNotFoundError, msgspec.MsgspecError):
+        return msgspec.json.decode(state.read(RECORD) or b"", type=ServerRecord)
+    except msgspec.MsgspecError:
         return None
 
 
-def write_record(state: Path, record: ServerRecord) -> None:
+def write_record(state: PrivateFolder, record: ServerRecord) -> None:
     """Replace `server.json` in one step."""
-    path, new = state / RECORD, state / f"{RECORD}.new"
-    new.write_bytes(msgspec.json.format(msgspec.json.encode(record)))
-    new.replace(path)
+    with open(f"{RECORD}.new", "wb", opener=state.opener) as file:
+        file.write(msgspec.json.format(msgspec.json.encode(record)))
+    state.rename(f"{RECORD}.new", RECORD)
 
 
-def claim_folder(state: Path) -> int:
+def claim_folder(state: PrivateFolder) -> int:
     """The lock that the server will inherit and hold, as an open file.
 
     Raises:
         ServerError: a server has it, one that could not be ended.
     """
-    fd = os.open(state / CLAIM, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    fd = state.opener(CLAIM, os.O_RDWR | os.O_CREAT)
     deadline = time.monotonic() + CLAIM_SECONDS
     while True:
         try:
@@ -90,7 +101,7 @@ def claim_folder(state: Path) -> int:
             if time.monotonic() >= deadline:
                 os.close(fd)
                 raise ServerError(
-                    f"{state}: a Redis server of an earlier run still works here and could not be ended "
+                    f"{state.path}: a Redis server of an earlier run still works here and could not be ended "
                     f"(perhaps on another machine): end it and run this again"
                 ) from None
             time.sleep(0.05)
@@ -116,10 +127,18 @@ def end_survivors(record: ServerRecord) -> bool:
 
 def remove_socket(path: str) -> None:
     """Remove a socket and the folder made for it, and nothing else that may lie there."""
-    if path:
+    socket = Path(path)
+    if _is_socket_folder(socket):
         with contextlib.suppress(OSError):
-            Path(path).unlink(missing_ok=True)
-            Path(path).parent.rmdir()
+            if socket.is_socket():
+                socket.unlink()
+            socket.parent.rmdir()
+
+
+def _is_socket_folder(socket: Path) -> bool:
+    """Whether the socket, if it is there, lies in a folder that was made for one, and that only this user can enter."""
+    named = socket.name == SOCKET and socket.parent.name.startswith(SOCKET_FOLDER)
+    return named and not socket.is_symlink() and is_own_folder(socket.parent)
 
 
 def _shut_down(path: str) -> bool:
@@ -128,7 +147,7 @@ def _shut_down(path: str) -> bool:
     The socket lies in a folder that only this user can enter, so who answers there is the server of that run, also
     when the run was killed before it could note the pid.
     """
-    if not path or not Path(path).exists():
+    if not _is_socket_folder(Path(path)) or not Path(path).is_socket():
         return False
     with connect(f"unix://{quote(path)}") as client:
         try:
@@ -138,29 +157,25 @@ def _shut_down(path: str) -> bool:
     return True
 
 
-def put_aside(state: Path) -> list[tuple[Path, Path]]:
-    """Rename append-only files so that the next server starts empty; pairs of old and new path."""
-    moved = []
-    for path in sorted(state.glob("appendonly*")):
-        if ASIDE not in path.name:
-            number = 1
-            while (to := path.with_name(f"{path.name}{ASIDE}{number}")).exists():
-                number += 1
-            moved.append((path, path.rename(to)))
+def put_aside(state: PrivateFolder) -> list[tuple[str, str]]:
+    """Rename append-only files so that the next server starts empty; pairs of old and new name."""
+    moved, names = [], set(state.names())
+    for name in sorted(names):
+        if name.startswith(DATA) and ASIDE not in name:
+            to = next(new for n in itertools.count(1) if (new := f"{name}{ASIDE}{n}") not in names)
+            state.rename(name, to)
+            moved.append((name, to))
     return moved
 
 
-def put_back(moved: list[tuple[Path, Path]]) -> None:
+def put_back(state: PrivateFolder, moved: list[tuple[str, str]]) -> None:
     """Undo `put_aside`, dropping what a server that did not start has made since."""
-    for path, aside in moved:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-        aside.rename(path)
+    for name, aside in moved:
+        state.remove(name)
+        state.rename(aside, name)
 
 
-def make_readable(state: Path, before: ServerRecord | None, program: Program, say: Say) -> None:
+def make_readable(state: PrivateFolder, before: ServerRecord | None, program: Program, say: Say) -> None:
     """Put files aside that `program` may not read, or may take for none."""
     if before is not None and program.reads_files_of(before.program):
         return
@@ -168,6 +183,6 @@ def make_readable(state: Path, before: ServerRecord | None, program: Program, sa
     if moved:
         writer = f"{before.program.product} {before.program.version}" if before else "an unknown version"
         say(
-            f"{moved[0][0]}: written by {writer}, which {program.product} {program.version} may not read: put aside as "
-            f"{moved[0][1].name}; what lies in the output is kept, the rest is submitted again"
+            f"{state.path / moved[0][0]}: written by {writer}, which {program.product} {program.version} may not read: "
+            f"put aside as {moved[0][1]}; what lies in the output is kept, the rest is submitted again"
         )

@@ -6,18 +6,17 @@ import contextlib
 import importlib.util
 import os
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from embedstream.embedded import OutputLock, PrivateServer
+from embedstream.embedded import OutputLock, PrivateFolder, PrivateServer
+from embedstream.embedded.state import WORKER_LOG
 from embedstream.errors import STALLED, EmbedstreamError, ModelError, ServerError, UsageError, WorkerError
 from embedstream.jobs import JobSpec
-
-LOG = "worker.log"
+from embedstream.starting import environment, python_command
 
 MOST_DEATHS = 6
 """Deaths in a row without one more committed block: it will not get better. Three find a text that kills the worker,
@@ -45,20 +44,18 @@ def check_installed(model: str) -> None:
 
 
 class Embedded:
-    """A locked output with its private server and, once started, its worker. A context manager."""
+    """The private server of a locked output and, once started, its worker. A context manager."""
 
-    def __init__(self, spec: JobSpec, say: Callable[[str], None]) -> None:
+    def __init__(self, spec: JobSpec, lock: OutputLock, say: Callable[[str], None]) -> None:
         self._spec = spec
+        self._lock = lock
         self._say = say
         self._stack = contextlib.ExitStack()
         self._worker: WorkerProcess | None = None
 
     def __enter__(self) -> Self:
-        """Raises `OutputBusy`, `OutputError`, `ServerError`."""
-        with contextlib.ExitStack() as stack:
-            self._lock = stack.enter_context(OutputLock(self._spec.output))
-            self._server = stack.enter_context(PrivateServer.start(self._lock, say=self._say))
-            self._stack = stack.pop_all()
+        """Raises `ServerError`."""
+        self._server = self._stack.enter_context(PrivateServer.start(self._lock, say=self._say))
         return self
 
     def __exit__(
@@ -72,9 +69,9 @@ class Embedded:
 
     def start_worker(self, done: Callable[[], int]) -> None:
         """Start the worker and keep it running; `done` says how many blocks are committed."""
-        command = worker_command(self._spec, self.url)
-        log = self._lock.state / LOG
-        self._worker = WorkerProcess(command, log, done, self._server.record_child, self._say)
+        command, state = worker_command(self._spec, self.url), self._lock.state
+        own = worker_environment(self._spec)
+        self._worker = WorkerProcess(command, own, state, done, self._server.record_child, self._say)
         self._stack.enter_context(self._worker)
 
     def check(self) -> None:
@@ -83,7 +80,7 @@ class Embedded:
             raise self._worker.failure
         if not self._server.alive():
             raise ServerError(
-                f"the private Redis server has ended (see {self._lock.state}): run the same command again to go on"
+                f"the private Redis server has ended (see {self._lock.state.path}): run the same command again to go on"
             )
 
     def remove_state(self) -> None:
@@ -95,10 +92,19 @@ class Embedded:
 
 
 def worker_command(spec: JobSpec, url: str) -> list[str]:
-    """How the worker is started."""
-    command = [sys.executable, "-m", "embedstream_worker", "--redis", url, "--model", spec.model]
-    command += ["--queue", spec.queue, "--output-root", spec.output, "--embedded"]
-    return command if spec.revision is None else [*command, "--revision", spec.revision]
+    """How the worker is started. All users of the machine may read this."""
+    arguments = ["--redis", url, "--model", spec.model, "--queue", spec.queue]
+    revision = [] if spec.revision is None else ["--revision", spec.revision]
+    return python_command("embedstream_worker", *arguments, *revision)
+
+
+def worker_environment(spec: JobSpec) -> dict[str, str]:
+    """The worker's environment, which nobody else may read: the output may hold a password.
+
+    What only makes sense for workers started by hand must not reach this one.
+    """
+    kept = {name: value for name, value in environment().items() if name not in _NOT_INHERITED}
+    return {**kept, "EMBEDSTREAM_EMBEDDED": spec.output}
 
 
 class WorkerProcess:
@@ -107,13 +113,15 @@ class WorkerProcess:
     def __init__(
         self,
         command: list[str],
-        log: Path,
+        environment: dict[str, str],
+        state: PrivateFolder,
         done: Callable[[], int],
         record: Callable[[int], None],
         say: Callable[[str], None],
     ) -> None:
         self._command = command
-        self._log = log
+        self._environment = environment
+        self._state = state
         self._done = done
         self._record = record
         self._say = say
@@ -124,7 +132,7 @@ class WorkerProcess:
         self.failure: EmbedstreamError | None = None
 
     def __enter__(self) -> Self:
-        self._log.unlink(missing_ok=True)
+        self._state.remove(WORKER_LOG)
         self._thread.start()
         return self
 
@@ -175,12 +183,10 @@ class WorkerProcess:
                 return
 
     def _start(self) -> subprocess.Popen[bytes]:
-        # What only makes sense for workers started by hand must not reach this one.
-        kept = {name: value for name, value in os.environ.items() if name not in _NOT_INHERITED}
-        with self._log.open("ab") as log:
+        with open(WORKER_LOG, "ab", opener=self._state.opener) as log:
             return subprocess.Popen(
                 self._command,
-                env=kept,
+                env=self._environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -189,7 +195,7 @@ class WorkerProcess:
 
     def _last_lines(self, count: int) -> str:
         try:
-            with self._log.open("rb") as file:
+            with open(WORKER_LOG, "rb", opener=self._state.opener) as file:
                 file.seek(max(0, file.seek(0, os.SEEK_END) - 16384))
                 text = file.read().decode(errors="replace")
         except FileNotFoundError:

@@ -13,6 +13,7 @@ from embedstream.blocks import Block, Refusal
 from embedstream.broker import Broker
 from embedstream.connection import connect, explaining, mask, with_redis
 from embedstream.dataset.sink import Manifest, Sink, open_sink
+from embedstream.embedded import OutputLock
 from embedstream.errors import EmbedstreamError, ModelError, UsageError
 from embedstream.input.duplicates import DuplicateIndex
 from embedstream.jobs import JobSpec, JobState, JobStatus, parse_max_errors
@@ -198,8 +199,10 @@ class Run:
             hint = part.hint(self.spec)
             if hint is not None:
                 self._progress.tell(hint)
+        if self.options.redis_url is None:
+            return self._embedded()
         with made_folders(self.spec.output):
-            return self._embedded() if self.options.redis_url is None else self._fleet(self.options.redis_url)
+            return self._fleet(self.options.redis_url)
 
     def interrupted(self) -> int:
         """After Ctrl-C."""
@@ -234,8 +237,11 @@ class Run:
 
     def _embedded(self) -> int:
         check_installed(self.spec.model)
-        self.sink.check()
-        with Embedded(self.spec, self._progress.tell) as embedded, explaining(embedded.url):
+        with contextlib.ExitStack() as stack:
+            lock = stack.enter_context(OutputLock(self.spec.output))
+            self.sink.check()
+            embedded = stack.enter_context(Embedded(self.spec, lock, self._progress.tell))
+            stack.enter_context(explaining(embedded.url))
             broker = Broker(connect(embedded.url), self.spec.queue)
             watch = Watch(
                 embedded.url, self.spec, self._settings, self._progress, seconds=EMBEDDED_SECONDS, embedded=True
@@ -244,6 +250,9 @@ class Run:
 
             def open_and_start() -> Opened:
                 nonlocal started
+                if not started and self.sink.missing(broker.shard_names(self.spec.job)):
+                    self._progress.tell("vectors of an earlier run are gone from the output: making them again")
+                    broker.client.flushall()
                 opened = self._open(broker, visible=True, always_adopt=not started)
                 if not started:
                     started = True

@@ -22,6 +22,7 @@ from hashing_reference import reference_vector
 from embedstream.broker import Broker
 from embedstream.connection import connect
 from embedstream.coordination import coordinators
+from embedstream.embedded import state_folder
 
 MODEL = "hashing"
 BIN = Path(sys.executable).parent
@@ -190,18 +191,20 @@ def assert_vectors(found: Mapping[str, Any], expected: Mapping[str, Any]) -> Non
 
 
 def assert_no_leftovers(output: Path) -> None:
-    """Nothing half-written and no server state is left in an output."""
+    """Nothing half-written is left in an output, and no server state of it."""
     names = sorted(path.name for path in output.iterdir()) if output.exists() else []
-    assert not [name for name in names if ".tmp-" in name or name == ".embedstream"], names
+    assert not [name for name in names if ".tmp-" in name], names
+    assert not state_folder(str(output)).exists()
 
 
 def processes_mentioning(text: str) -> list[str]:
-    """Command lines of living processes that contain `text`."""
+    """Command lines and environments of living processes that contain `text`."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and int(entry.name) != os.getpid():
             with contextlib.suppress(OSError):
-                line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                said = (entry / "cmdline").read_bytes() + b"\0" + (entry / "environ").read_bytes()
+                line = said.replace(b"\0", b" ").decode(errors="replace")
                 if text in line:
                     found.append(line)
     return found

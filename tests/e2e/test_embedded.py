@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 from pathlib import Path
 
@@ -19,6 +20,15 @@ from e2e.harness import (
     wait_until,
     write_corpus,
 )
+from embedstream.embedded import state_folder
+
+
+@pytest.fixture(autouse=True)
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where embedded mode keeps what it knows: all processes of a run name this folder."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    return tmp_path / "state"
+
 
 PACED = {"EMBEDSTREAM_HASHING_TOKENS_PER_SECOND": "400000"}
 """40,000 rows then take some five seconds: no run ends before it is broken after its first shard."""
@@ -108,8 +118,7 @@ def test_a_lost_server_state_is_made_good_from_the_shards(tmp_path: Path) -> Non
     first.send_signal(signal.SIGKILL)
     first.wait()
     wait_until(lambda: not processes_mentioning(str(tmp_path)), "the orphans to end", 30)
-    for path in (tmp_path / "out" / ".embedstream").glob("*.aof"):
-        path.unlink()
+    shutil.rmtree(state_folder(str(tmp_path / "out")))
     survivors = {path.name for path in (tmp_path / "out").glob("part-*.parquet")}
     again = run("embed-submit", *args)
     assert again.returncode == 0, again.stderr
@@ -122,8 +131,7 @@ def test_a_second_run_at_the_same_time_is_told_who_holds_the_output(tmp_path: Pa
     write_corpus(tmp_path / "c.jsonl", 100_000)
     args = [tmp_path / "c.jsonl", "-o", tmp_path / "out", "--model", "hashing"]
     first = start_submit(*args)
-    wait_until(lambda: (tmp_path / "out" / ".embedstream").exists(), "the first run's state")
-    started = f"embedstream_worker --redis .*--output-root {tmp_path / 'out'}"
+    started = f"embedstream_worker --redis .*EMBEDSTREAM_EMBEDDED={tmp_path / 'out'}"
     wait_until(lambda: re.search(started, "\n".join(processes_mentioning(str(tmp_path)))), "the first run's worker")
     second = run("embed-submit", *args)
     assert second.returncode == 2
@@ -146,7 +154,7 @@ def test_ctrl_c_stops_everything_and_the_same_command_goes_on(tmp_path: Path) ->
     assert_exact(tmp_path / "out", texts, every=100)
 
 
-def test_bad_usage_leaves_nothing_half_made(tmp_path: Path) -> None:
+def test_bad_usage_leaves_nothing_half_made(tmp_path: Path, state: Path) -> None:
     write_corpus(tmp_path / "c.jsonl", 3)
     (tmp_path / "empty.jsonl").write_text("")
     refused: list[tuple[list[object], str]] = [
@@ -162,7 +170,8 @@ def test_bad_usage_leaves_nothing_half_made(tmp_path: Path) -> None:
         assert done.returncode == 2, (args, done.stderr)
         assert says in done.stderr
         assert "Traceback" not in done.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.jsonl", "empty.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.jsonl", "empty.jsonl", "state"]
+    assert not list(state.rglob("*/*"))
 
 
 def test_vectors_of_another_model_are_never_added_to_a_half_done_dataset(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from conftest import RedisServer
 from worker_lab import Gate, ScriptedEngine, WorkerLab, pack, worker_lab
 
 from e2e.harness import BIN, MODEL, assert_exact, assert_no_leftovers, environment, run, wait_until, write_corpus
+from embedstream.embedded import state_folder
 
 TEXTS = [f"text number {i} " + "word " * (i % 7) for i in range(512)]
 BY_ID = {f"t{i}": text for i, text in enumerate(TEXTS)}
@@ -109,8 +110,11 @@ def test_a_folder_that_vanished_with_rows_in_it_is_waited_for_and_never_made_ane
     assert_no_leftovers(tmp_path / "out")
 
 
-def test_embedded_mode_on_a_full_disk_goes_on_when_there_is_space(small_disk: Path, tmp_path: Path) -> None:
+def test_embedded_mode_on_a_full_disk_goes_on_when_there_is_space(
+    small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its private server's file lies on the same disk."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(small_disk))
     texts = write_corpus(tmp_path / "c.jsonl", 600, length=10)
     command = [str(BIN / "embed-submit"), str(tmp_path / "c.jsonl"), "-o", str(small_disk / "out"), "--model", MODEL]
     (small_disk / "out").mkdir()
@@ -119,7 +123,7 @@ def test_embedded_mode_on_a_full_disk_goes_on_when_there_is_space(small_disk: Pa
     with (tmp_path / "said").open("w") as said:
         submit = subprocess.Popen(command, env=environment(), stderr=said, stdout=said)
         try:
-            log = small_disk / "out" / ".embedstream" / "worker.log"
+            log = state_folder(str(small_disk / "out")) / "worker.log"
             wait_until(
                 lambda: (
                     submit.poll() is not None

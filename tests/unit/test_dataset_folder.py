@@ -232,7 +232,7 @@ def test_a_folder_full_of_something_else_is_refused_untouched(tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     "name",
-    [".embedstream", "_manifest.json", "part-a.parquet", "errors-a.parquet", "part-a.parquet.tmp-1", ".DS_Store"],
+    ["_manifest.json", "part-a.parquet", "errors-a.parquet", "part-a.parquet.tmp-1", ".DS_Store"],
 )
 def test_an_unfinished_dataset_is_not_something_else(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("")

@@ -8,15 +8,16 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import IO
 
 import msgspec
 import pytest
 
-from embedstream.embedded import OutputLock, PrivateServer, state_folder
+from embedstream.embedded import OutputLock, PrivateFolder, PrivateServer, state_folder
 from embedstream.embedded import state as server_state
+from embedstream.embedded.private import open_state
 from embedstream.embedded.processes import Process, end, identify, is_running, wait_ended
 from embedstream.embedded.programs import Program, fake_program, find_program
 from embedstream.embedded.state import ServerRecord, connect, read_record
@@ -95,8 +96,15 @@ def _out(process: subprocess.Popen[str]) -> IO[str]:
     return process.stdout
 
 
+@contextmanager
+def state_of(output: str) -> Iterator[PrivateFolder]:
+    with closing(open_state(state_folder(output))) as state:
+        yield state
+
+
 def server_of(output: str) -> Process:
-    record = read_record(state_folder(output))
+    with state_of(output) as state:
+        record = read_record(state)
     assert record is not None
     assert record.server is not None
     return record.server
@@ -294,7 +302,7 @@ def test_a_damaged_file_is_put_aside_and_the_server_starts_empty(output: str, sa
         file.write_bytes(damaged)
         with PrivateServer.start(lock, say=said.append) as server:
             assert get(server.url, "k") is None
-        kept = [path for path in lock.state.rglob("*") if path.is_file() and ".aside-" in str(path)]
+        kept = [path for path in lock.state.path.rglob("*") if path.is_file() and ".aside-" in str(path)]
         assert damaged in [path.read_bytes() for path in kept]
     assert "cannot be read, put aside" in said[0]
 
@@ -319,7 +327,7 @@ def test_files_of_a_newer_server_are_put_aside(output: str, said: list[str]) -> 
         _note(output, lambda record: msgspec.structs.replace(record, program=newer))
         with PrivateServer.start(lock, say=said.append) as server:
             assert get(server.url, "k") is None
-        assert list(lock.state.glob("appendonly*.aside-1"))
+        assert list(lock.state.path.glob("appendonly*.aside-1"))
     assert "written by redis 99.0.1" in said[0] or "written by valkey 99.0.1" in said[0]
 
 
@@ -361,10 +369,10 @@ def test_the_stand_in_ends_with_a_run_that_is_killed(output: str) -> None:
 
 
 def _note(output: str, change: Callable[[ServerRecord], ServerRecord]) -> None:
-    state = state_folder(output)
-    record = read_record(state)
-    assert record is not None
-    server_state.write_record(state, change(record))
+    with state_of(output) as state:
+        record = read_record(state)
+        assert record is not None
+        server_state.write_record(state, change(record))
 
 
 def _written(output: str) -> Path:

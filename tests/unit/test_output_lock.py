@@ -16,7 +16,8 @@ def output(tmp_path: Path) -> str:
     return str(tmp_path / "an output")
 
 
-def test_a_lock_whose_file_was_removed_by_its_holder_excludes_again(output: str) -> None:
+def test_a_lock_whose_file_was_removed_by_its_holder_excludes_again() -> None:
+    output = "redis:?prefix=removed:"
     first = OutputLock(output)
     first.remove_state()
     with OutputLock(output):
@@ -40,6 +41,7 @@ def test_a_lock_alone_leaves_nothing_behind(output: str) -> None:
     with OutputLock(output):
         assert state_folder(output).is_dir()
     assert not Path(output).exists()
+    assert not state_folder(output).exists()
 
 
 def test_an_output_that_cannot_be_made_is_refused_in_one_sentence(tmp_path: Path) -> None:

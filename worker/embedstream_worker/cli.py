@@ -115,7 +115,7 @@ def usable_device(name: str) -> str:
 @click.option("--trust-remote-code", is_flag=True, help=TRUST_REMOTE_CODE)
 @click.option("--allow-pickle", is_flag=True, help=ALLOW_PICKLE)
 @service_options
-@click.option("--embedded", is_flag=True, hidden=True, help="Belongs to an embed-submit: leave when it is gone.")
+@click.option("--embedded", hidden=True, help="The one output of the embed-submit to belong to: leave when it is gone.")
 @click.version_option(package_name="embedstream")
 def worker(
     model: str,
@@ -140,7 +140,7 @@ def worker(
     metrics_port: int | None,
     metrics_host: str,
     log_format: LogFormat,
-    embedded: bool,
+    embedded: str | None,
     trust_remote_code: bool,
     allow_pickle: bool,
 ) -> None:
@@ -177,10 +177,10 @@ def worker(
         dtype,
         threads,
         settings,
-        output_roots,
+        output_roots if embedded is None else (embedded,),
         burst,
         not no_warmup,
-        embedded,
+        embedded is not None,
         Trust(code=trust_remote_code, pickle=allow_pickle),
         None if metrics_port is None else (metrics_host, metrics_port),
         compiles,
