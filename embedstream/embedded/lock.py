@@ -200,10 +200,10 @@ def _remove_stale(state: Path) -> None:
     with contextlib.suppress(OSError):
         for other in other_states(state):
             with contextlib.suppress(OSError), contextlib.ExitStack() as opened:
-                if not _is_stale(other):
+                if not _is_stale(other) or not _lock(_opened(opened, other.opener(LOCK, os.O_RDWR | os.O_CREAT))):
                     continue
-                locks = [_opened(opened, other.opener(name, os.O_RDWR | os.O_CREAT)) for name in (LOCK, CLAIM)]
-                if all(map(_lock, locks)) and _is_stale(other):
+                # Again, as a run may have been there meanwhile; and no server may be left of one.
+                if _is_stale(other) and _lock(_opened(opened, other.opener(CLAIM, os.O_RDWR | os.O_CREAT))):
                     _empty(other)
 
 
