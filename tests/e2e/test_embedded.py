@@ -127,6 +127,20 @@ def test_a_lost_server_state_is_made_good_from_the_shards(tmp_path: Path) -> Non
     assert survivors <= {f"part-{shard['name']}.parquet" for shard in manifest["shards"]}, "a shard was not adopted"
 
 
+def test_an_unfinished_output_that_was_deleted_is_made_from_the_beginning(tmp_path: Path) -> None:
+    texts = write_corpus(tmp_path / "c.jsonl", 40_000)
+    args = [tmp_path / "c.jsonl", "-o", tmp_path / "out", "--model", "hashing"]
+    first = start_submit(*args, **PACED)
+    wait_until(lambda: list((tmp_path / "out").glob("part-*.parquet")), "a first shard")
+    first.send_signal(signal.SIGINT)
+    first.communicate(timeout=60)
+    shutil.rmtree(tmp_path / "out")
+    again = run("embed-submit", *args)
+    assert again.returncode == 0, again.stderr
+    assert "gone from the output: making them again" in again.stderr
+    assert_exact(tmp_path / "out", texts, every=100)
+
+
 def test_a_second_run_at_the_same_time_is_told_who_holds_the_output(tmp_path: Path) -> None:
     write_corpus(tmp_path / "c.jsonl", 100_000)
     args = [tmp_path / "c.jsonl", "-o", tmp_path / "out", "--model", "hashing"]
