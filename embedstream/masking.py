@@ -9,6 +9,7 @@ HIDDEN = "***"
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|(?:^|(?<==))(?:rediss?|unix|s3):/?", re.IGNORECASE)
 _SECRET = re.compile(r"pass|pwd|secret|token|credential|signature|(?:access|api)[_-]?key", re.IGNORECASE)
+_WRONG_DATABASE = re.compile(r"^([^/?#]*)/+(?!\d*/?(?:[?#]|$))[^?#]*")
 _SETTING = re.compile(r"([?&;])([^=&;?#]+)=([^&#]*)")
 _IN_TEXT = re.compile(
     r"(?:[a-z][a-z0-9+.-]*://|\b(?:rediss?|unix|s3):)\S*?(?=[)\]}>'\"`,;:.…]*(?:\s|$))", re.IGNORECASE
@@ -22,7 +23,8 @@ def mask(address: str) -> str:
     """An address without its password, however wrong it is spelled; what is no address comes back as it is.
 
     All between `://` and the last `@` is hidden, as a password may hold any character that should have been escaped;
-    a user's name is shown only where the whole is well-formed. Values of settings with a secret's name are hidden.
+    a user's name is shown only where the whole is well-formed. Values of settings with a secret's name are hidden, and
+    a database that is not a number, as nobody knows what it was meant to be.
     """
     scheme = _SCHEME.search(address)
     if scheme is None:
@@ -38,6 +40,8 @@ def mask(address: str) -> str:
             login = f"{user}:{HIDDEN}" if plain else HIDDEN if login else ""
     elif head.endswith("//") and not _is_server(re.split(r"[/?#]", place, maxsplit=1)[0]):
         return head + HIDDEN  # what stands for the port is a password without its @
+    if head.lower().endswith(("redis://", "rediss://")):
+        place = _WRONG_DATABASE.sub(rf"\1/{HIDDEN}", place)
     return head + login + at + _SETTING.sub(_without_value, place)
 
 
@@ -53,7 +57,8 @@ def _is_server(authority: str) -> bool:
 
 
 def _is_secret(setting: re.Match[str]) -> bool:
-    return _SECRET.search(unquote(setting[2])) is not None
+    name, value = unquote(setting[2]), setting[3]
+    return _SECRET.search(name) is not None or (name == "db" and not value.isdecimal())
 
 
 def _without_value(setting: re.Match[str]) -> str:
