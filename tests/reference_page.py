@@ -40,7 +40,8 @@ OTHERS = {
     "EMBEDSTREAM_FAILPOINTS": "For tests: where a process kills or stops itself, or loses a reply.",
     "EMBEDSTREAM_HASHING_FAULTS": "For tests: a folder of orders to the engine `hashing`.",
     "EMBEDSTREAM_HASHING_TOKENS_PER_SECOND": "For measuring: how fast the device is that the engine `hashing` acts.",
-    "XDG_STATE_HOME": "Where embedded mode keeps its server's file if the output is no folder. "
+    "EMBEDSTREAM_EMBEDDED": "Set by `embed-submit` without Redis for its worker: the one output to write.",
+    "XDG_STATE_HOME": "Below it, in `embedstream`, embedded mode keeps what it knows of unfinished outputs. "
     "Default: `~/.local/state`.",
     "XDG_RUNTIME_DIR": "Where its socket may lie if `/tmp` cannot hold it.",
     "AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL": "The store that `s3://` means, if it is not AWS'.",
