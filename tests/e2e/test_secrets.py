@@ -38,7 +38,7 @@ def url(server: OwnServer) -> str:
 
 def shown(*args: object, **env: str) -> str:
     """All that a command says, which is something."""
-    done = run(str(args[0]), *args[1:], **env)
+    done = run(str(args[0]), *args[1:], timeout=120, **env)
     assert done.stdout + done.stderr
     return done.stdout + done.stderr
 
