@@ -122,7 +122,7 @@ SENTENCES = {
     "old": "is version 6.0.16, and 6.2 is the oldest that will do",
     "cluster": "is a cluster node, .* use a single server",
     "no database": "has no such database",
-    "odd database": "database 'main' is not a number",
+    "odd database": "the database is not a number",
     "odd setting": "unknown setting decode_responses",
     "no tls": "TLS failed .* check certificate and that the port speaks TLS",
     "no authority": "a certificate file named in the URL .* cannot be read",
