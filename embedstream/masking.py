@@ -7,13 +7,13 @@ from urllib.parse import unquote
 
 HIDDEN = "***"
 
-_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|(?:^|(?<==))(?:rediss?|unix|s3):/?", re.IGNORECASE)
+_SCHEME = re.compile(r"[a-z][a-z0-9+.-]{0,31}://|(?:^|(?<==))(?:rediss?|unix|s3):/?", re.IGNORECASE)
 _SECRET = re.compile(r"pass|pwd|secret|token|credential|signature|(?:access|api)[_-]?key", re.IGNORECASE)
 _WRONG_DATABASE = re.compile(r"^([^/?#]*)/+(?!\d*/?(?:[?#]|$))[^?#]*")
 _SETTING = re.compile(r"([?&;])([^=&;?#]+)=([^&#]*)")
-_IN_TEXT = re.compile(
-    r"(?:[a-z][a-z0-9+.-]*://|\b(?:rediss?|unix|s3):)\S*?(?=[)\]}>'\"`,;:.…]*(?:\s|$))", re.IGNORECASE
-)
+_IN_TEXT = re.compile(r"(?:[a-z][a-z0-9+.-]{0,31}://|\b(?:rediss?|unix|s3):)\S*", re.IGNORECASE)
+_BEHIND = ")]}>'\"`,;:.…"
+"""What a sentence puts behind an address."""
 
 _PLACEHOLDER = "PASSWORD"
 """How our own messages say where a password goes."""
@@ -47,7 +47,12 @@ def mask(address: str) -> str:
 
 def mask_text(text: str) -> str:
     """A text in which every address is masked, as far as it holds no blank."""
-    return _IN_TEXT.sub(lambda found: mask(found[0]), text)
+    return _IN_TEXT.sub(_masked, text)
+
+
+def _masked(found: re.Match[str]) -> str:
+    address = found[0].rstrip(_BEHIND)
+    return mask(address) + found[0][len(address) :]
 
 
 def _is_server(authority: str) -> bool:

@@ -79,6 +79,12 @@ def test_what_holds_no_password_is_shown_as_it_is(address: str) -> None:
     assert mask_text(f"{address}: wrong ({address})") == f"{address}: wrong ({address})"
 
 
+@pytest.mark.parametrize("text", ["a" * 10**6, f"a://{':' * 10**6}x", "?&" * 10**6], ids=["word", "colons", "settings"])
+def test_what_others_wrote_costs_no_time_however_long(text: str) -> None:
+    mask_text(text)
+    mask(f"redis://{text}")
+
+
 def test_user_server_and_prefix_of_a_well_formed_address_are_shown() -> None:
     assert mask(f"redis://me:{SECRET}@h:6379/0?prefix=docs:") == "redis://me:***@h:6379/0?prefix=docs:"
     assert mask_text("put it into the URL (redis://:PASSWORD@host)") == "put it into the URL (redis://:PASSWORD@host)"
