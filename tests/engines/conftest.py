@@ -1,9 +1,13 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
-from engines.model_shapes import docstrings
+from engines.embedding import MINILM
+from engines.model_shapes import Shape, docstrings
+
+from embedstream_worker.models import resolve_model
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -21,3 +25,16 @@ def texts() -> list[str]:
     by_length = sorted(found, key=len)
     usual = by_length[: -100 : -(-len(found) // 500)] + by_length[::7]
     return ["a", "the", "?", *usual[:497], *by_length[-20:]]
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> Callable[[Shape], Path]:
+    """Makes a model folder of a shape, once."""
+    made: dict[Shape, Path] = {}
+
+    def make(shape: Shape) -> Path:
+        if shape not in made:
+            made[shape] = shape(tmp_path_factory.mktemp("shape"), resolve_model(MINILM).path, texts)
+        return made[shape]
+
+    return make

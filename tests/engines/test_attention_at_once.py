@@ -13,7 +13,7 @@ import pytest
 import sentence_transformers
 import torch
 from engines.cpu_attention import Kernel, packed_at_once, right
-from engines.embedding import MINILM, embed, lowest_cosine
+from engines.embedding import embed, lowest_cosine
 from engines.model_shapes import (
     SHAPES,
     Shape,
@@ -39,18 +39,6 @@ from embedstream_worker.models import resolve_model
 
 CPU = torch.device("cpu")
 WINDOWS = [(-1, -1), (-1, 0), (8, 8), (64, 64), (63, 0)]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> Callable[[Shape], Path]:
-    made: dict[Shape, Path] = {}
-
-    def make(shape: Shape) -> Path:
-        if shape not in made:
-            made[shape] = shape(tmp_path_factory.mktemp("shape"), resolve_model(MINILM).path, texts)
-        return made[shape]
-
-    return make
 
 
 @pytest.fixture

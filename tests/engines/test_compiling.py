@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pytest
 import torch
 from engines.cpu_attention import packed_at_once
-from engines.embedding import MINILM, embed
+from engines.embedding import embed
 from engines.model_shapes import Shape, decoder, modernbert, plain_transformers, static_embedding
 from torch._dynamo.utils import counters
 
@@ -20,18 +20,6 @@ from embedstream_worker.engines import compiling, fusing, make_engine
 from embedstream_worker.engines.base import TokenBatch
 from embedstream_worker.engines.torch_engine import Batches, TorchEngine
 from embedstream_worker.models import resolve_model
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> Callable[[Shape], Path]:
-    made: dict[Shape, Path] = {}
-
-    def make(shape: Shape) -> Path:
-        if shape not in made:
-            made[shape] = shape(tmp_path_factory.mktemp("shape"), resolve_model(MINILM).path, texts)
-        return made[shape]
-
-    return make
 
 
 @pytest.fixture(autouse=True)

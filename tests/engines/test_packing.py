@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engines.embedding import MINILM, embed, load_reference, lowest_cosine
+from engines.embedding import embed, load_reference, lowest_cosine
 from engines.model_shapes import SHAPES, Shape, modernbert, mpnet, plain_transformers, static_embedding
 from transformers import AttentionInterface
 
@@ -23,18 +23,6 @@ from embedstream_worker.engines.torch_engine import Batches, TorchEngine
 from embedstream_worker.models import resolve_model
 
 ROLES: tuple[Role, Role] = ("document", "query")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> Callable[[Shape], Path]:
-    made: dict[Shape, Path] = {}
-
-    def make(shape: Shape) -> Path:
-        if shape not in made:
-            made[shape] = shape(tmp_path_factory.mktemp("shape"), resolve_model(MINILM).path, texts)
-        return made[shape]
-
-    return make
 
 
 def started(path: Path, dtype: Dtype = "float32", batches: Batches = "packed") -> TorchEngine:

@@ -39,18 +39,6 @@ POOLING_WAITS = {"bert_weightedmean", "xlm_roberta"}
 """Shapes with a weighted mean, for which sentence-transformers' own pooling waits."""
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> Callable[[Shape], Path]:
-    made: dict[Shape, Path] = {}
-
-    def make(shape: Shape) -> Path:
-        if shape not in made:
-            made[shape] = shape(tmp_path_factory.mktemp("shape"), resolve_model(MINILM).path, texts)
-        return made[shape]
-
-    return make
-
-
 def started(path: Path | str, compiles: bool = False) -> TorchEngine:
     engine = TorchEngine(resolve_model(str(path)), "cuda:0", compiles=compiles)
     engine.start()
