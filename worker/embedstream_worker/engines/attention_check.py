@@ -21,10 +21,10 @@ _QUERIES_AT_ONCE = 1_024  # plain attention keeps a score for each pair of token
 
 def check_attention(
     asked: Iterable[Asked], longest: int, device: torch.device, dtype: torch.dtype = torch.bfloat16
-) -> None:
+) -> float:
     """Compare `attend_at_once` with attention one text after the other in float32, for all that the layers ask.
 
-    `longest`: tokens of the longest text that the model takes. Waits for the device.
+    `longest`: tokens of the longest text that the model takes. Answers the largest error. Waits for the device.
 
     Raises:
         CheckFailed: they differ.
@@ -33,6 +33,7 @@ def check_attention(
     """
     require_fast()
     lengths = sorted({min(length, longest) for length in (*_LENGTHS, min(longest, _LONGEST))}, reverse=True)
+    largest = 0.0
     for each in sorted(asked, key=str):
         error = _worst_error(each, lengths, device, dtype)
         if not error <= MOST_ERROR:  # NaN fails, too
@@ -40,6 +41,8 @@ def check_attention(
                 f"its attention over packed texts in {str(dtype).removeprefix('torch.')} is {error:.1%} off, "
                 f"more than {MOST_ERROR:.0%} ({each})"
             )
+        largest = max(largest, error)
+    return largest
 
 
 @torch.inference_mode()

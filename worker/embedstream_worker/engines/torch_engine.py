@@ -362,7 +362,7 @@ class TorchEngine(TextEngine):
         return roles
 
 
-def _failure_of(run: Callable[[], None]) -> str | None:
+def _failure_of(run: Callable[[], object]) -> str | None:
     """What is wrong with the model as it runs now, if anything."""
     try:
         run()
