@@ -10,7 +10,7 @@ export Q
 
 QUESTIONS := "how do I parse a date?" "read a file that is compressed" "wait for several threads to finish"
 
-.PHONY: help .venv demo test check mutants scale chaos bench bench-pipeline bench-latency bench-scale clean
+.PHONY: help .venv demo test check mutants scale chaos bench bench-pipeline bench-latency bench-scale bench-gpu clean
 
 help:
 	@echo 'make demo [Q="a question"]   embed the standard library'"'"'s docstrings, then search them'
@@ -23,6 +23,7 @@ help:
 	@echo 'make bench-pipeline          everything but the model, with the hashing engine'
 	@echo 'make bench-latency           one text now, beside a bulk job; one text in embedded mode'
 	@echo 'make bench-scale             1 to 8 workers, jobs side by side, what one Redis carries'
+	@echo 'make bench-gpu               how much of a GPU is used: under 10 minutes, figures in .cache/bench/gpu'
 	@echo 'make clean                   remove .venv, the demo and caches'
 
 .venv: .venv/.installed
@@ -69,6 +70,9 @@ bench-latency: .venv/.installed
 
 bench-scale: .venv/.installed
 	$(BIN)/python bench/scale.py $(BENCH_ARGS)
+
+bench-gpu: .venv/.installed
+	$(BIN)/python bench/gpu.py --out .cache/bench/gpu $(BENCH_ARGS)
 
 clean:
 	rm -rf .venv demo dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

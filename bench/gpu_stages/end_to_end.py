@@ -44,7 +44,7 @@ def measure(bench: Bench) -> None:
     form = max(rates, key=lambda form: rates[form])
     total = 20_000 if bench.tiny else int((rates[form] or _UNKNOWN_RATE) * _JOB_SECONDS)
     corpus = bench.scratch / "corpus.jsonl"
-    texts = material.RealText(material.minilm(bench)).cut(material.lognormal_lengths(total), seed=1)
+    texts = material.RealText(bench).cut(material.lognormal_lengths(total), seed=1)
     with corpus.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps({"id": str(row), "text": text}) + "\n" for row, text in enumerate(texts))
     places = {"disk": bench.scratch, "memory disk": bench.memory}

@@ -37,8 +37,6 @@ def describe(bench: Bench) -> None:
 def _describe_torch(bench: Bench) -> None:
     import torch
 
-    from embedstream_worker.engines.packed_attention import require_fast
-
     device = bench.device
     found: dict[str, object] = {"device": str(device)}
     if bench.on_gpu:
@@ -51,7 +49,6 @@ def _describe_torch(bench: Bench) -> None:
             "cuda": torch.version.cuda,
         }
     bench.note("torch", **found)
-    require_fast()
 
 
 def _version(package: str) -> str:

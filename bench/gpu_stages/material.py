@@ -118,9 +118,9 @@ def sample_texts(count: int = 500) -> list[str]:
 class RealText:
     """Running text, cut wherever a length asks for it."""
 
-    def __init__(self, model: Path) -> None:
-        self._words = " ".join(docstrings()).split()
-        tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    def __init__(self, bench: Bench) -> None:
+        self._words = _running_text(bench).split()
+        tokenizer = Tokenizer.from_file(str(minilm(bench) / "tokenizer.json"))
         tokenizer.no_truncation()
         tokenizer.no_padding()
         unlike = list(dict.fromkeys(self._words))
@@ -135,6 +135,16 @@ class RealText:
         starts = np.searchsorted(self._ends, first)
         stops = np.searchsorted(self._ends, self._ends[starts] + wanted)
         return [" ".join(self._words[start:stop]) for start, stop in zip(starts, stops, strict=True)]
+
+
+def _running_text(bench: Bench) -> str:
+    """The standard library's docstrings, which take seconds to find, one after the other."""
+
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        (folder / "text").write_text("\n".join(docstrings()), "utf-8")
+
+    return (_once(bench.scratch / "docstrings", make) / "text").read_text("utf-8")
 
 
 def lognormal_lengths(tokens: int, seed: int = 0) -> Lengths:

@@ -40,7 +40,7 @@ class Subject:
         self._bench = bench
         self.name = name
         self.folder = folder
-        self.text = material.RealText(material.minilm(bench))
+        self.text = material.RealText(bench)
         self.work: Work | None = None
         self._tokens: dict[tuple[str, int], Tokens] = {}
 
@@ -161,7 +161,7 @@ def _measure(bench: Bench, name: str, folder: Path, corpora: tuple[str, ...]) ->
 def encode(bench: Bench) -> None:
     """As it comes, and at a better setting. Tokenizing is included, as it cannot be had without."""
     folder = material.random_model(bench, BERT_BASE)
-    texts = material.RealText(material.minilm(bench)).cut(material.lognormal_lengths(8_000 if bench.tiny else _TOKENS))
+    texts = material.RealText(bench).cut(material.lognormal_lengths(8_000 if bench.tiny else _TOKENS))
     better = str(bench.dtype).removeprefix("torch.")
     for dtype, batch_size in (("float32", 32), (better, 64 if bench.tiny else 256)):
         form = f"encode, {dtype}, {batch_size} a batch"

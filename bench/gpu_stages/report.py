@@ -64,7 +64,7 @@ def _rates(rates: Sequence[Figure], peak: float | None) -> list[str]:
 
 def _line(figure: Figure) -> str:
     values = {name: value for name, value in figure.items() if name not in ("stage", "what")}
-    return f"{figure['stage']}: {figure['what']}" + (f": {_pairs(values)}" if values else "")
+    return f"{figure['stage']}: {_short(figure['what'])}" + (f": {_pairs(values)}" if values else "")
 
 
 def _kernels(figure: Figure) -> list[str]:

@@ -16,7 +16,7 @@ WHEELS = "wheels"
 """In the folder: a folder each for packages that are used together, or not at all."""
 
 _PIP_SECONDS = 60.0
-_IMPORT_SECONDS = 60.0
+_IMPORT_SECONDS = 30.0
 
 Say = Callable[[str], None]
 
@@ -42,13 +42,16 @@ def set_up(brought: Path, place: Path, cache: Path, say: Say) -> dict[str, str]:
     added: list[str] = []
     for group in groups:
         site = place / group.name
-        _install(sorted(group.glob("*.whl")), site, say)
-        path = os.pathsep.join([str(site), *added, *own])
-        failure = _failure_of_imports(site, {**environment, "PYTHONPATH": path})
+        try:
+            _install(sorted(group.glob("*.whl")), site, say)
+            path = os.pathsep.join([str(site), *added, *own])
+            failure = _failure_of_imports(site, {**environment, "PYTHONPATH": path})
+        except subprocess.TimeoutExpired as error:
+            failure = f"it took longer than {error.timeout:.0f} s"
         if failure is None:
             added.insert(0, str(site))
         else:
-            say(f"{group}: left out, as it cannot be imported here: {failure}")
+            say(f"{group}: left out, as it cannot be installed and imported here: {failure}")
     return {**environment, "PYTHONPATH": os.pathsep.join([*added, *own])}
 
 
@@ -75,10 +78,7 @@ def _failure_of_imports(site: Path, environment: dict[str, str]) -> str | None:
 
 
 def _failure_of(command: list[str], environment: dict[str, str] | None, seconds: float) -> str | None:
-    try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return str(error)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds, check=False)
     if done.returncode == 0:
         return None
     return (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]

@@ -200,7 +200,7 @@ def test_what_was_brought_is_installed_and_a_part_that_fails_costs_a_line(tmp_pa
     assert where.stdout.startswith(str(tmp_path / "site" / "models")), where.stderr
     assert len(said) == 2
     assert "cut_short-1.0-py3-none-any.whl: not installed: " in said[0]
-    left_out = "left out, as it cannot be imported here: ImportError: made for another machine"
+    left_out = "left out, as it cannot be installed and imported here: ImportError: made for another machine"
     assert said[1] == f"{tmp_path / 'wheels' / 'server'}: {left_out}"
     assert str(tmp_path / "site" / "server") not in environment["PYTHONPATH"]
 
