@@ -141,7 +141,7 @@ class _Worker:
         pattern = rf'^{STAGE_SECONDS.name}_sum{{.*stage="(\w+)".*}} (\S+)$'
         seconds = Counter({stage: float(value) for stage, value in re.findall(pattern, lines, re.MULTILINE)})
         busy = re.findall(rf"^{DEVICE_BUSY.name}{{.*}} (\S+)$", lines, re.MULTILINE)
-        seconds["in the model"] = sum(map(float, busy))
+        seconds["in the model"] = float(busy[0]) if busy else 0.0
         return seconds
 
     def stop(self) -> None:

@@ -21,7 +21,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from embedstream_worker.batching import cut_batches, gather_batch
 from embedstream_worker.engines.base import TokenBatch, Tokens
-from embedstream_worker.engines.torch_engine import TorchEngine
+from embedstream_worker.engines.precision import Dtype
+from embedstream_worker.engines.torch_engine import Batches, TorchEngine
 from embedstream_worker.models import resolve_model
 from gpu_stages.context import Bench
 from gpu_stages.material import Lengths, Work
@@ -46,8 +47,8 @@ class Started:
 
 def start_engine(bench: Bench, folder: Path, *, padded: bool = False, compiles: bool = False) -> Started:
     """As a worker starts it. That it runs otherwise than wanted is in what it `said`."""
-    batches = "padded" if padded or not bench.packs else "packed"
-    dtype = "auto" if bench.on_gpu else "float32"
+    batches: Batches = "padded" if padded or not bench.packs else "packed"
+    dtype: Dtype = "auto" if bench.on_gpu else "float32"
     engine = TorchEngine(resolve_model(str(folder)), str(bench.device), dtype, batches, compiles)
     begun = time.perf_counter()
     with _warnings() as said:
