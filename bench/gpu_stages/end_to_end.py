@@ -14,7 +14,6 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,15 +133,14 @@ class _Worker:
                 raise RuntimeError(f"the worker did not get ready: {last}")
             time.sleep(0.05)
 
-    def seconds_by_stage(self) -> Counter[str]:
+    def seconds_by_stage(self) -> dict[str, float]:
         """Of all its threads, since it was started; and how long a batch was in the model."""
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=10) as answer:
             lines = answer.read().decode()
         pattern = rf'^{STAGE_SECONDS.name}_sum{{.*stage="(\w+)".*}} (\S+)$'
-        seconds = Counter({stage: float(value) for stage, value in re.findall(pattern, lines, re.MULTILINE)})
+        seconds = {stage: float(value) for stage, value in re.findall(pattern, lines, re.MULTILINE)}
         busy = re.findall(rf"^{DEVICE_BUSY.name}{{.*}} (\S+)$", lines, re.MULTILINE)
-        seconds["in the model"] = float(busy[0]) if busy else 0.0
-        return seconds
+        return seconds | {"in the model": float(busy[0]) if busy else 0.0}
 
     def stop(self) -> None:
         print(self._log.read_text(), flush=True)
@@ -158,10 +156,10 @@ def _run_job(server: _Server, workers: list[_Worker], corpus: Path, output: Path
     """One job to its end. Seconds are the job's own, from its creation to its manifest."""
     submit = [sys.executable, "-c", "from embedstream_producer.submit_cli import main; main()", str(corpus)]
     job = ["-o", str(output), "--redis", server.url, "--queue", _QUEUE, "--model", str(folder), "--quiet", "--json"]
-    before, cpu_before = sum((worker.seconds_by_stage() for worker in workers), Counter()), _cpu(server, workers)
+    before, cpu_before = _seconds_by_stage(workers), _cpu(server, workers)
     done = subprocess.run([*submit, *job], capture_output=True, text=True, check=False)
     cpu = {name: round(seconds - cpu_before[name], 1) for name, seconds in _cpu(server, workers).items()}
-    after = sum((worker.seconds_by_stage() for worker in workers), Counter())
+    after = _seconds_by_stage(workers)
     if done.returncode:
         raise RuntimeError(f"embed-submit ended with {done.returncode}: {done.stderr.strip()[-300:]}")
     report = json.loads(done.stdout)
@@ -172,8 +170,14 @@ def _run_job(server: _Server, workers: list[_Worker], corpus: Path, output: Path
         "rows_per_second": round(report["rows"] / report["seconds"]),
         "seconds": round(report["seconds"], 1),
         "cpu_seconds": cpu,
-        "stage_seconds": {stage: round(seconds - before[stage], 1) for stage, seconds in after.items()},
+        "stage_seconds": {stage: round(seconds - before.get(stage, 0.0), 1) for stage, seconds in after.items()},
     }
+
+
+def _seconds_by_stage(workers: list[_Worker]) -> dict[str, float]:
+    """Of all workers together."""
+    each = [worker.seconds_by_stage() for worker in workers]
+    return {stage: sum(some.get(stage, 0.0) for some in each) for stage in each[0]}
 
 
 def _cpu(server: _Server, workers: list[_Worker]) -> dict[str, float]:
