@@ -14,16 +14,17 @@ from fleet import Server, cpu_seconds
 from measure import table
 from peers.protocol import peak_mib
 
-from embedstream.blocks import Entry, encode_block
-from embedstream.broker import Broker
-from embedstream.connection import connect
 from embedstream.dataset.folder import part_file
-from embedstream.dataset.sink import BlockRecord, ShardRecord, open_sink
-from embedstream.finalizing import finalize_job
-from embedstream.opening import make_spec, open_job
-from embedstream.packing import Packer
+from embedstream.dataset.sinks import open_sink
+from embedstream.lifecycle.finalizing import finalize_job
+from embedstream.lifecycle.opening import make_spec, open_job
+from embedstream.queue.blocks import Entry, encode_block
+from embedstream.queue.broker import Broker
+from embedstream.queue.packing import Packer
+from embedstream.queue.steps import CommitBlock
+from embedstream.records import BlockRecord, ShardRecord
+from embedstream.server.connection import connect
 from embedstream.settings import BLOCK_LIMITS
-from embedstream.steps import CommitBlock
 
 BLOCKS_PER_SHARD = 64
 """Of 256 chunks with 384 dimensions and 500 characters each: some 32 MiB, at which a worker closes a shard."""

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from embedstream.broker import Broker
-from embedstream.connection import connect
-from embedstream.embedded.programs import find_program
+from embedstream.queue.broker import Broker
+from embedstream.server.connection import connect
+from embedstream_producer.embedded.programs import find_program
 
 BIN = Path(sys.executable).parent
 

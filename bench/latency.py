@@ -25,9 +25,9 @@ from fleet import BIN, Server, Worker, environment, serve_redis, submit
 from measure import machine, quantile, table
 
 from embedstream import Client
-from embedstream.broker import Broker
-from embedstream.connection import connect
-from embedstream.embedded import state_folder
+from embedstream.queue.broker import Broker
+from embedstream.server.connection import connect
+from embedstream_producer.embedded import state_folder
 from embedstream_worker.batching import cut_batches, gather_batch
 from embedstream_worker.engines import make_engine
 

@@ -26,8 +26,8 @@ from measure import machine, table
 from peers.protocol import peak_mib
 from stages import measure_stages
 
-from embedstream.broker import Broker
-from embedstream.connection import connect
+from embedstream.queue.broker import Broker
+from embedstream.server.connection import connect
 
 MODEL = "hashing"
 CHARACTERS = 500

@@ -26,8 +26,8 @@ from ceiling import SIZE_HEAD, measure_ceiling, measure_size
 from fleet import BIN, Server, Worker, cpu_seconds, environment, serve_redis, submit
 from measure import machine, table
 
-from embedstream.broker import Broker
-from embedstream.connection import connect
+from embedstream.queue.broker import Broker
+from embedstream.server.connection import connect
 from embedstream_worker.engines.hashing_paced import VARIABLE
 
 MODEL, QUEUE = "hashing", "scale"

@@ -13,17 +13,18 @@ import pyarrow as pa
 from fleet import Server
 from measure import table
 
-from embedstream.blocks import decode_block, encode_block
-from embedstream.broker import Broker
-from embedstream.connection import connect
-from embedstream.dataset.hashing import input_hashes
+from embedstream.corpus.duplicates import DuplicateIndex
+from embedstream.corpus.records import Record, RecordReader
+from embedstream.dataset.input_hash import input_hashes
 from embedstream.dataset.schema import errors_schema
-from embedstream.dataset.sink import ShardContent, ShardRecord, open_sink
-from embedstream.input.duplicates import DuplicateIndex
-from embedstream.input.records import Record, RecordReader
+from embedstream.dataset.sinks import open_sink
 from embedstream.jobs import JobSpec
-from embedstream.opening import make_spec, open_job
-from embedstream.packing import Packer
+from embedstream.lifecycle.opening import make_spec, open_job
+from embedstream.queue.blocks import decode_block, encode_block
+from embedstream.queue.broker import Broker
+from embedstream.queue.packing import Packer
+from embedstream.records import ShardContent, ShardRecord
+from embedstream.server.connection import connect
 from embedstream_producer.lines import LineStream
 from embedstream_worker.batching import cut_batches, gather_batch
 from embedstream_worker.engines.hashing import HashingEngine

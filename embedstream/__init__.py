@@ -6,8 +6,8 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from embedstream.async_client import AsyncClient, AsyncJob
-    from embedstream.client import Client, Job
+    from embedstream.api.async_client import AsyncClient, AsyncJob
+    from embedstream.api.client import Client, Job
     from embedstream.errors import (
         BrokerError,
         CorpusChanged,
@@ -44,10 +44,10 @@ __all__ = [
 ]
 
 _HOMES = {
-    "AsyncClient": "async_client",
-    "AsyncJob": "async_client",
-    "Client": "client",
-    "Job": "client",
+    "AsyncClient": "api.async_client",
+    "AsyncJob": "api.async_client",
+    "Client": "api.client",
+    "Job": "api.client",
     "JobSpec": "jobs",
     "JobState": "jobs",
     "JobStatus": "jobs",

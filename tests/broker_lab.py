@@ -9,12 +9,12 @@ from typing import Any
 
 import redis
 
-from embedstream.blocks import Entry
-from embedstream.broker import Broker, Claimed
-from embedstream.dataset.sink import BlockRecord, ShardRecord
 from embedstream.jobs import JobSpec, JobState
 from embedstream.keys import Keys, job_keys
-from embedstream.steps import Answer, Code, CommitBlock, Lease
+from embedstream.queue.blocks import Entry
+from embedstream.queue.broker import Broker, Claimed
+from embedstream.queue.steps import Answer, Code, CommitBlock, Lease
+from embedstream.records import BlockRecord, ShardRecord
 
 BOUND = 1_000_000
 HOUR_MS = 3_600_000

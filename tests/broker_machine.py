@@ -13,10 +13,10 @@ from broker_lab import HOUR_MS, Lab, make_entry, make_record
 from broker_model import JobModel, QueueModel
 from hypothesis.stateful import RuleBasedStateMachine, invariant
 
-from embedstream.broker import Claimed
 from embedstream.jobs import MOVES, JobSpec, JobState
 from embedstream.keys import job_keys
-from embedstream.steps import Answer, Code, CommitBlock, Lease, Step
+from embedstream.queue.broker import Claimed
+from embedstream.queue.steps import Answer, Code, CommitBlock, Lease, Step
 
 
 class BrokerSteps(RuleBasedStateMachine):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from embedstream.jobs import JobState
 from embedstream.keys import RELEASED
-from embedstream.steps import Answer, Code, CommitBlock
+from embedstream.queue.steps import Answer, Code, CommitBlock
 
 Address = tuple[int, int]  # (part, block)
 

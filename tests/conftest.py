@@ -56,7 +56,7 @@ def own_environment() -> Iterator[None]:
 @contextlib.contextmanager
 def serve_redis() -> Iterator[RedisServer]:
     """A server of one's own. Its socket is in a short folder, as socket paths end at 107 bytes."""
-    from embedstream.embedded.programs import find_program
+    from embedstream_producer.embedded.programs import find_program
 
     with tempfile.TemporaryDirectory(prefix="es-", dir="/tmp") as folder:
         socket = Path(folder) / "redis.sock"

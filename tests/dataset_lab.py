@@ -12,10 +12,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from embedstream.dataset.finalize import finalize
 from embedstream.dataset.schema import dataset_schema, errors_schema
-from embedstream.dataset.sink import BlockRecord, Manifest, ShardContent, ShardRecord, Sink
+from embedstream.dataset.sink import Sink
 from embedstream.jobs import JobSpec, JobState, JobStatus
+from embedstream.lifecycle.completing import finalize
+from embedstream.records import BlockRecord, Manifest, ShardContent, ShardRecord
 
 DIM = 8
 

@@ -12,15 +12,16 @@ from typing import Any, Self
 import msgspec
 import pyarrow as pa
 
-from embedstream.blocks import decode_block
-from embedstream.broker import Broker, Claimed, entry_size
-from embedstream.connection import connect
+from embedstream.api.interactive import EmbedReply, EmbedRequest
 from embedstream.dataset.schema import dataset_schema, errors_schema
-from embedstream.dataset.sink import BlockRecord, ShardContent, ShardRecord, open_sink
+from embedstream.dataset.sinks import open_sink
 from embedstream.errors import JobUnknown
-from embedstream.interactive import EmbedReply, EmbedRequest
-from embedstream.steps import CommitBlock
-from embedstream.workers import WorkerRecord
+from embedstream.queue.blocks import decode_block
+from embedstream.queue.broker import Broker, Claimed, entry_size
+from embedstream.queue.steps import CommitBlock
+from embedstream.queue.workers import WorkerRecord
+from embedstream.records import BlockRecord, ShardContent, ShardRecord
+from embedstream.server.connection import connect
 
 DIM = 2
 

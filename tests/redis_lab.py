@@ -14,8 +14,8 @@ from typing import Any
 
 import redis
 
-from embedstream.connection import connect
-from embedstream.embedded.programs import find_program
+from embedstream.server.connection import connect
+from embedstream_producer.embedded.programs import find_program
 
 
 class OwnServer:

@@ -8,8 +8,8 @@ from typing import Any
 
 import msgspec
 
-from embedstream.blocks import Block, Refusal, encode_block
-from embedstream.packing import Packer
+from embedstream.queue.blocks import Block, Refusal, encode_block
+from embedstream.queue.packing import Packer
 
 FOLDER = Path(__file__).parents[1] / "docs" / "samples"
 

@@ -15,16 +15,17 @@ import pyarrow.parquet as pq
 from dataset_lab import DIM, make_status
 from dataset_lab import vectors as unit_vectors
 
-from embedstream.blocks import Block
-from embedstream.dataset.finalize import finalize
+from embedstream.corpus.duplicates import DuplicateIndex
 from embedstream.dataset.folder import FolderSink
-from embedstream.dataset.hashing import input_hashes
+from embedstream.dataset.input_hash import input_hashes
 from embedstream.dataset.parquet import FOOTER_KEY
 from embedstream.dataset.schema import dataset_schema, errors_schema
-from embedstream.dataset.sink import BlockRecord, Manifest, ShardContent, ShardRecord, Sink
+from embedstream.dataset.sink import Sink
 from embedstream.dataset.storage import Folder
-from embedstream.input.duplicates import DuplicateIndex
 from embedstream.jobs import JobSpec, JobState
+from embedstream.lifecycle.completing import finalize
+from embedstream.queue.blocks import Block
+from embedstream.records import BlockRecord, Manifest, ShardContent, ShardRecord
 from embedstream_producer.corpus import check_sources
 
 PROMPT = "passage: "

@@ -14,14 +14,14 @@ import numpy.typing as npt
 import redis
 from e2e.harness import wait_until
 
-from embedstream.blocks import Block, Refusal, encode_block
-from embedstream.broker import Broker
-from embedstream.connection import connect
 from embedstream.jobs import JobSpec, JobState
 from embedstream.keys import GROUP
-from embedstream.packing import Packer
+from embedstream.queue.blocks import Block, Refusal, encode_block
+from embedstream.queue.broker import Broker
+from embedstream.queue.packing import Packer
+from embedstream.queue.steps import Code
+from embedstream.server.connection import connect
 from embedstream.settings import BlockLimits, WorkerSettings
-from embedstream.steps import Code
 from embedstream_worker.engines.base import EngineInfo, Role, TokenBatch
 from embedstream_worker.engines.hashing import HashingEngine, HashingTokenizer
 from embedstream_worker.jobs import WorkerModel

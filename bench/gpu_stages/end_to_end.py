@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from embedstream.broker import Broker
-from embedstream.connection import connect
-from embedstream.embedded.programs import find_program
-from embedstream.metrics import DEVICE_BUSY, STAGE_SECONDS
+from embedstream.metrics.metrics import DEVICE_BUSY, STAGE_SECONDS
+from embedstream.queue.broker import Broker
+from embedstream.server.connection import connect
+from embedstream_producer.embedded.programs import find_program
 from gpu_stages import material
 from gpu_stages.context import Bench
 from gpu_stages.machine import kind_of

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import click
 
-from embedstream.commands import run
+from embedstream.cli.commands import run
+from embedstream.cli.logs import LogFormat, set_up, tell_error
+from embedstream.cli.service_options import service_options
 from embedstream.errors import UsageError
-from embedstream.logs import LogFormat, set_up, tell_error
-from embedstream.service_options import service_options
 from embedstream.settings import ENV_PREFIX
 
 PROCESSES = 2
@@ -72,7 +72,7 @@ def coordinator(
     except ImportError as error:
         raise UsageError("RQ is not installed: pip install 'embedstream[coordinator]'") from error
     # Not at the top: loading it takes a while, in which Ctrl-C shall end this command as at any other time.
-    from embedstream.roots import canonical_root
+    from embedstream.dataset.roots import canonical_root
     from embedstream_coordinator.context import Context
     from embedstream_coordinator.serving import serve
 
@@ -87,8 +87,8 @@ def coordinator(
 
 def is_there(redis_url: str) -> bool:
     """Whether a coordinator of this machine lives."""
-    from embedstream.connection import connect, explaining
-    from embedstream.coordination import coordinators
+    from embedstream.queue.coordination import coordinators
+    from embedstream.server.connection import connect, explaining
 
     with explaining(redis_url):
         return any(each.host == socket.gethostname() for each in coordinators(connect(redis_url, retries=0)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from embedstream.commands import run
+from embedstream.cli.commands import run
 from embedstream.settings import ENV_PREFIX, MIB
 
 
@@ -23,13 +23,13 @@ def compact(output: str, redis_url: str | None, shard_mib: int) -> None:
     import socket
     from pathlib import Path
 
-    from embedstream.connection import connect, explaining, mask, with_redis
-    from embedstream.coordination import Compaction, coordinators, save_compaction
-    from embedstream.dataset.compaction import compact as compact_here
-    from embedstream.dataset.compaction import open_finished
-    from embedstream.dataset.sink import canonical_output
-    from embedstream.preflight import check
+    from embedstream.dataset.sinks import canonical_output
+    from embedstream.queue.coordination import Compaction, coordinators, save_compaction
+    from embedstream.server.connection import connect, explaining, mask, with_redis
+    from embedstream.server.preflight import check
     from embedstream.terminal import echo
+    from embedstream_coordinator.compaction import compact as compact_here
+    from embedstream_coordinator.compaction import open_finished
 
     address = canonical_output(output)
     if redis_url is None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import msgspec
 
-from embedstream.connection import connect
-from embedstream.coordination import (
+from embedstream.dataset.folder import FolderSink
+from embedstream.dataset.manifest import manifest_digest
+from embedstream.dataset.roots import allows, check_output
+from embedstream.queue.coordination import (
     Compaction,
     compacted,
     end_compaction,
@@ -13,19 +15,17 @@ from embedstream.coordination import (
     note_compacted,
     save_compaction,
 )
-from embedstream.dataset.compaction import (
+from embedstream.records import Manifest, ShardRecord
+from embedstream.server.connection import connect
+from embedstream.server.foreign import reading
+from embedstream_coordinator.compaction import (
     open_finished,
     plan_groups,
     remove_unlisted,
     replace_manifest,
 )
-from embedstream.dataset.folder import FolderSink
-from embedstream.dataset.manifest import manifest_digest
-from embedstream.dataset.merging import Group, write_group
-from embedstream.dataset.sink import Manifest, ShardRecord
-from embedstream.foreign import reading
-from embedstream.roots import allows, check_output
 from embedstream_coordinator.context import ELSEWHERE, Context
+from embedstream_coordinator.merging import Group, write_group
 
 MOST_BYTES = 1 << 30
 """Of a merged shard, whatever Redis says: it is held in memory."""

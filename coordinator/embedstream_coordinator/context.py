@@ -7,14 +7,15 @@ import stat
 
 import msgspec
 
-from embedstream.beneath import open_beneath
-from embedstream.broker import Broker
-from embedstream.connection import connect
-from embedstream.dataset.sink import Sink, open_sink
+from embedstream.dataset.beneath import open_beneath
+from embedstream.dataset.objects import is_object
+from embedstream.dataset.roots import allows, check_output
+from embedstream.dataset.sink import Sink
+from embedstream.dataset.sinks import open_sink
 from embedstream.errors import InputError
 from embedstream.jobs import JobSpec
-from embedstream.objects import is_object
-from embedstream.roots import allows, check_output
+from embedstream.queue.broker import Broker
+from embedstream.server.connection import connect
 
 ELSEWHERE = "another coordinator's, by its output roots"
 """What a job ends with that is no failure: whoever asked for it may write there, and asks again soon."""

@@ -16,9 +16,13 @@ from rq.exceptions import DuplicateJobError, NoSuchJobError
 from rq.job import JobStatus
 from rq.serializers import JSONSerializer
 
-from embedstream.broker import Broker
-from embedstream.connection import connect
-from embedstream.coordination import (
+from embedstream.cli.logs import about
+from embedstream.dataset.roots import allows
+from embedstream.errors import EmbedstreamError, JobUnknown, RecordDamaged
+from embedstream.jobs import JobState
+from embedstream.keys import COMPACTIONS, QUEUES
+from embedstream.queue.broker import Broker
+from embedstream.queue.coordination import (
     Compaction,
     compacted,
     compactions,
@@ -28,12 +32,8 @@ from embedstream.coordination import (
     to_ingest,
     unsealed_parts,
 )
-from embedstream.errors import EmbedstreamError, JobUnknown, RecordDamaged
-from embedstream.foreign import Said, reading
-from embedstream.jobs import JobState
-from embedstream.keys import COMPACTIONS, QUEUES
-from embedstream.logs import about
-from embedstream.roots import allows
+from embedstream.server.connection import connect
+from embedstream.server.foreign import Said, reading
 from embedstream.terminal import printable
 from embedstream_coordinator.context import Context
 from embedstream_coordinator.rq_keys import (

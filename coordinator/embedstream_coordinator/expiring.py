@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from embedstream.broker import Broker
 from embedstream.errors import EmbedstreamError
-from embedstream.foreign import leaving_out, reading
 from embedstream.jobs import JobState
+from embedstream.queue.broker import Broker
+from embedstream.server.foreign import leaving_out, reading
 from embedstream.settings import Settings
 
 DAY_SECONDS = 86_400

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from embedstream.coordination import clear_troubles
+from embedstream.dataset.roots import allows
 from embedstream.errors import JobUnknown
-from embedstream.finalizing import finalize_job
 from embedstream.jobs import JobState
-from embedstream.roots import allows
+from embedstream.lifecycle.finalizing import finalize_job
+from embedstream.queue.coordination import clear_troubles
 from embedstream_coordinator import compacting
 from embedstream_coordinator.context import ELSEWHERE, Context
 from embedstream_coordinator.expiring import expire_queue

@@ -5,16 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 
-from embedstream.blocks import Block
-from embedstream.broker import Broker
-from embedstream.connection import mask
-from embedstream.coordination import Repeated, note_repeated, repeated_rows, unsealed_parts
+from embedstream.corpus.duplicates import DuplicateIndex, Position
 from embedstream.errors import EmbedstreamError, InputError
-from embedstream.input.duplicates import DuplicateIndex, Position
 from embedstream.jobs import JobSpec, JobState
-from embedstream.plans import drive
+from embedstream.lifecycle.submission import Part, Pushed, push_part
+from embedstream.queue.blocks import Block
+from embedstream.queue.broker import Broker
+from embedstream.queue.coordination import Repeated, note_repeated, repeated_rows, unsealed_parts
+from embedstream.queue.plans import drive
+from embedstream.server.connection import mask
 from embedstream.settings import Settings
-from embedstream.submission import Part, Pushed, push_part
 from embedstream_coordinator.context import Context
 from embedstream_producer.corpus import CorpusPart, open_part
 

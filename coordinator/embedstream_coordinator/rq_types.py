@@ -22,9 +22,9 @@ from rq.job import Job
 from rq.serializers import JSONSerializer
 
 from embedstream.errors import EmbedstreamError, RecordDamaged
-from embedstream.foreign import Said, is_about_data, reading
+from embedstream.server.foreign import Said, is_about_data, reading
+from embedstream.server.troubles import passes
 from embedstream.terminal import printable
-from embedstream.troubles import passes
 from embedstream_coordinator.context import Context
 from embedstream_coordinator.functions import FUNCTIONS
 from embedstream_coordinator.ingesting import Abandoned

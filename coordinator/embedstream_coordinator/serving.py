@@ -18,16 +18,16 @@ import msgspec
 import redis
 from prometheus_client import CollectorRegistry
 
-from embedstream.connection import connect, explaining, mask
-from embedstream.coordination import CoordinatorRecord, heartbeat, leave
+from embedstream.cli.logs import LogFormat, identify
+from embedstream.cli.starting import environment, python_command
 from embedstream.errors import BrokerError
-from embedstream.exposition import Exposition, QueueCollector
-from embedstream.foreign import reading
 from embedstream.keys import COORDINATORS
-from embedstream.logs import LogFormat, identify
-from embedstream.preflight import check, refuse_few_rights, shortcomings
-from embedstream.starting import environment, python_command
-from embedstream.troubles import trouble, waiting
+from embedstream.metrics.exposition import Exposition, QueueCollector
+from embedstream.queue.coordination import CoordinatorRecord, heartbeat, leave
+from embedstream.server.connection import connect, explaining, mask
+from embedstream.server.foreign import reading
+from embedstream.server.preflight import check, refuse_few_rights, shortcomings
+from embedstream.server.troubles import trouble, waiting
 from embedstream_coordinator.context import Context
 from embedstream_coordinator.dispatching import Dispatcher
 from embedstream_coordinator.slot import Plan

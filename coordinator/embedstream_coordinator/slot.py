@@ -14,9 +14,9 @@ import msgspec
 import pyarrow as pa
 import redis
 
-from embedstream.connection import connect, explain, mask
-from embedstream.logs import LogFormat, identify, set_up
-from embedstream.troubles import trouble, waiting
+from embedstream.cli.logs import LogFormat, identify, set_up
+from embedstream.server.connection import connect, explain, mask
+from embedstream.server.troubles import trouble, waiting
 from embedstream_coordinator.context import Context
 from embedstream_coordinator.rq_types import ClosedWorker, RqNoise
 

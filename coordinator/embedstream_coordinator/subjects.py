@@ -9,9 +9,9 @@ from typing import Protocol
 from rq.exceptions import DeserializationError
 from rq.job import Job
 
-from embedstream.connection import connect
-from embedstream.coordination import find_compaction, note_compacted, note_trouble
-from embedstream.logs import about
+from embedstream.cli.logs import about
+from embedstream.queue.coordination import find_compaction, note_compacted, note_trouble
+from embedstream.server.connection import connect
 from embedstream_coordinator.context import Context
 
 FINALIZE = "finalize"

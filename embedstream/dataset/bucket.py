@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 
 from embedstream.dataset.files import Readable
+from embedstream.dataset.objects import ObjectAddress, endpoint_of, explain_object, file_system
 from embedstream.errors import OutputError
 from embedstream.failpoints import reach
-from embedstream.objects import ObjectAddress, endpoint_of, explain_object, file_system
 
 if TYPE_CHECKING:
     from pyarrow.fs import S3FileSystem

@@ -6,8 +6,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from embedstream.dataset.schema import dataset_schema, errors_schema
-from embedstream.dataset.sink import ShardContent
 from embedstream.jobs import JobSpec
+from embedstream.records import ShardContent
 
 _ORDER = ("part", "row", "chunk")
 

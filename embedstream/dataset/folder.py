@@ -13,7 +13,6 @@ import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from embedstream.connection import mask
 from embedstream.dataset.content import check_content, in_order
 from embedstream.dataset.files import TEMPORARY
 from embedstream.dataset.manifest import (
@@ -25,12 +24,13 @@ from embedstream.dataset.manifest import (
 )
 from embedstream.dataset.ordering import Ordering
 from embedstream.dataset.parquet import Footer, encode_data, encode_errors, read_footer
+from embedstream.dataset.parquet_rows import RowsRefused, rows_at_once
 from embedstream.dataset.schema import ErrorRow, dataset_schema, errors_schema, placed_errors
-from embedstream.dataset.sink import Manifest, ManifestShard, ShardContent, ShardRecord
 from embedstream.dataset.storage import Storage, storage_of
 from embedstream.errors import OutputError
 from embedstream.jobs import JobSpec
-from embedstream.parquet_rows import RowsRefused, rows_at_once
+from embedstream.records import Manifest, ManifestShard, ShardContent, ShardRecord
+from embedstream.server.connection import mask
 from embedstream.settings import MIB
 
 log = logging.getLogger(__name__)

@@ -7,17 +7,7 @@ from collections.abc import Iterable, Iterator
 
 import msgspec
 
-from embedstream.connection import mask
 from embedstream.dataset.shard_sums import ShardSums
-from embedstream.dataset.sink import (
-    BlockRecord,
-    BlockRuns,
-    Manifest,
-    ManifestOutput,
-    ManifestPart,
-    ManifestShard,
-    ShardRecord,
-)
 from embedstream.errors import ManifestDamaged, OutputError, SpecDiffers, UsageError
 from embedstream.jobs import (
     FORMAT_VERSION,
@@ -29,6 +19,16 @@ from embedstream.jobs import (
     public_spec,
     refuse_other_version,
 )
+from embedstream.records import (
+    BlockRecord,
+    BlockRuns,
+    Manifest,
+    ManifestOutput,
+    ManifestPart,
+    ManifestShard,
+    ShardRecord,
+)
+from embedstream.server.connection import mask
 
 SHARDS_AT_ONCE = 256
 """Encoded at once: some hundred kilobytes."""

@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embedstream.dataset.schema import errors_schema
-from embedstream.dataset.sink import ShardRecord
 from embedstream.errors import OutputError, UsageError
 from embedstream.jobs import FORMAT_VERSION, JobSpec, decode_spec, refuse_other_version
+from embedstream.records import ShardRecord
 
 FOOTER_KEY = "embedstream"
 """Key of the file's own metadata under which a shard says what it is."""

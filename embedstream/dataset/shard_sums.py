@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from embedstream.blocks import MOST_BLOCKS
-from embedstream.dataset.sink import BlockRecord, ShardRecord
 from embedstream.errors import OutputError
+from embedstream.queue.blocks import MOST_BLOCKS
+from embedstream.records import BlockRecord, ShardRecord
 
 
 @dataclass

@@ -12,11 +12,11 @@ from typing import Protocol
 
 import pyarrow as pa
 
-from embedstream.beneath import make_beneath, open_beneath
+from embedstream.dataset.beneath import make_beneath, open_beneath
 from embedstream.dataset.files import Readable, cannot, refuse_special, sync_folder, write_durable
+from embedstream.dataset.objects import is_object, parse_object
 from embedstream.errors import OutputError
 from embedstream.failpoints import reach
-from embedstream.objects import is_object, parse_object
 
 
 class Storage(Protocol):

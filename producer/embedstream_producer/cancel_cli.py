@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from embedstream.commands import run
+from embedstream.cli.commands import run
 from embedstream.errors import UsageError
 from embedstream.settings import ENV_PREFIX
 
@@ -22,11 +22,11 @@ def cancel(job: str, redis_url: str | None, queue: str | None) -> None:
     if not redis_url:
         raise UsageError("no Redis: give --redis URL, or set EMBEDSTREAM_REDIS_URL")
     # Not at the top: loading it takes a while, in which Ctrl-C shall end this command as at any other time.
-    from embedstream.broker import Broker
-    from embedstream.client import find_queue, was_cancelled
-    from embedstream.connection import connect, explaining
-    from embedstream.coordination import compactions, end_compaction
-    from embedstream.preflight import check
+    from embedstream.api.client import find_queue, was_cancelled
+    from embedstream.queue.broker import Broker
+    from embedstream.queue.coordination import compactions, end_compaction
+    from embedstream.server.connection import connect, explaining
+    from embedstream.server.preflight import check
 
     check(connect(redis_url, retries=0), redis_url)
     with explaining(redis_url):

@@ -15,14 +15,14 @@ from typing import Protocol
 
 import pyarrow as pa
 
-from embedstream.blocks import Block, Refusal
+from embedstream.corpus.cutting import cut_part, enter_ids
+from embedstream.corpus.duplicates import DuplicateIndex, Position
+from embedstream.corpus.records import Outcome, Record, RecordReader
+from embedstream.dataset.objects import is_object, parse_object
 from embedstream.errors import InputError, UsageError
-from embedstream.input.cutting import cut_part, enter_ids
-from embedstream.input.duplicates import DuplicateIndex, Position
-from embedstream.input.records import Outcome, Record, RecordReader
-from embedstream.input.refusals import Code
 from embedstream.jobs import JobSpec
-from embedstream.objects import is_object, parse_object
+from embedstream.queue.blocks import Block, Refusal
+from embedstream.queue.refusals import Code
 from embedstream_producer.lines import ByteStream, LineStream
 from embedstream_producer.objects import ObjectSource
 from embedstream_producer.parquet_part import MAGIC, ParquetPart

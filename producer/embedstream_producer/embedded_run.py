@@ -12,11 +12,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from embedstream.embedded import OutputLock, PrivateFolder, PrivateServer
-from embedstream.embedded.state import WORKER_LOG
+from embedstream.cli.starting import environment, python_command
 from embedstream.errors import STALLED, EmbedstreamError, ModelError, ServerError, UsageError, WorkerError
 from embedstream.jobs import JobSpec
-from embedstream.starting import environment, python_command
+from embedstream_producer.embedded import OutputLock, PrivateFolder, PrivateServer
+from embedstream_producer.embedded.state import WORKER_LOG
 
 MOST_DEATHS = 6
 """Deaths in a row without one more committed block: it will not get better. Three find a text that kills the worker,

@@ -12,8 +12,8 @@ from typing import BinaryIO, Protocol, Self, cast
 
 import pyarrow as pa
 
+from embedstream.corpus.records import LONGEST_LINE_BYTES
 from embedstream.errors import InputError
-from embedstream.input.records import LONGEST_LINE_BYTES
 
 READ_BYTES = 256 * 1024
 """Read at once: far above the cost of a call, far below what matters in memory."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from embedstream.dataset.objects import ObjectAddress, explain_object, file_system
 from embedstream.errors import InputError
-from embedstream.objects import ObjectAddress, explain_object, file_system
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -54,7 +54,7 @@ class ObjectSource:
 
     def _look(self) -> tuple[int, int | None]:
         """Size, and when it was written."""
-        # Not at the top: see `embedstream.objects`.
+        # Not at the top: see `embedstream.dataset.objects`.
         from pyarrow.fs import FileType
 
         try:

@@ -9,14 +9,14 @@ from typing import Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from embedstream.blocks import Block, Refusal
+from embedstream.corpus.columns import ColumnReader
+from embedstream.corpus.cutting import cut_part, enter_ids
+from embedstream.corpus.duplicates import DuplicateIndex, Position
+from embedstream.corpus.records import Outcome
+from embedstream.dataset.parquet_rows import RowsRefused, rows_at_once
 from embedstream.errors import InputError
-from embedstream.input.columns import ColumnReader
-from embedstream.input.cutting import cut_part, enter_ids
-from embedstream.input.duplicates import DuplicateIndex, Position
-from embedstream.input.records import Outcome
 from embedstream.jobs import JobSpec
-from embedstream.parquet_rows import RowsRefused, rows_at_once
+from embedstream.queue.blocks import Block, Refusal
 
 MAGIC = b"PAR1"
 

@@ -16,8 +16,8 @@ from rich.text import Text
 
 from embedstream.jobs import JobStatus
 from embedstream.masking import mask_text
+from embedstream.queue.workers import InHand, Rate
 from embedstream.terminal import printable, printable_lines
-from embedstream.workers import InHand, Rate
 from embedstream_producer.report import duration
 
 PLAIN_SECONDS = 10.0

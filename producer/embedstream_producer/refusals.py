@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 
-from embedstream.blocks import Refusal
+from embedstream.queue.blocks import Refusal
 from embedstream.terminal import printable
 
 SHOWN_OF_A_KIND = 3

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import msgspec
 
-from embedstream.connection import mask
-from embedstream.dataset.address import parse_address
 from embedstream.dataset.folder import ERRORS
 from embedstream.dataset.manifest import manifest_spec
-from embedstream.dataset.sink import Manifest, Sink
+from embedstream.dataset.objects import is_object, parse_object
+from embedstream.dataset.redis_address import parse_address
+from embedstream.dataset.roots import is_redis
+from embedstream.dataset.sink import Sink
 from embedstream.errors import JobCancelled, JobFailed
 from embedstream.jobs import JobState, JobStatus, MaxErrors
-from embedstream.objects import is_object, parse_object
-from embedstream.roots import is_redis
+from embedstream.records import Manifest
+from embedstream.server.connection import mask
 
 SOME_ROWS_FAILED = 3
 

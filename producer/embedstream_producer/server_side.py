@@ -5,15 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from embedstream.broker import Broker
-from embedstream.connection import connect, explaining, mask, with_redis
-from embedstream.coordination import ask_to_ingest, compared_parts, coordinators, troubles, unsealed_parts
-from embedstream.dataset.sink import Manifest, Sink
+from embedstream.dataset.sink import Sink
 from embedstream.errors import InputError, UsageError
 from embedstream.jobs import JobSpec, JobState, JobStatus
-from embedstream.opening import finished_manifest, is_visible, may, open_job, refuse_forbidden
-from embedstream.preflight import check
-from embedstream.troubles import Notice, patiently
+from embedstream.lifecycle.opening import finished_manifest, is_visible, may, open_job, refuse_forbidden
+from embedstream.queue.broker import Broker
+from embedstream.queue.coordination import ask_to_ingest, compared_parts, coordinators, troubles, unsealed_parts
+from embedstream.records import Manifest
+from embedstream.server.connection import connect, explaining, mask, with_redis
+from embedstream.server.preflight import check
+from embedstream.server.troubles import Notice, patiently
 from embedstream_producer.corpus import STDIN, part_name
 
 BEGIN_SECONDS = 5.0

@@ -12,19 +12,19 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from embedstream.broker import Broker
-from embedstream.client import find_queue
-from embedstream.commands import INTERRUPTED
-from embedstream.connection import connect, explaining, mask
-from embedstream.coordination import is_ingested
+from embedstream.api.client import find_queue
+from embedstream.cli.commands import INTERRUPTED
 from embedstream.errors import BrokerError, UsageError
 from embedstream.jobs import JobState, JobStatus, parse_max_errors
-from embedstream.preflight import check
-from embedstream.queues import QueueLook, find_retries, is_retry_of, look_at_queue
+from embedstream.lifecycle.watching import lost_blocks
+from embedstream.queue.broker import Broker
+from embedstream.queue.coordination import is_ingested
+from embedstream.queue.queues import QueueLook, find_retries, is_retry_of, look_at_queue
+from embedstream.queue.workers import WorkerRecord
+from embedstream.server.connection import connect, explaining, mask
+from embedstream.server.preflight import check
+from embedstream.server.troubles import patiently
 from embedstream.terminal import echo, echo_json, printable
-from embedstream.troubles import patiently
-from embedstream.watching import lost_blocks
-from embedstream.workers import WorkerRecord
 from embedstream_producer import report
 from embedstream_producer.status_coordination import fleet_lines, fleet_object, troubles_of, waits_for
 from embedstream_producer.status_view import JobLook, job_lines, job_object, queue_lines, queue_object

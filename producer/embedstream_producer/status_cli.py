@@ -6,7 +6,7 @@ import sys
 
 import click
 
-from embedstream.commands import run
+from embedstream.cli.commands import run
 from embedstream.errors import UsageError
 from embedstream.settings import ENV_PREFIX
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import msgspec
 
-from embedstream.broker import Broker
-from embedstream.connection import mask
-from embedstream.coordination import (
+from embedstream.jobs import JobState, JobStatus
+from embedstream.queue.broker import Broker
+from embedstream.queue.coordination import (
     Compaction,
     compacted,
     compactions,
@@ -18,9 +18,9 @@ from embedstream.coordination import (
     troubles,
     unsealed_parts,
 )
-from embedstream.foreign import leaving_out
-from embedstream.jobs import JobState, JobStatus
-from embedstream.workers import WorkerRecord
+from embedstream.queue.workers import WorkerRecord
+from embedstream.server.connection import mask
+from embedstream.server.foreign import leaving_out
 from embedstream_producer.server_side import without_coordinator
 
 

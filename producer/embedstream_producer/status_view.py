@@ -9,11 +9,11 @@ from typing import Any
 
 import msgspec
 
-from embedstream.connection import mask
 from embedstream.jobs import JobState, JobStatus
-from embedstream.queues import QueueLook, is_stalled, rate_of, seconds_left
-from embedstream.watching import why_ended
-from embedstream.workers import InHand, Rate, WorkerRecord, in_hand_of
+from embedstream.lifecycle.watching import why_ended
+from embedstream.queue.queues import QueueLook, is_stalled, rate_of, seconds_left
+from embedstream.queue.workers import InHand, Rate, WorkerRecord, in_hand_of
+from embedstream.server.connection import mask
 from embedstream_producer.report import duration, errors_of
 
 

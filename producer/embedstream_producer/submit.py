@@ -9,16 +9,13 @@ from dataclasses import dataclass
 
 import msgspec
 
-from embedstream.blocks import Block, Refusal
-from embedstream.broker import Broker
-from embedstream.connection import connect, explaining, mask, with_redis
-from embedstream.dataset.sink import Manifest, Sink, open_sink
-from embedstream.embedded import OutputLock
+from embedstream.corpus.duplicates import DuplicateIndex
+from embedstream.dataset.objects import is_object, parse_object
+from embedstream.dataset.sink import Sink
+from embedstream.dataset.sinks import open_sink
 from embedstream.errors import EmbedstreamError, ModelError, UsageError
-from embedstream.input.duplicates import DuplicateIndex
 from embedstream.jobs import JobSpec, JobState, JobStatus, parse_max_errors
-from embedstream.objects import is_object, parse_object
-from embedstream.opening import (
+from embedstream.lifecycle.opening import (
     Opened,
     SpecSettings,
     finished_manifest,
@@ -27,19 +24,24 @@ from embedstream.opening import (
     open_job,
     refuse_forbidden,
 )
-from embedstream.plans import drive
-from embedstream.preflight import check, shortcomings
-from embedstream.retrying import FailedRows
+from embedstream.lifecycle.submission import Part, Pushed, push_job
+from embedstream.lifecycle.watching import why_ended
+from embedstream.queue.blocks import Block, Refusal
+from embedstream.queue.broker import Broker
+from embedstream.queue.plans import drive
+from embedstream.records import Manifest
+from embedstream.server.connection import connect, explaining, mask, with_redis
+from embedstream.server.preflight import check, shortcomings
+from embedstream.server.troubles import patiently
 from embedstream.settings import Settings
-from embedstream.submission import Part, Pushed, push_job
 from embedstream.terminal import echo, echo_json
-from embedstream.troubles import patiently
-from embedstream.watching import why_ended
 from embedstream_producer import report
 from embedstream_producer.corpus import STDIN, CorpusPart, check_sources, total_bytes
+from embedstream_producer.embedded import OutputLock
 from embedstream_producer.embedded_run import Embedded, check_installed, made_folders
 from embedstream_producer.progress import LogHandler, Progress
 from embedstream_producer.refusals import Refusals
+from embedstream_producer.retry_failed import FailedRows
 from embedstream_producer.server_side import hand_over, part_names, wait_for_readers, without_coordinator
 from embedstream_producer.watch import Watch
 

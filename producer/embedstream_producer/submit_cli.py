@@ -8,7 +8,7 @@ from typing import Literal
 
 import click
 
-from embedstream.commands import INTERRUPTED, end, on_signals, run
+from embedstream.cli.commands import INTERRUPTED, end, on_signals, run
 from embedstream.jobs import DEFAULT_MODEL
 from embedstream.settings import ENV_PREFIX
 

@@ -8,21 +8,22 @@ from typing import NamedTuple
 
 import msgspec
 
-from embedstream.blocks import Block
-from embedstream.connection import mask
-from embedstream.dataset.findings import Finding, Findings, Kind
+from embedstream.corpus.duplicates import DuplicateIndex
 from embedstream.dataset.folder import FolderSink
-from embedstream.dataset.hashes import RedisSink
 from embedstream.dataset.manifest import manifest_spec
-from embedstream.dataset.sink import Manifest, open_sink
-from embedstream.dataset.verify import FolderCheck
-from embedstream.dataset.verify_corpus import CorpusCheck
-from embedstream.dataset.verify_hashes import HashCheck
-from embedstream.dataset.verify_manifest import check_manifest
+from embedstream.dataset.redis_hashes import RedisSink
+from embedstream.dataset.sinks import open_sink
 from embedstream.errors import ManifestDamaged, OutputError, UsageError
-from embedstream.input.duplicates import DuplicateIndex
 from embedstream.jobs import JobSpec
+from embedstream.queue.blocks import Block
+from embedstream.records import Manifest
+from embedstream.server.connection import mask
 from embedstream.terminal import echo, echo_json, printable
+from embedstream.verify.corpus_rows import CorpusCheck
+from embedstream.verify.findings import Finding, Findings, Kind
+from embedstream.verify.folder_output import FolderCheck
+from embedstream.verify.manifest_sums import check_manifest
+from embedstream.verify.redis_output import HashCheck
 from embedstream_producer.corpus import CorpusPart, check_sources, part_name
 
 MOST_NAMED = 10

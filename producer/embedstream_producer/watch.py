@@ -11,16 +11,16 @@ from typing import Self
 
 import redis
 
-from embedstream.broker import Broker
-from embedstream.client import start_command
-from embedstream.connection import connect, mask
+from embedstream.api.client import start_command
 from embedstream.errors import EmbedstreamError, JobUnknown, OutputError, WorkerError
 from embedstream.jobs import JobSpec, JobState, JobStatus
-from embedstream.queues import rate_of
+from embedstream.lifecycle.watching import look, lost_blocks
+from embedstream.queue.broker import Broker
+from embedstream.queue.queues import rate_of
+from embedstream.queue.workers import WorkerRecord, in_hand_of
+from embedstream.server.connection import connect, mask
+from embedstream.server.troubles import trouble, waiting
 from embedstream.settings import Settings
-from embedstream.troubles import trouble, waiting
-from embedstream.watching import look, lost_blocks
-from embedstream.workers import WorkerRecord, in_hand_of
 from embedstream_producer.progress import Progress
 
 WORKERS_SECONDS = 2.0

@@ -12,12 +12,12 @@ import redis
 import redis.asyncio
 from broker_lab import BOUND, HOUR_MS, Lab, make_entry, make_record, to_commit
 
-from embedstream.blocks import decode_block
-from embedstream.broker import AsyncBroker, Broker
 from embedstream.errors import BlockError, JobUnknown
 from embedstream.jobs import JobState
 from embedstream.keys import GROUP
-from embedstream.steps import Code
+from embedstream.queue.blocks import decode_block
+from embedstream.queue.broker import AsyncBroker, Broker
+from embedstream.queue.steps import Code
 
 MALFORMED: list[dict[Any, Any]] = [
     {b"part": b"one", b"block": b"0", b"body": b""},

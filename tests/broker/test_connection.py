@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import pytest
 import redis
 
-from embedstream import connection, preflight
 from embedstream.errors import BrokerError, UsageError
+from embedstream.server import connection, preflight
 
 SECRET = "s3cret-pass"
 

@@ -10,7 +10,7 @@ from broker_lab import Lab, make_entry, make_record, to_commit
 from embedstream.errors import BrokerError, JobUnknown
 from embedstream.jobs import JobState, decode_spec
 from embedstream.keys import RELEASED
-from embedstream.steps import MOST_BLOCKS, Answer, Code, CommitBlock, Step
+from embedstream.queue.steps import MOST_BLOCKS, Answer, Code, CommitBlock, Step
 
 # create
 

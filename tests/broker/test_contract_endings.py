@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 from broker_lab import HOUR_MS, Lab
 
-from embedstream.broker import SHARDS_AT_ONCE
-from embedstream.dataset.sink import open_sink
+from embedstream.dataset.sinks import open_sink
 from embedstream.errors import BrokerError
 from embedstream.jobs import JobState
-from embedstream.opening import open_job
-from embedstream.steps import Answer, Code, Lease
-from embedstream.workers import WorkerRecord
+from embedstream.lifecycle.opening import open_job
+from embedstream.queue.broker import SHARDS_AT_ONCE
+from embedstream.queue.steps import Answer, Code, Lease
+from embedstream.queue.workers import WorkerRecord
 
 # cancel
 

@@ -11,11 +11,11 @@ from broker_lab import BOUND, HOUR_MS, Lab, make_entry, make_record, to_commit
 from foreign_records import put_type
 from redis.exceptions import ResponseError
 
-from embedstream.broker import Broker
 from embedstream.errors import RecordDamaged
 from embedstream.jobs import JobState
-from embedstream.queues import look_at_queue
-from embedstream.steps import Code, Lease, Step
+from embedstream.queue.broker import Broker
+from embedstream.queue.queues import look_at_queue
+from embedstream.queue.steps import Code, Lease, Step
 
 SENSELESS = (b"", b"\xff\xfe", b"-0", b"1.5", b"1e18", b"inf", b"1" * 19, str(-(2**63)).encode(), b"nonsense")
 

@@ -11,15 +11,15 @@ from broker_lab import HOUR_MS, Lab, make_record, to_commit
 
 from embedstream.jobs import FORMAT_VERSION
 from embedstream.keys import QUEUES
-from embedstream.queues import (
+from embedstream.queue.queues import (
     GUESSED_TOKENS_PER_BYTE,
     GUESSED_TOKENS_PER_SECOND,
     is_stalled,
     look_at_queue,
     seconds_left,
 )
-from embedstream.steps import Code
-from embedstream.workers import InHand, Rate, WorkerRecord
+from embedstream.queue.steps import Code
+from embedstream.queue.workers import InHand, Rate, WorkerRecord
 
 
 def worker(name: str, state: str = "ready", **said: object) -> WorkerRecord:

@@ -23,11 +23,11 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from embedstream.broker import Claimed
-from embedstream.dataset.sink import ShardRecord
 from embedstream.jobs import JobState
 from embedstream.keys import RELEASED
-from embedstream.steps import Code, CommitBlock
+from embedstream.queue.broker import Claimed
+from embedstream.queue.steps import Code, CommitBlock
+from embedstream.records import ShardRecord
 
 RUNS, STEPS = 600, 70
 

@@ -16,12 +16,12 @@ from conftest import RedisServer
 from msgspec import msgpack
 from worker_lab import WorkerLab, pack, refusal, worker_lab
 
-from embedstream.broker import Broker
-from embedstream.connection import connect
-from embedstream.interactive import EmbedReply, EmbedRequest
+from embedstream.api.interactive import EmbedReply, EmbedRequest
 from embedstream.jobs import JobState
+from embedstream.queue.broker import Broker
+from embedstream.queue.workers import WorkerRecord
+from embedstream.server.connection import connect
 from embedstream.settings import WorkerSettings
-from embedstream.workers import WorkerRecord
 from embedstream_worker.ahead import Ahead
 from embedstream_worker.engines.hashing import HashingEngine
 from embedstream_worker.held import Held, HeldBlock, TokenizedGroup, Window, hand_back

@@ -17,8 +17,8 @@ import redis
 from e2e.harness import environment
 
 from chaos.corpora import Expected, write_corpus
-from embedstream.embedded.programs import find_program
 from embedstream.jobs import JobSpec
+from embedstream_producer.embedded.programs import find_program
 
 BIN = Path(sys.executable).parent
 SPY = Path(__file__).parent / "spy"

@@ -9,8 +9,8 @@ from broker_lab import Lab
 from rq.job import Job, JobStatus
 from rq.serializers import JSONSerializer
 
-from embedstream.connection import connect
-from embedstream.coordination import ask_to_ingest, note_repeated, to_ingest
+from embedstream.queue.coordination import ask_to_ingest, note_repeated, to_ingest
+from embedstream.server.connection import connect
 from embedstream_coordinator.context import Context
 from embedstream_coordinator.dispatching import PARTS_AHEAD, PATIENCE, Dispatcher
 from embedstream_coordinator.rq_types import make_queue

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from broker_lab import Lab
 
-from embedstream.connection import connect
 from embedstream.jobs import JobState
+from embedstream.server.connection import connect
 from embedstream_coordinator.expiring import expire_queue
 
 DAY_MS = 86_400_000

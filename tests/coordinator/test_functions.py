@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from broker_lab import Lab
 
-from embedstream.connection import connect
-from embedstream.coordination import Compaction, compactions, save_compaction, troubles
 from embedstream.jobs import JobState
+from embedstream.queue.coordination import Compaction, compactions, save_compaction, troubles
+from embedstream.server.connection import connect
 from embedstream_coordinator import functions
 from embedstream_coordinator.context import ELSEWHERE, Context
 

@@ -15,8 +15,8 @@ from broker_lab import Lab
 from rq import Queue
 from rq.serializers import JSONSerializer
 
-from embedstream.connection import connect
-from embedstream.coordination import (
+from embedstream.keys import COMPACTIONS, COORDINATORS, QUEUES, compaction, coordinator
+from embedstream.queue.coordination import (
     Compaction,
     CoordinatorRecord,
     ask_to_ingest,
@@ -26,7 +26,7 @@ from embedstream.coordination import (
     save_compaction,
     troubles,
 )
-from embedstream.keys import COMPACTIONS, COORDINATORS, QUEUES, compaction, coordinator
+from embedstream.server.connection import connect
 from embedstream_coordinator import functions
 from embedstream_coordinator.context import Context
 from embedstream_coordinator.dispatching import EXPIRE_SECONDS, Dispatcher

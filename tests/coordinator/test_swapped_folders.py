@@ -17,12 +17,12 @@ import pyarrow.parquet as pq
 import pytest
 from broker_lab import Lab
 
-from embedstream.beneath import open_beneath
-from embedstream.connection import connect
-from embedstream.coordination import note_repeated
+from embedstream.dataset.beneath import open_beneath
 from embedstream.dataset.storage import Folder
 from embedstream.errors import InputError, OutputError
 from embedstream.jobs import JobSpec
+from embedstream.queue.coordination import note_repeated
+from embedstream.server.connection import connect
 from embedstream_coordinator import functions
 from embedstream_coordinator.context import Context
 

@@ -22,11 +22,11 @@ from broker_lab import Lab
 from e2e.harness import assert_vectors, environment, read_errors, read_manifest, read_rows, wait_until
 from hashing_reference import reference_vector
 
-from embedstream.broker import Broker
-from embedstream.connection import connect
 from embedstream.failpoints import VARIABLE
 from embedstream.jobs import job_id
 from embedstream.keys import GROUP
+from embedstream.queue.broker import Broker
+from embedstream.server.connection import connect
 
 KILLED = -signal.SIGKILL
 SOME_FAILED = 3

@@ -12,8 +12,8 @@ from conftest import RedisServer
 
 from crash.stage import Zygote, stage, write_corpus
 from crash.walks import Walk, walks
-from embedstream import scripts
 from embedstream.failpoints import POINTS, SCRIPTS
+from embedstream.queue import scripts
 
 AT_ONCE = 10
 """Most of a walk is waiting for leases."""

@@ -12,9 +12,9 @@ import numpy as np
 from e2e.harness import wait_until
 
 from crash.stage import KILLED, SOME_FAILED, Order, Process, Stage, vector
-from embedstream.adoption import adopt_shards
-from embedstream.dataset.sink import open_sink
-from embedstream.plans import drive
+from embedstream.dataset.sinks import open_sink
+from embedstream.lifecycle.adoption import adopt_shards
+from embedstream.queue.plans import drive
 
 QUESTION = "a question"
 

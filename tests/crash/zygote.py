@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import embedstream.client
+import embedstream.api.client
 import embedstream_producer.cancel_cli
 import embedstream_producer.submit
 import embedstream_producer.submit_cli
@@ -26,7 +26,7 @@ from embedstream import failpoints
 
 def ask(url: str, queue: str, text: str) -> None:
     """A program that wants one vector now."""
-    with embedstream.client.Client(url, queue) as client:
+    with embedstream.api.client.Client(url, queue) as client:
         print(json.dumps(client.embed(text)[0].tolist()))
 
 

@@ -23,8 +23,8 @@ from e2e.harness import environment, wait_until
 from redis_lab import free_port
 
 from deploy.images import Dockerfile, services
-from embedstream.broker import Broker
-from embedstream.connection import connect
+from embedstream.queue.broker import Broker
+from embedstream.server.connection import connect
 
 BIN = Path(sys.executable).parent
 MODEL = "hashing"

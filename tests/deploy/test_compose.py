@@ -17,8 +17,8 @@ from s3_server import S3Server
 
 from deploy.compose_lab import Container, Stack, seconds, stack, write_env
 from deploy.images import REPOSITORY, compose, services
-from embedstream import metrics
-from embedstream.connection import connect
+from embedstream.metrics import metrics
+from embedstream.server.connection import connect
 
 SLOW = "[[fault:slow]]"
 """0.2 s of a worker's time in each text that holds it."""

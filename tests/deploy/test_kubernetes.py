@@ -23,9 +23,9 @@ from e2e.harness import wait_until
 from redis_lab import free_port
 
 from deploy.images import REPOSITORY, Dockerfile, tool
-from embedstream import metrics
-from embedstream.connection import connect
 from embedstream.jobs import DEFAULT_MODEL, queue_name
+from embedstream.metrics import metrics
+from embedstream.server.connection import connect
 
 KUBERNETES = REPOSITORY / "deploy" / "kubernetes"
 FOLDERS = (".", "gpu", "base")

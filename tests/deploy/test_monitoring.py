@@ -16,7 +16,7 @@ import yaml
 
 from deploy.compose_lab import write_env
 from deploy.images import REPOSITORY, services
-from embedstream import metrics
+from embedstream.metrics import metrics
 
 PROMETHEUS = REPOSITORY / "deploy" / "prometheus"
 GRAFANA = REPOSITORY / "deploy" / "grafana"

@@ -19,10 +19,10 @@ import psutil
 import pyarrow.parquet as pq
 from hashing_reference import reference_vector
 
-from embedstream.broker import Broker
-from embedstream.connection import connect
-from embedstream.coordination import coordinators
-from embedstream.embedded import state_folder
+from embedstream.queue.broker import Broker
+from embedstream.queue.coordination import coordinators
+from embedstream.server.connection import connect
+from embedstream_producer.embedded import state_folder
 
 MODEL = "hashing"
 BIN = Path(sys.executable).parent

@@ -11,9 +11,9 @@ import pytest
 from mini_worker import MiniWorker
 
 from e2e.harness import read_manifest, read_rows, run
-from embedstream.broker import Broker
-from embedstream.connection import connect
 from embedstream.jobs import job_id
+from embedstream.queue.broker import Broker
+from embedstream.server.connection import connect
 from embedstream.settings import BLOCK_LIMITS
 
 CHUNKS = BLOCK_LIMITS.chunks

@@ -12,8 +12,8 @@ from conftest import RedisServer
 from worker_lab import Gate, ScriptedEngine, WorkerLab, pack, worker_lab
 
 from e2e.harness import assert_exact, wait_until
-from embedstream.blocks import block_schema
 from embedstream.jobs import JobState
+from embedstream.queue.blocks import block_schema
 
 TEXTS = ["one", "two", "three", "four"]
 BY_ID = {f"t{i}": text for i, text in enumerate(TEXTS)}

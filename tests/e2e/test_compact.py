@@ -21,10 +21,10 @@ from e2e.harness import (
     run,
     wait_until,
 )
-from embedstream.coordination import Compaction, compacted, compactions, save_compaction
-from embedstream.dataset import compaction
-from embedstream.dataset.sink import open_sink
+from embedstream.dataset.sinks import open_sink
 from embedstream.jobs import JobSpec
+from embedstream.queue.coordination import Compaction, compacted, compactions, save_compaction
+from embedstream_coordinator import compaction
 
 ROWS = 2000
 

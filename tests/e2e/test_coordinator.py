@@ -31,9 +31,9 @@ from e2e.harness import (
     wait_until,
     write_corpus,
 )
-from embedstream.connection import connect
-from embedstream.coordination import compactions, coordinators, troubles, unsealed_parts
 from embedstream.jobs import JobState, job_id
+from embedstream.queue.coordination import compactions, coordinators, troubles, unsealed_parts
+from embedstream.server.connection import connect
 from embedstream_coordinator.rq_types import make_queue
 
 SMALL_QUEUE = {"EMBEDSTREAM_QUEUE_BYTES": "200000"}

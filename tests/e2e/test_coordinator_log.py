@@ -15,8 +15,8 @@ from rq.serializers import JSONSerializer
 from verify_lab import make_dataset
 
 from e2e.harness import Fleet, assert_exact, fleet, run, wait_until, write_corpus
-from embedstream.coordination import compactions, troubles
 from embedstream.jobs import JobState, job_id
+from embedstream.queue.coordination import compactions, troubles
 
 JSON = ("--log-format", "json")
 

@@ -10,8 +10,8 @@ import pytest
 from redis_lab import OwnServer, own_server
 
 from e2e.harness import run
-from embedstream.connection import connect
-from embedstream.rights import RQ_COMMANDS, WORKER_COMMANDS, missing_coordinator_rights
+from embedstream.server.connection import connect
+from embedstream.server.rights import RQ_COMMANDS, WORKER_COMMANDS, missing_coordinator_rights
 
 OPERATIONS = Path(__file__).parents[2] / "docs" / "operations.md"
 TABLE = f"{WORKER_COMMANDS}{RQ_COMMANDS}".replace("\n", "|")

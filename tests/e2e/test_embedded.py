@@ -20,7 +20,7 @@ from e2e.harness import (
     wait_until,
     write_corpus,
 )
-from embedstream.embedded import state_folder
+from embedstream_producer.embedded import state_folder
 
 
 @pytest.fixture(autouse=True)

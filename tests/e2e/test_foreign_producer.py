@@ -12,9 +12,9 @@ from pathlib import Path
 from mini_worker import MiniWorker
 
 from e2e.harness import read_rows, run
-from embedstream.broker import Broker
-from embedstream.connection import connect
 from embedstream.jobs import JobState
+from embedstream.queue.broker import Broker
+from embedstream.server.connection import connect
 
 PROGRAM = Path(__file__).parents[2] / "examples" / "foreign_producer.py"
 

@@ -12,10 +12,10 @@ import pytest
 from worker_lab import BOUND, HOUR_MS, pack
 
 from e2e.harness import MODEL, Fleet, assert_exact, fleet, run, wait_until, write_corpus
-from embedstream.blocks import Entry, encode_block
 from embedstream.jobs import JobSpec, JobState
 from embedstream.keys import GROUP, QUEUES
-from embedstream.steps import Code
+from embedstream.queue.blocks import Entry, encode_block
+from embedstream.queue.steps import Code
 
 
 @pytest.fixture

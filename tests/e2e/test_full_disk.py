@@ -12,7 +12,7 @@ from conftest import RedisServer
 from worker_lab import Gate, ScriptedEngine, WorkerLab, pack, worker_lab
 
 from e2e.harness import BIN, MODEL, assert_exact, assert_no_leftovers, environment, run, wait_until, write_corpus
-from embedstream.embedded import state_folder
+from embedstream_producer.embedded import state_folder
 
 TEXTS = [f"text number {i} " + "word " * (i % 7) for i in range(512)]
 BY_ID = {f"t{i}": text for i, text in enumerate(TEXTS)}

@@ -21,15 +21,15 @@ from worker_lab import Gate, ScriptedEngine, worker_lab
 
 from e2e.harness import Fleet, fleet, read_manifest, run, wait_until, write_corpus
 from e2e.scraping import get, logged_url, scrape, value
-from embedstream import exposition
-from embedstream.broker import Broker
-from embedstream.connection import connect
-from embedstream.exposition import MOST_REQUESTS, Exposition, QueueCollector
-from embedstream.interactive import EmbedRequest, ask
+from embedstream.api.interactive import EmbedRequest, ask
 from embedstream.jobs import job_id
-from embedstream.metrics import QUEUE_METRICS, WORKER_METRICS
-from embedstream.plans import drive
-from embedstream.queues import GUESSED_TOKENS_PER_SECOND
+from embedstream.metrics import exposition
+from embedstream.metrics.exposition import MOST_REQUESTS, Exposition, QueueCollector
+from embedstream.metrics.metrics import QUEUE_METRICS, WORKER_METRICS
+from embedstream.queue.broker import Broker
+from embedstream.queue.plans import drive
+from embedstream.queue.queues import GUESSED_TOKENS_PER_SECOND
+from embedstream.server.connection import connect
 
 
 @pytest.fixture

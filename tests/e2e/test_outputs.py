@@ -16,7 +16,7 @@ from redisvl.redis.utils import buffer_to_array
 
 from e2e.harness import Fleet, fleet, run, write_corpus
 from embedstream import AsyncClient, Client
-from embedstream.connection import connect
+from embedstream.server.connection import connect
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ import pytest
 from conftest import RedisServer
 
 from e2e.harness import assert_exact, run, write_corpus
-from embedstream.embedded.processes import identify
-from embedstream.embedded.programs import find_program
+from embedstream_producer.embedded.processes import identify
+from embedstream_producer.embedded.programs import find_program
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from e2e.harness import (
     start_submit,
     wait_until,
 )
-from embedstream.client import Client
+from embedstream.api.client import Client
 from embedstream.errors import RequestError
 from embedstream.jobs import JobState, job_id
 

@@ -12,10 +12,10 @@ import pytest
 from redis_lab import own_server
 
 from e2e.harness import Fleet, assert_exact, fleet, run, wait_until, write_corpus
-from embedstream.connection import connect
-from embedstream.coordination import ask_to_ingest, coordinators
 from embedstream.jobs import JobSpec, JobState, job_id
 from embedstream.keys import COMPACTIONS, COORDINATORS, QUEUES
+from embedstream.queue.coordination import ask_to_ingest, coordinators
+from embedstream.server.connection import connect
 
 
 @pytest.fixture

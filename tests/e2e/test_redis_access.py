@@ -17,10 +17,10 @@ from redis_lab import OwnServer, free_port, own_server
 from tls_lab import tls_proxy
 
 from e2e.harness import MODEL, assert_exact, fleet, run, start_submit, wait_until, write_corpus
-from embedstream import commands
-from embedstream.client import Client
-from embedstream.connection import connect
-from embedstream.preflight import shortcomings
+from embedstream.api.client import Client
+from embedstream.cli import commands
+from embedstream.server.connection import connect
+from embedstream.server.preflight import shortcomings
 from embedstream_producer.cancel_cli import cancel
 from embedstream_producer.status_cli import status
 from embedstream_producer.submit_cli import embed_submit

@@ -18,12 +18,12 @@ from redis_lab import OwnServer, own_server
 from worker_lab import BOUND, Gate, ScriptedEngine, pack, worker_lab
 
 from e2e.harness import assert_exact, assert_no_leftovers, fleet, start_submit, wait_until, write_corpus
-from embedstream.client import Client
+from embedstream.api.client import Client
 from embedstream.errors import BrokerError
 from embedstream.jobs import job_id
-from embedstream.plans import drive
-from embedstream.submission import Part, Pushed, push_job
-from embedstream.troubles import is_out_of_memory, patiently, trouble
+from embedstream.lifecycle.submission import Part, Pushed, push_job
+from embedstream.queue.plans import drive
+from embedstream.server.troubles import is_out_of_memory, patiently, trouble
 from embedstream_worker.troubles import Outage
 
 TEXTS = [f"text number {i} " + "word " * (i % 7) for i in range(64)]

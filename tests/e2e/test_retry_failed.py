@@ -13,12 +13,12 @@ from conftest import RedisServer
 from worker_lab import Running, ScriptedEngine, WorkerLab, worker_lab
 
 from e2e.harness import assert_exact, assert_no_leftovers, read_errors, read_manifest, run, start_submit, wait_until
-from embedstream.broker import Broker
-from embedstream.connection import connect
-from embedstream.dataset import compaction
-from embedstream.dataset.sink import open_sink
+from embedstream.dataset.sinks import open_sink
 from embedstream.jobs import job_id
-from embedstream.steps import Code
+from embedstream.queue.broker import Broker
+from embedstream.queue.steps import Code
+from embedstream.server.connection import connect
+from embedstream_coordinator import compaction
 from embedstream_worker.housekeeping import Housekeeping
 
 ROWS = 600

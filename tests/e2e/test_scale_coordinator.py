@@ -13,8 +13,8 @@ from conftest import serve_redis as redis_server
 
 from e2e.harness import fleet, read_manifest, run
 from e2e.test_scale import assert_every_id_once, peak_mib
-from embedstream.coordination import compactions
 from embedstream.jobs import JobState, job_id
+from embedstream.queue.coordination import compactions
 
 pytestmark = [pytest.mark.scale, pytest.mark.timeout(1800)]
 

@@ -14,9 +14,9 @@ from redis_lab import OwnServer, own_server
 
 from e2e.harness import BIN, Fleet, environment, processes_mentioning, run, start_submit, wait_until, write_corpus
 from e2e.scraping import get, logged_url
-from embedstream.connection import connect
-from embedstream.embedded import state_folder
 from embedstream.jobs import job_id
+from embedstream.server.connection import connect
+from embedstream_producer.embedded import state_folder
 
 SECRET = "hunter2"
 PASSWORD = f"a/@:{SECRET}?#"

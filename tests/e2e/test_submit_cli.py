@@ -22,10 +22,10 @@ from mini_worker import MiniWorker
 from redis_lab import own_server
 
 from e2e.harness import BIN, environment, read_errors, read_manifest, run, start_submit, wait_until
-from embedstream.broker import Broker
-from embedstream.commands import ECHO_SECONDS
-from embedstream.connection import connect
+from embedstream.cli.commands import ECHO_SECONDS
 from embedstream.jobs import FORMAT_VERSION, job_id
+from embedstream.queue.broker import Broker
+from embedstream.server.connection import connect
 
 
 @pytest.fixture

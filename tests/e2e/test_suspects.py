@@ -10,12 +10,12 @@ from redis_lab import own_server
 from worker_lab import pack
 
 from e2e.harness import wait_until
-from embedstream.blocks import encode_block
-from embedstream.broker import Broker
-from embedstream.connection import connect
-from embedstream.dataset.sink import open_sink
+from embedstream.dataset.sinks import open_sink
 from embedstream.jobs import JobSpec
-from embedstream.steps import Step
+from embedstream.queue.blocks import encode_block
+from embedstream.queue.broker import Broker
+from embedstream.queue.steps import Step
+from embedstream.server.connection import connect
 from embedstream_worker import suspects
 from embedstream_worker.held import Held, HeldBlock
 from embedstream_worker.jobs import OpenJob

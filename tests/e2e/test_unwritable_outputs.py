@@ -12,8 +12,8 @@ import redis
 from worker_lab import BY_ID, TEXTS, Gate, Running, ScriptedEngine, WorkerLab, finish, pack
 
 from e2e.harness import assert_exact, wait_until
-from embedstream import scripts
-from embedstream.connection import connect
+from embedstream.queue import scripts
+from embedstream.server.connection import connect
 from embedstream_worker.finish import BLOCK_BYTES
 from embedstream_worker.write import MOST_WAITING_SHARDS
 

@@ -16,13 +16,13 @@ from mini_worker import MiniWorker
 
 from e2e.harness import run, start_submit, wait_until
 from embedstream import AsyncClient, Client, OutputError, UsageError
-from embedstream.broker import Broker
-from embedstream.connection import connect
 from embedstream.errors import RecordDamaged
 from embedstream.jobs import JobSpec, JobState, job_id
+from embedstream.lifecycle.watching import look
+from embedstream.queue.broker import Broker
+from embedstream.queue.steps import Step
+from embedstream.server.connection import connect
 from embedstream.settings import Settings
-from embedstream.steps import Step
-from embedstream.watching import look
 
 
 @pytest.fixture

@@ -14,17 +14,17 @@ from hashing_reference import reference_vector
 from worker_lab import BY_ID, TEXTS, Gate, ScriptedEngine, WorkerLab, finish, pack, refusal, reply_is_lost
 
 from e2e.harness import assert_exact, read_errors, read_manifest, read_rows, wait_until
-from embedstream import scripts
-from embedstream.broker import Broker
-from embedstream.connection import connect
+from embedstream.api.interactive import EmbedRequest, ask, vectors
 from embedstream.dataset.folder import FolderSink
-from embedstream.dataset.sink import open_sink
-from embedstream.interactive import EmbedRequest, ask, vectors
+from embedstream.dataset.sinks import open_sink
 from embedstream.jobs import JobState
-from embedstream.metrics import DEVICE_BUSY
-from embedstream.plans import drive
-from embedstream.steps import PROVEN
-from embedstream.workers import WorkerRecord
+from embedstream.metrics.metrics import DEVICE_BUSY
+from embedstream.queue import scripts
+from embedstream.queue.broker import Broker
+from embedstream.queue.plans import drive
+from embedstream.queue.steps import PROVEN
+from embedstream.queue.workers import WorkerRecord
+from embedstream.server.connection import connect
 
 
 def parts(lab: WorkerLab, output: str = "out") -> list[str]:

@@ -13,7 +13,7 @@ from redis_lab import OwnServer, own_server
 from worker_lab import BY_ID, TEXTS, Gate, ScriptedEngine, WorkerLab, finish, worker_lab
 
 from e2e.harness import assert_exact, wait_until
-from embedstream.commands import ECHO_SECONDS
+from embedstream.cli.commands import ECHO_SECONDS
 from embedstream.dataset.folder import FolderSink
 from embedstream_worker import watchdog
 from embedstream_worker.engines.base import OutOfMemory

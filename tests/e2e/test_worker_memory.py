@@ -8,8 +8,8 @@ from pathlib import Path
 import pyarrow as pa
 
 from e2e.harness import fleet, wait_until
-from embedstream.blocks import MAX_ROWS, Block, Refusal, block_schema, content_sum, encode_block
 from embedstream.jobs import JobSpec
+from embedstream.queue.blocks import MAX_ROWS, Block, Refusal, block_schema, content_sum, encode_block
 
 MIB = 1024 * 1024
 BLOCKS = 512

@@ -10,8 +10,8 @@ import pytest
 from redis_lab import OwnServer, own_server
 
 from e2e.harness import MODEL, assert_exact, fleet, run, write_corpus
-from embedstream.connection import connect
-from embedstream.rights import WORKER_COMMANDS, missing_rights
+from embedstream.server.connection import connect
+from embedstream.server.rights import WORKER_COMMANDS, missing_rights
 
 OPERATIONS = Path(__file__).parents[2] / "docs" / "operations.md"
 NAMES = sorted({command.split()[0] for command in WORKER_COMMANDS.replace("\n", "|").split("|") if command})

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from e2e.harness import BIN, environment, fleet, wait_until, write_corpus
-from embedstream.connection import connect
-from embedstream.embedded import OutputLock, PrivateServer
-from embedstream.embedded.programs import fake_program
 from embedstream.errors import ModelError
+from embedstream.server.connection import connect
+from embedstream_producer.embedded import OutputLock, PrivateServer
+from embedstream_producer.embedded.programs import fake_program
 from embedstream_worker.engines.openvino_trial import run_trial
 from embedstream_worker.model_folder import Trust
 from embedstream_worker.models import ModelFolder

@@ -16,15 +16,15 @@ from arrow_memory import arrow_memory
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from embedstream.blocks import MAX_BODY_BYTES, MAX_CONTENT_BYTES, Block, Refusal, decode_block, encode_block
+from embedstream.corpus.records import LONGEST_LINE_BYTES, RecordReader
 from embedstream.dataset.manifest import decode_manifest
-from embedstream.dataset.sink import canonical_output
+from embedstream.dataset.roots import allows, check_output
+from embedstream.dataset.sinks import canonical_output
 from embedstream.errors import BlockError, EmbedstreamError, InputError, OutputError, UsageError
-from embedstream.input.records import LONGEST_LINE_BYTES, RecordReader
-from embedstream.job_record import parse_status
 from embedstream.jobs import JobSpec, OutputSpec, decode_spec, queue_name
-from embedstream.packing import Packer
-from embedstream.roots import allows, check_output
+from embedstream.queue.blocks import MAX_BODY_BYTES, MAX_CONTENT_BYTES, Block, Refusal, decode_block, encode_block
+from embedstream.queue.job_record import parse_status
+from embedstream.queue.packing import Packer
 from embedstream_producer.lines import LineStream
 
 LIMIT = timedelta(seconds=2)

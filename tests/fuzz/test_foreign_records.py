@@ -22,23 +22,24 @@ from conftest import RedisServer, serve_redis
 from foreign_records import Mutation, apply_all, mutations
 from worker_lab import BOUND, HOUR_MS, WorkerLab, pack
 
-from embedstream import coordination, keys
-from embedstream.blocks import decode_block, encode_block
-from embedstream.broker import Broker, Claimed, entry_size
-from embedstream.connection import connect, explaining
-from embedstream.dataset.sink import open_sink
+from embedstream import keys
+from embedstream.api.interactive import EmbedRequest
+from embedstream.dataset.sinks import open_sink
 from embedstream.errors import EmbedstreamError, RecordDamaged
-from embedstream.exposition import queue_families
-from embedstream.interactive import EmbedRequest
 from embedstream.jobs import JobState
 from embedstream.keys import GROUP
-from embedstream.opening import open_job, refuse_forbidden
-from embedstream.queues import look_at_queue
+from embedstream.lifecycle.opening import open_job, refuse_forbidden
+from embedstream.lifecycle.watching import look
+from embedstream.metrics.exposition import queue_families
+from embedstream.queue import coordination
+from embedstream.queue.blocks import decode_block, encode_block
+from embedstream.queue.broker import Broker, Claimed, entry_size
+from embedstream.queue.queues import look_at_queue
+from embedstream.queue.steps import Code, CommitBlock
+from embedstream.queue.workers import InHand, Rate, WorkerRecord
+from embedstream.server.connection import connect, explaining
 from embedstream.settings import Settings, WorkerSettings
-from embedstream.steps import Code, CommitBlock
 from embedstream.terminal import printable
-from embedstream.watching import look
-from embedstream.workers import InHand, Rate, WorkerRecord
 from embedstream_producer.status import look_at_all, look_at_job
 from embedstream_worker import intake
 from embedstream_worker.ahead import Ahead

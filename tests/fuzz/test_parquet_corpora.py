@@ -13,10 +13,10 @@ from arrow_memory import arrow_memory
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from embedstream.corpus.duplicates import DuplicateIndex
+from embedstream.dataset.parquet_rows import COLUMN_BYTES
 from embedstream.errors import InputError
-from embedstream.input.duplicates import DuplicateIndex
 from embedstream.jobs import JobSpec
-from embedstream.parquet_rows import COLUMN_BYTES
 from embedstream_producer.corpus import check_sources
 
 ROWS = 300

@@ -35,7 +35,7 @@ class Mutant:
     tests: tuple[str, ...]
 
 
-SCRIPTS = "embedstream/scripts"
+SCRIPTS = "embedstream/queue/scripts"
 COMMIT = "worker/embedstream_worker/commit.py"
 ENGINES = "worker/embedstream_worker/engines"
 AT_ONCE = "tests/engines/test_attention_at_once.py"
@@ -115,14 +115,14 @@ MUTANTS = (
     ),
     mutant(
         "a gap is taken for accepted",
-        "embedstream/submission.py",
+        "embedstream/lifecycle/submission.py",
         "case Code.OK | Code.DUPLICATE:",
         "case Code.OK | Code.DUPLICATE | Code.GAP:",
         f"{SUBMISSION}::test_a_gap_sends_the_producer_back_to_the_block_that_redis_lost",
     ),
     mutant(
         "a full queue is taken for accepted",
-        "embedstream/submission.py",
+        "embedstream/lifecycle/submission.py",
         "case Code.OK | Code.DUPLICATE:",
         "case Code.OK | Code.DUPLICATE | Code.FULL:",
         f"{SUBMISSION}::test_a_full_queue_is_waited_for_with_growing_pauses",
@@ -257,7 +257,7 @@ MUTANTS = (
     ),
     mutant(
         "claimed blocks that are done are worked on again",
-        "embedstream/broker.py",
+        "embedstream/queue/broker.py",
         "if address is not None and next(done):",
         "if address is not None and not next(done) < 2:",
         f"{CONTRACT}::test_adopted_blocks_are_dropped_by_those_who_claim_them_later",
@@ -339,21 +339,21 @@ MUTANTS = (
     ),
     mutant(
         "errors of a shard that nobody committed count in Redis",
-        "embedstream/dataset/hashes.py",
+        "embedstream/dataset/redis_hashes.py",
         "            if shard in shards:\n",
         "            if shard:\n",
         "tests/unit/test_dataset_hashes.py::test_a_late_worker_that_fails_a_row_with_a_vector_leaves_no_error",
     ),
     mutant(
         "an id takes the key of a dataset's own errors in Redis",
-        "embedstream/dataset/hashes.py",
+        "embedstream/dataset/redis_hashes.py",
         'return f"_{id}" if id.startswith("_") else id',
         'return f"{id}:0" if id in ("_errors", "_manifest", "_pending") else id',
         "tests/unit/test_dataset_hashes.py::test_no_id_takes_the_key_of_another_or_of_the_sink_itself",
     ),
     mutant(
         "an id is taken twice",
-        "embedstream/input/cutting.py",
+        "embedstream/corpus/cutting.py",
         "elif (position := next(earlier)) is not None:",
         "elif (position := next(earlier)) is not None and position.row < 0:",
         "tests/unit/test_corpus.py::test_an_id_of_an_earlier_part_is_a_duplicate",
@@ -388,7 +388,7 @@ MUTANTS = (
     ),
     mutant(
         "a worker takes over leases that run",
-        "embedstream/broker.py",
+        "embedstream/queue/broker.py",
         "xautoclaim(stream, GROUP, consumer, idle_ms,",
         "xautoclaim(stream, GROUP, consumer, 0,",
         "tests/broker/test_claims.py::test_a_sweep_takes_expired_leases_only_and_counts_deaths",
@@ -416,21 +416,21 @@ MUTANTS = (
     ),
     mutant(
         "links lead out of an output root",
-        "embedstream/roots.py",
+        "embedstream/dataset/roots.py",
         "above, below = os.path.realpath(root), os.path.realpath(output)",
         "above, below = os.path.abspath(root), os.path.abspath(output)",
         "tests/unit/test_roots.py::test_dots_and_links_do_not_lead_out_of_a_root",
     ),
     mutant(
         "a folder beside an output root is taken for one below it",
-        "embedstream/roots.py",
+        "embedstream/dataset/roots.py",
         "below.startswith(above.rstrip(os.sep) + os.sep)",
         "below.startswith(above)",
         "tests/unit/test_roots.py::test_a_sibling_whose_name_begins_like_the_root_is_outside",
     ),
     mutant(
         "a block may hold anything once decompressed",
-        "embedstream/blocks.py",
+        "embedstream/queue/blocks.py",
         "if content > MAX_CONTENT_BYTES:",
         "if False:",
         "tests/unit/test_block_bounds.py::test_a_block_that_states_more_than_it_may_hold_is_refused_unread",

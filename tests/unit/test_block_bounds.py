@@ -13,7 +13,9 @@ import msgspec
 import pyarrow as pa
 import pytest
 
-from embedstream.blocks import (
+from embedstream.corpus.records import LONGEST_KEPT_BYTES
+from embedstream.errors import BlockError
+from embedstream.queue.blocks import (
     MAX_BODY_BYTES,
     MAX_CONTENT_BYTES,
     MAX_ROWS,
@@ -22,10 +24,8 @@ from embedstream.blocks import (
     decode_block,
     encode_block,
 )
-from embedstream.errors import BlockError
-from embedstream.input.records import LONGEST_KEPT_BYTES
-from embedstream.ipc_bounds import buffer_sizes
-from embedstream.packing import Packer
+from embedstream.queue.ipc_bounds import buffer_sizes
+from embedstream.queue.packing import Packer
 from embedstream.settings import BLOCK_LIMITS, MIB
 
 
@@ -178,7 +178,7 @@ PEAK = """
 import resource, sys
 import pyarrow as pa
 from pathlib import Path
-from embedstream.blocks import decode_block
+from embedstream.queue.blocks import decode_block
 from embedstream.errors import BlockError
 
 fields = {b"v": b"1", b"part": b"0", b"block": b"0", b"rows": b"1", b"sum": b"8 bytes."}

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 import pyarrow as pa
 import pytest
 
-from embedstream.blocks import (
+from embedstream.errors import BlockError
+from embedstream.queue.blocks import (
     MAX_BODY_BYTES,
     Block,
     Entry,
@@ -16,8 +17,7 @@ from embedstream.blocks import (
     decode_block,
     encode_block,
 )
-from embedstream.errors import BlockError
-from embedstream.packing import Packer
+from embedstream.queue.packing import Packer
 
 REFUSAL = Refusal(7, None, "empty", "text is empty: give it one", '{"text": ""}')
 

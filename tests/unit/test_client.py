@@ -30,13 +30,13 @@ from embedstream import (
     SpecDiffers,
     UsageError,
 )
-from embedstream.broker import Broker, Claimed
+from embedstream.api.record_blocks import Records
 from embedstream.dataset.manifest import refuse_other_spec
-from embedstream.dataset.sink import open_sink
-from embedstream.finalizing import finalize_job
-from embedstream.input.record_blocks import Records
+from embedstream.dataset.sinks import open_sink
 from embedstream.keys import job_keys
-from embedstream.opening import make_spec, refuse_forbidden
+from embedstream.lifecycle.finalizing import finalize_job
+from embedstream.lifecycle.opening import make_spec, refuse_forbidden
+from embedstream.queue.broker import Broker, Claimed
 
 RECORDS = [{"id": f"r{i}", "text": f"text number {i}"} for i in range(700)]
 

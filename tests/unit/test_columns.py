@@ -14,11 +14,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedstream.blocks import Refusal
+from embedstream.corpus.columns import ColumnReader
+from embedstream.corpus.records import Outcome, Record, RecordReader
 from embedstream.errors import InputError
-from embedstream.input.columns import ColumnReader
-from embedstream.input.records import Outcome, Record, RecordReader
 from embedstream.jobs import JobSpec
+from embedstream.queue.blocks import Refusal
 
 SPEC = JobSpec(queue="q", output="/out", model="m", parts=("/c.parquet",))
 

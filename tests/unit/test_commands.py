@@ -15,11 +15,11 @@ import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
-from embedstream.commands import run
+from embedstream.cli.commands import run
 from embedstream.errors import UsageError
 from embedstream.jobs import JobSpec, JobState, JobStatus
+from embedstream.queue.workers import InHand, Rate, WorkerRecord, in_hand_of
 from embedstream.settings import Settings
-from embedstream.workers import InHand, Rate, WorkerRecord, in_hand_of
 from embedstream_producer.progress import Progress, with_in_hand
 from embedstream_producer.report import errors_of
 from embedstream_worker.cli import worker

@@ -15,13 +15,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embedstream.blocks import Block, Refusal, decode_block, encode_block
+from embedstream.corpus.cutting import cut_part
+from embedstream.corpus.duplicates import DuplicateIndex
+from embedstream.corpus.records import LONGEST_LINE_BYTES, Outcome, RecordReader
 from embedstream.errors import InputError, UsageError
-from embedstream.input.cutting import cut_part
-from embedstream.input.duplicates import DuplicateIndex
-from embedstream.input.records import LONGEST_LINE_BYTES, Outcome, RecordReader
-from embedstream.input.refusals import Code
 from embedstream.jobs import JobSpec
+from embedstream.queue.blocks import Block, Refusal, decode_block, encode_block
+from embedstream.queue.refusals import Code
 from embedstream.settings import BLOCK_LIMITS
 from embedstream_producer.corpus import CorpusPart, check_sources, total_bytes
 

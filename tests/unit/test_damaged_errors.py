@@ -16,15 +16,15 @@ from broker_lab import Lab
 from conftest import RedisServer
 from dataset_lab import Dataset, make_content, make_error, make_spec, make_status
 
-from embedstream.connection import connect
 from embedstream.dataset.folder import FolderSink
 from embedstream.dataset.manifest import manifest_digest
-from embedstream.dataset.retry import finalize_retry
 from embedstream.dataset.schema import errors_schema
-from embedstream.dataset.sink import open_sink
+from embedstream.dataset.sinks import open_sink
 from embedstream.errors import EmbedstreamError, OutputError
-from embedstream.finalizing import finalize_job
 from embedstream.jobs import JobState, Retry
+from embedstream.lifecycle.finalizing import finalize_job
+from embedstream.lifecycle.retry_completing import finalize_retry
+from embedstream.server.connection import connect
 
 ROWS = [make_error(1, 4), make_error(0, 7)]
 

@@ -14,14 +14,14 @@ from arrow_memory import arrow_memory
 from dataset_bombs import LONG, ROWS, long_texts, one_long_vector, write_dataset
 from dataset_lab import DIM, vectors
 
-from embedstream.dataset.findings import Findings, Kind
 from embedstream.dataset.folder import FolderSink
-from embedstream.dataset.merging import Group, write_group
 from embedstream.dataset.schema import vector_type
-from embedstream.dataset.search import search
-from embedstream.dataset.verify import FolderCheck
 from embedstream.errors import OutputError
 from embedstream.settings import MIB
+from embedstream.verify.findings import Findings, Kind
+from embedstream.verify.folder_output import FolderCheck
+from embedstream_coordinator.merging import Group, write_group
+from embedstream_worker.search import search
 
 
 @contextlib.contextmanager

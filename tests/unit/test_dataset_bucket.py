@@ -14,10 +14,10 @@ from dataset_lab import Dataset, contents_of, make_content, make_error, make_spe
 from s3_server import S3Server
 
 from embedstream.dataset.bucket import Bucket
-from embedstream.dataset.search import search
-from embedstream.dataset.sink import open_sink
+from embedstream.dataset.objects import parse_object
+from embedstream.dataset.sinks import open_sink
 from embedstream.errors import OutputError, SpecDiffers
-from embedstream.objects import parse_object
+from embedstream_worker.search import search
 
 
 @pytest.fixture

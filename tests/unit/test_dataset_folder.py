@@ -20,10 +20,11 @@ from dataset_lab import Dataset, contents_of, make_content, make_error, make_spe
 from embedstream.dataset.files import TEMPORARY
 from embedstream.dataset.folder import FolderSink
 from embedstream.dataset.parquet import read_footer
-from embedstream.dataset.sink import ShardContent, open_sink
+from embedstream.dataset.sinks import open_sink
 from embedstream.dataset.storage import Folder
 from embedstream.errors import OutputError, SpecDiffers
 from embedstream.jobs import JobState
+from embedstream.records import ShardContent
 
 
 @pytest.fixture

@@ -18,9 +18,10 @@ from dataset_lab import DIM, Dataset, contents_of, make_content, make_error, mak
 from redisvl.redis.utils import array_to_buffer, buffer_to_array
 
 from embedstream.dataset.schema import errors_schema
-from embedstream.dataset.sink import BlockRecord, ShardContent, canonical_output, open_sink
+from embedstream.dataset.sinks import canonical_output, open_sink
 from embedstream.errors import OutputError, UsageError
 from embedstream.jobs import JobSpec, JobState
+from embedstream.records import BlockRecord, ShardContent
 
 Make = Callable[..., Dataset]
 

@@ -22,9 +22,9 @@ from embedstream.dataset.manifest import (
     manifest_spec,
     refuse_other_spec,
 )
-from embedstream.dataset.sink import BlockRecord, ShardRecord
 from embedstream.errors import ManifestDamaged, OutputError, SpecDiffers
 from embedstream.jobs import JobState
+from embedstream.records import BlockRecord, ShardRecord
 
 SPEC = make_spec("/out")
 

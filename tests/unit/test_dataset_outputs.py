@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from embedstream.dataset.folder import FolderSink
-from embedstream.dataset.hashes import RedisSink
-from embedstream.dataset.sink import canonical_output, open_sink
+from embedstream.dataset.redis_hashes import RedisSink
+from embedstream.dataset.sinks import canonical_output, open_sink
 from embedstream.errors import UsageError
 
 

@@ -10,8 +10,8 @@ import pytest
 from dataset_lab import DIM, Dataset, make_content, make_spec, vectors
 
 from embedstream.dataset.folder import FolderSink
-from embedstream.dataset.search import search
 from embedstream.errors import OutputError, UsageError
+from embedstream_worker.search import search
 
 Matrix = npt.NDArray[np.float32]
 

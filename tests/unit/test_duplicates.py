@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from embedstream.corpus.duplicates import DuplicateIndex, Position
 from embedstream.errors import OutputError, UsageError
-from embedstream.input.duplicates import DuplicateIndex, Position
 
 
 def test_a_second_use_of_an_id_names_the_first() -> None:
@@ -62,7 +62,7 @@ def test_verdicts_are_those_of_a_dictionary_however_ids_are_batched(
 
 @pytest.mark.parametrize("mean", [96, 165], ids=["with room", "with overflowing buckets"])
 def test_growing_the_table_loses_no_id(mean: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("embedstream.input.duplicates._MEAN", mean)
+    monkeypatch.setattr("embedstream.corpus.duplicates._MEAN", mean)
     count, seed = 120_000, random.randrange(1 << 32)
     print(f"seed {seed}")
     ids = [f"{seed}-{i}" for i in range(count)]
@@ -100,7 +100,7 @@ def test_a_full_disk_is_an_error_of_the_family(tmp_path: Path) -> None:
     """In a process of its own, because a limit on file sizes cannot be taken back."""
     script = (
         "import resource, signal, sys; from pathlib import Path\n"
-        "from embedstream.input.duplicates import DuplicateIndex; from embedstream.errors import OutputError\n"
+        "from embedstream.corpus.duplicates import DuplicateIndex; from embedstream.errors import OutputError\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "index = DuplicateIndex(Path(sys.argv[1]), pending_ids=1000)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000))\n"
@@ -113,7 +113,7 @@ def test_a_full_disk_is_an_error_of_the_family(tmp_path: Path) -> None:
 
 def test_memory_does_not_grow_with_the_ids(tmp_path: Path) -> None:
     script = (
-        "import sys; from pathlib import Path; from embedstream.input.duplicates import DuplicateIndex\n"
+        "import sys; from pathlib import Path; from embedstream.corpus.duplicates import DuplicateIndex\n"
         "def resident(): return int(Path('/proc/self/statm').read_text().split()[1]) * 4096\n"
         "index = DuplicateIndex(Path(sys.argv[1]), pending_ids=4096)\n"
         "for count, last in ((50_000, 0), (300_000, 50_000)):\n"

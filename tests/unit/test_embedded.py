@@ -15,19 +15,19 @@ from typing import IO
 import msgspec
 import pytest
 
-from embedstream.embedded import OutputLock, PrivateFolder, PrivateServer, state_folder
-from embedstream.embedded import state as server_state
-from embedstream.embedded.private import open_state
-from embedstream.embedded.processes import Process, end, identify, is_running, wait_ended
-from embedstream.embedded.programs import Program, fake_program, find_program
-from embedstream.embedded.state import ServerRecord, connect, read_record
 from embedstream.errors import OutputBusy, ServerError
+from embedstream_producer.embedded import OutputLock, PrivateFolder, PrivateServer, state_folder
+from embedstream_producer.embedded import state as server_state
+from embedstream_producer.embedded.private import open_state
+from embedstream_producer.embedded.processes import Process, end, identify, is_running, wait_ended
+from embedstream_producer.embedded.programs import Program, fake_program, find_program
+from embedstream_producer.embedded.state import ServerRecord, connect, read_record
 
 HOLDER = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell runs in the background
-from embedstream.embedded import OutputLock, PrivateServer
-from embedstream.embedded.programs import fake_program, find_program
+from embedstream_producer.embedded import OutputLock, PrivateServer
+from embedstream_producer.embedded.programs import fake_program, find_program
 output, kind, *children = sys.argv[1:]
 lock = OutputLock(output)
 server = PrivateServer.start(lock, program=fake_program() if kind == "fake" else find_program())

@@ -16,8 +16,8 @@ from conftest import RedisServer
 
 import embedstream
 from embedstream import failpoints
-from embedstream.connection import connect
 from embedstream.errors import UsageError
+from embedstream.server.connection import connect
 
 ROOT = Path(embedstream.__file__).parent.parent
 
@@ -29,7 +29,9 @@ def _disarmed() -> Iterator[None]:
 
 
 def test_every_script_is_a_step_with_points() -> None:
-    scripts = {path.name.removesuffix(".lua") for path in files("embedstream.scripts").iterdir() if ".lua" in path.name}
+    scripts = {
+        path.name.removesuffix(".lua") for path in files("embedstream.queue.scripts").iterdir() if ".lua" in path.name
+    }
     assert scripts - {"common", "look"} == set(failpoints.SCRIPTS)  # a look changes nothing
 
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embedstream.dataset.folder import FolderSink
-from embedstream.dataset.hashing import input_hashes
+from embedstream.dataset.input_hash import input_hashes
 from embedstream.errors import DeviceLost
 from embedstream.jobs import JobSpec
 from embedstream_worker.ahead import Ahead

@@ -5,7 +5,7 @@ from hashlib import blake2b
 import pyarrow as pa
 import pytest
 
-from embedstream.dataset.hashing import INPUT_CHARACTERS, input_hashes, model_inputs
+from embedstream.dataset.input_hash import INPUT_CHARACTERS, input_hashes, model_inputs
 from embedstream_worker.inputs import cut_characters
 
 

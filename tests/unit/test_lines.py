@@ -16,8 +16,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from embedstream.corpus.records import LONGEST_LINE_BYTES
 from embedstream.errors import InputError
-from embedstream.input.records import LONGEST_LINE_BYTES
 from embedstream_producer.lines import LineStream
 
 

@@ -6,7 +6,7 @@ import sys
 
 LOG = """
 import logging, warnings
-from embedstream.logs import about, identify, set_up, tell_error
+from embedstream.cli.logs import about, identify, set_up, tell_error
 set_up({form!r})
 identify(queue="q", worker="w")
 log = logging.getLogger("embedstream_worker.x")

@@ -8,12 +8,12 @@ import pytest
 from msgspec import msgpack
 from worker_lab import pack
 
-from embedstream.blocks import MAX_ROWS
-from embedstream.client import make_request
-from embedstream.dataset.hashing import input_hashes
+from embedstream.api.client import make_request
+from embedstream.api.interactive import MOST_BODY_BYTES, EmbedRequest, refuse_long_body
+from embedstream.dataset.input_hash import input_hashes
 from embedstream.errors import UsageError
-from embedstream.interactive import MOST_BODY_BYTES, EmbedRequest, refuse_long_body
 from embedstream.jobs import LONGEST_PROMPT_BYTES
+from embedstream.queue.blocks import MAX_ROWS
 from embedstream.settings import MIB
 from embedstream_worker.engines.hashing import HashingTokenizer
 from embedstream_worker.intake import estimate_tokens

@@ -7,11 +7,11 @@ import sys
 
 import pytest
 
-from embedstream.connection import connect
-from embedstream.dataset.sink import canonical_output
+from embedstream.cli.logs import JsonFormatter
+from embedstream.dataset.sinks import canonical_output
 from embedstream.errors import OutputError, UsageError
-from embedstream.logs import JsonFormatter
 from embedstream.masking import mask, mask_text
+from embedstream.server.connection import connect
 from embedstream.terminal import PrintableFormatter
 
 ADDRESSES = [

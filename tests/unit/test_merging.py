@@ -11,10 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 from verify_lab import Maker, make_spec, write_lines
 
-from embedstream.dataset import merging
-from embedstream.dataset.compaction import plan_groups
 from embedstream.dataset.folder import FolderSink
-from embedstream.dataset.sink import Manifest
+from embedstream.records import Manifest
+from embedstream_coordinator import merging
+from embedstream_coordinator.compaction import plan_groups
 
 SHARDS, GROUPS = 16, 8
 
@@ -36,8 +36,8 @@ def interleaved(tmp_path: Path) -> tuple[FolderSink, Manifest]:
 MERGE = """
 import sys
 import pyarrow as pa
-from embedstream.dataset.compaction import open_finished, plan_groups
-from embedstream.dataset.merging import write_group
+from embedstream_coordinator.compaction import open_finished, plan_groups
+from embedstream_coordinator.merging import write_group
 sink, manifest = open_finished(sys.argv[1])
 groups = plan_groups(manifest, sum(shard.bytes for shard in manifest.shards) // int(sys.argv[2]))
 print(len(groups[0].blocks), write_group(sink, manifest, groups[0]).name, pa.default_memory_pool().max_memory())

@@ -3,8 +3,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from embedstream import metrics
-from embedstream.metrics import QUEUE_METRICS, WORKER_METRICS, Metric, metrics_table
+from embedstream.metrics import metrics
+from embedstream.metrics.metrics import QUEUE_METRICS, WORKER_METRICS, Metric, metrics_table
 
 DOCS = Path(__file__).parents[2] / "docs" / "operations.md"
 
@@ -12,7 +12,7 @@ DOCS = Path(__file__).parents[2] / "docs" / "operations.md"
 def test_the_operations_page_has_every_metric_as_it_is() -> None:
     page = DOCS.read_text()
     for table in (metrics_table(WORKER_METRICS), metrics_table(QUEUE_METRICS)):
-        assert table in page, "put in what `python -m embedstream.metrics` prints"
+        assert table in page, "put in what `python -m embedstream.metrics.metrics` prints"
     packages = {f"embedstream_{name}" for name in ("producer", "worker", "coordinator")}
     named = set(re.findall(r"embedstream_[a-z_]+", page)) - packages
     assert named == {metric.name for metric in (*WORKER_METRICS, *QUEUE_METRICS)}

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from embedstream.dataset.sink import canonical_output
+from embedstream.dataset.objects import endpoint_of, parse_object
+from embedstream.dataset.roots import allows
+from embedstream.dataset.sinks import canonical_output
 from embedstream.errors import UsageError
 from embedstream.jobs import job_id
-from embedstream.objects import endpoint_of, parse_object
-from embedstream.roots import allows
 
 
 @pytest.mark.parametrize(

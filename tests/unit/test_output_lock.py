@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from embedstream.embedded import OutputLock, state_folder
 from embedstream.errors import OutputBusy, OutputError
+from embedstream_producer.embedded import OutputLock, state_folder
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ from itertools import pairwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embedstream.blocks import Block, Refusal, encode_block
-from embedstream.packing import Packer
+from embedstream.queue.blocks import Block, Refusal, encode_block
+from embedstream.queue.packing import Packer
 from embedstream.settings import BLOCK_LIMITS, BlockLimits
 
 LIMITS = BlockLimits(chunks=4, text_bytes=20, longest_text_bytes=60)

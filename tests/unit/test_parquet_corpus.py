@@ -15,11 +15,11 @@ import pytest
 from arrow_memory import arrow_memory
 from s3_server import S3Server
 
-from embedstream.blocks import Block, Refusal
+from embedstream.corpus.duplicates import DuplicateIndex
+from embedstream.dataset.parquet_rows import COLUMN_BYTES
 from embedstream.errors import InputError, UsageError
-from embedstream.input.duplicates import DuplicateIndex
 from embedstream.jobs import JobSpec
-from embedstream.parquet_rows import COLUMN_BYTES
+from embedstream.queue.blocks import Block, Refusal
 from embedstream_producer.corpus import CorpusPart, check_sources, total_bytes
 
 

@@ -15,11 +15,11 @@ from arrow_memory import arrow_memory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from embedstream.corpus.duplicates import DuplicateIndex
+from embedstream.dataset.parquet_lists import longest_row, longest_value
+from embedstream.dataset.parquet_pages import read_pages
 from embedstream.errors import InputError
-from embedstream.input.duplicates import DuplicateIndex
 from embedstream.jobs import JobSpec
-from embedstream.parquet_lists import longest_row, longest_value
-from embedstream.parquet_pages import read_pages
 from embedstream.settings import MIB
 from embedstream_producer.corpus import check_sources
 
@@ -99,7 +99,7 @@ def test_the_longest_string_of_a_dictionary_is_told(tmp_path: Path) -> None:
 
 @given(st.binary(max_size=40), st.integers(1, 2000), st.integers(1, 3))
 def test_whatever_stands_for_levels_is_told_as_damage(data: bytes, values: int, highest: int) -> None:
-    from embedstream.parquet_pages import Page
+    from embedstream.dataset.parquet_pages import Page
 
     try:
         row = longest_row(lambda _at, _size: data, "uncompressed", [Page(values, 99, False, 0, 40, len(data))], highest)

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedstream.parquet_pages import Page, read_pages, values_at_once
+from embedstream.dataset.parquet_pages import Page, read_pages, values_at_once
 
 ROWS = 20_000
 TABLE = pa.table({"id": pa.array(range(ROWS)), "text": [f"text {i % 700} " * (i % 30) for i in range(ROWS)]})

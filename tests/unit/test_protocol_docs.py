@@ -11,14 +11,16 @@ import pytest
 from broker_lab import Lab, make_record, to_commit
 
 from embedstream import keys
-from embedstream.blocks import BASE_FIELDS, MAX_ROWS, Entry, Refusal
 from embedstream.jobs import FORMAT_VERSION, JobSpec, JobState
 from embedstream.keys import GROUP, RELEASED, Keys
-from embedstream.steps import Code
+from embedstream.queue.blocks import BASE_FIELDS, MAX_ROWS, Entry, Refusal
+from embedstream.queue.steps import Code
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "protocol.md").read_text("utf-8")
-SCRIPTS = sorted(path.stem for path in (ROOT / "embedstream" / "scripts").glob("*.lua") if path.stem != "common")
+SCRIPTS = sorted(
+    path.stem for path in (ROOT / "embedstream" / "queue" / "scripts").glob("*.lua") if path.stem != "common"
+)
 
 
 def section(title: str) -> str:
@@ -73,7 +75,7 @@ def test_the_page_names_every_field_of_a_jobs_hash_and_no_other() -> None:
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_the_page_says_of_every_script_what_its_header_says(name: str) -> None:
-    lines = (ROOT / "embedstream" / "scripts" / f"{name}.lua").read_text("utf-8").splitlines()
+    lines = (ROOT / "embedstream" / "queue" / "scripts" / f"{name}.lua").read_text("utf-8").splitlines()
     header = lines[: next(at for at, line in enumerate(lines) if not line.startswith("--"))]
     said = "\n".join(line.removeprefix("--").removeprefix(" ") for line in header)
     assert f"\n### {name}\n\n```\n{said}\n```\n" in PAGE, f"put the header of {name}.lua below its heading"

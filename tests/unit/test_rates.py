@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from embedstream.workers import InHand, Rate
+from embedstream.queue.workers import InHand, Rate
 from embedstream_worker.rates import SPAN_SECONDS, Rates
 
 

@@ -15,8 +15,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from embedstream.blocks import Refusal
-from embedstream.input.records import (
+from embedstream.corpus.records import (
     ID_FIELDS,
     LONGEST_ID_BYTES,
     LONGEST_KEPT_BYTES,
@@ -26,8 +25,9 @@ from embedstream.input.records import (
     RecordReader,
     validate_record,
 )
-from embedstream.input.refusals import ORIGINAL_CHARACTERS, Code
 from embedstream.jobs import JobSpec
+from embedstream.queue.blocks import Refusal
+from embedstream.queue.refusals import ORIGINAL_CHARACTERS, Code
 from embedstream.settings import BLOCK_LIMITS
 
 

@@ -9,15 +9,15 @@ import pytest
 from dataset_lab import make_status
 from verify_lab import Made, Maker, make_dataset
 
+from embedstream.corpus.duplicates import DuplicateIndex
 from embedstream.dataset.folder import FolderSink
-from embedstream.dataset.retry import finalize_retry
 from embedstream.dataset.schema import ErrorRow
-from embedstream.dataset.sink import Manifest, ManifestShard, ShardRecord
 from embedstream.errors import OutputError
-from embedstream.input.duplicates import DuplicateIndex
 from embedstream.jobs import JobStatus
-from embedstream.retrying import FailedRows
+from embedstream.lifecycle.retry_completing import finalize_retry
+from embedstream.records import Manifest, ManifestShard, ShardRecord
 from embedstream_producer.corpus import check_sources
+from embedstream_producer.retry_failed import FailedRows
 from embedstream_producer.verify import verify
 
 

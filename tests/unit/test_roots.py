@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
+from embedstream.dataset.roots import allows, check_output
 from embedstream.errors import EmbedstreamError, OutputError
-from embedstream.roots import allows, check_output
 
 
 def test_a_root_allows_itself_and_what_lies_below_it(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 import sample_blocks
 
-from embedstream.blocks import decode_block, encode_block
+from embedstream.queue.blocks import decode_block, encode_block
 
 NAMES = sorted(sample_blocks.BLOCKS)
 PAGE = Path(__file__).parents[2] / "docs" / "protocol.md"

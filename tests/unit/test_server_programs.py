@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from embedstream.embedded.programs import Program, find_program
+from embedstream_producer.embedded.programs import Program, find_program
 
 
 def test_newer_releases_read_older_files_and_products_keep_apart() -> None:

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from embedstream.embedded.processes import _started_by_ps
-from embedstream.embedded.programs import find_program
-from embedstream.starting import environment, find_executable, python_command
+from embedstream.cli.starting import environment, find_executable, python_command
+from embedstream_producer.embedded.processes import _started_by_ps
+from embedstream_producer.embedded.programs import find_program
 
 ROOT = Path(__file__).parents[2]
 PRODUCT = ("embedstream", "producer", "worker", "coordinator")
-HOME = "embedstream/starting.py"
+HOME = "embedstream/cli/starting.py"
 STARTS = {"subprocess.Popen", "subprocess.run"}
 FORBIDDEN = {
     *(f"subprocess.{name}" for name in ("call", "check_call", "check_output", "getoutput", "getstatusoutput")),
@@ -41,8 +41,8 @@ def test_one_module_alone_names_the_interpreter_and_searches_for_programs() -> N
     found = {where for where, node in parsed() if isinstance(node, ast.Attribute | ast.Name)
              and ast.unparse(node) in ("sys.executable", "shutil.which")}  # fmt: skip
     # A program that a package brings along is looked for in that package's own folder.
-    assert found == {HOME, "embedstream/embedded/programs.py"}
-    programs = (ROOT / "embedstream/embedded/programs.py").read_text("utf-8")
+    assert found == {HOME, "producer/embedstream_producer/embedded/programs.py"}
+    programs = (ROOT / "producer/embedstream_producer/embedded/programs.py").read_text("utf-8")
     assert "sys.executable" not in programs
     assert programs.count("shutil.which(") == programs.count('path=str(Path(folder) / "bin")') == 1
 
@@ -68,7 +68,7 @@ def test_empty_and_relative_entries_of_search_paths_reach_no_process(monkeypatch
 
 def test_a_module_in_the_working_folder_is_not_imported(tmp_path: Path) -> None:
     (tmp_path / "http.py").write_text("print('from here')")
-    command = python_command("embedstream.metrics")
+    command = python_command("embedstream.metrics.metrics")
     assert "-P" in command
     code = "import http, subprocess, sys; subprocess.run([sys.executable, '-c', 'import http'], check=True)"
     command[command.index("-m") :] = ["-c", code]

@@ -3,13 +3,13 @@ from typing import Any
 
 import pytest
 
-from embedstream.blocks import Block
 from embedstream.errors import CorpusChanged, InputError
-from embedstream.packing import Packer
-from embedstream.plans import Action, NextBlock, Pause, Plan, Sums
+from embedstream.lifecycle.submission import Part, Pushed, push_job
+from embedstream.queue.blocks import Block
+from embedstream.queue.packing import Packer
+from embedstream.queue.plans import Action, NextBlock, Pause, Plan, Sums
+from embedstream.queue.steps import Answer, Code, Step, Steps
 from embedstream.settings import BlockLimits
-from embedstream.steps import Answer, Code, Step, Steps
-from embedstream.submission import Part, Pushed, push_job
 
 JOB = "0123456789abcdef"
 

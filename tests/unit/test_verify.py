@@ -24,10 +24,10 @@ from verify_lab import (
     write_lines,
 )
 
-from embedstream.dataset.findings import MOST_SHOWN, Finding
 from embedstream.dataset.folder import FolderSink
 from embedstream.errors import OutputError, UsageError
 from embedstream.jobs import JobState
+from embedstream.verify.findings import MOST_SHOWN, Finding
 from embedstream_producer.verify import Verdict, verdict_lines, verify
 
 

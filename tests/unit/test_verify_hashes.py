@@ -16,7 +16,7 @@ from conftest import RedisServer
 from dataset_lab import DIM
 from verify_lab import Maker, make_spec, write_lines
 
-from embedstream.dataset.sink import canonical_output, open_sink
+from embedstream.dataset.sinks import canonical_output, open_sink
 from embedstream.jobs import JobState
 from embedstream_producer.verify import Verdict, verify
 

@@ -11,12 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 from broker_lab import Lab
 
-from embedstream.blocks import decode_block
 from embedstream.dataset.manifest import decode_manifest
 from embedstream.dataset.parquet import read_footer
 from embedstream.errors import BlockError, EmbedstreamError, ManifestDamaged, OutputError, UsageError
 from embedstream.jobs import FORMAT_VERSION, decode_spec
-from embedstream.queues import look_at_queue
+from embedstream.queue.blocks import decode_block
+from embedstream.queue.queues import look_at_queue
 from embedstream_worker.engines.hashing import HashingEngine
 from embedstream_worker.jobs import Jobs, WorkerModel
 

@@ -10,8 +10,8 @@ import fakeredis
 import pytest
 import redis
 
-from embedstream.broker import Broker
 from embedstream.jobs import JobSpec, JobState, OutputSpec
+from embedstream.queue.broker import Broker
 from embedstream_worker.engines.hashing import HashingEngine
 from embedstream_worker.jobs import LOOK_AGAIN_SECONDS, Jobs, WorkerModel, space_id
 

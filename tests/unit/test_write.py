@@ -11,15 +11,15 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from embedstream.blocks import Block, Refusal, decode_block, encode_block
-from embedstream.broker import Broker
-from embedstream.connection import connect
 from embedstream.dataset.folder import FolderSink
-from embedstream.dataset.hashing import input_hashes
+from embedstream.dataset.input_hash import input_hashes
 from embedstream.dataset.schema import dataset_schema, errors_schema
-from embedstream.dataset.sink import ShardContent, ShardRecord
 from embedstream.jobs import JobSpec
-from embedstream.packing import Packer
+from embedstream.queue.blocks import Block, Refusal, decode_block, encode_block
+from embedstream.queue.broker import Broker
+from embedstream.queue.packing import Packer
+from embedstream.records import ShardContent, ShardRecord
+from embedstream.server.connection import connect
 from embedstream.settings import BlockLimits, WorkerSettings
 from embedstream_worker.ahead import Ahead
 from embedstream_worker.engines.base import EngineInfo, OutputInfo

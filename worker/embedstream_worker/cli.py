@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from embedstream.commands import run
+from embedstream.cli.commands import run
+from embedstream.cli.logs import LogFormat, set_up, tell_error
+from embedstream.cli.service_options import service_options
 from embedstream.errors import UsageError
 from embedstream.jobs import model_address, queue_name
-from embedstream.logs import LogFormat, set_up, tell_error
-from embedstream.service_options import service_options
 from embedstream.settings import ENV_PREFIX, WorkerSettings
 from embedstream_worker.model_folder import ALLOW_PICKLE, TRUST_REMOTE_CODE, Trust
 
@@ -189,8 +189,8 @@ def worker(
 
 def is_ready(redis_url: str, queue: str) -> bool:
     """Whether a worker of this machine serves the queue and is warm."""
-    from embedstream.broker import Broker
-    from embedstream.connection import connect, explaining
+    from embedstream.queue.broker import Broker
+    from embedstream.server.connection import connect, explaining
 
     with explaining(redis_url):
         workers = Broker(connect(redis_url, retries=0), queue).workers()

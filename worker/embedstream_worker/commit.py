@@ -8,13 +8,13 @@ from collections.abc import Iterable
 import pyarrow as pa
 import redis
 
-from embedstream.broker import Broker
-from embedstream.dataset.sink import ShardContent, ShardRecord
+from embedstream.cli.logs import about
 from embedstream.errors import BrokerError, OutputError, RecordDamaged
-from embedstream.foreign import reading
-from embedstream.logs import about
-from embedstream.steps import Answer, Code
-from embedstream.troubles import passes
+from embedstream.queue.broker import Broker
+from embedstream.queue.steps import Answer, Code
+from embedstream.records import ShardContent, ShardRecord
+from embedstream.server.foreign import reading
+from embedstream.server.troubles import passes
 from embedstream_worker.engines.base import EngineInfo
 from embedstream_worker.finish import FinishedBlock
 from embedstream_worker.held import Delivered, Held, release

@@ -9,10 +9,10 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 
-from embedstream.blocks import Block, Refusal
 from embedstream.dataset.schema import dataset_schema, errors_schema
-from embedstream.dataset.sink import BlockRecord
-from embedstream.steps import CommitBlock
+from embedstream.queue.blocks import Block, Refusal
+from embedstream.queue.steps import CommitBlock
+from embedstream.records import BlockRecord
 from embedstream_worker.engines.base import EngineInfo
 from embedstream_worker.held import EmbeddedGroup, HeldBlock
 

@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from embedstream.blocks import Block
-from embedstream.broker import Broker
+from embedstream.queue.blocks import Block
+from embedstream.queue.broker import Broker
 from embedstream_worker.engines.base import Tokens
 from embedstream_worker.jobs import OpenJob
 from embedstream_worker.troubles import Refused

@@ -6,14 +6,15 @@ import logging
 import random
 from collections.abc import Callable
 
-from embedstream.broker import Broker
-from embedstream.dataset.sink import Sink, open_sink
+from embedstream.cli.logs import about
+from embedstream.dataset.roots import check_output
+from embedstream.dataset.sink import Sink
+from embedstream.dataset.sinks import open_sink
 from embedstream.errors import EmbedstreamError
-from embedstream.finalizing import finalize_job
-from embedstream.job_record import reading_job
 from embedstream.jobs import JobSpec
-from embedstream.logs import about
-from embedstream.roots import check_output
+from embedstream.lifecycle.finalizing import finalize_job
+from embedstream.queue.broker import Broker
+from embedstream.queue.job_record import reading_job
 from embedstream_worker.troubles import Outage, Refused
 
 log = logging.getLogger(__name__)

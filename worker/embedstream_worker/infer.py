@@ -18,7 +18,7 @@ import numpy.typing as npt
 import redis
 
 from embedstream.errors import DeviceLost
-from embedstream.workers import InHand
+from embedstream.queue.workers import InHand
 from embedstream_worker.ahead import Ahead
 from embedstream_worker.engines.base import Engine, OutOfMemory, Role, Tokens
 from embedstream_worker.held import EmbeddedGroup, RowErrors, TokenizedGroup

@@ -14,11 +14,11 @@ import numpy as np
 import pyarrow.compute as pc
 from redis.backoff import ExponentialWithJitterBackoff
 
-from embedstream.blocks import Block, decode_block
-from embedstream.broker import Broker, Claimed, entry_size
+from embedstream.cli.logs import about
 from embedstream.errors import BlockError, RecordDamaged
 from embedstream.jobs import JobState
-from embedstream.logs import about
+from embedstream.queue.blocks import Block, decode_block
+from embedstream.queue.broker import Broker, Claimed, entry_size
 from embedstream.settings import BLOCK_LIMITS, WorkerSettings
 from embedstream_worker.ahead import Ahead
 from embedstream_worker.held import Held, HeldBlock, Window, hand_back, release

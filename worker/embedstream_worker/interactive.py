@@ -9,10 +9,10 @@ import msgspec
 import numpy as np
 from redis.backoff import ExponentialWithJitterBackoff
 
-from embedstream.broker import Broker, Claimed
-from embedstream.dataset.hashing import model_inputs
+from embedstream.api.interactive import EmbedReply, EmbedRequest, refuse_long_body
+from embedstream.dataset.input_hash import model_inputs
 from embedstream.errors import ModelError, UsageError
-from embedstream.interactive import EmbedReply, EmbedRequest, refuse_long_body
+from embedstream.queue.broker import Broker, Claimed
 from embedstream_worker.batching import join_tokens
 from embedstream_worker.engines.base import Engine, TextTokenizer
 from embedstream_worker.held import TokenizedGroup, hand_back

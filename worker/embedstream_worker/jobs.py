@@ -11,14 +11,15 @@ from dataclasses import dataclass, replace
 
 import msgspec
 
-from embedstream.broker import Broker
-from embedstream.dataset.sink import Sink, open_sink
+from embedstream.cli.logs import about
+from embedstream.dataset.roots import check_output
+from embedstream.dataset.sink import Sink
+from embedstream.dataset.sinks import open_sink
 from embedstream.errors import EmbedstreamError, JobUnknown, ModelError, OutputError, RecordDamaged
-from embedstream.job_record import reading_job
 from embedstream.jobs import JobSpec, JobState, JobStatus, queue_name
-from embedstream.logs import about
-from embedstream.opening import is_here
-from embedstream.roots import check_output
+from embedstream.lifecycle.opening import is_here
+from embedstream.queue.broker import Broker
+from embedstream.queue.job_record import reading_job
 from embedstream_worker.engines.base import Engine, EngineInfo
 from embedstream_worker.troubles import Refused
 

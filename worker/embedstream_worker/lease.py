@@ -6,9 +6,9 @@ import logging
 import time
 from collections.abc import Callable
 
-from embedstream.broker import Broker
+from embedstream.queue.broker import Broker
+from embedstream.queue.workers import WorkerRecord
 from embedstream.settings import WorkerSettings
-from embedstream.workers import WorkerRecord
 from embedstream_worker.held import ENTRIES_PER_STEP, Held
 from embedstream_worker.pipeline import Life
 from embedstream_worker.troubles import Outage, Refused

@@ -12,9 +12,9 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector
 
-from embedstream import metrics
-from embedstream.dataset.sink import ShardRecord
-from embedstream.metrics import Metric
+from embedstream.metrics import metrics
+from embedstream.metrics.metrics import Metric
+from embedstream.records import ShardRecord
 
 Stage = Literal["decode", "tokenize", "infer", "finish", "write", "commit"]
 

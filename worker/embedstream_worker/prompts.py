@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from embedstream.broker import Broker
 from embedstream.errors import JobUnknown, ModelError, RecordDamaged
-from embedstream.foreign import reading
 from embedstream.jobs import JobSpec
-from embedstream.steps import PROVEN, Code
+from embedstream.queue.broker import Broker
+from embedstream.queue.steps import PROVEN, Code
+from embedstream.server.foreign import reading
 from embedstream_worker.engines.base import TextTokenizer
 from embedstream_worker.held import TokenizedGroup
 from embedstream_worker.infer import Urgent

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
-from embedstream.workers import InHand, Rate
+from embedstream.queue.workers import InHand, Rate
 
 SPAN_SECONDS = 30.0
 """Rates are over so long: several windows of a slow device, yet a job that stands still shows soon."""

@@ -7,7 +7,7 @@ import sys
 
 import click
 
-from embedstream.commands import run
+from embedstream.cli.commands import run
 from embedstream.settings import ENV_PREFIX
 from embedstream_worker.model_folder import ALLOW_PICKLE, TRUST_REMOTE_CODE, Trust
 

@@ -10,10 +10,10 @@ import numpy.typing as npt
 
 from embedstream.dataset.folder import FolderSink
 from embedstream.dataset.manifest import manifest_spec
-from embedstream.dataset.search import search
-from embedstream.dataset.sink import Manifest, canonical_output
+from embedstream.dataset.sinks import canonical_output
 from embedstream.errors import ModelError, OutputError
 from embedstream.jobs import JobSpec, model_address, model_folder
+from embedstream.records import Manifest
 from embedstream_worker import known_models
 from embedstream_worker.engines import HASHING_MODEL, EngineName, make_engine
 from embedstream_worker.engines.base import TokenBatch
@@ -21,6 +21,7 @@ from embedstream_worker.engines.precision import Dtype
 from embedstream_worker.jobs import space_id
 from embedstream_worker.model_folder import NOTHING, Trust
 from embedstream_worker.models import is_carried, resolve_model
+from embedstream_worker.search import search
 
 TEXT_WIDTH = 200
 """Characters of a text that are shown."""

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from embedstream.commands import on_signals
-from embedstream.connection import connect, explaining
-from embedstream.exposition import Exposition, QueueCollector
-from embedstream.logs import identify
-from embedstream.preflight import check, refuse_few_rights, shortcomings
-from embedstream.roots import canonical_root
+from embedstream.cli.commands import on_signals
+from embedstream.cli.logs import identify
+from embedstream.dataset.roots import canonical_root
+from embedstream.metrics.exposition import Exposition, QueueCollector
+from embedstream.server.connection import connect, explaining
+from embedstream.server.preflight import check, refuse_few_rights, shortcomings
 from embedstream.settings import WorkerSettings
 from embedstream_worker.engines import EngineName, make_engine
 from embedstream_worker.engines.precision import Dtype

@@ -10,14 +10,14 @@ from typing import Any
 
 import redis
 
-from embedstream.broker import Broker
-from embedstream.dataset.sink import ShardRecord
 from embedstream.errors import RecordDamaged
-from embedstream.foreign import reading
 from embedstream.jobs import JobState
 from embedstream.keys import GROUP, RELEASED
+from embedstream.queue.broker import Broker
+from embedstream.queue.workers import InHand
+from embedstream.records import ShardRecord
+from embedstream.server.foreign import reading
 from embedstream.settings import WorkerSettings
-from embedstream.workers import InHand
 from embedstream_worker.finish import FinishedBlock
 from embedstream_worker.held import Held
 from embedstream_worker.jobs import OpenJob

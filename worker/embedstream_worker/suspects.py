@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import redis
 
-from embedstream.broker import Broker
+from embedstream.cli.logs import about
 from embedstream.errors import RecordDamaged
-from embedstream.logs import about
-from embedstream.steps import Code
-from embedstream.troubles import passes
+from embedstream.queue.broker import Broker
+from embedstream.queue.steps import Code
+from embedstream.server.troubles import passes
 from embedstream_worker.held import Held, HeldBlock, RowErrors
 from embedstream_worker.pipeline import Life
 from embedstream_worker.troubles import Outage

@@ -9,8 +9,8 @@ from queue import SimpleQueue
 import numpy as np
 import pyarrow as pa
 
-from embedstream.broker import Broker
-from embedstream.dataset.hashing import input_hashes, model_inputs, strings_of
+from embedstream.dataset.input_hash import input_hashes, model_inputs, strings_of
+from embedstream.queue.broker import Broker
 from embedstream_worker.ahead import Ahead
 from embedstream_worker.batching import join_tokens
 from embedstream_worker.engines.base import TextTokenizer, Tokens

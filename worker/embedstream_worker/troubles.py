@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import redis
 
 from embedstream.errors import RecordDamaged
-from embedstream.troubles import passes, trouble, without_command
+from embedstream.server.troubles import passes, trouble, without_command
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ class Outage:
     """The troubles of one thread, one after the other."""
 
     def __init__(self, work: str, about: Mapping[str, str] | None = None) -> None:
-        """`work`: what the thread cannot do meanwhile, as in "committing". `about`: see `embedstream.logs`."""
+        """`work`: what the thread cannot do meanwhile, as in "committing". `about`: see `embedstream.cli.logs`."""
         self._work = work
         self._about = about
         self._clause = ""

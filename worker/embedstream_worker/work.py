@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from embedstream.workers import InHand
+from embedstream.queue.workers import InHand
 from embedstream_worker.batching import batch_cost, cut_batches, gather_batch
 from embedstream_worker.engines.base import Role, TokenBatch, Tokens
 from embedstream_worker.held import RowErrors

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 
 import redis
 
-from embedstream.broker import Broker
-from embedstream.connection import connect
 from embedstream.errors import ModelError
-from embedstream.foreign import leaving_out
 from embedstream.masking import mask
-from embedstream.preflight import check
+from embedstream.queue.broker import Broker
+from embedstream.queue.workers import InHand, WorkerRecord
+from embedstream.server.connection import connect
+from embedstream.server.foreign import leaving_out
+from embedstream.server.preflight import check
 from embedstream.settings import WorkerSettings
-from embedstream.workers import InHand, WorkerRecord
 from embedstream_worker import known_models
 from embedstream_worker.ahead import Ahead
 from embedstream_worker.engines.base import Engine, EngineInfo, OutOfMemory

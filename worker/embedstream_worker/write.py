@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 import redis
 from redis.backoff import ExponentialWithJitterBackoff
 
-from embedstream.broker import Broker
-from embedstream.dataset.sink import ShardRecord
+from embedstream.cli.logs import about
 from embedstream.errors import OutputError
-from embedstream.logs import about
+from embedstream.queue.broker import Broker
+from embedstream.queue.workers import InHand
+from embedstream.records import ShardRecord
+from embedstream.server.troubles import trouble
 from embedstream.settings import WorkerSettings
-from embedstream.troubles import trouble
-from embedstream.workers import InHand
 from embedstream_worker.commit import Commits
 from embedstream_worker.engines.base import EngineInfo
 from embedstream_worker.finish import finish_blocks

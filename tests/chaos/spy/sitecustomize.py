@@ -12,7 +12,7 @@ from typing import Any
 
 
 def watch(path: str) -> None:
-    from embedstream.broker import Broker
+    from embedstream.queue.broker import Broker
 
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     run, claim, sweep = Broker.run, Broker.claim, Broker.sweep

@@ -18,6 +18,7 @@ import openvino
 
 from embedstream.errors import ModelError
 from embedstream_worker.engines.base import (
+    Engine,
     EngineInfo,
     OutOfMemory,
     OutputInfo,
@@ -63,7 +64,7 @@ class OpenVinoEngine(TextEngine):
         self._wanted_dtype = dtype
         self._cache = cache or Cache()
         self._slots: SimpleQueue[_Slot] = SimpleQueue()
-        self._exact = ExactModel(folder)
+        self._exact = ExactModel(folder, _load_exact)
 
     def start(self) -> None:
         """Convert the model, or read what was converted, and prove that its vectors are right.
@@ -253,3 +254,10 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(
         sign in str(error) for sign in ("bad_alloc", "out of memory", "annot allocate memory", "ailed to allocate")
     )
+
+
+def _load_exact(folder: ModelFolder) -> Engine:
+    # Imported only here: an engine that needs no torch must not load it for nothing.
+    from embedstream_worker.engines.torch_engine import load_exact
+
+    return load_exact(folder)

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
+from embedstream.cli.starting import environment, python_command
 from embedstream.errors import ModelError
-from embedstream.starting import environment, python_command
 from embedstream_worker.engines.precision import Precision
 from embedstream_worker.model_folder import Trust
 from embedstream_worker.models import ModelFolder
@@ -23,7 +21,9 @@ log = logging.getLogger(__name__)
 _FROM_OUTSIDE = {signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP}  # no fault of the model's, perhaps
 
 
-class _Trial(msgspec.Struct):
+class Trial(msgspec.Struct):
+    """What the other process is asked."""
+
     folder: str
     name: str
     needs: Trust
@@ -32,7 +32,9 @@ class _Trial(msgspec.Struct):
     cache: str
 
 
-class _Report(msgspec.Struct):
+class Report(msgspec.Struct):
+    """What it answers."""
+
     unfit: str | None = None
     error: str | None = None
 
@@ -54,9 +56,9 @@ def run_trial(folder: ModelFolder, precision: Precision, fingerprint: str, cache
         ModelError: the model cannot be loaded by any engine.
     """
     log.info("model %s: converting for openvino, once", folder.name)
-    trial = _Trial(str(folder.path), folder.name, folder.needs, precision, fingerprint, str(cache))
+    trial = Trial(str(folder.path), folder.name, folder.needs, precision, fingerprint, str(cache))
     ended = subprocess.run(
-        python_command("embedstream_worker.engines.openvino_trial"),
+        python_command("embedstream_worker.engines.openvino_trial_process"),
         env=environment(),
         input=msgspec.json.encode(trial),
         capture_output=True,
@@ -68,31 +70,7 @@ def run_trial(folder: ModelFolder, precision: Precision, fingerprint: str, cache
     if ended.returncode > 0:
         last = (ended.stderr.decode("utf-8", "replace").strip().splitlines() or ["no message"])[-1]
         return TrialResult(f"a trial in {precision} failed ({last})", lasting=False)
-    report = msgspec.json.decode(ended.stdout.splitlines()[-1], type=_Report)
+    report = msgspec.json.decode(ended.stdout.splitlines()[-1], type=Report)
     if report.error is not None:
         raise ModelError(report.error)
     return TrialResult(report.unfit, lasting=True)
-
-
-def main() -> None:
-    """The other process: a trial on standard input, a report as the last line of standard output."""
-    # Here, not above: the engine itself imports this module.
-    from embedstream_worker.engines.checking import CheckFailed
-    from embedstream_worker.engines.openvino_cache import Cache, NotConvertible
-    from embedstream_worker.engines.openvino_engine import OpenVinoEngine
-
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    trial = msgspec.json.decode(sys.stdin.buffer.read(), type=_Trial)
-    folder = ModelFolder(Path(trial.folder), trial.name, None, "", trial.needs)
-    try:
-        OpenVinoEngine(folder, trial.precision, Cache(Path(trial.cache))).open(trial.precision, trial.fingerprint)
-        report = _Report()
-    except (NotConvertible, CheckFailed) as error:
-        report = _Report(unfit=str(error))
-    except ModelError as error:
-        report = _Report(error=str(error))
-    sys.stdout.buffer.write(b"\n" + msgspec.json.encode(report) + b"\n")
-
-
-if __name__ == "__main__":
-    main()

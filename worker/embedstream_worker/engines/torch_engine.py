@@ -89,7 +89,7 @@ class TorchEngine(TextEngine):
         self._packing: Packing | None = None
         self._packed = self._compiled = False
         self._asked: set[Asked] = set()
-        self._exact = ExactModel(folder)
+        self._exact = ExactModel(folder, load_exact)
 
     @property
     def modules(self) -> SentenceTransformer:
@@ -428,3 +428,10 @@ _OUT_OF_MEMORY = (
 
 def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(sign in str(error) for sign in _OUT_OF_MEMORY)
+
+
+def load_exact(folder: ModelFolder) -> TorchEngine:
+    """A folder's model in float32 on the CPU. Raises `ModelError`."""
+    engine = TorchEngine(folder, "cpu", "float32")
+    engine.start()
+    return engine

@@ -1,0 +1,199 @@
+"""Writing one merged shard: the rows of its blocks are held once, and let go as they are written, by row groups."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import msgspec
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from embedstream.dataset.folder import BATCH_ROWS, FolderSink, errors_file, part_file
+from embedstream.dataset.manifest import manifest_spec
+from embedstream.dataset.parquet import (
+    ROW_GROUP_BYTES,
+    Footer,
+    Layout,
+    data_layout,
+    encode_pieces,
+    errors_layout,
+)
+from embedstream.dataset.schema import dataset_schema, errors_schema
+from embedstream.errors import OutputError
+from embedstream.records import BlockRecord, BlockRuns, Manifest, ShardRecord
+from embedstream.server.connection import mask
+from embedstream.settings import MIB
+
+LEAST_HELD_BYTES = 256 * MIB
+HELD_RATIO = 8
+"""What a group's rows may take in memory: that, and so many times the bytes of their files. Vectors hardly shrink on
+a disk, texts to a third or a tenth; a few kilobytes that become gigabytes are none that a worker wrote."""
+
+Place = tuple[int, int]
+"""Part and block."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Consecutive blocks of the dataset that become one shard."""
+
+    name: str
+    """Of the new shard; the same whoever writes it, and another for every manifest."""
+    blocks: Mapping[str, BlockRuns]
+    """By shard that holds them now."""
+
+
+def write_group(sink: FolderSink, manifest: Manifest, group: Group) -> ShardRecord:
+    """Write the group's shard; doing it twice writes the same. Raises `OutputError`."""
+    listed = {shard.name: shard for shard in manifest.shards}
+    room = _Room(LEAST_HELD_BYTES + HELD_RATIO * sum(listed[name].bytes for name in group.blocks), sink.output)
+    data, errors = _Rows("rows", room), _Rows("failed", room)
+    blocks: list[BlockRecord] = []
+    sources: list[ShardRecord] = []
+    padded = 0
+    for name, runs in group.blocks.items():
+        source = sink.footer(part_file(name))[0].shard
+        chosen = [block for block in source.blocks if _is_in(block, runs)]
+        sources.append(source)
+        blocks += chosen
+        padded += _share(source, chosen)
+        data.read(sink, part_file(name), source, runs)
+        if listed[name].failed:
+            errors.read(sink, errors_file(name), source, runs)
+    if data.count != sum(block.rows for block in blocks):
+        raise OutputError(f"{mask(sink.output)}: shards hold other rows than their footers say: run embed-verify")
+    spec = manifest_spec(manifest)
+    record = msgspec.structs.replace(
+        sources[0],
+        name=group.name,
+        job=manifest.job,
+        blocks=tuple(sorted(blocks, key=lambda block: (block.part, block.block))),
+        rows=data.count,
+        failed=errors.count,
+        skipped=sum(block.skipped for block in blocks),
+        truncated=data.sum("truncated"),
+        tokens=data.sum("n_tokens"),
+        padded=padded,
+        dtype="+".join(sorted({source.dtype for source in sources})),
+        engine="+".join(sorted({source.engine for source in sources})),
+        worker="",
+        bytes=0,
+        checksum="",
+        errors_checksum="",
+    )
+    footer = Footer(shard=record, spec=msgspec.Raw(spec.encode()))
+    errors_checksum = ""
+    if errors.count:
+        _, errors_checksum = _write(sink, errors_file(group.name), errors, errors_schema(), errors_layout(), footer)
+    schema = dataset_schema(spec, {manifest.outputs[0].name: sources[0].dim})
+    size, checksum = _write(sink, part_file(group.name), data, schema, data_layout(schema), footer)
+    return msgspec.structs.replace(record, bytes=size, checksum=checksum, errors_checksum=errors_checksum)
+
+
+class _Room:
+    """What the rows of a group may take in memory."""
+
+    def __init__(self, most: int, output: str) -> None:
+        self._most = self._left = most
+        self._output = output
+
+    def take(self, size: int) -> None:
+        """Raises `OutputError` when there is no more."""
+        self._left -= size
+        if self._left < 0:
+            raise OutputError(
+                f"{mask(self._output)}: the rows of one merged shard have more than {self._most:,} bytes once "
+                f"decompressed: leave this dataset as it is, or merge into smaller shards (--shard-mib)"
+            )
+
+
+class _Rows:
+    """The rows or error rows of some blocks, read shard by shard, to be written in the order of the corpus."""
+
+    def __init__(self, counted_as: str, room: _Room) -> None:
+        self._counted_as = counted_as
+        self._room = room
+        self._pieces: dict[Place, list[pa.RecordBatch]] = defaultdict(list)
+        self.count = 0
+
+    def read(self, sink: FolderSink, file: str, source: ShardRecord, runs: BlockRuns) -> None:
+        """Take those blocks' rows out of a shard: they lie in the order of its blocks, as many of each as it says."""
+        spans: list[tuple[Place, int, int]] = []
+        at = 0
+        for block in sorted(source.blocks, key=lambda block: (block.part, block.block)):
+            size = getattr(block, self._counted_as)
+            if _is_in(block, runs) and size:
+                spans.append(((block.part, block.block), at, at + size))
+            at += size
+        start = 0
+        for batch in sink.batches(file, None, BATCH_ROWS):
+            end = start + batch.num_rows
+            cuts = [
+                (place, max(first, start) - start, min(last, end) - start)
+                for place, first, last in spans
+                if first < end and last > start
+            ]
+            self._take(batch, cuts)
+            start = end
+
+    def _take(self, batch: pa.RecordBatch, cuts: list[tuple[Place, int, int]]) -> None:
+        wanted = sum(high - low for _, low, high in cuts)
+        if wanted < batch.num_rows:
+            # A copy, so that the rest of the batch is not held with it: a shard may have few rows of many groups.
+            batch = batch.take(pa.array([row for _, low, high in cuts for row in range(low, high)], pa.int64()))
+        self._room.take(batch.nbytes if wanted else 0)
+        at = 0
+        for place, low, high in cuts:
+            self._pieces[place].append(batch.slice(at, high - low))
+            at += high - low
+        self.count += wanted
+
+    def sum(self, column: str) -> int:
+        """Over all rows."""
+        return sum(pc.sum(piece.column(column)).as_py() for pieces in self._pieces.values() for piece in pieces)
+
+    def groups(self) -> Iterator[list[pa.RecordBatch]]:
+        """All of them once, a row group at a time."""
+        group: list[pa.RecordBatch] = []
+        size = 0
+        for place in sorted(self._pieces):
+            for piece in self._pieces.pop(place):
+                group.append(piece)
+                size += piece.nbytes
+            if size >= ROW_GROUP_BYTES:
+                yield group
+                group, size = [], 0
+        if group:
+            yield group
+
+
+def _write(
+    sink: FolderSink, file: str, rows: _Rows, schema: pa.Schema, layout: Layout, footer: Footer
+) -> tuple[int, str]:
+    """Returns size and checksum of the file."""
+    size, digest = 0, hashlib.sha256()
+
+    def pieces() -> Iterator[bytes]:
+        nonlocal size
+        tables = (pa.Table.from_batches(group, schema) for group in rows.groups())
+        for piece in encode_pieces(tables, schema, layout, footer):
+            size += len(piece)
+            digest.update(piece)
+            yield piece
+
+    sink.files.write(file, pieces())
+    return size, f"sha256:{digest.hexdigest()}"
+
+
+def _is_in(block: BlockRecord, runs: BlockRuns) -> bool:
+    return any(part == block.part and first <= block.block <= last for part, first, last in runs)
+
+
+def _share(source: ShardRecord, chosen: Sequence[BlockRecord]) -> int:
+    """A shard's padded tokens for some of its blocks; the shares of all of them add up to the whole."""
+    count, wanted = len(source.blocks), set(chosen)
+    ends = [source.padded * at // count for at in range(count + 1)]
+    return sum(ends[at + 1] - ends[at] for at, block in enumerate(source.blocks) if block in wanted)

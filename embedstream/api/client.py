@@ -1,0 +1,347 @@
+"""The Python API over a connection that blocks: submit, follow a job, read its vectors, embed a few texts now."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Literal, Self, Unpack
+
+import pyarrow as pa
+
+from embedstream.api import interactive
+from embedstream.api.interactive import EmbedReply, EmbedRequest
+from embedstream.api.record_blocks import RECORDS, Records, records_part
+from embedstream.corpus.duplicates import DuplicateIndex
+from embedstream.dataset.sink import Sink
+from embedstream.dataset.sinks import open_sink
+from embedstream.errors import JobUnknown, OutputError, RequestError, UsageError
+from embedstream.jobs import JobSpec, JobState, JobStatus, model_address, parse_max_errors, queue_name
+from embedstream.lifecycle.opening import (
+    SpecSettings,
+    finished_manifest,
+    is_visible,
+    make_spec,
+    open_job,
+    refuse_forbidden,
+)
+from embedstream.lifecycle.submission import Pushed, push_job
+from embedstream.lifecycle.watching import look
+from embedstream.queue.broker import Broker
+from embedstream.queue.plans import drive
+from embedstream.queue.steps import Answer, Code
+from embedstream.server.connection import REQUEST_TIMEOUT_SECONDS, connect, explaining, mask, with_redis
+from embedstream.server.troubles import patiently
+from embedstream.settings import Settings
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+log = logging.getLogger(__name__)
+
+FIRST_POLL_SECONDS = 0.05
+LAST_POLL_SECONDS = 1.0
+"""Between two looks at a job: soon for a small one, seldom for a long one."""
+
+
+class Job:
+    """One job, by its id. Its progress is asked of Redis; where its vectors lie is not."""
+
+    def __init__(
+        self, id: str, broker: Broker, url: str, settings: Settings, sink: Sink | None, spec: JobSpec | None = None
+    ) -> None:
+        """`sink`: its output, as the caller names it. `spec`: as this process submitted it."""
+        self.id = id
+        self._broker = broker
+        self._url = url
+        self._settings = settings
+        self._sink = sink
+        self._spec = spec
+
+    def __repr__(self) -> str:
+        return f"Job({self.id!r})"
+
+    @property
+    def queue(self) -> str:
+        return self._broker.queue
+
+    def status(self) -> JobStatus:
+        """One look. Raises `JobUnknown` if it never was, has expired, or Redis was emptied."""
+        with explaining(self._url):
+            return self._broker.status(self.id)
+
+    def wait(self, timeout: float | None = None) -> JobStatus:
+        """Wait until the job has ended, whichever way: look at `state` and `failed` of what comes back.
+
+        The process that submitted it also writes the manifest if it can reach the output; for a job of `Client.job`
+        that is left to others. While Redis cannot be used, that is waited for, too, with one line in the log.
+
+        Raises:
+            TimeoutError: it has not ended after `timeout` seconds; it goes on.
+            BrokerError: Redis refuses, or could not be used when `timeout` was over.
+            RecordDamaged: its spec in Redis is not the one that was submitted.
+            JobUnknown: as `status`.
+            OutputError: the manifest cannot be written.
+        """
+        end = None if timeout is None else time.monotonic() + timeout
+        pause = FIRST_POLL_SECONDS
+        while True:
+            with explaining(self._url):
+                status = patiently(
+                    lambda: look(self._broker, self.id, self._url, self._settings, self._spec),
+                    warn,
+                    mask(self._url),
+                    until=end,
+                )
+            if status.state.ended:
+                return status
+            left = pause if end is None else end - time.monotonic()
+            if left <= 0:
+                raise TimeoutError(still_open(status, timeout))
+            time.sleep(min(pause, left))
+            pause = min(pause * 1.5, LAST_POLL_SECONDS)
+
+    def results(self, columns: Iterable[str] | None = None) -> Iterator[pa.RecordBatch]:
+        """The rows of an ended job, shard by shard, in no promised order; `columns`: only these.
+
+        Raises:
+            UsageError: the job was found by its id, and its output was not named.
+            OutputError: the job has no manifest yet, or its output cannot be read from here, or holds another job.
+        """
+        return results_of(self.status(), self._sink, columns)
+
+    def cancel(self) -> bool:
+        """End the job; what is committed stays, and the same submission goes on. False: it has ended in another way.
+
+        Raises:
+            JobUnknown: as `status`.
+        """
+        with explaining(self._url):
+            return was_cancelled(self.id, self._broker.run(self._broker.cancel(self.id)))
+
+
+class Client:
+    """Everything that a program needs of a fleet. Not for sharing between threads while it submits."""
+
+    def __init__(self, redis_url: str | None = None, queue: str | None = None) -> None:
+        """`redis_url`: None means EMBEDSTREAM_REDIS_URL; `queue`: None means EMBEDSTREAM_QUEUE, else the model's.
+
+        Raises:
+            UsageError: no Redis is named.
+        """
+        self.settings = Settings.from_environment(redis_url=redis_url, queue=queue)
+        self.url = needed_url(self.settings)
+        self._redis = connect(self.url)
+        # Plans repeat a request themselves, as long as its caller waits.
+        self._requests = connect(self.url, retries=0, timeout=REQUEST_TIMEOUT_SECONDS)
+
+    def close(self) -> None:
+        self._redis.close()
+        self._requests.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def submit(
+        self,
+        records: Records,
+        *,
+        output: str,
+        model: str | None = None,
+        revision: str | None = None,
+        max_errors: str = "",
+        **settings: Unpack[SpecSettings],
+    ) -> Job:
+        """Submit records as one job and return when all are with the workers; they are read as a stream.
+
+        `records`: mappings with `id` and `text` (as in files, see `RecordReader`), strings (their positions are their
+        ids), or an Arrow table, batch or reader. A bad record becomes a row of `errors.jsonl`. `output`: a folder or a
+        Redis URL, as workers see it. The same records into the same output again: what is done is not done again.
+
+        Raises:
+            UsageError: settings that cannot be used.
+            SpecDiffers: the output holds a job with other settings.
+            CorpusChanged: the unfinished job in this output began with other records.
+            OutputError: no live worker may write there.
+            InputError: Redis lost blocks and the records cannot be read again.
+            BrokerError: Redis refuses.
+        """
+        spec = self._spec(output, model, revision, settings)
+        broker, sink = Broker(self._redis, spec.queue), open_sink(spec.output, spec, self.url)
+        job = Job(spec.job, broker, self.url, self.settings, sink, spec)
+        with explaining(self.url), DuplicateIndex() as index:
+            part = records_part(records, spec, index)
+            shown = mask(self.url)
+            bound = patiently(lambda: broker.memory_bound(self.settings.queue_bytes), warn, shown)
+            pushed = Pushed.LOST
+            while pushed is Pushed.LOST:
+                if not patiently(lambda: open_for_records(broker, spec, sink, max_errors), warn, shown):
+                    break
+                pushed = drive(push_job(broker, spec.job, [part], bound), broker, warn, url=shown)
+        return job
+
+    def _spec(self, output: str, model: str | None, revision: str | None, settings: SpecSettings) -> JobSpec:
+        return make_spec(
+            queue=self.settings.queue,
+            output=output,
+            model=model or self.settings.model,
+            revision=revision,
+            parts=(RECORDS,),
+            settings=settings,
+        )
+
+    def job(self, id: str, *, output: str | None = None) -> Job:
+        """A job by its id, on whichever queue it is. `output`: where its vectors lie, for `Job.results`.
+
+        Raises:
+            JobUnknown: there is none.
+            UsageError: an output that cannot be used.
+        """
+        sink = None if output is None else open_sink(output, queue_url=self.url)
+        with explaining(self.url):
+            broker = Broker(self._redis, find_queue(Broker(self._redis, ""), id))
+            return Job(id, broker, self.url, self.settings, sink)
+
+    def embed(
+        self,
+        texts: Sequence[str] | str,
+        role: Literal["document", "query"] = "query",
+        prompt: str | None = None,
+        prompt_name: str | None = None,
+        timeout: float = 30.0,
+        *,
+        model: str | None = None,
+        max_length: int | None = None,
+    ) -> npt.NDArray[np.float32]:
+        """Vectors of a few texts now, before any job's: float32 [n, dim].
+
+        `role` chooses the model's prompt unless `prompt` (a text) or `prompt_name` is given. `timeout` in seconds.
+
+        Raises:
+            RequestError: no worker answered in time (the message says whether one is alive), or a text failed.
+            BrokerError: Redis could not be used in this time, or refuses. A server that hangs costs some seconds more.
+        """
+        request = make_request(texts, role, prompt, prompt_name, max_length)
+        broker = Broker(self._requests, self.settings.queue or queue_name(model or self.settings.model))
+        with explaining(self.url):
+            plan = interactive.ask(broker, request, timeout, time.monotonic)
+            reply: EmbedReply | None = drive(plan, broker, patience=timeout)
+            if reply is None:
+                raise unanswered(broker, timeout, model or self.settings.model, self.url)
+        return interactive.vectors(reply, len(request.texts))
+
+
+def warn(notice: str) -> None:
+    """What a submission waits for."""
+    if notice:
+        log.warning(notice)
+
+
+def needed_url(settings: Settings) -> str:
+    """The URL of Redis. Raises `UsageError` if there is none."""
+    if settings.redis_url is None:
+        raise UsageError("no Redis: give redis_url='redis://host:6379/0', or set EMBEDSTREAM_REDIS_URL")
+    return settings.redis_url
+
+
+def open_for_records(broker: Broker, spec: JobSpec, sink: Sink, max_errors: str) -> bool:
+    """Open a job that is about to be submitted; False if it is finished, so that nothing is to be done."""
+    parse_max_errors(max_errors)
+    workers = broker.workers()
+    if finished_manifest(sink, spec) is not None and broker.state(spec.job) is JobState.COMPLETED:
+        return False
+    refuse_forbidden(workers, spec.output)
+    opened = open_job(broker, spec, sink, max_errors=max_errors, visible=is_visible(workers, spec.output))
+    return not opened.state.ended
+
+
+def make_request(
+    texts: Sequence[str] | str,
+    role: Literal["document", "query"],
+    prompt: str | None,
+    prompt_name: str | None,
+    max_length: int | None,
+) -> EmbedRequest:
+    """A request. Raises `UsageError` for what are no texts."""
+    texts = (texts,) if isinstance(texts, str) else tuple(texts)
+    if not all(isinstance(text, str) for text in texts):
+        raise UsageError("embed() takes strings")
+    for at, text in enumerate(texts):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UsageError(
+                f"text {at} has half of a UTF-16 surrogate pair (character {error.start}); repair it"
+            ) from error
+    return EmbedRequest(texts=texts, role=role, prompt=prompt, prompt_name=prompt_name, max_length=max_length)
+
+
+def find_queue(broker: Broker, job: str, queue: str | None = None) -> str:
+    """The queue that a job is on; `queue`: look at no other. Raises `JobUnknown`."""
+    for name in broker.queues() if queue is None else (queue,):
+        if Broker(broker.client, name).knows(job):
+            return name
+    where = (
+        "this server" if queue is None else f"queue {queue} (without --queue and EMBEDSTREAM_QUEUE all are looked at)"
+    )
+    raise JobUnknown(f"no job {job} on {where}: it never was, or has expired (embed-status lists them)")
+
+
+def results_of(status: JobStatus, sink: Sink | None, columns: Iterable[str] | None) -> Iterator[pa.RecordBatch]:
+    """The rows of an ended job in the output that the caller names. Raises as `Job.results`."""
+    if not status.state.ended:
+        raise OutputError(f"job {status.job} is {status.state}: wait for its end before reading its results")
+    if sink is None:
+        raise UsageError(
+            f"job {status.job}: where its vectors lie is not taken from Redis, where others may write, too: "
+            f"name it: client.job({status.job!r}, output=...)"
+        )
+    manifest = sink.read_manifest()
+    if manifest is not None and status.job not in (manifest.job, *manifest.retries):
+        raise OutputError(
+            f"{mask(sink.output)} holds job {manifest.job}, not {status.job}: name the output of that job"
+        )
+    return sink.read(columns)
+
+
+def still_open(status: JobStatus, timeout: float | None) -> str:
+    """Why waiting ended without an end."""
+    return (
+        f"job {status.job} is {status.state} after {timeout:g} s ({status.done} of {status.blocks} blocks): it goes on"
+    )
+
+
+def was_cancelled(job: str, answer: Answer) -> bool:
+    """What the cancel step answered. Raises `JobUnknown`."""
+    if answer.code is Code.UNKNOWN_JOB:
+        raise JobUnknown(f"no job {job} on this server: it never was, or has expired (embed-status lists them)")
+    return answer.code is Code.OK
+
+
+def start_command(model: str, url: str, queue: str) -> str:
+    """The command that starts a worker for a queue, as `with_redis` writes it."""
+    model = model_address(model)
+    named = "" if queue_name(model) == queue else f" --queue {shlex.quote(queue)}"
+    return with_redis(f"embed-worker --model {shlex.quote(model)}{named}", url)
+
+
+def unanswered(broker: Broker, timeout: float, model: str, url: str) -> RequestError:
+    """Why nothing came, as far as can be told."""
+    ready = [worker for worker in broker.workers() if worker.state == "ready"]
+    if ready:
+        return RequestError(
+            f"queue {broker.queue}: no answer in {timeout:g} s though {len(ready)} worker(s) are alive: "
+            f"they are busy; wait longer (timeout), or start more"
+        )
+    return RequestError(
+        f"queue {broker.queue}: no answer in {timeout:g} s, as no worker is ready: "
+        f"start one with {start_command(model, url, broker.queue)}"
+    )

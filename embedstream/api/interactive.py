@@ -1,0 +1,133 @@
+"""Interactive requests: a few texts now, beside the jobs of a queue."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Generator
+from typing import TYPE_CHECKING, Any, Literal
+
+import msgspec
+
+from embedstream.errors import RequestError, UsageError
+from embedstream.jobs import check_prompting
+from embedstream.queue.plans import Action, Pause, Receive
+from embedstream.queue.steps import Answer, Code, Steps
+from embedstream.settings import BLOCK_LIMITS, MIB
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+MOST_TEXTS = 1024
+"""A request is for a few texts; more are a job."""
+
+MOST_BODY_BYTES = 4 * MIB
+"""Of a request as it travels, looked at before it is decoded."""
+
+MOST_INPUT_BYTES = 8 * MIB
+"""Of what enters the model: each text with the prompt in front of it."""
+
+MOST_WAITING = 1000
+"""Requests that may wait on a queue's stream before it is called busy."""
+
+SLICE_SECONDS = 2.0
+"""One blocking read of the answer, far below the connection's timeout."""
+
+BUSY_SECONDS = 0.1
+
+
+class EmbedRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """Texts to embed, as one entry of the queue's interactive stream (MessagePack)."""
+
+    texts: tuple[str, ...]
+    role: Literal["document", "query"] = "query"
+    prompt: str | None = None
+    prompt_name: str | None = None
+    max_length: int | None = None
+    """Tokens, special tokens included; None: the model's own."""
+
+    def check(self) -> None:
+        """Raise `UsageError` for more than a request may ask."""
+        if len(self.texts) > MOST_TEXTS:
+            raise UsageError(f"{len(self.texts)} texts in one request: at most {MOST_TEXTS}, submit more as a job")
+        check_prompting(self.prompt, self.prompt_name, self.max_length)
+        total = len(self.texts) * len((self.prompt or "").encode())
+        for at, text in enumerate(self.texts):
+            size, most = len(text.encode()), BLOCK_LIMITS.longest_text_bytes
+            if size > most:
+                raise UsageError(f"text {at} has {size:,} bytes: at most {most:,} are allowed, split it")
+            total += size
+        if total > MOST_INPUT_BYTES:
+            raise UsageError(
+                f"the texts have {total:,} bytes, each with its prompt: at most {MOST_INPUT_BYTES:,} are allowed in "
+                f"one request, submit more as a job"
+            )
+
+
+class EmbedReply(msgspec.Struct, frozen=True, kw_only=True):
+    """The answer: vectors, or why there are none."""
+
+    dim: int = 0
+    vectors: bytes = b""
+    """float32 little-endian, [texts, dim]."""
+    tokens: int = 0
+    truncated: int = 0
+    model: str = ""
+    fingerprint: str = ""
+    error: str = ""
+
+
+def ask(
+    steps: Steps, request: EmbedRequest, seconds: float, clock: Callable[[], float]
+) -> Generator[Action, Any, EmbedReply | None]:
+    """The plan of one request. Returns the reply; None if none came within `seconds`.
+
+    Raises:
+        UsageError: more than a request may ask.
+        RequestError: the reply is not one.
+    """
+    request.check()
+    name, payload, end = secrets.token_hex(8), msgspec.msgpack.encode(request), clock() + seconds
+    refuse_long_body(payload)
+    while True:
+        left = end - clock()
+        if left <= 0:
+            return None
+        answer: Answer = yield steps.request(name, payload, max(1, int(left * 1000)), MOST_WAITING)
+        if answer.code is Code.OK:
+            break
+        yield Pause(min(BUSY_SECONDS, left), "the queue is busy")
+    key = steps.keys.reply(name)
+    while (left := end - clock()) > 0:
+        raw: bytes | None = yield Receive(key, min(SLICE_SECONDS, left))
+        if raw is not None:
+            try:
+                return msgspec.msgpack.decode(raw, type=EmbedReply)
+            except Exception as error:  # whatever decoding raises
+                raise RequestError(f"the worker's answer cannot be read ({error}): upgrade the older side") from error
+    return None
+
+
+def refuse_long_body(body: bytes) -> None:
+    """Raise `UsageError` for a request of more bytes than are decoded."""
+    if len(body) > MOST_BODY_BYTES:
+        raise UsageError(
+            f"a request of {len(body):,} bytes: at most {MOST_BODY_BYTES:,} are allowed, submit more texts as a job"
+        )
+
+
+def vectors(reply: EmbedReply, texts: int) -> npt.NDArray[np.float32]:
+    """The reply's vectors, float32 [texts, dim].
+
+    Raises:
+        RequestError: the worker could not embed the texts, or its answer has another size.
+    """
+    try:
+        import numpy as np
+    except ImportError as error:
+        raise UsageError("embed() returns a NumPy array: pip install numpy") from error
+    if reply.error:
+        raise RequestError(reply.error)
+    if reply.dim < 1 or len(reply.vectors) != 4 * texts * reply.dim:
+        raise RequestError(f"the worker answered {len(reply.vectors)} bytes for {texts} vectors of {reply.dim}")
+    return np.frombuffer(reply.vectors, dtype="<f4").reshape(texts, reply.dim).astype(np.float32)

@@ -1,0 +1,115 @@
+"""What all commands have in common: how they end."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import NoReturn
+
+import click
+
+from embedstream.cli.starting import protect_own_environment
+from embedstream.errors import EmbedstreamError
+from embedstream.masking import mask_text
+from embedstream.terminal import PrintableFormatter, echo
+
+INTERRUPTED = 130
+
+ECHO_SECONDS = 0.2
+"""A signal that follows another so soon is the same one: `timeout` sends each to the process and then to its group."""
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
+
+def tell_error(message: str) -> None:
+    """One sentence for people."""
+    echo(f"Error: {message}", err=True)
+
+
+def run(command: click.Command, tell: Callable[[str], None] = tell_error) -> NoReturn:
+    """Run a command; every error on purpose is one sentence on standard error, and its own exit code.
+
+    `tell`: what says the sentence.
+    """
+    protect_own_environment()
+    if logging.lastResort is not None:  # of commands that set up no log: warnings, as lines for people
+        logging.lastResort.setFormatter(PrintableFormatter("%(message)s"))
+    try:
+        # Not standalone: click would end an interrupted command with 1, which here means a failed job.
+        code = command.main(standalone_mode=False)
+    except click.Abort:
+        click.echo("interrupted", err=True)
+        sys.exit(INTERRUPTED)
+    except click.ClickException as error:
+        said = io.StringIO()
+        error.show(said)
+        click.echo(mask_text(said.getvalue()), nl=False, err=True)
+        sys.exit(error.exit_code)
+    except EmbedstreamError as error:
+        tell(str(error))
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        _give_output_up()
+        sys.exit(1)
+    except OSError as error:
+        if error.filename is not None or error.errno not in _FULL:
+            raise
+        _give_output_up()
+        click.echo(f"Error: standard output cannot be written: {error.strerror}; the work itself is done", err=True)
+        sys.exit(1)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _give_output_up() -> None:
+    """Whoever read our output has left, or its disk is full: nothing goes there any more, also when all is flushed."""
+    with contextlib.suppress(io.UnsupportedOperation):  # no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def on_signals(first: Callable[[], None], code: int) -> None:
+    """Call `first` at the first SIGTERM or SIGINT; at the next one this process ends at once, with `code`.
+
+    In the middle of its end an exception could come out of any line, and nobody would be there to catch it. SIGINT
+    stays ignored where it is, as in what a shell runs in the background.
+    """
+    asked = 0.0
+
+    def handle(_signal: int, _frame: FrameType | None) -> None:
+        nonlocal asked
+        now = time.monotonic()
+        if not asked:
+            asked = now
+            first()
+        elif now - asked > ECHO_SECONDS:
+            os._exit(code)
+
+    signal.signal(signal.SIGTERM, handle)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, handle)
+
+
+def end(command: Callable[[], NoReturn]) -> NoReturn:
+    """Run a command to its end and end the process, without the interpreter's own end.
+
+    That takes a while in which a signal would change the exit code, and threads may still be in native code.
+    """
+    try:
+        command()
+    except SystemExit as ended:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except (OSError, ValueError):
+                code = code or 1  # whoever reads it has left, or its disk is full
+        os._exit(code)

@@ -1,0 +1,78 @@
+"""From judged rows to the blocks of a part: duplicates are refused, the rest is packed in order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import PurePath
+
+from embedstream.corpus.duplicates import DuplicateIndex, Position
+from embedstream.corpus.records import Outcome, Record, duplicate_refusal
+from embedstream.jobs import JobSpec
+from embedstream.queue.blocks import Block, Refusal
+from embedstream.queue.packing import Packer
+
+
+def cut_part(
+    part: int,
+    batches: Iterable[Sequence[Outcome]],
+    spec: JobSpec,
+    duplicates: DuplicateIndex,
+    on_refusal: Callable[[Refusal], None] | None = None,
+) -> Iterator[Block]:
+    """The blocks of a part, from how its rows ended, in row order and in batches of any size.
+
+    The blocks do not depend on how the rows are batched. `on_refusal` is told of every refused row once per reading.
+    """
+    packer = Packer(part, spec.keep)
+    for outcomes in batches:
+        earlier = iter(_check_ids(part, outcomes, duplicates))
+        for outcome in outcomes:
+            block: Block | None = None
+            if outcome is None:
+                packer.skip()
+            elif isinstance(outcome, Refusal):
+                block = _refuse(packer, outcome, on_refusal)
+            elif (position := next(earlier)) is not None:
+                block = _refuse(packer, duplicate_refusal(outcome, _where(position, part, spec)), on_refusal)
+            else:
+                block = packer.add(outcome.row, outcome.id, outcome.text, outcome.text_bytes, outcome.kept)
+            if block is not None:
+                yield block
+    last = packer.finish()
+    if last is not None:
+        yield last
+
+
+def enter_ids(
+    part: int, batches: Iterable[Sequence[Outcome]], duplicates: DuplicateIndex
+) -> Iterator[list[tuple[int, Position]]]:
+    """Enter the ids of a part, as `cut_part` would, without making blocks of it; yields for each batch the rows whose
+    ids were used before, and where."""
+    for outcomes in batches:
+        rows = [outcome.row for outcome in outcomes if type(outcome) is Record]
+        earlier = _check_ids(part, outcomes, duplicates)
+        yield [(row, position) for row, position in zip(rows, earlier, strict=True) if position is not None]
+
+
+def _check_ids(part: int, outcomes: Sequence[Outcome], duplicates: DuplicateIndex) -> list[Position | None]:
+    records = [outcome for outcome in outcomes if type(outcome) is Record]
+    return duplicates.check(part, [record.row for record in records], [record.id for record in records])
+
+
+def _refuse(packer: Packer, refusal: Refusal, on_refusal: Callable[[Refusal], None] | None) -> Block | None:
+    if on_refusal is not None:
+        on_refusal(refusal)
+    return packer.refuse(refusal)
+
+
+def _where(position: Position, part: int, spec: JobSpec) -> str:
+    """A position in words that depend on the spec alone: refusals are part of a block's sum."""
+    source = spec.parts[position.part]
+    if source == "records":
+        return f"record {position.row}"
+    line = f"{'row' if source.partition('?')[0].endswith('.parquet') else 'line'} {position.row + 1}"
+    if position.part == part:
+        return line
+    name = PurePath(source).name or source
+    shared = any(other != source and other.endswith(f"/{name}") for other in spec.parts)
+    return f"{source if shared else name}, {line}"

@@ -1,0 +1,202 @@
+"""Opening a job: from settings to a job that takes blocks, with what its output holds already adopted."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypedDict
+
+from embedstream.dataset.manifest import manifest_spec, refuse_other_spec
+from embedstream.dataset.objects import is_object
+from embedstream.dataset.roots import allows, is_redis
+from embedstream.dataset.sink import Sink
+from embedstream.dataset.sinks import canonical_output
+from embedstream.errors import BrokerError, OutputError
+from embedstream.failpoints import reach
+from embedstream.jobs import JobSpec, JobState, model_address, queue_name
+from embedstream.keys import job_keys
+from embedstream.lifecycle.adoption import Adopted, adopt_shards
+from embedstream.queue.broker import Broker
+from embedstream.queue.job_record import read_spec
+from embedstream.queue.plans import drive, silent
+from embedstream.queue.steps import Code
+from embedstream.queue.workers import WorkerRecord
+from embedstream.records import Manifest
+from embedstream.server.connection import mask
+from embedstream.server.foreign import leaving_out
+from embedstream.server.troubles import Notice
+
+
+class SpecSettings(TypedDict, total=False):
+    """The settings of a job beside queue, output, model and parts; see `JobSpec`."""
+
+    role: Literal["document", "query"]
+    prompt: str | None
+    prompt_name: str | None
+    max_length: int | None
+    id_field: str | None
+    text_field: str | None
+    title_field: str | None
+    title_sep: str
+    keep: Sequence[str]
+    text: bool
+    empty: Literal["error", "skip"]
+
+
+def make_spec(
+    *, queue: str | None, output: str, model: str, revision: str | None, parts: Sequence[str], settings: SpecSettings
+) -> JobSpec:
+    """A checked spec in its canonical spelling. Raises `UsageError`."""
+    given = dict(settings)
+    given["keep"] = tuple(settings.get("keep", ()))
+    spec = JobSpec(
+        queue=queue or queue_name(model),
+        output=canonical_output(output),
+        model=model_address(model),
+        revision=revision,
+        parts=tuple(parts),
+        **given,  # type: ignore[arg-type]
+    )
+    spec.check()
+    return spec
+
+
+def finished_manifest(sink: Sink, spec: JobSpec) -> Manifest | None:
+    """The manifest if the output holds this very job, completed: it outranks what Redis says.
+
+    Raises:
+        SpecDiffers: the output holds another job, or this one with other settings, unless that ended without a row.
+        OutputError: a manifest that cannot be read.
+    """
+    manifest = sink.read_manifest()
+    if manifest is None or is_fruitless(manifest):
+        return None
+    refuse_other_spec(spec.output, manifest_spec(manifest), spec)
+    return manifest if manifest.state == JobState.COMPLETED else None
+
+
+def is_fruitless(manifest: Manifest) -> bool:
+    """Whether the job ended early without a single row: such a one holds its output no longer."""
+    return manifest.rows == 0 and manifest.state != JobState.COMPLETED
+
+
+def refuse_forbidden(workers: Iterable[WorkerRecord], output: str) -> None:
+    """Raise `OutputError` if workers live and none of them may write to the output."""
+    roots = {f"worker {worker.name}": worker.roots for worker in workers}
+    if roots and not any(may(whose, each, output) for whose, each in roots.items()):
+        named = ", ".join(sorted({mask(root) for each in roots.values() for root in each})) or "none"
+        raise OutputError(
+            f"{mask(output)}: no live worker may write there (their output roots: {named}): "
+            f"choose an output below one of them (-o), or start a worker with --output-root"
+        )
+
+
+def may(whose: str, roots: Sequence[str], address: str) -> bool:
+    """Whether roots that lie in Redis allow an address; those that are none allow nothing. `whose`: for the log."""
+    with leaving_out(f"{whose}: its roots"):
+        return allows(roots, address)
+    return False
+
+
+def is_visible(workers: Sequence[WorkerRecord], output: str) -> bool:
+    """Whether this machine surely sees what workers write there: a server, a folder that exists, or all are here."""
+    return is_here(output) or (bool(workers) and all(worker.host == socket.gethostname() for worker in workers))
+
+
+def is_here(output: str) -> bool:
+    """Whether an output can be reached from this machine: a server or a bucket always, a folder if it exists."""
+    # Of what can be no path it says no.
+    return is_redis(output) or is_object(output) or os.path.isdir(output)  # noqa: PTH112
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A job that was made or found."""
+
+    state: JobState
+    adopted: Adopted
+    resumed: bool
+    """Whether it was there before."""
+
+
+def open_job(
+    broker: Broker,
+    spec: JobSpec,
+    sink: Sink,
+    *,
+    max_errors: str = "",
+    visible: bool = True,
+    always_adopt: bool = False,
+    notice: Notice = silent,
+) -> Opened:
+    """Make the job, find it or reopen it, and adopt what lies in its output if Redis does not know it.
+
+    `visible`: as `is_visible` says; a completed job whose manifest was visible and is gone is begun anew, and an ended
+    one of another spec gives way if nothing of it is left.
+    `always_adopt`: also for a job that goes on; for when nobody else is at work on it.
+
+    Raises:
+        SpecDiffers: the output belongs to a job with other settings.
+        OutputError: the output cannot be read.
+        redis.RedisError: as redis-py raises it.
+    """
+    answer = broker.run(broker.create(spec, max_errors))
+    if answer.code is Code.EXISTS and answer.state is JobState.COMPLETED and visible and not _stands(sink, spec):
+        forget_job(broker, spec)
+        answer = broker.run(broker.create(spec, max_errors))
+    if answer.code is Code.DIFFERS:
+        made, state = read_spec(spec.job, answer.detail), broker.state(spec.job)
+        if visible and state is not None and state.ended and _is_deleted(sink):
+            forget_job(broker, made)
+            answer = broker.run(broker.create(spec, max_errors))
+    if answer.code is Code.DIFFERS:
+        refuse_other_spec(spec.output, made, spec, _way_out(spec.job, state, visible))
+        if made.output != spec.output:
+            raise OutputError(f"job {spec.job} was made with another user or password for its output: use the same")
+        raise BrokerError(f"job {spec.job} was made by another version of embedstream: use that, or another output")
+    broker.announce()
+    if answer.code is Code.CREATED and visible and spec.retry is None:
+        _clear_fruitless(sink, spec)
+    fresh = answer.code in (Code.CREATED, Code.REOPENED)
+    state = JobState.SUBMITTING if fresh else answer.state
+    adopted = Adopted()
+    if fresh or (always_adopt and state in (JobState.SUBMITTING, JobState.RUNNING)):
+        adopted = drive(adopt_shards(broker, spec.job, sink.find_shards(broker.shard_names(spec.job))), broker, notice)
+    if always_adopt and state is JobState.FINALIZING:
+        broker.free_finalize(spec.job)
+    return Opened(state, adopted, resumed=answer.code is not Code.CREATED)
+
+
+def _stands(sink: Sink, spec: JobSpec) -> bool:
+    """Whether a manifest shows that the job was completed."""
+    manifest = sink.read_manifest()
+    return manifest is not None and (spec.retry is None or spec.job in manifest.retries)
+
+
+def _way_out(job: str, state: JobState | None, visible: bool) -> str:
+    if state is not None and not state.ended:
+        return f"end that job first (embed-cancel {job})"
+    return "" if visible else "delete the files of the old one, but not its folder: that it is empty must be seen"
+
+
+def _is_deleted(sink: Sink) -> bool:
+    """Whether neither a manifest nor a shard is left in the output."""
+    return sink.read_manifest() is None and next(sink.find_shards(), None) is None
+
+
+def _clear_fruitless(sink: Sink, spec: JobSpec) -> None:
+    """Remove the shards, without rows, of a job of another spec; its manifest goes when ours is written."""
+    manifest = sink.read_manifest()
+    if manifest is not None and is_fruitless(manifest) and manifest_spec(manifest) != spec:
+        for shard in manifest.shards:
+            sink.discard_shard(shard.name)
+
+
+def forget_job(broker: Broker, spec: JobSpec) -> None:
+    """Remove an ended job from Redis."""
+    job = spec.job
+    broker.client.unlink(*job_keys(broker.keys, job, len(spec.parts)), broker.keys.blocks(job))
+    reach("forget.half")
+    broker.client.zrem(broker.keys.recent, job)

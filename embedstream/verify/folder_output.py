@@ -1,0 +1,292 @@
+"""Whether a dataset in files is what its manifest says: one pass over its files, memory of a bit a row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from io import BufferedReader
+from itertools import zip_longest
+from typing import Any, cast
+
+import msgspec
+import numpy as np
+import pyarrow as pa
+
+from embedstream.dataset.folder import BATCH_ROWS, ERRORS, MANIFEST, FolderSink, errors_file, part_file
+from embedstream.dataset.input_hash import strings_of, text_digests
+from embedstream.dataset.manifest import manifest_spec
+from embedstream.dataset.schema import ErrorRow, dataset_schema, errors_schema
+from embedstream.errors import OutputError
+from embedstream.jobs import differing_field
+from embedstream.queue.blocks import MOST_INPUT_ROWS
+from embedstream.records import Manifest, ManifestShard
+from embedstream.verify.block_spans import BlockSpans
+from embedstream.verify.findings import Finding, Findings, Kind
+from embedstream.verify.locating import locate
+from embedstream.verify.manifest_sums import check_footer
+from embedstream.verify.places import PAGE_ROWS, Mask, Numbers, PlaceNumbers, Places, Rows
+from embedstream.verify.rows import Located, bad_vectors, id_numbers, kept_numbers, text_numbers
+
+_TOTALS = ("skipped", "truncated", "tokens", "padded")
+"""What a manifest adds up over its shards, beside rows and error rows."""
+
+_SPARE_PAGES = 4096
+_PAGES_PER_FULL_ONE = 64
+"""How thinly rows may be spread: a corpus with 63 blank lines for each row is still followed."""
+
+
+class FolderCheck:
+    """One reading of a dataset. `compare`: also keep what is needed to compare it with its corpus."""
+
+    def __init__(self, sink: FolderSink, manifest: Manifest, findings: Findings, compare: bool = False) -> None:
+        self.sink = sink
+        self.manifest = manifest
+        self.spec = manifest_spec(manifest)
+        self.findings = findings
+        most = _SPARE_PAGES + _PAGES_PER_FULL_ONE * ((manifest.rows + manifest.failed) // PAGE_ROWS + 1)
+        self.good, self.failed = Places(most), Places(most)
+        """The rows of the dataset, and those of its errors."""
+        self.numbers = PlaceNumbers(3) if compare else None
+        """By place: hashes of id, of what entered the model, and of kept fields; the latter two 0 in error rows."""
+        self.bytes = 0
+        """Read so far."""
+        self._names = set(sink.files.names())
+        self._dims = {output.name: output.dim for output in manifest.outputs}
+        self._per_part = np.zeros((len(self.spec.parts), 2), np.int64)
+        self._spans = BlockSpans()
+        self._totals = dict.fromkeys(_TOTALS, 0)
+        self._errors_sound = True
+        """Whether nothing was wrong with the files of error rows, so that they can be told as people read them."""
+        self._whole = True
+        """Whether every file could be read to its end, so that counts over all of them mean something."""
+
+    def run(self) -> None:
+        """Read every listed file once; the next one is hashed while one is decoded."""
+        with ThreadPoolExecutor(1) as pool:
+            ahead: Future[_Sums] | None = None
+            for shard, after in zip_longest(self.manifest.shards, self.manifest.shards[1:]):
+                sums = (ahead or pool.submit(self._sums, shard)).result()
+                ahead = None if after is None else pool.submit(self._sums, after)
+                self._check_shard(shard, sums)
+        if self._whole:
+            for part, said in enumerate(self.manifest.parts):
+                source = f"part {part} ({said.source}): "
+                self._count(None, "rows", said.rows, int(self._per_part[part, 0]), source)
+                self._count(None, "error rows", said.failed, int(self._per_part[part, 1]), source)
+            for what, found in self._totals.items():
+                self._count(MANIFEST, f"{what} (by the shards' footers)", getattr(self.manifest, what), found)
+            if self.numbers is None:
+                self._check_order()
+            if self._errors_sound:
+                self._check_errors_file()
+
+    def unlisted(self) -> list[str]:
+        """Names in the folder that the manifest does not list, in order: harmless, as nobody reads them."""
+        listed = {MANIFEST, ERRORS}
+        for shard in self.manifest.shards:
+            listed.update(_files(shard))
+        return sorted(self._names - listed)
+
+    def _sums(self, shard: ManifestShard) -> _Sums:
+        sums: _Sums = []
+        for name in _files(shard):
+            try:
+                sums.append((name, self.sink.files.checksum(name) if name in self._names else None))
+            except OutputError as error:
+                sums.append((name, error))
+        return sums
+
+    def _check_shard(self, shard: ManifestShard, sums: _Sums) -> None:
+        for name, found in sums:
+            if found is None:
+                self._lost(Kind.MISSING_FILE, "the manifest lists this file, and it is not there", name)
+                continue
+            if isinstance(found, OutputError):
+                self._lost(Kind.UNREADABLE, self._why(name, found), name)
+                continue
+            before = self.findings.total
+            size, checksum = found
+            self.bytes += size
+            is_data = name == part_file(shard.name)
+            said = shard.checksum if is_data else shard.errors_checksum
+            if is_data and size != shard.bytes:
+                self.findings.add(Kind.CHECKSUM, f"has {size:,} bytes, was committed with {shard.bytes:,}", name)
+            elif checksum != said:
+                self.findings.add(Kind.CHECKSUM, f"is not as it was committed: {checksum}, committed {said}", name)
+            try:
+                self._check_file(shard, name, is_data)
+            except OutputError as error:
+                self._lost(Kind.UNREADABLE, self._why(name, error), name)
+            if not is_data and self.findings.total > before:
+                self._errors_sound = False
+
+    def _why(self, name: str, error: OutputError) -> str:
+        """What an error says beside the file's name."""
+        return str(error).removeprefix(f"{self.sink.files.path(name)}: ")
+
+    def _lost(self, kind: Kind, message: str, name: str) -> None:
+        self.findings.add(kind, message, name)
+        self._whole = False
+
+    def _check_file(self, shard: ManifestShard, name: str, is_data: bool) -> None:
+        footer, rows = self.sink.footer(name)
+        check_footer(self.findings, self.manifest, shard, footer.shard, name)
+        if differing_field(footer.job_spec(), self.spec) is not None:
+            self.findings.add(Kind.FOOTER, "was made by a job with another spec", name)
+        expected = dataset_schema(self.spec, self._dims) if is_data else errors_schema()
+        self._count(name, "rows", shard.rows if is_data else shard.failed, rows)
+        columns = self._columns() if is_data else expected.names
+        sums = np.zeros(2, np.int64)
+        # Of rows that were run again blocks were made that are not those of the corpus.
+        spans = self._spans.file(footer.shard.blocks if shard.blocks else (), not is_data, rows)
+        start = 0
+        for batch in self.sink.batches(name, columns, BATCH_ROWS):
+            try:
+                batch.validate(full=True)
+            except pa.ArrowInvalid as error:
+                raise OutputError(f"rows from {start:,} on are damaged ({error})") from error
+            wrong = [c for c in columns if not batch.schema.field(c).equals(expected.field(c))]
+            if wrong:
+                found, said = (_typed(schema.field(wrong[0])) for schema in (batch.schema, expected))
+                self._lost(Kind.COLUMNS, f"column {wrong[0]} is {found}, expected {said}", name)
+                return
+            if is_data:
+                self._check_rows(batch, Located(self.findings, name, start, batch))
+                sums += [_sum(batch.column("n_tokens")), _sum(batch.column("truncated"))]
+            else:
+                self._check_error_rows(batch, Located(self.findings, name, start, batch))
+            spans.add(start, batch.column("row").to_numpy())
+            start += batch.num_rows
+        if is_data:
+            for what in _TOTALS:
+                self._totals[what] += getattr(footer.shard, what)
+            self._count(name, "tokens", footer.shard.tokens, int(sums[0]))
+            self._count(name, "truncated texts", footer.shard.truncated, int(sums[1]))
+
+    def _columns(self) -> list[str]:
+        columns = ["part", "row", "id", "chunk", "n_tokens", "truncated", *self._dims]
+        if self.numbers is not None:
+            columns += ["input_hash", *(["text"] if self.spec.text else []), *self.spec.keep]
+        return columns
+
+    def _count(self, name: str | None, of: str, said: int, found: int, where: str = "") -> None:
+        if said != found:
+            self.findings.add(Kind.COUNT, f"{where}{found:,} {of}, expected {said:,}", name)
+
+    def _check_rows(self, batch: pa.RecordBatch, located: Located) -> None:
+        for output in self.manifest.outputs:
+            column: Any = batch.column(output.name)
+            vectors = column.flatten().to_numpy().reshape(batch.num_rows, output.dim)
+            for kind, bad in bad_vectors(vectors, output.normalized).items():
+                located.add(kind, bad)
+        numbers = None if self.numbers is None else self._numbers_of(batch, located)
+        for part, chosen, rows in self._places(batch, located):
+            doubled, beyond = self.good.add(part, rows)
+            located.add(Kind.DOUBLED, _widened(chosen, doubled))
+            located.add(Kind.PLACE, _widened(chosen, beyond))
+            located.add(Kind.IN_BOTH, _widened(chosen, self.failed.has(part, rows)))
+            self._per_part[part, 0] += len(rows)
+            if numbers is not None and self.numbers is not None:
+                self.numbers.put(part, rows[~beyond], numbers[chosen][~beyond])
+
+    def _check_error_rows(self, batch: pa.RecordBatch, located: Located) -> None:
+        numbers = np.zeros((batch.num_rows, 3), np.uint64)
+        if self.numbers is not None:
+            numbers[:, 0] = id_numbers(batch.column("id"))
+        for part, chosen, rows in self._places(batch, located):
+            doubled, beyond = self.failed.add(part, rows)
+            located.add(Kind.DOUBLED, _widened(chosen, doubled))
+            located.add(Kind.PLACE, _widened(chosen, beyond))
+            located.add(Kind.IN_BOTH, _widened(chosen, self.good.has(part, rows)))
+            self._per_part[part, 1] += len(rows)
+            if self.numbers is not None:
+                self.numbers.put(part, rows[~beyond], numbers[chosen][~beyond])
+
+    def _numbers_of(self, batch: pa.RecordBatch, located: Located) -> Numbers:
+        """What is compared with the corpus, [n, 3]; texts that are not those of their own hash are told at once."""
+        numbers = np.zeros((batch.num_rows, 3), np.uint64)
+        numbers[:, 0] = id_numbers(batch.column("id"))
+        numbers[:, 1] = text_numbers(batch.column("input_hash"))
+        if self.spec.keep:
+            numbers[:, 2] = kept_numbers(batch, self.spec.keep)
+        if self.spec.text:
+            digests = text_digests(strings_of(batch.column("text")), self.manifest.prompt)
+            own = np.frombuffer(digests, np.uint64).reshape(-1, 2)[:, 0]
+            located.add(Kind.OTHER_TEXT, own != numbers[:, 1])
+        return numbers
+
+    def _places(self, batch: pa.RecordBatch, located: Located) -> Iterator[tuple[int, Mask, Rows]]:
+        """The batch by part: its number, which rows are of it, and their row numbers. Impossible places are told."""
+        part, row, chunk = (batch.column(name).to_numpy() for name in ("part", "row", "chunk"))
+        impossible = (part < 0) | (part >= len(self.spec.parts)) | (row < 0) | (row >= MOST_INPUT_ROWS) | (chunk != 0)
+        located.add(Kind.PLACE, impossible)
+        for each in np.unique(part[~impossible]):
+            chosen = (part == each) & ~impossible
+            yield int(each), chosen, row[chosen].astype(np.int64)
+
+    def _check_order(self) -> None:
+        """What a corpus would tell better: rows that are not between those of the neighbouring blocks."""
+        misplaced = self._spans.misplaced()
+        told = list(misplaced)[: max(0, self.findings.room(Kind.PLACE))]
+        located = locate(self.sink, self.manifest, set(told))
+        for place in told:
+            there = located.get(place, Finding(message=""))
+            message = f"part {place.part} row {place.row}: {misplaced[place]}"
+            self.findings.add(Kind.PLACE, message, there.file, there.row, there.id)
+        self.findings.count(Kind.PLACE, len(misplaced) - len(told))
+
+    def _check_errors_file(self) -> None:
+        """`errors.jsonl` is made of the shards' error rows, in the manifest's order, and of nothing else."""
+        if ERRORS not in self._names:
+            if self.manifest.failed:
+                message = f"{self.manifest.failed:,} rows failed, and this file is not there"
+                self.findings.add(Kind.MISSING_FILE, message, ERRORS)
+            return
+        lines, differs = 0, ""
+        try:
+            with self.sink.files.open(ERRORS) as file:
+                expected = self.sink.error_lines(self.manifest, self.spec.parts)
+                for line, row in zip_longest(BufferedReader(cast(Any, file)), expected):
+                    lines += line is not None
+                    if not differs and (line is None or row is None or line != row + b"\n"):
+                        differs = f"line {lines + (line is None)} differs: expected {_shown(row)}"
+        except OSError as error:
+            self._lost(Kind.UNREADABLE, self._why(ERRORS, self.sink.files.cannot_read(ERRORS, error)), ERRORS)
+            return
+        except OutputError as error:
+            self._lost(Kind.UNREADABLE, self._why(ERRORS, error), ERRORS)
+            return
+        if differs:
+            self.findings.add(Kind.ERRORS, f"{lines:,} lines, {self.manifest.failed:,} rows failed; {differs}", ERRORS)
+
+
+_Sums = list[tuple[str, tuple[int, str] | OutputError | None]]
+"""By file: size and checksum, why it cannot be read, or None if it is not there."""
+
+
+def _files(shard: ManifestShard) -> list[str]:
+    has_errors = shard.failed or shard.errors_checksum
+    return [part_file(shard.name), *([errors_file(shard.name)] if has_errors else [])]
+
+
+def _shown(line: bytes | None) -> str:
+    """A line of `errors.jsonl` in short."""
+    if line is None:
+        return "the end"
+    row = msgspec.json.decode(line, type=ErrorRow)
+    return f"{row.code} of {row.file}:{row.line}{'' if row.id is None else f' (id {row.id})'}"
+
+
+def _typed(field: pa.Field[Any]) -> str:
+    """A column's type with all that counts of it: vectors say of their numbers whether they may be null."""
+    return str(field.type) if field.nullable else f"{field.type} not null"
+
+
+def _sum(column: Any) -> int:
+    return int(column.to_numpy(zero_copy_only=False).sum())
+
+
+def _widened(chosen: Mask, bad: Mask) -> Mask:
+    wide = chosen.copy()
+    wide[chosen] = bad
+    return wide

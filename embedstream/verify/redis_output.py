@@ -1,0 +1,121 @@
+"""Whether the hashes of a job in Redis are what its manifest says, and what its corpus says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from embedstream.corpus.duplicates import DuplicateIndex
+from embedstream.dataset.manifest import manifest_spec
+from embedstream.dataset.redis_hashes import Fields, RedisSink
+from embedstream.queue.blocks import Block
+from embedstream.records import Manifest
+from embedstream.verify.corpus_rows import Listed
+from embedstream.verify.findings import Findings, Kind
+from embedstream.verify.rows import WORDS, bad_vectors
+
+_KEYS_PART = (1 << 24) - 1
+"""The part under which keys are entered in an index, beside ids of a corpus's parts."""
+
+
+class HashCheck:
+    """One reading of a job's hashes."""
+
+    def __init__(self, sink: RedisSink, manifest: Manifest, findings: Findings) -> None:
+        self.sink = sink
+        self.manifest = manifest
+        self.findings = findings
+        self.spec = manifest_spec(manifest)
+        self.bytes = 0
+        """Of vectors, read so far."""
+        self.foreign: list[str] = []
+        """Some keys below the prefix that are of another job, or of none."""
+        self.foreign_count = 0
+        self.compared: int | None = None
+        self._listed = Listed(manifest)
+        self._output = manifest.outputs[0]
+        self._jobs = {job.encode() for job in (manifest.job, *manifest.retries)}
+
+    def compare(self, block: Block, label: str) -> None:
+        """Look up each row of a block of the corpus; `label` is its part's name."""
+        if not self._listed.has(block.part, block.number):
+            return
+        self.compared = (self.compared or 0) + block.total
+        rows: list[Any] = block.rows.column("row").to_pylist()
+        columns: dict[str, list[Any]] = {name: block.rows.column(name).to_pylist() for name in self._kept()}
+        ids: list[Any] = block.rows.column("id").to_pylist()
+        errors = self.sink.look_at_errors([(block.part, row) for row in rows])
+        keys, found = self.sink.look(ids, ["job", *columns])
+        for at, (key, fields) in enumerate(zip(keys, found, strict=True)):
+            place, name = f"{label}:{rows[at] + 1}", key.decode(errors="replace")
+            error = errors[at]
+            if fields[0] not in self._jobs:
+                if error is None or error.id != ids[at]:
+                    self.findings.add(Kind.NOT_IN_DATASET, f"{place}: is not in the dataset", name, id=ids[at])
+                continue
+            if error is not None and error.id == ids[at]:
+                self.findings.add(Kind.IN_BOTH, f"{place}: {WORDS[Kind.IN_BOTH]}", name, id=ids[at])
+            for (column, values), value in zip(columns.items(), fields[1:], strict=True):
+                wanted = None if values[at] is None else values[at].encode()
+                if value != wanted:
+                    kind = Kind.OTHER_TEXT if column == "text" else Kind.OTHER_FIELDS
+                    self.findings.add(kind, f"{place}: has another {column} than the dataset", name, id=ids[at])
+        failed = self.sink.look_at_errors([(block.part, refusal.row) for refusal in block.refused])
+        for refusal, error in zip(block.refused, failed, strict=True):
+            if error is None:
+                message = f"{label}:{refusal.row + 1}: is refused, and is not in the dataset's errors"
+                self.findings.add(Kind.NOT_IN_DATASET, message, id=refusal.id)
+
+    def run(self, index: DuplicateIndex) -> None:
+        """Read every key below the prefix. `index` holds the ids of the corpus if that was compared, else nothing."""
+        known = 0
+        for keys, found in self.sink.scan(["job", "id", self._output.name]):
+            mine = [at for at, fields in enumerate(found) if fields[0] in self._jobs]
+            self._note_foreign([keys[at] for at in range(len(keys)) if found[at][0] not in self._jobs])
+            names = [(found[at][1] or b"").decode(errors="replace") for at in mine]
+            earlier = index.check(_KEYS_PART, range(known, known + len(mine)), names)
+            known += len(mine)
+            for at, name, position in zip(mine, names, earlier, strict=True):
+                key = keys[at].decode(errors="replace")
+                if self.compared is not None and position is None:
+                    self.findings.add(Kind.NOT_IN_CORPUS, "no such id in the corpus", key, id=name)
+                if keys[at] != self.sink.key(name):
+                    self.findings.add(Kind.OTHER_ID, "the hash has another id than its key", key, id=name)
+            self._check_vectors([keys[at] for at in mine], [found[at] for at in mine])
+        if self.compared is None and len(index) != self.manifest.rows:
+            message = (
+                f"{len(index):,} keys, the manifest says {self.manifest.rows:,} rows (keys may expire or be evicted)"
+            )
+            self.findings.add(Kind.COUNT, message)
+        errors = self.sink.count_errors()
+        if errors < self.manifest.failed:
+            self.findings.add(Kind.ERRORS, f"{errors:,} error rows, the manifest says {self.manifest.failed:,}")
+
+    def _kept(self) -> list[str]:
+        return [*(["text"] if self.spec.text else []), *self.spec.keep]
+
+    def _note_foreign(self, keys: Sequence[bytes]) -> None:
+        self.foreign_count += len(keys)
+        self.foreign += [key.decode(errors="replace") for key in keys[: 10 - len(self.foreign)]]
+
+    def _check_vectors(self, keys: Sequence[bytes], found: Sequence[Fields]) -> None:
+        size = 4 * self._output.dim
+        whole = []
+        for at, (key, fields) in enumerate(zip(keys, found, strict=True)):
+            vector = fields[2] or b""
+            self.bytes += len(vector)
+            if len(vector) == size:
+                whole.append(at)
+            else:
+                message = f"its vector has {len(vector)} bytes, expected {size}"
+                self.findings.add(Kind.COLUMNS, message, key.decode(errors="replace"))
+        if not whole:
+            return
+        flat = np.frombuffer(b"".join(found[at][2] or b"" for at in whole), np.float32)
+        for kind, bad in bad_vectors(flat.reshape(len(whole), -1), self._output.normalized).items():
+            for which in np.flatnonzero(bad):
+                at = whole[int(which)]
+                id = (found[at][1] or b"").decode(errors="replace")
+                self.findings.add(kind, WORDS[kind], keys[at].decode(errors="replace"), id=id)

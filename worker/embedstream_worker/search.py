@@ -1,0 +1,106 @@
+"""Brute-force search by similarity over a dataset in a folder. Needs numpy, which comes with every model library."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from embedstream.dataset.folder import FolderSink
+from embedstream.dataset.manifest import manifest_spec
+from embedstream.dataset.schema import dataset_schema
+from embedstream.dataset.sinks import canonical_output
+from embedstream.errors import OutputError, UsageError
+from embedstream.server.connection import mask
+from embedstream.terminal import printable
+
+Vector = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A chunk that was found."""
+
+    score: float
+    """Cosine of its vector and the query's."""
+    id: str
+    text: str | None
+    """None if the dataset keeps no text."""
+    part: int
+    row: int
+    chunk: int
+
+
+def search(folder: str, query: Vector, k: int = 10) -> list[Hit]:
+    """The `k` chunks nearest to `query` [dim] by cosine, best first; equally near ones by their place in the corpus.
+
+    Reads the dataset once and holds a few thousand rows of it at a time.
+
+    Raises:
+        UsageError: `k` is below 1, or the query's length is not the dataset's.
+        OutputError: the folder holds no finished dataset, or other columns than its manifest says.
+    """
+    sink = FolderSink(canonical_output(folder))
+    manifest = sink.read_manifest()
+    if manifest is None:
+        raise OutputError(f"{folder}: no manifest: not a dataset, or its job has not ended yet")
+    output = manifest.outputs[0]
+    if k < 1:
+        raise UsageError(f"-k {k}: must be at least 1")
+    if manifest.rows and query.shape != (output.dim,):
+        raise UsageError(f"the query has shape {query.shape}, vectors of {folder} have {output.dim} dimensions")
+    spec = manifest_spec(manifest)
+    names = ["part", "row", "id", "chunk", *(["text"] if spec.text else []), output.name]
+    schema = dataset_schema(spec, {each.name: each.dim for each in manifest.outputs})
+    batches = _checked(sink.read(names), [schema.field(name) for name in names], mask(sink.output))
+    return top_k(batches, query, k, output.name, output.normalized)
+
+
+def _checked(
+    batches: Iterable[pa.RecordBatch], fields: Sequence[pa.Field[Any]], output: str
+) -> Iterator[pa.RecordBatch]:
+    """The batches as long as they are what the manifest says; raises `OutputError` for others."""
+    for batch in batches:
+        for field in fields:
+            found = batch.schema.field(field.name)
+            if not found.equals(field):
+                raise OutputError(
+                    f"{output}: a shard's column {field.name} is {printable(str(found.type), 60)}, the manifest says "
+                    f"{field.type}: restore the file (embed-verify names it)"
+                )
+        try:
+            batch.validate(full=True)
+        except pa.ArrowInvalid as error:
+            raise OutputError(f"{output}: a shard is damaged ({error}): restore it (embed-verify names it)") from error
+        yield batch
+
+
+def top_k(batches: Iterable[pa.RecordBatch], query: Vector, k: int, column: str, normalized: bool) -> list[Hit]:
+    """The `k` best rows of all batches by cosine with `query` [dim]. `normalized`: vectors have length 1 already."""
+    query = query / max(float(np.linalg.norm(query)), 1e-30)
+    best = pa.table({})
+    for batch in batches:
+        vectors = _values(batch.column(column)).reshape(batch.num_rows, -1)
+        scores = vectors @ query
+        if not normalized:
+            scores = scores / np.maximum(np.linalg.norm(vectors, axis=1), 1e-30)
+        # Every row that ties with the k-th stays until places decide.
+        least = np.partition(scores, -k)[-k] if len(scores) > k else -np.inf
+        chosen = np.flatnonzero(scores >= least)
+        found = pa.table(batch.drop_columns([column]).take(chosen))
+        found = found.append_column("score", pa.array(scores[chosen], pa.float32()))
+        best = found if not best.num_columns else pa.concat_tables([best, found])
+        best = best.sort_by(
+            [("score", "descending"), ("part", "ascending"), ("row", "ascending"), ("chunk", "ascending")]
+        ).slice(0, k)
+    return [Hit(**{"text": None, **row}) for row in best.to_pylist()]
+
+
+def _values(column: Any) -> Vector:
+    """The numbers of a fixed-size list column, flat, without a copy."""
+    values: Vector = column.flatten().to_numpy()
+    return values
