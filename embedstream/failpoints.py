@@ -30,6 +30,7 @@ SCRIPTS = (
     "create",
     "drop",
     "finalized",
+    "forget",
     "release",
     "renew",
     "reply",
@@ -56,7 +57,7 @@ POINTS = frozenset(
         "shard.discarding",
         "shard.discarded",
         "hashes.written",  # some of a shard's rows are in the Redis output
-        "forget.half",  # an ended job's own keys are gone, the listing still names it
+        "forgetting.half",  # an ended job's own keys are gone, the listing still names it
     }
 )
 

@@ -198,5 +198,5 @@ def forget_job(broker: Broker, spec: JobSpec) -> None:
     """Remove an ended job from Redis."""
     job = spec.job
     broker.client.unlink(*job_keys(broker.keys, job, len(spec.parts)), broker.keys.blocks(job))
-    reach("forget.half")
+    reach("forgetting.half")
     broker.client.zrem(broker.keys.recent, job)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -17,6 +17,7 @@ import msgspec
 from embedstream.errors import BrokerError
 from embedstream.jobs import JobSpec, JobState
 from embedstream.keys import RELEASED, Keys
+from embedstream.queue import scripts
 from embedstream.queue.blocks import MOST_BLOCKS as MOST_BLOCKS
 from embedstream.queue.blocks import Entry
 from embedstream.records import ShardRecord
@@ -97,6 +98,25 @@ class Step(Generic[T]):
     parse: Callable[[Any], T]
 
 
+def make_step(
+    script: str,
+    parse: Callable[[Any], T],
+    keys: Mapping[str, str],
+    args: Mapping[str, Argument],
+    more_keys: Iterable[str] = (),
+    more_args: Iterable[Argument] = (),
+) -> Step[T]:
+    """A step, its keys and arguments named as its script names them.
+
+    Raises:
+        SignatureError: the script takes others, or in another order.
+    """
+    below, behind, signature = tuple(more_keys), tuple(more_args), scripts.load(script)
+    signature.keys.check(script, tuple(keys), bool(below))
+    signature.args.check(script, tuple(args), bool(behind))
+    return Step(script, (*keys.values(), *below), (*args.values(), *behind), parse)
+
+
 @dataclass(frozen=True)
 class CommitBlock:
     """One block of a shard to commit; no entry when the shard is adopted."""
@@ -132,11 +152,24 @@ class Steps:
         A job of another spec that was cancelled or failed before it had a row is forgotten: CREATED.
         """
         keys, job = self.keys, spec.job
-        return Step(
+        return make_step(
             "create",
-            (keys.job(job), keys.jobs, keys.blocks(job), keys.shards(job), keys.suspect(job), keys.recent),
-            (job, spec.encode(), max_errors, len(spec.parts), spec.retry.space if spec.retry else ""),
             _answer,
+            {
+                "job": keys.job(job),
+                "jobs": keys.jobs,
+                "stream": keys.blocks(job),
+                "shards": keys.shards(job),
+                "suspect": keys.suspect(job),
+                "recent": keys.recent,
+            },
+            {
+                "id": job,
+                "spec": spec.encode(),
+                "max_errors": max_errors,
+                "parts": len(spec.parts),
+                "space": spec.retry.space if spec.retry else "",
+            },
         )
 
     def submit(self, job: str, entry: Entry, bound: int) -> Step[Answer]:
@@ -144,30 +177,40 @@ class Steps:
         keys = self.keys
         fields = [item for pair in entry.fields().items() for item in pair]
         rows = entry.rows + entry.refused_rows
-        return Step(
+        return make_step(
             "submit",
-            (keys.job(job), keys.blocks(job), keys.jobs, keys.bytes),
-            (entry.part, entry.block, entry.size, bound, rows, entry.sum, *fields),
             _answer,
+            {"job": keys.job(job), "stream": keys.blocks(job), "jobs": keys.jobs, "bytes": keys.bytes},
+            {
+                "part": entry.part,
+                "block": entry.block,
+                "size": entry.size,
+                "bound": bound,
+                "rows": rows,
+                "sum": entry.sum,
+            },
+            more_args=fields,
         )
 
     def seal(self, job: str, part: int, blocks: int) -> Step[Answer]:
         """Say how many blocks a part has: OK, MISSING(next), CHANGED, ENDED(state), UNKNOWN_JOB."""
-        return Step("seal", self._job_keys(job), (job, part, blocks), _answer)
+        return make_step("seal", _answer, self._job_keys(job), {"id": job, "part": part, "blocks": blocks})
 
     def renew(self, stream: str, consumer: str, entries: Sequence[str]) -> Step[list[str]]:
         """Reset the idle time of my entries; answers the ids that I no longer own."""
-        return Step("renew", (stream,), (consumer, *entries), _ids)
+        return make_step("renew", _ids, {"stream": stream}, {"consumer": consumer}, more_args=entries)
 
     def release(self, stream: str, consumer: str, entries: Sequence[str], died: bool = False) -> Step[Answer]:
         """Hand entries back, claimable at once: OK. `died`: the consumer is dead or dying, and that is counted."""
-        return Step("release", (stream,), (consumer, RELEASED, 0 if died else 1, *entries), _answer)
+        args: dict[str, Argument] = {"consumer": consumer, "nobody": RELEASED, "taken_back": 0 if died else 1}
+        return make_step("release", _answer, {"stream": stream}, args, more_args=entries)
 
     def drop(self, job: str, blocks: Iterable[CommitBlock]) -> Step[Answer]:
         """Clear claimed entries whose blocks are done: OK."""
         keys = self.keys
-        args = [item for b in blocks for item in (b.part, b.block, b.entry, b.size)]
-        return Step("drop", (keys.job(job), keys.blocks(job), keys.bytes), tuple(args), _answer)
+        groups = [item for b in blocks for item in (b.part, b.block, b.entry, b.size)]
+        named = {"job": keys.job(job), "stream": keys.blocks(job), "bytes": keys.bytes}
+        return make_step("drop", _answer, named, {}, more_args=groups)
 
     def commit(
         self, record: ShardRecord, blocks: Iterable[CommitBlock], spec: JobSpec | None = None, worked_ms: int = 0
@@ -181,35 +224,35 @@ class Steps:
         keys, job = self.keys, record.job
         groups = [item for b in blocks for item in (b.part, b.block, b.sum, b.entry, b.size)]
         r = record
-        return Step(
+        return make_step(
             "commit",
-            (
-                keys.job(job),
-                keys.blocks(job),
-                keys.shards(job),
-                keys.jobs,
-                keys.bytes,
-                keys.finalize,
-                keys.suspect(job),
-                keys.pace,
-            ),
-            (
-                job,
-                r.name,
-                msgspec.json.encode(r),
-                r.space,
-                r.rows,
-                r.failed,
-                r.skipped,
-                r.truncated,
-                r.tokens,
-                r.padded,
-                spec.encode() if spec else "",
-                r.worker,
-                worked_ms,
-                *groups,
-            ),
             _answer,
+            {
+                "job": keys.job(job),
+                "stream": keys.blocks(job),
+                "shards": keys.shards(job),
+                "jobs": keys.jobs,
+                "bytes": keys.bytes,
+                "finalize": keys.finalize,
+                "suspect": keys.suspect(job),
+                "pace": keys.pace,
+            },
+            {
+                "id": job,
+                "name": r.name,
+                "record": msgspec.json.encode(r),
+                "space": r.space,
+                "rows": r.rows,
+                "failed": r.failed,
+                "skipped": r.skipped,
+                "truncated": r.truncated,
+                "tokens": r.tokens,
+                "padded": r.padded,
+                "spec": spec.encode() if spec else "",
+                "worker": r.worker,
+                "worked": worked_ms,
+            },
+            more_args=groups,
         )
 
     def suspect(self, job: str, part: int, block: int, chunks: Sequence[int]) -> Step[Answer]:
@@ -227,35 +270,45 @@ class Steps:
         return self._note(job, PROMPT, workers)
 
     def _note(self, job: str, what: str, names: Iterable[str]) -> Step[Answer]:
-        return Step("suspect", (self.keys.job(job), self.keys.suspect(job)), (what, ",".join(names)), _answer)
+        keys = {"job": self.keys.job(job), "suspect": self.keys.suspect(job)}
+        return make_step("suspect", _answer, keys, {"what": what, "noted": ",".join(names)})
 
     def request(self, request: str, payload: bytes, wait_ms: int, most: int) -> Step[Answer]:
         """Put an interactive request on its stream: OK, BUSY."""
         keys = self.keys
         fields: tuple[Argument, ...] = ("v", 1, "request", request, "body", payload)
-        return Step("request", (keys.interactive, keys.caller(request)), (wait_ms, most, *fields), _answer)
+        named = {"interactive": keys.interactive, "caller": keys.caller(request)}
+        return make_step("request", _answer, named, {"patience": wait_ms, "most": most}, more_args=fields)
 
     def reply(self, request: str, entry: str, payload: bytes, keep_ms: int) -> Step[Answer]:
         """Answer an interactive request: OK, GONE."""
         keys = self.keys
-        return Step(
-            "reply", (keys.interactive, keys.caller(request), keys.reply(request)), (entry, payload, keep_ms), _answer
-        )
+        named = {"interactive": keys.interactive, "caller": keys.caller(request), "reply": keys.reply(request)}
+        return make_step("reply", _answer, named, {"entry": entry, "payload": payload, "keep": keep_ms})
 
     def cancel(self, job: str, verdict: JobState = JobState.CANCELLED, reason: str = "") -> Step[Answer]:
         """End a job early as cancelled or failed: OK, TOO_LATE(state), UNKNOWN_JOB."""
-        return Step("cancel", self._job_keys(job), (job, verdict.value, reason), _answer)
+        args: dict[str, Argument] = {"id": job, "verdict": verdict.value, "reason": reason}
+        return make_step("cancel", _answer, self._job_keys(job), args)
 
     def forget(self, job: str, below: Sequence[str]) -> Step[Answer]:
         """Remove a damaged job and whatever lies `below` its hash: OK."""
         keys = self.keys
-        shared = (keys.jobs, keys.bytes, keys.finalize, keys.recent, keys.ingest)
-        return Step("forget", (keys.job(job), *shared, *below), (job,), _answer)
+        named = {
+            "job": keys.job(job),
+            "jobs": keys.jobs,
+            "bytes": keys.bytes,
+            "finalize": keys.finalize,
+            "recent": keys.recent,
+            "ingest": keys.ingest,
+        }
+        return make_step("forget", _answer, named, {"id": job}, more_keys=below)
 
     def take_finalize(self, job: str, lease_ms: int) -> Step[Lease | None]:
         """Lease a job of the outbox; None if it is not there or leased. The same step again answers the same lease."""
-        args = (job, lease_ms, uuid.uuid4().hex)
-        return Step("take_finalize", (self.keys.job(job), self.keys.finalize), args, _lease(job))
+        args: dict[str, Argument] = {"id": job, "lease": lease_ms, "name": uuid.uuid4().hex}
+        keys = {"job": self.keys.job(job), "finalize": self.keys.finalize}
+        return make_step("take_finalize", _lease(job), keys, args)
 
     def finalized(self, lease: Lease, state: JobState, ttl_ms: int, manifest: str = "") -> Step[Answer]:
         """Record that the manifest stands: OK, STALE, UNKNOWN_JOB.
@@ -263,24 +316,43 @@ class Steps:
         With the state `finalizing`: that it could not be written, and may be tried again `ttl_ms` later at most.
         """
         keys, job = self.keys, lease.job
-        return Step(
+        return make_step(
             "finalized",
-            (keys.job(job), keys.finalize, keys.shards(job), keys.suspect(job), keys.recent),
-            (job, lease.epoch, state.value, lease.now, ttl_ms, manifest),
             _answer,
+            {
+                "job": keys.job(job),
+                "finalize": keys.finalize,
+                "shards": keys.shards(job),
+                "suspect": keys.suspect(job),
+                "recent": keys.recent,
+            },
+            {
+                "id": job,
+                "epoch": lease.epoch,
+                "state": state.value,
+                "ended": lease.now,
+                "ttl": ttl_ms,
+                "manifest": manifest,
+            },
         )
 
     def look(self, jobs: Sequence[str]) -> Step[list[Backlog]]:
         """What lies in the streams of these jobs; nothing for one whose stream is gone."""
-        return Step("look", tuple(self.keys.blocks(job) for job in jobs), (RELEASED,), _backlogs)
+        return make_step("look", _backlogs, {}, {"nobody": RELEASED}, more_keys=map(self.keys.blocks, jobs))
 
     def retire(self, stream: str, consumer: str) -> Step[Answer]:
         """Remove a consumer that has nothing pending: OK, PENDING."""
-        return Step("retire", (stream,), (consumer,), _answer)
+        return make_step("retire", _answer, {"stream": stream}, {"consumer": consumer})
 
-    def _job_keys(self, job: str) -> tuple[str, ...]:
+    def _job_keys(self, job: str) -> dict[str, str]:
         keys = self.keys
-        return (keys.job(job), keys.blocks(job), keys.jobs, keys.bytes, keys.finalize)
+        return {
+            "job": keys.job(job),
+            "stream": keys.blocks(job),
+            "jobs": keys.jobs,
+            "bytes": keys.bytes,
+            "finalize": keys.finalize,
+        }
 
 
 def _text(value: object) -> str:

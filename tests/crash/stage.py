@@ -215,6 +215,10 @@ class Stage:
         roots = ["--output-root", self.folder, "--output-root", "redis:"]
         return self.start("embed-worker", *common, *roots, *args, orders=orders)
 
+    def damage(self) -> None:
+        """Write into the job's record what no program of ours writes."""
+        self.broker.client.hset(self.broker.keys.job(self.job), "state", "nonsense")
+
     def cancel(self, orders: str = "") -> Process:
         return self.start("embed-cancel", self.job, "--redis", self.url, orders=orders)
 

@@ -147,6 +147,19 @@ def canceller(stage: Stage, order: Order) -> None:
     stage.finish()
 
 
+def remover(stage: Stage, order: Order) -> None:
+    """embed-cancel of a job that is damaged in Redis breaks; the same again, then embed-submit makes the job anew."""
+    stage.submitted()
+    stage.damage()
+    first = stage.cancel(orders=order.text)
+    first.strike(order)
+    if order.action != "cut":
+        stage.cancel().wait(0 if order.point == "forget.before" else 2)
+    go_on(first, order)
+    stage.submitted()
+    stage.finish()
+
+
 def starter_over(stage: Stage, order: Order) -> None:
     """The output of a finished job is removed; an embed-submit that begins anew breaks."""
     stage.submitted()
@@ -304,7 +317,8 @@ def walks() -> list[Walk]:
     add_step(adopter, "commit")
     add_step(adopter, "commit", "#2")
     add_step(canceller, "cancel", cuts="cut")
-    add(starter_over, "forget.half")
+    add_step(remover, "forget", cuts="cut")
+    add(starter_over, "forgetting.half")
     add_step(asker, "request")
     add(answerer, "claim_requests.before", actions="cut cut*5")
     add(answerer, "claim_requests.after")

@@ -102,7 +102,7 @@ MUTANTS = (
     mutant(
         "a release counts as a death",
         f"{SCRIPTS}/release.lua",
-        "math.max(0, pending[1][4] - ARGV[3])",
+        "math.max(0, pending[1][4] - taken_back)",
         "pending[1][4]",
         f"{CONTRACT}::test_released_entries_are_claimable_at_once_and_count_as_never_delivered",
     ),
@@ -279,14 +279,14 @@ MUTANTS = (
     mutant(
         "a job is leased to two finalizers",
         f"{SCRIPTS}/take_finalize.lua",
-        "if taking == ARGV[3] then",
+        "if taking == name then",
         "if taking then",
         f"{ENDINGS}::test_a_job_of_the_outbox_is_leased_to_one",
     ),
     mutant(
         "a finalizer whose lease was not answered waits for itself",
         f"{SCRIPTS}/take_finalize.lua",
-        "if taking == ARGV[3] then",
+        "if taking == name then",
         "if false then",
         f"{ENDINGS}::test_a_finalizer_whose_lease_was_never_answered_gets_it_by_asking_again",
     ),

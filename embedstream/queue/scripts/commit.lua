@@ -1,11 +1,11 @@
 -- Commit one durable shard of one job: clear its entries, set its blocks' done bits, count it, record it.
 -- The last shard of a running job moves it into the outbox. Adopting a shard is the same without entries.
 --
--- KEYS 1 job hash, 2 blocks stream, 3 shards, 4 jobs, 5 bytes, 6 finalize, 7 suspect, 8 pace
+-- KEYS the job's hash, its stream of blocks, shards, jobs, bytes, finalize, suspect, pace
 --      (derived: <job>:done:<part>, <job>:sums:<part>)
--- ARGV 1 job id, 2 shard name, 3 shard record (JSON), 4 space, 5 rows, 6 failed, 7 skipped, 8 truncated, 9 tokens,
---      10 padded, 11 the spec that the shard was made by, or '', 12 worker, 13 how long it worked for the shard (ms), 0
---      if that is not known, 14... groups of 5: part, block, sum (8 bytes), entry id or '', size
+-- ARGV job id, shard name, shard record (JSON), space, rows, failed, skipped, truncated, tokens, padded, the spec that the
+--      shard was made by, or '', worker, how long it worked for the shard (ms), 0 if that is not known, then groups of 5:
+--      part, block, sum (8 bytes), entry id or '', size
 -- Answers {COMMITTED} | {ALREADY} (this shard is recorded) | {CONFLICT, part, block, ...} (blocks done by others:
 --         their entries are cleared, nothing else is written) | {CHANGED, part, block, ...} (blocks whose content is
 --         not the corpus's, or that it does not have: the shard is of no use) | {DROPPED, state} (or 'replaced', by a job of
@@ -14,16 +14,17 @@
 -- An entry id from an earlier life of the job (reopened, or Redis emptied) names nothing: ids are times, lives follow
 -- each other.
 
-local job, stream, shards, jobs, bytes, finalize, suspect, pace =
-  KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6], KEYS[7], KEYS[8]
-local id, name, record, space, worker, worked = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[12], tonumber(ARGV[13])
 local FIRST = 14
+local job, stream, shards, jobs, bytes, finalize, suspect, pace = unpack(KEYS)
+local id, name, record, space, rows, failed, skipped, truncated, tokens, padded, spec, worker, worked
+  = unpack(ARGV, 1, FIRST - 1)
+worked = tonumber(worked)
 
 local state = redis.call('HGET', job, 'state')
 if not state then return {'UNKNOWN_JOB'} end
 if redis.call('HEXISTS', shards, name) == 1 then return {'ALREADY'} end
 if not is_open(state) then return {'DROPPED', state} end
-if ARGV[11] ~= '' and redis.call('HGET', job, 'spec') ~= ARGV[11] then return {'DROPPED', 'replaced'} end
+if spec ~= '' and redis.call('HGET', job, 'spec') ~= spec then return {'DROPPED', 'replaced'} end
 
 local pinned = redis.call('HGET', job, 'space')
 if pinned ~= '' and pinned ~= space then return {'OTHER_SPACE', pinned} end
@@ -63,7 +64,7 @@ redis.call('XLEN', stream)
 local function keep_pace()
   local size = 0
   for i = FIRST, #ARGV, 5 do size = size + ARGV[i + 4] end
-  put('HINCRBY', pace, 'tokens', ARGV[9])
+  put('HINCRBY', pace, 'tokens', tokens)
   put('HINCRBY', pace, 'bytes', size)
   if put('HINCRBY', pace, 'ms', worked) > 600000 then
     for _, field in ipairs({'tokens', 'bytes', 'ms'}) do
@@ -84,11 +85,14 @@ for i = FIRST, #ARGV, 5 do
 end
 redis.call('HSET', shards, name, record)
 redis.call('HINCRBY', job, 'done', (#ARGV - FIRST + 1) / 5)
-for i, counter in ipairs({'rows', 'failed', 'skipped', 'truncated', 'tokens', 'padded'}) do
-  redis.call('HINCRBY', job, counter, ARGV[4 + i])
-end
+redis.call('HINCRBY', job, 'rows', rows)
+redis.call('HINCRBY', job, 'failed', failed)
+redis.call('HINCRBY', job, 'skipped', skipped)
+redis.call('HINCRBY', job, 'truncated', truncated)
+redis.call('HINCRBY', job, 'tokens', tokens)
+redis.call('HINCRBY', job, 'padded', padded)
 redis.call('HSET', job, 'space', space, 'committed', now_ms())
-if worker ~= '' then redis.call('HINCRBY', job, 'by:' .. worker, ARGV[5]) end
+if worker ~= '' then redis.call('HINCRBY', job, 'by:' .. worker, rows) end
 if worked > 0 then keep_pace() end
 finish_if_done(job, id, stream, jobs, bytes, finalize)
 return {'COMMITTED'}

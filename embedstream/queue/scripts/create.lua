@@ -1,14 +1,15 @@
 -- Make a job, find it, or reopen one that was cancelled or failed. One that was cancelled or failed before it had a
 -- single row holds its output no longer: another spec takes its place.
 --
--- KEYS 1 job hash, 2 jobs, 3 blocks stream, 4 shards, 5 suspect, 6 recent
+-- KEYS the job's hash, jobs, its stream of blocks, shards, suspect, recent
 --      (derived: <job>:done:<part>, <job>:sums:<part>)
--- ARGV 1 job id, 2 spec (canonical JSON), 3 max errors, 4 number of parts, 5 the space that its vectors must be of, or ''
+-- ARGV job id, spec (canonical JSON), max errors, number of parts, the space that its vectors must be of, or ''
 -- Answers {CREATED} | {REOPENED} | {EXISTS, state} | {DIFFERS, existing spec}
 -- Twice: the second run finds the job as the first one left it and answers EXISTS(submitting).
 
-local job, jobs, stream, shards, suspect, recent = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
-local id, spec, max_errors, parts = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
+local job, jobs, stream, shards, suspect, recent = unpack(KEYS)
+local id, spec, max_errors, parts, space = unpack(ARGV)
+parts = tonumber(parts)
 
 local existing = redis.call('HGET', job, 'spec')
 local state = redis.call('HGET', job, 'state')
@@ -49,7 +50,7 @@ else
   for part = 0, parts - 1 do
     redis.call('UNLINK', job .. ':done:' .. part, job .. ':sums:' .. part)
   end
-  redis.call('HSET', job, 'spec', spec, 'parts', parts, 'created', now, 'committed', now, 'space', ARGV[5], 'epoch', epoch,
+  redis.call('HSET', job, 'spec', spec, 'parts', parts, 'created', now, 'committed', now, 'space', space, 'epoch', epoch,
     'done', 0, 'rows', 0, 'failed', 0, 'skipped', 0, 'truncated', 0, 'tokens', 0, 'padded', 0)
 end
 redis.call('HSET', job, 'state', 'submitting', 'verdict', '', 'reason', '', 'max_errors', max_errors, 'pushed', now,

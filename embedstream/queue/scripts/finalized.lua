@@ -1,14 +1,15 @@
 -- Record that a job's manifest stands, and all keys of the job get their expiry; or that it could not be written, and
 -- when it may be tried again: 2 s later, then after twice as long each time.
 --
--- KEYS 1 job hash, 2 finalize, 3 shards, 4 suspect, 5 recent   (derived: <job>:done:<part>, <job>:sums:<part>)
--- ARGV 1 job id, 2 epoch, 3 state, or 'finalizing' for a manifest that could not be written, 4 ended (ms, as in the
---      manifest), 5 time to live (ms; for 'finalizing': the longest pause before the next try), 6 manifest or ''
+-- KEYS the job's hash, finalize, shards, suspect, recent   (derived: <job>:done:<part>, <job>:sums:<part>)
+-- ARGV job id, epoch, state, or 'finalizing' for a manifest that could not be written, ended (ms, as in the manifest),
+--      time to live (ms; for 'finalizing': the longest pause before the next try), manifest or ''
 -- Answers {OK} | {STALE} (leased again since, or reopened) | {UNKNOWN_JOB}
 -- Twice: the second run finds the same epoch in an ended job and answers OK.
 
-local job, finalize, shards, suspect, recent = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
-local id, epoch, state, ended, ttl = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5])
+local job, finalize, shards, suspect, recent = unpack(KEYS)
+local id, epoch, state, ended, ttl, manifest = unpack(ARGV)
+ended, ttl = tonumber(ended), tonumber(ttl)
 
 local current = redis.call('HGET', job, 'state')
 if not current then return {'UNKNOWN_JOB'} end
@@ -25,7 +26,7 @@ end
 if current ~= 'finalizing' then return {'STALE'} end
 
 put('ZREM', finalize, id)
-redis.call('HSET', job, 'state', state, 'ended', ended, 'manifest', ARGV[6])
+redis.call('HSET', job, 'state', state, 'ended', ended, 'manifest', manifest)
 redis.call('HDEL', job, 'tries')
 put('ZADD', recent, ended, id)
 redis.call('ZREMRANGEBYSCORE', recent, '-inf', now_ms() - 30 * 86400000)

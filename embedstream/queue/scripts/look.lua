@@ -1,9 +1,11 @@
 -- What lies in blocks streams, without their bodies. Writes nothing.
 --
--- KEYS blocks streams
--- ARGV 1 the consumer that stands for nobody
+-- KEYS streams of blocks
+-- ARGV the consumer that stands for nobody
 -- Answers per stream {entries, entries in workers' hands, when its oldest entry was added (ms) or '0'}
 -- Twice: a second look.
+
+local nobody = unpack(ARGV)
 
 local found = {}
 for i, stream in ipairs(KEYS) do
@@ -12,7 +14,7 @@ for i, stream in ipairs(KEYS) do
   local held = 0
   if not pending.err then
     for _, owner in ipairs(pending[4] or {}) do
-      if owner[1] ~= ARGV[1] then held = held + owner[2] end
+      if owner[1] ~= nobody then held = held + owner[2] end
     end
   end
   local added = (not first.err and first[1]) and string.match(first[1][1], '^%d+') or '0'

@@ -1,12 +1,15 @@
 -- Answer an interactive request if its caller is still there.
 --
--- KEYS 1 interactive stream, 2 caller, 3 reply list
--- ARGV 1 entry id, 2 payload, 3 how long the reply may wait to be read (ms)
+-- KEYS the interactive stream, caller, the list for the reply
+-- ARGV entry id, payload, how long the reply may wait to be read (ms)
 -- Answers {OK} | {GONE}
 -- Twice: the entry is gone, so the second run answers GONE and pushes nothing.
 
-redis.call('XACK', KEYS[1], GROUP, ARGV[1])
-if redis.call('XDEL', KEYS[1], ARGV[1]) == 0 or redis.call('DEL', KEYS[2]) == 0 then return {'GONE'} end
-put('RPUSH', KEYS[3], ARGV[2])
-redis.call('PEXPIRE', KEYS[3], ARGV[3])
+local interactive, caller, reply = unpack(KEYS)
+local entry, payload, keep = unpack(ARGV)
+
+redis.call('XACK', interactive, GROUP, entry)
+if redis.call('XDEL', interactive, entry) == 0 or redis.call('DEL', caller) == 0 then return {'GONE'} end
+put('RPUSH', reply, payload)
+redis.call('PEXPIRE', reply, keep)
 return {'OK'}

@@ -1,12 +1,13 @@
 -- Say how many blocks a part has. With the last part sealed the job is running; if all is done already, it moves on.
 --
--- KEYS 1 job hash, 2 blocks stream, 3 jobs, 4 bytes, 5 finalize   (derived: <job>:sums:<part>)
--- ARGV 1 job id, 2 part, 3 blocks
+-- KEYS the job's hash, its stream of blocks, jobs, bytes, finalize   (derived: <job>:sums:<part>)
+-- ARGV job id, part, blocks
 -- Answers {OK} | {MISSING, next} | {CHANGED, blocks} (more blocks are known) | {ENDED, state} | {UNKNOWN_JOB}
 -- Twice: the second run finds the part sealed with the same count and answers OK.
 
-local job, stream, jobs, bytes, finalize = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
-local id, part, blocks = ARGV[1], ARGV[2], tonumber(ARGV[3])
+local job, stream, jobs, bytes, finalize = unpack(KEYS)
+local id, part, blocks = unpack(ARGV)
+blocks = tonumber(blocks)
 
 local state = redis.call('HGET', job, 'state')
 if not state then return {'UNKNOWN_JOB'} end

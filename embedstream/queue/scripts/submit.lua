@@ -1,15 +1,16 @@
 -- Add one block of a part, if it is the part's next.
 --
--- KEYS 1 job hash, 2 blocks stream, 3 jobs, 4 bytes   (derived: <job>:done:<part>, <job>:sums:<part>)
--- ARGV 1 part, 2 block, 3 size in bytes, 4 bound on the queue's bytes, 5 rows, 6 sum (8 bytes), 7... entry fields
+-- KEYS the job's hash, its stream of blocks, jobs, bytes   (derived: <job>:done:<part>, <job>:sums:<part>)
+-- ARGV part, block, size in bytes, bound on the queue's bytes, rows, sum (8 bytes), then the entry's fields
 -- Answers {OK} | {DUPLICATE} (the block is below the next) | {GAP, next} | {ENDED, state}
 --         | {FULL} (the queue is, or the job's share of it, or the server's memory)
 --         | {CHANGED, block} (another content was submitted under this number) | {UNKNOWN_JOB}
 -- Twice: the second run answers DUPLICATE and writes nothing.
 
-local job, stream, jobs, bytes = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
-local part, block, size, bound = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
-local rows, sum = tonumber(ARGV[5]), ARGV[6]
+local FIRST = 7
+local job, stream, jobs, bytes = unpack(KEYS)
+local part, block, size, bound, rows, sum = unpack(ARGV, 1, FIRST - 1)
+block, size, bound, rows = tonumber(block), tonumber(size), tonumber(bound), tonumber(rows)
 local sums = job .. ':sums:' .. part
 
 local state = redis.call('HGET', job, 'state')
@@ -45,7 +46,7 @@ if type(first) == 'table' then
   return first
 end
 if wanted then
-  redis.call('XADD', stream, '*', unpack(ARGV, 7))
+  redis.call('XADD', stream, '*', unpack(ARGV, FIRST))
   put('INCRBY', bytes, size)
   redis.call('HINCRBY', job, 'queued', size)
 end
