@@ -260,6 +260,15 @@ CHOICES: list[tuple[str, dict[str, Any]]] = [
     ("tokenizer_config.json", {"tokenizer_class": "pipeline"}),
     ("tokenizer_config.json", {"processor_class": "BarkProcessor"}),
     ("tokenizer_config.json", {"sudachi_kwargs": {"sudachi_config_path": "evil.json"}}),
+    ("tokenizer_config.json", {"vocab": "/etc/passwd"}),
+    ("tokenizer_config.json", {"vocab_file": "/etc/passwd"}),
+    ("tokenizer_config.json", {"merges": "/etc/passwd"}),
+    ("tokenizer_config.json", {"spm_file": "/etc/passwd"}),
+    ("tokenizer_config.json", {"init_inputs": ["/etc/passwd"]}),
+    ("tokenizer_config.json", {"tokenizer_object": {"a": 1}}),
+    ("special_tokens_map.json", {"tokenizer_file": "/etc/passwd"}),
+    ("special_tokens_map.json", {"vocab": "/etc/passwd"}),
+    ("special_tokens_map.json", {"tokenizer_class": "PreTrainedTokenizerFast"}),
     ("processor_config.json", {"processor_class": "DiaProcessor"}),
     ("processor_config.json", {"audio_tokenizer": {"audio_tokenizer_name_or_path": "/tmp"}}),
     ("preprocessor_config.json", {"processor_class": "CLIPProcessor"}),
@@ -283,6 +292,8 @@ ALLOWED: list[tuple[str, dict[str, Any]]] = [
     ("sentence_bert_config.json", {"config_args": {"output_hidden_states": False, "trust_remote_code": True}}),
     ("config.json", {"quantization_config": None, "_attn_implementation": "eager", "tokenizer_class": "BertTokenizer"}),
     ("tokenizer_config.json", {"tokenizer_class": "BertTokenizerFast", "special_tokens_map_file": "/root/x.json"}),
+    ("tokenizer_config.json", {"tokenizer_file": None, "init_inputs": [], "vocab_file": None}),
+    ("special_tokens_map.json", {"cls_token": "[CLS]", "additional_special_tokens": ["[Q]"]}),
 ]
 
 
@@ -380,6 +391,23 @@ def linked_module(folder: Path) -> None:
     (folder / "1_Pooling").symlink_to("../elsewhere")
 
 
+def linked_folder_of_templates(folder: Path) -> None:
+    outside = folder.parent / "templates"
+    outside.mkdir()
+    (folder / "additional_chat_templates").symlink_to(outside)
+
+
+def linked_graph(folder: Path) -> None:
+    (folder.parent / "model.onnx").write_bytes(b"onnx")
+    (folder / "onnx").mkdir()
+    (folder / "onnx" / "model.onnx").symlink_to(folder.parent / "model.onnx")
+
+
+def pipe_for_settings(folder: Path) -> None:
+    (folder / "tokenizer_config.json").unlink(missing_ok=True)
+    os.mkfifo(folder / "tokenizer_config.json")
+
+
 def false_blobs(folder: Path) -> None:
     """What looks like the hub's cache, whose blobs lie elsewhere."""
     snapshots = folder.parent / "cache" / "snapshots"
@@ -428,6 +456,9 @@ ATTACKS: list[tuple[Attack, str]] = [
     (linked_weights, r"model\.safetensors: a link out of the folder"),
     (linked_settings, r"1_Pooling/config\.json: a link out of the folder"),
     (linked_module, "module path '1_Pooling' leads out of the folder"),
+    (linked_folder_of_templates, "additional_chat_templates: a link out of the folder"),
+    (linked_graph, r"onnx/model\.onnx: a link out of the folder"),
+    (pipe_for_settings, r"tokenizer_config\.json: neither a file nor a folder"),
     (false_blobs, r"model\.safetensors: a link out of the folder"),
     (module_at("/etc"), "leads out of the folder"),
     (module_at("../.."), "leads out of the folder"),

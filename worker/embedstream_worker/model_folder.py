@@ -64,9 +64,12 @@ def check_folder(folder: Path, trust: Trust = NOTHING) -> Trust:
         needs = NOTHING
         for module in list_modules(folder):
             needs |= _check_module(folder, module, trust)
-        for path in model_files(folder):
+        for path in folder.rglob("*"):  # also what is no module's: libraries look for templates, graphs and more
             if path.is_symlink():
                 _check_link(folder, path)
+            if not (path.is_file() or path.is_dir()):
+                raise ModelError(f"{path}: neither a file nor a folder; remove it")
+        for path in model_files(folder):
             if path.name.casefold() == "adapter_config.json":
                 raise ModelError(
                     f"{path}: an adapter is not loaded; merge it with its base model and give the merged folder"

@@ -101,6 +101,10 @@ _NO_TEXT = ("rag", "timm_backbone", "timm_wrapper")  # architectures that load o
 _TOKENIZER_CLASS = re.compile(
     r"(?!Auto|Rag)[A-Z]\w*Tokenizer(Fast)?|(Tokenizers|Python|SentencePiece|MistralCommon)Backend"
 )
+# Of these, transformers looks for the folder's own and takes it, whatever is written here; old models name theirs.
+_OWN_FILES = ("added_tokens_file", "special_tokens_map_file", "tokenizer_config_file", "tokenizer_file")
+_CONTENT = ("vocab", "merges", "init_inputs", "tokenizer_object")
+
 _ACTIVATION = re.compile(r"torch\.nn\.(modules\.(activation|linear)\.)?[A-Z]\w*")
 
 
@@ -142,6 +146,20 @@ def _in_config(settings: dict[str, Any]) -> Iterator[str]:
     activation = settings.get("activation_function")
     if isinstance(activation, str) and "." in activation and not _ACTIVATION.fullmatch(activation):
         yield f"activation_function {activation}"
+
+
+def _in_tokenizer(settings: dict[str, Any]) -> Iterator[str]:
+    """The refused settings of a tokenizer: transformers hands all on as arguments, names of files among them."""
+    yield from _in_config(settings)
+    for key, value in settings.items():
+        named = key.endswith("_file") and key not in _OWN_FILES
+        if value and (named or key in _CONTENT) and not (key in ("vocab", "merges") and isinstance(value, dict | list)):
+            yield key
+
+
+def _in_special_tokens(settings: dict[str, Any]) -> Iterator[str]:
+    """The same of `special_tokens_map.json`, which is merged into them last."""
+    yield from (key for key in settings if not key.endswith(("_token", "_tokens")))
 
 
 def _in_values(value: object, nested: bool = False) -> Iterator[str]:
@@ -198,7 +216,8 @@ def _in_model(settings: dict[str, Any]) -> Iterator[str]:
 
 _CHECKS: dict[str, Callable[[dict[str, Any]], Iterator[str]]] = {
     "config.json": _in_config,
-    "tokenizer_config.json": _in_config,
+    "tokenizer_config.json": _in_tokenizer,
+    "special_tokens_map.json": _in_special_tokens,
     "processor_config.json": _in_config,
     "preprocessor_config.json": _in_config,
     "video_preprocessor_config.json": _in_config,
