@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
+from operator import itemgetter
 
 import msgspec
 
@@ -136,21 +138,29 @@ def decode_manifest(data: bytes | str, where: str) -> Manifest:
     """Read a manifest; `where` it came from is for the message.
 
     Raises:
-        ManifestDamaged: it is none.
+        ManifestDamaged: it is none, or lists a shard twice.
         OutputError: it is of another version.
     """
     refuse_other_version(data, f"{where}: the manifest", OutputError)
     try:
         manifest = msgspec.json.decode(data, type=Manifest)
         spec = decode_spec(bytes(manifest.spec))
+        _refuse_repeated(manifest)
         # Equal whatever blanks the file has, and no reference to it is left.
         shards = tuple(msgspec.structs.replace(shard, runs=encode_runs(shard.blocks)) for shard in manifest.shards)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, UsageError) as error:
+    except (msgspec.MsgspecError, ValueError, RecursionError, UsageError) as error:
         raise ManifestDamaged(
             f"{where}: the manifest cannot be read ({error}): restore it, or remove it and run the same embed-submit "
             f"again, which takes over what lies there"
         ) from error
     return msgspec.structs.replace(manifest, spec=msgspec.Raw(spec.encode()), shards=shards)
+
+
+def _refuse_repeated(manifest: Manifest) -> None:
+    """Each time that a shard is listed it would be read again, so a small manifest could cost any time."""
+    name, times = max(Counter(shard.name for shard in manifest.shards).items(), key=itemgetter(1), default=("", 0))
+    if times > 1:
+        raise ValueError(f"it lists shard {name} {times:,} times")
 
 
 def manifest_spec(manifest: Manifest) -> JobSpec:

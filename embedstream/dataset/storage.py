@@ -126,26 +126,25 @@ class Folder:
 
     def checksum(self, name: str) -> tuple[int, str]:
         path = self._folder / name
-        refuse_special(path)
         try:
-            with path.open("rb") as file:
+            with self._reading(name) as descriptor, os.fdopen(descriptor, "rb", closefd=False) as file:
                 checksum = hashlib.file_digest(file, "sha256").hexdigest()
                 return file.tell(), f"sha256:{checksum}"
         except OSError as error:
             raise cannot("read", path, error) from error
 
     def open(self, name: str) -> pa.NativeFile:
-        refuse_special(self._folder / name)
         try:
-            return pa.OSFile(str(self._folder / name), "rb")
+            with self._reading(name) as descriptor:
+                return pa.OSFile(f"/dev/fd/{descriptor}", "rb")
         except OSError as error:
             raise self.cannot_read(name, error) from error
 
     def read(self, name: str) -> bytes | None:
         path = self._folder / name
-        refuse_special(path)
         try:
-            return path.read_bytes()
+            with self._reading(name) as descriptor, os.fdopen(descriptor, "rb", closefd=False) as file:
+                return file.read()
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
@@ -184,6 +183,24 @@ class Folder:
             yield folder
         finally:
             os.close(folder)
+
+    @contextlib.contextmanager
+    def _reading(self, name: str) -> Iterator[int]:
+        """A descriptor of a file of the folder. Raises `OSError`; `OutputError` if a link leads out, or it is no file."""
+        path = self._folder / name
+        refuse_special(path)
+        folder = str(self._folder.absolute())
+        try:
+            # A named pipe that is put there just now is not waited for.
+            descriptor = open_beneath([folder], os.path.join(folder, name), os.O_RDONLY | os.O_NONBLOCK)  # noqa: PTH118
+        except ValueError as error:
+            raise OutputError(
+                f"{path}: cannot read: is a link that leads out of the dataset's folder: put the file itself there"
+            ) from error
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
 
     def _outside(self, error: ValueError) -> OutputError:
         return OutputError(f"{self._folder}: {error}: somebody has put a link there")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from itertools import groupby, pairwise
 
 from embedstream.dataset.folder import part_file
@@ -46,9 +45,6 @@ def check_manifest(findings: Findings, manifest: Manifest) -> bool:
             found = sum(getattr(each, name) for each in of)
             if found != said:
                 wrong(f"says {said:,} {words}, its {what} add up to {found:,}", Kind.COUNT)
-    for name, times in Counter(shard.name for shard in manifest.shards).items():
-        if times > 1:
-            wrong(f"lists shard {name} {times} times")
     _check_blocks(findings, manifest)
     return True
 

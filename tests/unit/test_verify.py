@@ -124,14 +124,29 @@ def test_a_shard_that_the_manifest_forgot_is_missing_by_its_blocks(made: Made) -
     assert f"part-{name}.parquet" in verdict.unlisted
 
 
-def test_a_shard_that_is_listed_twice_is_found(made: Made) -> None:
-    edit_manifest(made, lambda manifest: manifest["shards"].append(manifest["shards"][0]))
-    verdict = check(made)
-    record = made.records[0]
-    assert kinds(verdict)["doubled"] == record.rows + record.failed
-    assert len(verdict.findings["doubled"].first) == MOST_SHOWN
-    assert f"lists shard {record.name} 2 times" in verdict.findings["manifest"].first[0].message
-    assert "in this file and in" in verdict.findings["block"].first[0].message
+def test_a_shard_that_is_listed_again_and_again_is_found_without_reading_it_each_time(made: Made) -> None:
+    edit_manifest(made, lambda manifest: manifest["shards"].extend([manifest["shards"][0]] * 20_000))
+    assert f"it lists shard {made.records[0].name} 20,001 times" in only(check(made), "manifest").message
+
+
+@pytest.mark.parametrize("name", ["part", "errors", "manifest"])
+def test_a_link_out_of_the_dataset_is_not_followed(made: Made, tmp_path: Path, name: str) -> None:
+    path = {"part": made.part(), "errors": made.errors(), "manifest": made.folder / "_manifest.json"}[name]
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    if name == "manifest":
+        with pytest.raises(OutputError, match="is a link that leads out of the dataset's folder"):
+            check(made)
+    else:
+        assert "is a link that leads out of the dataset's folder" in only(check(made), "unreadable").message
+
+
+def test_links_within_a_dataset_and_to_it_are_followed(made: Made, tmp_path: Path) -> None:
+    path = made.part()
+    path.rename(made.folder / "kept")
+    path.symlink_to("kept")
+    (tmp_path / "way").symlink_to(made.folder)
+    assert verify(str(tmp_path / "way"), [], None).ok
 
 
 def test_a_copy_of_a_shard_under_another_name_is_found_if_it_is_listed_and_harmless_if_not(made: Made) -> None:
