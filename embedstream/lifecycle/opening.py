@@ -21,6 +21,7 @@ from embedstream.lifecycle.adoption import Adopted, adopt_shards
 from embedstream.queue.broker import Broker
 from embedstream.queue.job_record import read_spec
 from embedstream.queue.plans import drive, silent
+from embedstream.queue.replacing import replacing
 from embedstream.queue.steps import Code
 from embedstream.queue.workers import WorkerRecord
 from embedstream.records import Manifest
@@ -199,4 +200,5 @@ def forget_job(broker: Broker, spec: JobSpec) -> None:
     job = spec.job
     broker.client.unlink(*job_keys(broker.keys, job, len(spec.parts)), broker.keys.blocks(job))
     reach("forgetting.half")
-    broker.client.zrem(broker.keys.recent, job)
+    client, recent = broker.client, broker.keys.recent
+    replacing(client, recent, "zset", lambda: client.zrem(recent, job))

@@ -19,9 +19,10 @@ from embedstream.jobs import JobState, JobStatus
 from embedstream.keys import GROUP, QUEUES, RELEASED, Keys, job_of
 from embedstream.queue import scripts
 from embedstream.queue.job_record import parse_status, reading_job
+from embedstream.queue.replacing import enlist
 from embedstream.queue.steps import MOST_BLOCKS, PROMPT, CommitBlock, Step, Steps
 from embedstream.queue.workers import WorkerRecord
-from embedstream.server.foreign import answered, leaving_out, names, reading
+from embedstream.server.foreign import leaving_out, names, reading
 
 T = TypeVar("T")
 
@@ -343,17 +344,9 @@ class Broker(Steps):
     def heartbeat(self, record: WorkerRecord, expire_seconds: float) -> None:
         """Say that a worker lives."""
         now = self._now_ms()
-        with self._raw.pipeline(transaction=False) as pipe:
-            pipe.set(self.keys.worker(record.name), msgspec.json.encode(record), px=int(expire_seconds * 1000))
-            pipe.zadd(self.keys.workers, {record.name: now})
-            pipe.pexpire(self.keys.workers, 86_400_000)
-            pipe.zadd(QUEUES, {self.queue: now // 1000})
-            pipe.expire(QUEUES, 86_400 * 30)
-            replies = pipe.execute(raise_on_error=False)
-        written = (self.keys.worker(record.name), self.keys.workers, self.keys.workers, QUEUES, QUEUES)
-        for key, reply in zip(written, replies, strict=True):
-            with _leaving_out(key):
-                answered(reply)
+        self._raw.set(self.keys.worker(record.name), msgspec.json.encode(record), px=int(expire_seconds * 1000))
+        enlist(self.client, self.keys.workers, record.name, now, 86_400)
+        enlist(self.client, QUEUES, self.queue, now // 1000, 86_400 * 30)
 
     def count_workers(self, expire_seconds: float) -> int:
         """How many workers of the queue gave a sign of life within so many seconds."""
@@ -393,9 +386,7 @@ class Broker(Steps):
 
     def announce(self) -> None:
         """Put the queue on the list of queues."""
-        with _leaving_out(QUEUES):
-            self._raw.zadd(QUEUES, {self.queue: self._now_ms() // 1000})
-            self._raw.expire(QUEUES, 86_400 * 30)
+        enlist(self.client, QUEUES, self.queue, self._now_ms() // 1000, 86_400 * 30)
 
     def queues(self) -> list[str]:
         """Queues with a sign of life in the last 30 days, but for those whose keys are forbidden to this user."""

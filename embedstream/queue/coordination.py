@@ -14,6 +14,7 @@ import redis
 
 from embedstream.keys import COMPACTIONS, COORDINATORS, compaction, coordinator
 from embedstream.queue.broker import Broker
+from embedstream.queue.replacing import enlist, replacing
 from embedstream.records import ShardName
 from embedstream.server.foreign import leaving_out, names, reading
 
@@ -51,20 +52,15 @@ class Compaction(msgspec.Struct, frozen=True, kw_only=True):
 def heartbeat(client: redis.Redis, record: CoordinatorRecord, expire_seconds: float) -> None:
     """Say that a coordinator lives."""
     now = _now_ms(client)
-    with client.pipeline(transaction=False) as pipe:
-        pipe.set(coordinator(record.name), msgspec.json.encode(record), px=int(expire_seconds * 1000))
-        pipe.zadd(COORDINATORS, {record.name: now})
-        pipe.zremrangebyscore(COORDINATORS, "-inf", now - 3_600_000)
-        pipe.pexpire(COORDINATORS, 86_400_000)
-        pipe.execute()
+    client.set(coordinator(record.name), msgspec.json.encode(record), px=int(expire_seconds * 1000))
+    enlist(client, COORDINATORS, record.name, now, 86_400)
+    client.zremrangebyscore(COORDINATORS, "-inf", now - 3_600_000)
 
 
 def leave(client: redis.Redis, name: str) -> None:
     """Say that a coordinator is gone."""
-    with client.pipeline(transaction=False) as pipe:
-        pipe.delete(coordinator(name))
-        pipe.zrem(COORDINATORS, name)
-        pipe.execute()
+    client.delete(coordinator(name))
+    replacing(client, COORDINATORS, "zset", lambda: client.zrem(COORDINATORS, name))
 
 
 def coordinators(client: redis.Redis) -> list[CoordinatorRecord]:
@@ -82,12 +78,14 @@ def coordinators(client: redis.Redis) -> list[CoordinatorRecord]:
 
 def ask_to_ingest(broker: Broker, job: str) -> None:
     """Have the parts of a job read by a coordinator."""
-    broker.client.zadd(broker.keys.ingest, {job: _now_ms(broker.client)})
+    client, key, now = broker.client, broker.keys.ingest, _now_ms(broker.client)
+    replacing(client, key, "zset", lambda: client.zadd(key, {job: now}))
 
 
 def forget_ingest(broker: Broker, job: str) -> None:
     """Nothing is left to be read."""
-    broker.client.zrem(broker.keys.ingest, job)
+    client, key = broker.client, broker.keys.ingest
+    replacing(client, key, "zset", lambda: client.zrem(key, job))
 
 
 def to_ingest(broker: Broker) -> list[str]:
@@ -117,16 +115,16 @@ Repeated = list[tuple[int, int, int]]
 def note_repeated(broker: Broker, job: str, part: int, rows: Repeated) -> None:
     """Keep what was found when the ids of a part were compared with those before."""
     key = broker.keys.repeated(job)
-    with broker.client.pipeline() as pipe:
-        pipe.hset(key, str(part), msgspec.msgpack.encode(rows))
-        pipe.expire(key, TROUBLES_SECONDS)
-        pipe.execute()
+    _keep(broker.client, key, str(part), msgspec.msgpack.encode(rows))
 
 
 def compared_parts(broker: Broker, job: str) -> set[int]:
     """The parts for which that was found."""
     ask: Any = broker.client
-    return {int(part) for part in ask.hkeys(broker.keys.repeated(job))}
+    found: list[bytes] = []
+    with leaving_out(broker.keys.repeated(job)):
+        found = ask.hkeys(broker.keys.repeated(job))
+    return {int(part) for part in found}
 
 
 def repeated_rows(broker: Broker, job: str, part: int) -> Repeated | None:
@@ -144,13 +142,14 @@ def due_to_finalize(broker: Broker) -> list[str]:
 
 def note_trouble(broker: Broker, job: str, what: str, why: str) -> bool:
     """Keep for `embed-status` why something cannot be done for a job. Whether that is news."""
-    return _keep(broker.client, broker.keys.troubles(job), what, why)
+    return _keep(broker.client, broker.keys.troubles(job), what, why.encode())
 
 
 def clear_troubles(broker: Broker, job: str, whats: Sequence[str]) -> None:
     """These could be done."""
     if whats:
-        broker.client.hdel(broker.keys.troubles(job), *whats)
+        client, key = broker.client, broker.keys.troubles(job)
+        replacing(client, key, "hash", lambda: client.hdel(key, *whats))
 
 
 def troubles(broker: Broker, job: str) -> dict[str, str]:
@@ -164,8 +163,8 @@ def troubles(broker: Broker, job: str) -> dict[str, str]:
 
 def save_compaction(client: redis.Redis, wanted: Compaction) -> None:
     """Have a dataset's shards merged by coordinators, or keep how far that is."""
-    with reading(COMPACTIONS):
-        client.hset(COMPACTIONS, wanted.id, msgspec.json.encode(wanted).decode())
+    record = msgspec.json.encode(wanted).decode()
+    replacing(client, COMPACTIONS, "hash", lambda: client.hset(COMPACTIONS, wanted.id, record))
 
 
 def compactions(client: redis.Redis) -> list[Compaction]:
@@ -202,24 +201,25 @@ def _compaction(id: bytes, raw: bytes) -> Compaction:
 
 def end_compaction(client: redis.Redis, wanted: Compaction) -> None:
     """Nothing is left to be merged."""
-    with client.pipeline() as pipe:
-        pipe.hdel(COMPACTIONS, wanted.id)
-        pipe.unlink(compaction(wanted.id))
-        pipe.execute()
+    replacing(client, COMPACTIONS, "hash", lambda: client.hdel(COMPACTIONS, wanted.id))
+    client.unlink(compaction(wanted.id))
 
 
 def note_compacted(client: redis.Redis, wanted: Compaction, what: str, said: str) -> bool:
     """Keep what became of one shard to be written, or (`trouble`) what stands in the way. Whether that is news."""
-    return _keep(client, compaction(wanted.id), what, said)
+    return _keep(client, compaction(wanted.id), what, said.encode())
 
 
-def _keep(client: redis.Redis, key: str, what: str, said: str) -> bool:
-    with client.pipeline() as pipe:
-        pipe.hget(key, what)
-        pipe.hset(key, what, said)
-        pipe.expire(key, TROUBLES_SECONDS)
-        before: bytes | None = pipe.execute()[0]
-    return before != said.encode()
+def _keep(client: redis.Redis, key: str, what: str, said: bytes) -> bool:
+    def write() -> bytes | None:
+        with client.pipeline() as pipe:
+            pipe.hget(key, what)
+            pipe.hset(key, what, said)
+            pipe.expire(key, TROUBLES_SECONDS)
+            before: bytes | None = pipe.execute()[0]
+        return before
+
+    return replacing(client, key, "hash", write) != said
 
 
 def compacted(client: redis.Redis, wanted: Compaction) -> dict[str, str]:

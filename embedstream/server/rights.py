@@ -10,7 +10,7 @@ from redis.exceptions import NoPermissionError, ResponseError
 from embedstream.keys import GROUP, QUEUES, Keys
 
 WORKER_COMMANDS = """
-ping|time|eval return 0|evalsha 0 0|exists KEY|expire KEY 1|pexpire KEY 1|persist KEY|del KEY|unlink KEY
+ping|time|eval return 0|evalsha 0 0|exists KEY|type KEY|expire KEY 1|pexpire KEY 1|persist KEY|del KEY|unlink KEY
 get KEY|set KEY 0|mget KEY|decrby KEY 1|getbit KEY 0|setbit KEY 0 0|getrange KEY 0 0|setrange KEY 0 0|rpush KEY 0
 hget KEY f|hmget KEY f|hgetall KEY|hexists KEY f|hkeys KEY|hset KEY f 0|hdel KEY f|hincrby KEY f 1
 zadd KEY 0 m|zrem KEY m|zcard KEY|zcount KEY 0 0
