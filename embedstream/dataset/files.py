@@ -99,7 +99,7 @@ def _put(path: Path, pieces: Iterable[Readable], folder: int) -> bool:
 def refuse_special(path: Path) -> None:
     """Raise `OutputError` if what lies there is no regular file: opening a named pipe may never return.
 
-    A link counts as what it leads to; whoever opens it sees to where that is. What cannot be looked at is told of by whoever opens it.
+    A link counts as what it leads to. Where that is, and what cannot be looked at, is for whoever opens it.
     """
     try:
         mode = path.stat().st_mode

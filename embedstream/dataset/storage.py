@@ -186,7 +186,7 @@ class Folder:
 
     @contextlib.contextmanager
     def _reading(self, name: str) -> Iterator[int]:
-        """A descriptor of a file. Raises `OSError`; `OutputError` if a link leads out of the folder, or it is no file."""
+        """A descriptor of a file. Raises `OSError`; `OutputError` if it is none, or a link out of the folder."""
         path = self._folder / name
         refuse_special(path)
         folder = str(self._folder.absolute())
