@@ -20,7 +20,7 @@ from typing import Any
 import pyarrow as pa
 import redis
 
-SCRIPTS = Path(__file__).parents[1] / "embedstream" / "scripts"
+SCRIPTS = Path(__file__).parents[1] / "embedstream" / "queue" / "scripts"
 ROWS, TEXT_BYTES, QUEUE_BYTES = 256, 256 * 1024, 512 * 1024 * 1024
 COLUMNS: list[pa.Field[Any]] = [
     pa.field("row", pa.int64(), nullable=False),
