@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import sys
+import zlib
 from collections.abc import Callable, Mapping
 from inspect import get_annotations
 from typing import Any
@@ -48,6 +49,25 @@ HEARTBEAT_SECONDS = 10
 WORKER_SECONDS = 30
 """After which a worker that said nothing is gone, as `rq info` shows it, but for a minute that RQ adds."""
 
+MOST_BYTES = 64 * 1024
+"""Of a job's fields in RQ that are read, together, and of its call when it is decompressed: ours have a few hundred."""
+
+_FIELDS = (
+    "data",
+    "status",
+    "created_at",
+    "enqueued_at",
+    "started_at",
+    "ended_at",
+    "last_heartbeat",
+    "worker_name",
+    "description",
+    "enqueue_at_front",
+    "number_of_retries",
+    "retries_left",
+)
+"""What is read of a job in RQ. The rest is the same for all jobs, or nothing of ours: results, errors, web hooks."""
+
 _CONTEXT: list[Context] = []
 
 
@@ -81,19 +101,37 @@ class ClosedJob(Job):
         """Read it from Redis. Raises `NoSuchJobError`, which `ForeignJob` is."""
         try:
             with reading(f"job {self.id} in RQ"):
-                data: Any = self.connection.hgetall(self.key)
-                if data:
-                    self.restore(data)
+                there = self._read()
         except RecordDamaged as error:
             if _SAID.new(self.id, str(error)):
                 log.warning("%s: %s", self.id, error)
             raise ForeignJob(str(error)) from error
-        if not data:
+        if not there:
             raise NoSuchJobError(f"no job {self.id} in RQ")
+
+    def _read(self) -> bool:
+        """Restore it from Redis, if it is there. Sizes are asked for first, as a field may have 512 MiB."""
+        with self.connection.pipeline(transaction=False) as pipe:
+            pipe.exists(self.key)
+            for field in _FIELDS:
+                pipe.hstrlen(self.key, field)
+            there, *sizes = pipe.execute()
+        if not there:
+            return False
+        if sum(sizes) > MOST_BYTES:
+            raise _too_large()
+        ask: Any = self.connection
+        values = ask.hmget(self.key, _FIELDS)
+        self.restore({field.encode(): value for field, value in zip(_FIELDS, values, strict=True) if value is not None})
+        return True
 
     def restore(self, raw_data: Mapping[bytes, bytes]) -> None:
         """What may differ from job to job is taken from Redis and checked; all else is as `make_queue` makes it."""
-        super().restore(raw_data)
+        fields = {field.encode(): raw_data[field.encode()] for field in _FIELDS if field.encode() in raw_data}
+        with contextlib.suppress(zlib.error):  # RQ takes what is not compressed as it is
+            if len(zlib.decompressobj().decompress(fields.get(b"data", b""), MOST_BYTES + 1)) > MOST_BYTES:
+                raise _too_large()
+        super().restore(fields)
         _, *types, _ = get_annotations(self._function(), eval_str=True).values()
         self.args = [msgspec.convert(arg, type) for arg, type in zip(self.args, types, strict=True)]
         msgspec.json.encode(self.args)  # half of a surrogate pair is no text that Redis takes
@@ -106,6 +144,10 @@ class ClosedJob(Job):
 
     def send_webhooks(self, status: Any, *, exc_string: str | None = None) -> None:
         """Nobody is told."""
+
+
+def _too_large() -> RecordDamaged:
+    return RecordDamaged(f"its record in RQ has more than {MOST_BYTES:,} bytes, so it is no coordinator's")
 
 
 class ClosedQueue(Queue):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import random
+import tracemalloc
+import zlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -184,6 +186,8 @@ CASES: dict[str, Plant] = {
     "data that are no JSON": lambda b: b.rq_job("odd", data=b"\x80\x04."),
     "no data": lambda b: (b.rq_job("odd"), b.client.hdel("rq:job:odd", "data")),
     "dependencies that are none": lambda b: b.rq_job("odd", dependency_ids="{"),
+    "web hooks that are none": lambda b: b.rq_job(f"ingest-{b.healthy[0]}-0", webhooks="[1]"),
+    "a record without a field of ours": lambda b: b.client.hset(f"rq:job:ingest-{b.healthy[0]}-0", "x", "x"),
     "a job of another RQ": lambda b: Queue("embedstream", b.client).enqueue("os.getcwd"),
 }
 
@@ -318,3 +322,33 @@ def test_a_foreign_job_that_asks_for_endless_tries_is_refused_once(
     ]
     ours = ClosedJob.fetch("odd", bench.client, JSONSerializer)
     assert (ours.retries_left, ours.retry_intervals, ours.repeats_left) == (3, [2, 10, 60], None)
+
+
+MIB = 2**20
+CALL = json.dumps(["embedstream.finalize", None, ["q", "x"], {}]).encode()
+BOMB = zlib.compress(CALL + b" " * 64 * MIB)
+LARGE: dict[str, tuple[str, bytes, bool]] = {
+    "a call that is a bomb": ("data", BOMB, True),
+    "a call that is a bomb cut short": ("data", BOMB[:-8], True),
+    "a call that is long": ("data", CALL + b" " * 32 * MIB, True),
+    "a description that is long": ("description", b" " * 32 * MIB, True),
+    "an error that is a bomb": ("exc_info", BOMB, False),
+    "a result that is long": ("result", b"[" + b" " * 32 * MIB + b"]", False),
+    "a field of nobody's that is long": ("x", b" " * 32 * MIB, False),
+}
+
+
+@pytest.mark.parametrize("case", LARGE)
+def test_a_job_in_rq_that_is_large_takes_no_memory(bench: Bench, caplog: pytest.LogCaptureFixture, case: str) -> None:
+    field, value, refused = LARGE[case]
+    name = bench.rq_job(f"ingest-{bench.healthy[0]}-0", **{field: value})
+    tracemalloc.start()
+    try:
+        taken = look(bench, caplog)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 16 * MIB
+    assert taken >= bench.expected()
+    said = [record.getMessage() for record in caplog.records if record.getMessage().startswith(f"{name}: ")]
+    assert said == [f"{name}: its record in RQ has more than 65,536 bytes, so it is no coordinator's"] * refused
