@@ -155,6 +155,9 @@ class ClosedQueue(Queue):
 
     job_class = ClosedJob
 
+    def enqueue_dependents(self, job: Job, *args: Any, **kwargs: Any) -> None:
+        """Nobody waits for a job: what RQ would read here, whole and unchecked, others have put there."""
+
     @classmethod
     def lmove(cls, connection: Any, queue_key: str, timeout: int | None) -> tuple[str, bytes] | None:
         """The next name; what is none is passed over. Raises as RQ does."""

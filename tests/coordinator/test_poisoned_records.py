@@ -352,3 +352,11 @@ def test_a_job_in_rq_that_is_large_takes_no_memory(bench: Bench, caplog: pytest.
     assert taken >= bench.expected()
     said = [record.getMessage() for record in caplog.records if record.getMessage().startswith(f"{name}: ")]
     assert said == [f"{name}: its record in RQ has more than 65,536 bytes, so it is no coordinator's"] * refused
+
+
+def test_jobs_that_others_let_wait_for_ours_are_left_alone(bench: Bench) -> None:
+    job = ClosedJob.fetch(bench.rq_job("ours"), bench.client, JSONSerializer)
+    bench.client.sadd(job.dependents_key, bench.rq_job("waiting", status="deferred"))
+    bench.client.delete("rq:queue:embedstream")
+    make_queue(bench.client).enqueue_dependents(job)
+    assert not bench.client.exists("rq:queue:embedstream")
