@@ -8,6 +8,7 @@ import ssl
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from queue import Queue
 
 import trustme
 
@@ -20,8 +21,7 @@ def tls_proxy(port: int, folder: Path) -> Iterator[tuple[int, Path]]:
     authority.issue_cert("127.0.0.1").configure_cert(context)
     certificate = folder / "authority.pem"
     authority.cert_pem.write_to_path(certificate)
-    started, own_port, loop = threading.Event(), [0], asyncio.new_event_loop()
-    stop = asyncio.Event()
+    started: Queue[tuple[int, asyncio.AbstractEventLoop, asyncio.Event]] = Queue()
 
     async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError):
@@ -35,17 +35,17 @@ def tls_proxy(port: int, folder: Path) -> Iterator[tuple[int, Path]]:
         await asyncio.gather(pass_on(reader, inner_writer), pass_on(inner_reader, writer))
 
     async def main() -> None:
-        server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context)
-        own_port[0] = server.sockets[0].getsockname()[1]
-        started.set()
+        server, stop = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context), asyncio.Event()
+        started.put((server.sockets[0].getsockname()[1], asyncio.get_running_loop(), stop))
         await stop.wait()
         server.close()
 
-    thread = threading.Thread(target=loop.run_until_complete, args=(main(),), daemon=True)
+    # Ends what still passes on, too: a task that is left to the garbage collector speaks up in somebody else's test.
+    thread = threading.Thread(target=lambda: asyncio.run(main()), daemon=True)
     thread.start()
-    assert started.wait(10)
+    own_port, loop, stop = started.get(timeout=10)
     try:
-        yield own_port[0], certificate
+        yield own_port, certificate
     finally:
         loop.call_soon_threadsafe(stop.set)
         thread.join(10)

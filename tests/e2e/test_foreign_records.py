@@ -144,7 +144,8 @@ def test_a_worker_lives_among_garbage_and_the_healthy_jobs_are_done(made: Fleet,
     assert "Traceback" not in log
     for job in damaged:
         said = [line for line in log.splitlines() if f"job {job} is not for this worker" in line]
-        assert len(said) <= 1, "a worker repeats itself"
+        # Once for each life: that the jobs are listed anew, in another order, looks like a second one.
+        assert len(said) <= 2, "a worker repeats itself"
 
     wait_until(lambda: run("embed-worker", "--model", MODEL, "--redis", made.url, "--check").returncode == 0, "--check")
     shown = run("embed-status", "--redis", made.url)

@@ -250,5 +250,5 @@ def test_an_object_that_is_replaced_while_it_is_read_is_no_corpus(
 def test_an_object_that_is_not_there_is_one_sentence(bucket: str) -> None:
     with pytest.raises(InputError, match=f"s3://{bucket}/c.jsonl: cannot be read: there is no such object"):
         check_sources([f"s3://{bucket}/c.jsonl"])
-    with pytest.raises(UsageError, match="corpus s3://…@b: an address holds no credentials"):
+    with pytest.raises(UsageError, match=r"corpus s3://\*\*\*@b: an address holds no credentials"):
         check_sources(["s3://key:secret@b/c.jsonl"])
