@@ -156,7 +156,7 @@ class ClosedQueue(Queue):
     job_class = ClosedJob
 
     def enqueue_dependents(self, job: Job, *args: Any, **kwargs: Any) -> None:
-        """Nobody waits for a job: what RQ would read here, whole and unchecked, others have put there."""
+        """No job depends on another: what RQ would read here, whole and unchecked, is not from a coordinator."""
 
     @classmethod
     def lmove(cls, connection: Any, queue_key: str, timeout: int | None) -> tuple[str, bytes] | None:

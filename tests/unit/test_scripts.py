@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from importlib.resources import files
+
 import pytest
 
 from embedstream.queue import scripts
@@ -58,6 +61,7 @@ def test_more_than_a_script_takes_is_refused() -> None:
 
 
 def test_no_script_reads_a_key_or_argument_by_a_number() -> None:
-    for name in scripts.all_names():
-        body = scripts.load(name).body
-        assert not [at for at in range(1, 20) if f"ARGV[{at}]" in body or f"KEYS[{at}]" in body], name
+    sources = [path for path in files(scripts.__name__).iterdir() if path.name.endswith(".lua")]
+    assert len(sources) > 10
+    for path in sources:
+        assert not re.search(r"(ARGV|KEYS)\[\d", path.read_text("utf-8")), path.name

@@ -32,11 +32,8 @@ class Names:
     def check(self, script: str, given: Sequence[str], more: bool) -> None:
         """Raise `SignatureError` unless these names, in this order, are the script's own."""
         if tuple(given) != self.names or (more and not self.more):
-            wanted, there = (f"({', '.join(names)}{', …' if tail else ''})" for names, tail in self._both(given, more))
+            wanted, there = _listed(self.names, self.more), _listed(given, more)
             raise SignatureError(f"{script}.lua takes {self.what} {wanted}, its step gives {there}")
-
-    def _both(self, given: Sequence[str], more: bool) -> tuple[tuple[Sequence[str], bool], tuple[Sequence[str], bool]]:
-        return (self.names, self.more), (given, more)
 
 
 @dataclass(frozen=True)
@@ -60,10 +57,8 @@ def load(name: str) -> Script:
     return Script(name, body, sha, read_names(name, own, "KEYS"), read_names(name, own, "ARGV"))
 
 
-def all_names() -> list[str]:
-    """Every script."""
-    found = (path.name for path in files(__name__).iterdir())
-    return sorted(name.removesuffix(".lua") for name in found if name.endswith(".lua") and name != "common.lua")
+def _listed(names: Sequence[str], more: bool) -> str:
+    return f"({', '.join((*names, '…') if more else names)})"
 
 
 def read_names(script: str, source: str, what: str) -> Names:
