@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+from embedstream.dataset.sink import Sink
 from embedstream.errors import EmbedstreamError
-from embedstream.jobs import JobState
+from embedstream.jobs import JobSpec, JobState, JobStatus
+from embedstream.lifecycle.finalizing import end_finished
 from embedstream.queue.broker import Broker
 from embedstream.server.foreign import leaving_out, reading
 from embedstream.settings import Settings
@@ -16,10 +19,13 @@ AT_ONCE = 500
 """Keys looked at by one command."""
 
 
-def expire_queue(broker: Broker) -> str:
-    """Clear one queue; doing it twice is harmless. Raises `redis.RedisError`."""
+def expire_queue(broker: Broker, sink_for: Callable[[JobSpec], Sink]) -> str:
+    """Clear one queue; doing it twice is harmless. `sink_for` raises for an output that is others' to write.
+
+    Raises `redis.RedisError`.
+    """
     listed = _forget_expired(broker)
-    ended = _end_abandoned(broker, Settings.from_environment().failed_days)
+    ended = _end_abandoned(broker, sink_for, Settings.from_environment().failed_days)
     lost = _remove_orphans(broker)
     return f"{listed} forgotten, {ended} ended, {lost} keys without a job removed"
 
@@ -38,9 +44,9 @@ def _forget_expired(broker: Broker) -> int:
     return len(gone)
 
 
-def _end_abandoned(broker: Broker, days: float) -> int:
+def _end_abandoned(broker: Broker, sink_for: Callable[[JobSpec], Sink], days: float) -> int:
     """A job that was never submitted to its end holds its share of the queue's bytes for ever: it is cancelled, and the
-    same command reopens it."""
+    same command reopens it. One whose dataset is finished already is ended at once."""
     ended = 0
     for job in broker.active_jobs():
         try:
@@ -48,12 +54,22 @@ def _end_abandoned(broker: Broker, days: float) -> int:
                 status = broker.status(job)
         except EmbedstreamError:  # it is gone, damaged, or newer than this coordinator
             continue
+        if status.state.open and _is_finished(broker, status, sink_for):
+            ended += 1
+            continue
         idle = status.now - max(status.pushed, status.committed)
         if status.state is JobState.SUBMITTING and idle > days * DAY_SECONDS:
             reason = f"its producer has been gone for {idle / DAY_SECONDS:.0f} days; the same embed-submit goes on"
             broker.run(broker.cancel(job, JobState.CANCELLED, reason))
             ended += 1
     return ended
+
+
+def _is_finished(broker: Broker, status: JobStatus, sink_for: Callable[[JobSpec], Sink]) -> bool:
+    try:
+        return end_finished(broker, status.spec, sink_for(status.spec))
+    except EmbedstreamError:  # its output is another coordinator's, or cannot be read
+        return False
 
 
 def _remove_orphans(broker: Broker) -> int:

@@ -73,7 +73,7 @@ def merge(context: Context, id: str, shard: str) -> str:
 
 def expire(context: Context, queue: str) -> str:
     """Forget what nobody will come back to."""
-    return expire_queue(context.broker(queue))
+    return expire_queue(context.broker(queue), context.sink)
 
 
 FUNCTIONS: dict[str, Function] = {

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from embedstream.dataset.manifest import build_manifest
+from embedstream.dataset.manifest import build_manifest, manifest_spec
 from embedstream.dataset.sink import Sink
-from embedstream.jobs import JobState, JobStatus
+from embedstream.jobs import JobSpec, JobState, JobStatus, differing_field
 from embedstream.records import Manifest, ShardRecord
 
 
@@ -15,18 +15,35 @@ def finalize(sink: Sink, status: JobStatus, shards: Iterable[ShardRecord], state
 
     `shards` are those that were committed, in any order; each is looked at once, and none touched. `state` is how the
     job ends, `ended` when (Unix seconds, by the Redis server's clock). A job that failed before its first shard writes
-    nothing, unless a manifest lies there already.
+    nothing, unless a manifest lies there already. One that says that the job is completed stays as it is: Redis has
+    gone back to an earlier state of the job, and whatever was committed since then is there twice, and goes.
 
     Raises:
         OutputError: the shards do not add up, one of them is missing, or the output cannot be written.
     """
     standing = sink.read_manifest()
+    if standing is not None and is_finished(standing, status.spec):
+        listed = {shard.name for shard in standing.shards}
+        for shard in shards:
+            if shard.name not in listed:
+                sink.discard_shard(shard.name)
+        sink.finalize(standing)  # whoever wrote it may have died before the last step of that
+        return standing
     manifest = build_manifest(status, shards, state, ended)
     if standing is not None and standing.retries and _is_base(standing, manifest):
         return standing  # what was added to this job's shards since then stays
     if manifest.shards or state is not JobState.FAILED or standing is not None:
         sink.finalize(manifest)
     return manifest
+
+
+def is_finished(manifest: Manifest | None, spec: JobSpec) -> bool:
+    """Whether a manifest says that this very job is completed: it outranks what Redis says."""
+    if manifest is None:
+        return False
+    if spec.retry is not None:
+        return spec.job in manifest.retries
+    return manifest.state == JobState.COMPLETED and differing_field(manifest_spec(manifest), spec) is None
 
 
 def _is_base(standing: Manifest, manifest: Manifest) -> bool:

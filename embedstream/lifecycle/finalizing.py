@@ -11,7 +11,7 @@ from embedstream.dataset.roots import is_redis
 from embedstream.dataset.sink import Sink
 from embedstream.errors import BrokerError, EmbedstreamError
 from embedstream.jobs import JobSpec, JobState, JobStatus, parse_max_errors, verdict
-from embedstream.lifecycle.completing import finalize
+from embedstream.lifecycle.completing import finalize, is_finished
 from embedstream.lifecycle.retry_completing import finalize_retry
 from embedstream.queue.broker import Broker
 from embedstream.queue.steps import Code, Lease
@@ -24,6 +24,8 @@ LEASE_MS = 60_000
 
 MOST_PAUSE_MS = 300_000
 """Between two tries to write a manifest: what is damaged stays so until somebody mends it."""
+
+FINISHED = "its dataset is finished already, by its manifest"
 
 _DAY_MS = 86_400_000
 
@@ -50,6 +52,23 @@ def finalize_job(
             raise
 
 
+def end_finished(broker: Broker, spec: JobSpec, sink: Sink, settings: Settings | None = None) -> bool:
+    """End a job whose dataset is finished, and that Redis, gone back to an earlier state, still takes for unfinished.
+
+    Whether it was such a one. Its keys expire then, as those of every ended job.
+
+    Raises:
+        OutputError: the manifest cannot be read.
+        redis.RedisError: as redis-py raises it.
+    """
+    if not is_finished(sink.read_manifest(), spec):
+        return False
+    # Should the manifest go away meanwhile, the job ends as one that the same command goes on with.
+    broker.run(broker.cancel(spec.job, JobState.CANCELLED, FINISHED))
+    finalize_job(broker, spec.job, lambda _: sink, settings)
+    return True
+
+
 def _finalize(broker: Broker, lease: Lease, sink_for: Callable[[JobSpec], Sink], settings: Settings) -> bool:
     job = lease.job
     status = broker.status(job)
@@ -68,8 +87,9 @@ def _write_manifest(
     if status.spec.retry is None:
         bound = parse_max_errors(status.max_errors)
         state = JobState(lease.verdict) if lease.verdict else verdict(status.rows, status.failed, bound)
-        return state, finalize(sink, status, shards, state, lease.now / 1000)
-    if lease.verdict:
+        ended = finalize(sink, status, shards, state, lease.now / 1000)
+        return JobState(ended.state), ended
+    if lease.verdict and not is_finished(sink.read_manifest(), status.spec):
         return JobState(lease.verdict), None  # the dataset stays as it was; the same command goes on
     manifest = finalize_retry(sink, status, list(shards))
     return JobState.FAILED if manifest is None else JobState.COMPLETED, manifest

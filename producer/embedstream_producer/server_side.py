@@ -16,6 +16,7 @@ from embedstream.server.connection import connect, explaining, mask, with_redis
 from embedstream.server.preflight import check
 from embedstream.server.troubles import Notice, patiently
 from embedstream_producer.corpus import STDIN, part_name
+from embedstream_producer.settling import settle_finished
 
 BEGIN_SECONDS = 5.0
 """How long `wait_for_readers` waits: coordinators look twice a second, and see at once that a file is not there."""
@@ -51,6 +52,7 @@ def hand_over(url: str, spec: JobSpec, sink: Sink, max_errors: str, notice: Noti
     """
     manifest = finished_manifest(sink, spec)
     if manifest is not None:
+        settle_finished(url, spec, sink)
         return manifest, ""
     client = connect(url)
     check(connect(url, retries=0), url, notice)

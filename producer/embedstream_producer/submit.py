@@ -43,6 +43,7 @@ from embedstream_producer.progress import LogHandler, Progress
 from embedstream_producer.refusals import Refusals
 from embedstream_producer.retry_failed import FailedRows
 from embedstream_producer.server_side import hand_over, part_names, wait_for_readers, without_coordinator
+from embedstream_producer.settling import settle_finished
 from embedstream_producer.watch import Watch
 
 DETACHED = 130
@@ -194,6 +195,8 @@ class Run:
             self.was_finished = True
             if manifest.retries:
                 self.sink.mend(manifest)
+            if self.options.redis_url is not None:
+                settle_finished(self.options.redis_url, self.spec, self.sink)
             return self._finish(report.from_manifest(manifest))
         if self._failed is not None:
             self._progress.tell(f"running {len(self._failed):,} failed rows again")

@@ -17,7 +17,9 @@ from embedstream.dataset.sink import Sink
 from embedstream.dataset.sinks import open_sink
 from embedstream.errors import EmbedstreamError, JobUnknown, ModelError, OutputError, RecordDamaged
 from embedstream.jobs import JobSpec, JobState, JobStatus, queue_name
+from embedstream.lifecycle.finalizing import FINISHED, end_finished
 from embedstream.lifecycle.opening import is_here
+from embedstream.masking import mask
 from embedstream.queue.broker import Broker
 from embedstream.queue.job_record import reading_job
 from embedstream_worker.engines.base import Engine, EngineInfo
@@ -209,6 +211,8 @@ class Jobs:
                 f"bring it back, or cancel the job"
             )
         opened.sink.check()
+        if end_finished(self._broker, status.spec, opened.sink):
+            raise OutputError(f"{mask(status.spec.output)}: {FINISHED}")
         return opened
 
     def _opened(self, job: str, status: JobStatus) -> OpenJob:
