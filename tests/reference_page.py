@@ -14,6 +14,7 @@ import click
 import msgspec
 
 from embedstream import settings
+from embedstream.cli import main
 from embedstream.settings import ENV_PREFIX, Settings
 
 ROOT = Path(__file__).parents[1]
@@ -52,6 +53,7 @@ OTHERS = {
 def commands() -> dict[str, click.Command]:
     """Every console script of the package and the one command that its module defines."""
     scripts: dict[str, str] = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["scripts"]
+    scripts["embedstream cache"] = main.COMMANDS["cache"]
     found = {}
     for name, entry in sorted(scripts.items()):
         module = importlib.import_module(entry.partition(":")[0])

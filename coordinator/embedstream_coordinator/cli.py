@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from embedstream.cli.command import Command
 from embedstream.cli.commands import run
 from embedstream.cli.logs import LogFormat, set_up, tell_error
 from embedstream.cli.service_options import service_options
@@ -18,7 +19,14 @@ PROCESSES = 2
 """So that a part that takes hours holds nothing else up."""
 
 
-@click.command(context_settings={"auto_envvar_prefix": ENV_PREFIX, "show_default": True})
+@click.command(
+    cls=Command,
+    groups={
+        "What it may read and write": ["input_roots", "output_roots"],
+        "Operations": ["processes", "only_check", "metrics_port", "metrics_host", "log_format"],
+    },
+    examples=["embed-coordinator --redis redis://host:6379/0 --input-root /data --output-root /data"],
+)
 @click.option("--redis", "redis_url", required=True, help="The fleet's Redis: redis://host:6379/0, rediss://, unix://.")
 @click.option(
     "--processes",
@@ -59,10 +67,10 @@ def coordinator(
     metrics_host: str,
     log_format: LogFormat,
 ) -> None:
-    """Do what jobs need beside vectors: read the parts of corpora submitted with --server-side, write manifests.
+    """Read corpora and write manifests for a fleet. It reads the corpora that were submitted with --server-side.
 
-    Any number may run, on any machine that sees corpora and outputs. Exit codes: 0 told to stop; 1 it failed; 2 it can
-    never run so.
+    Any number of coordinators may run, on any machine that sees corpora and outputs. Exit codes: 0 told to stop; 1 it
+    failed; 2 it can never run so.
     """
     if only_check:
         sys.exit(0 if is_there(redis_url) else 1)

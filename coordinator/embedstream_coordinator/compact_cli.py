@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import click
 
+from embedstream.cli.command import Command
 from embedstream.cli.commands import run
-from embedstream.settings import ENV_PREFIX, MIB
+from embedstream.settings import MIB
 
 
-@click.command(context_settings={"auto_envvar_prefix": ENV_PREFIX, "show_default": True})
+@click.command(cls=Command, examples=["embed-compact corpus.jsonl.vectors", "embed-compact vectors/ --shard-mib 512"])
 @click.argument("output")
 @click.option("--redis", "redis_url", help="Have it done by the coordinators of this fleet, and leave at once.")
 @click.option("--shard-mib", type=click.IntRange(min=1, max=1024), default=192, help="Size of a merged shard, in MiB.")
 @click.version_option(package_name="embedstream")
 def compact(output: str, redis_url: str | None, shard_mib: int) -> None:
-    """Merge the small shards of the finished dataset OUTPUT into large ones, ordered by part and row.
+    """Merge a dataset's small shards into large ones. OUTPUT must be finished; its rows are ordered by part and row.
 
-    The new manifest is written before what it no longer lists is removed. Whoever reads meanwhile by the old one may
-    miss a file, and reads again.
+    The new manifest is written before the old shards are removed. A program that reads by the old manifest meanwhile
+    may miss a file, and must read again.
     """
     # Not at the top: loading it takes a while, in which Ctrl-C shall end this command as at any other time.
     import socket

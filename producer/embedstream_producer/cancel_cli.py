@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import click
 
+from embedstream.cli.command import Command
 from embedstream.cli.commands import run
 from embedstream.errors import UsageError
-from embedstream.settings import ENV_PREFIX
 
 
-@click.command(context_settings={"auto_envvar_prefix": ENV_PREFIX})
+@click.command(cls=Command, examples=["embed-cancel 0123456789abcdef --redis redis://host:6379/0"])
 @click.argument("job")
 @click.option("--redis", "redis_url", help="The fleet's Redis: redis://host:6379/0, rediss://, unix://.")
 @click.option("--queue", help="Look for it on this queue only.  [default: all]")
 @click.version_option(package_name="embedstream")
 def cancel(job: str, redis_url: str | None, queue: str | None) -> None:
-    """End JOB early. What is written stays, and the same embed-submit goes on from there.
+    """End a job early. What is written stays, and the same embed-submit goes on from there.
 
     JOB may be a compaction, too: its dataset stays as it is.
     """

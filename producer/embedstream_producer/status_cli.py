@@ -6,12 +6,15 @@ import sys
 
 import click
 
+from embedstream.cli.command import Command
 from embedstream.cli.commands import run
 from embedstream.errors import UsageError
-from embedstream.settings import ENV_PREFIX
 
 
-@click.command(context_settings={"auto_envvar_prefix": ENV_PREFIX})
+@click.command(
+    cls=Command,
+    examples=["embed-status --redis redis://host:6379/0", "embed-status 0123456789abcdef --watch"],
+)
 @click.argument("job", required=False)
 @click.option("--redis", "redis_url", help="The fleet's Redis: redis://host:6379/0, rediss://, unix://.")
 @click.option("--queue", help="Look at this queue only.  [default: all]")

@@ -8,12 +8,26 @@ from typing import Literal
 
 import click
 
+from embedstream.cli.command import Command
 from embedstream.cli.commands import INTERRUPTED, end, on_signals, run
 from embedstream.jobs import DEFAULT_MODEL
-from embedstream.settings import ENV_PREFIX
 
 
-@click.command(context_settings={"auto_envvar_prefix": ENV_PREFIX, "show_default": True})
+@click.command(
+    cls=Command,
+    groups={
+        "Where": ["output", "redis_url", "queue", "detach", "server_side"],
+        "Model": ["model", "revision", "role", "prompt", "prompt_name", "max_length"],
+        "Rows of the corpus": ["id_field", "text_field", "title_field", "title_sep", "keep", "no_text", "empty"],
+        "Failed rows": ["max_errors", "retry_failed"],
+    },
+    examples=[
+        "embed-submit corpus.jsonl",
+        "embed-submit corpus.jsonl.gz --model BAAI/bge-small-en-v1.5 -o vectors/",
+        "embed-submit part-*.parquet --redis redis://host:6379/0 -o s3://bucket/vectors --keep lang",
+        "zcat corpus.gz | embed-submit - -o vectors/",
+    ],
+)
 @click.argument("corpus", nargs=-1, required=True)
 @click.option(
     "-o",
@@ -33,11 +47,11 @@ from embedstream.settings import ENV_PREFIX
 @click.option("--title-sep", default=" ", show_default="a space", help="Between title and text.")
 @click.option("--keep", multiple=True, metavar="FIELD", help="Carry a field into the dataset; repeatable.")
 @click.option("--no-text", is_flag=True, help="Leave the text column out of the dataset.")
-@click.option("--empty", type=click.Choice(["error", "skip"]), default="error", help="What an empty text is.")
+@click.option("--empty", type=click.Choice(["error", "skip"]), default="error", help="How to treat an empty text.")
 @click.option("--prompt", help="Put in front of every text.  [default: the model's own for the role]")
 @click.option("--prompt-name", help="One of the model's prompts.")
 @click.option("--max-length", type=click.IntRange(min=1), help="Tokens of a text.  [default: the model's own]")
-@click.option("--max-errors", metavar="N|P%", help="The job fails when more rows fail, and is well with as many.")
+@click.option("--max-errors", metavar="N|P%", help="The job fails when more rows fail; otherwise exit 0.")
 @click.option("--retry-failed", is_flag=True, help="Run again the rows of a finished output that failed in a worker.")
 @click.option("--detach", is_flag=True, help="Leave when all is submitted.")
 @click.option(
@@ -73,8 +87,8 @@ def embed_submit(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Turn each CORPUS into vectors: a file or s3://bucket/key of Parquet or of JSON lines (plain, .gz, .zst), or - for
-    JSON lines on standard input.
+    """Embed a corpus. Each CORPUS is a file or s3://bucket/key, of Parquet or of JSON lines (plain, .gz, .zst); or -
+    for JSON lines on standard input.
 
     Exit codes: 0 all written, or failures within --max-errors; 1 the job failed; 2 usage, or input refused; 3 written,
     but some rows failed; 4 cancelled; 130 detached by Ctrl-C.

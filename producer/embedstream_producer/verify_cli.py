@@ -6,12 +6,15 @@ import sys
 
 import click
 
+from embedstream.cli.command import Command
 from embedstream.cli.commands import run
 from embedstream.errors import UsageError
-from embedstream.settings import ENV_PREFIX
 
 
-@click.command(context_settings={"auto_envvar_prefix": ENV_PREFIX})
+@click.command(
+    cls=Command,
+    examples=["embed-verify corpus.jsonl.vectors", "embed-verify vectors/ --corpus part-*.jsonl"],
+)
 @click.argument("output")
 @click.argument("more", nargs=-1, metavar="")
 @click.option("--corpus", multiple=True, metavar="FILE...", help="Compare with the files that the job was made of.")
@@ -19,12 +22,12 @@ from embedstream.settings import ENV_PREFIX
 @click.option("--json", "as_json", is_flag=True, envvar="EMBEDSTREAM_JSON", help="One JSON object on standard output.")
 @click.version_option(package_name="embedstream")
 def verify(output: str, more: tuple[str, ...], corpus: tuple[str, ...], redis_url: str | None, as_json: bool) -> None:
-    """Prove that the dataset in OUTPUT, a folder, an S3 or a Redis URL, is what its manifest says.
+    """Prove that a dataset is complete and right. OUTPUT is a folder, an S3 URL or a Redis URL.
 
     Every row once, in the dataset or in its errors; files, counts and vectors as they should be; with --corpus, ids and
     texts as in the corpus.
 
-    Exit codes: 0 all is well; 1 something is wrong, and it is said what and where; 2 usage, or nothing to verify.
+    Exit codes: 0 no problem; 1 problems, each with what and where; 2 usage, or nothing to verify.
     """
     if more and len(corpus) != 1:
         raise UsageError(f"{more[0]}: one output at a time; the files of its corpus follow --corpus")

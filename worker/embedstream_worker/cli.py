@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from embedstream.cli.command import Command
 from embedstream.cli.commands import run
 from embedstream.cli.logs import LogFormat, set_up, tell_error
 from embedstream.cli.service_options import service_options
@@ -45,7 +46,21 @@ def usable_device(name: str) -> str:
     return name
 
 
-@click.command(context_settings={"auto_envvar_prefix": ENV_PREFIX, "show_default": True})
+@click.command(
+    cls=Command,
+    groups={
+        "Queue": ["redis_url", "queue", "output_roots", "burst"],
+        "Model": ["model", "revision", "trust_remote_code", "allow_pickle"],
+        "Device": ["device", "engine", "dtype", "threads", "compiles", "no_warmup"],
+        "Batches": ["batch_tokens", "window_tokens", "window_ms"],
+        "Times": ["lease_seconds", "stall_seconds", "drain_seconds"],
+        "Operations": ["only_check", "metrics_port", "metrics_host", "log_format"],
+    },
+    examples=[
+        "embed-worker --redis redis://host:6379/0 --model BAAI/bge-small-en-v1.5 --output-root /data",
+        "embed-worker --redis redis://host:6379/0 --model ./my-model --device cuda:0",
+    ],
+)
 @click.option(
     "--model", required=True, help="A folder, a Hugging Face id, an id an installed package carries, or `hashing`."
 )
@@ -144,7 +159,7 @@ def worker(
     trust_remote_code: bool,
     allow_pickle: bool,
 ) -> None:
-    """Embed the blocks of a queue with one long-lived model.
+    """Embed the blocks of a queue with one model, until it is told to stop.
 
     Exit codes: 0 told to stop, or --burst and nothing left; 1 it failed; 2 it can never run so; 75 its device hangs or
     is lost: start it again.

@@ -7,12 +7,12 @@ import sys
 
 import click
 
+from embedstream.cli.command import Command
 from embedstream.cli.commands import run
-from embedstream.settings import ENV_PREFIX
 from embedstream_worker.model_folder import ALLOW_PICKLE, TRUST_REMOTE_CODE, Trust
 
 
-@click.command(context_settings={"auto_envvar_prefix": ENV_PREFIX, "show_default": True})
+@click.command(cls=Command, examples=['embed-search corpus.jsonl.vectors "how do I read a file line by line?" -k 3'])
 @click.argument("folder", metavar="DIR")
 @click.argument("query")
 @click.option("-k", default=5, type=click.IntRange(min=1), help="How many chunks to show.")
@@ -27,7 +27,7 @@ from embedstream_worker.model_folder import ALLOW_PICKLE, TRUST_REMOTE_CODE, Tru
 def search_command(
     folder: str, query: str, k: int, model: str | None, trust_remote_code: bool, allow_pickle: bool
 ) -> None:
-    """Show the chunks of the dataset in DIR that are nearest to QUERY.
+    """Find the texts nearest to QUERY in the dataset in DIR.
 
     A model that the dataset names is loaded only if you have used it on this machine, or installed its package.
     """
