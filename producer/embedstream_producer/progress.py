@@ -1,4 +1,4 @@
-"""The live line on a terminal, a plain line now and then elsewhere; always on standard error."""
+"""What is said while a job runs; always on standard error."""
 
 from __future__ import annotations
 
@@ -6,72 +6,77 @@ import logging
 import threading
 import time
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 
 import msgspec
 from rich.console import Console
-from rich.live import Live
-from rich.markup import escape
-from rich.text import Text
 
 from embedstream.jobs import JobStatus
 from embedstream.masking import mask_text
 from embedstream.queue.workers import InHand, Rate
-from embedstream.terminal import printable, printable_lines
-from embedstream_producer.report import duration
+from embedstream_producer.progress_views import Figures, JsonView, LiveView, PlainView, SilentView, View
 
-PLAIN_SECONDS = 10.0
-"""Between two lines where there is no terminal: a log stays readable."""
+ProgressFormat = Literal["auto", "json"]
+
+LEAST_RATE_SECONDS = 0.5
+"""Before so long a rate of our own counting says nothing."""
 
 
 class Progress:
-    """What is said while a job runs. Its methods may be called from any thread."""
+    """Where a job stands, shown as the terminal and the user want it. Its methods may be called from any thread."""
 
-    def __init__(self, quiet: bool, total_bytes: int | None, console: Console | None = None) -> None:
+    def __init__(
+        self,
+        quiet: bool,
+        total_bytes: int | None,
+        console: Console | None = None,
+        format: ProgressFormat = "auto",
+    ) -> None:
         """`total_bytes`: of all input files; None if one of them is a stream."""
-        self._quiet = quiet
-        self._console = console or Console(stderr=True, highlight=False)
         self._total_bytes = total_bytes
-        self._live: Live | None = None
+        self._view = make_view(quiet, console or Console(stderr=True, highlight=False), format)
         self._lock = threading.Lock()
         self._read: dict[int, int] = {}
         self._first: tuple[float, int, int] | None = None
-        self._printed = time.monotonic()
         self._notice = ""
+        self._phase = ""
+        self._created = time.monotonic()
+        self.start_seconds: float | None = None
+        """From this command's begin to the first row that was computed while it looked."""
 
     def __enter__(self) -> Self:
-        if self._console.is_terminal and not self._quiet:
-            self._live = Live(console=self._console, refresh_per_second=4, transient=True)
-            self._live.start()
+        self._view.open()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
+        self._view.close()
 
     def say(self, line: str) -> None:
-        """A line of its own, whatever the kind of terminal."""
+        """A line of its own, also if quiet."""
         with self._lock:
-            self._console.print(escape(printable_lines(line)), soft_wrap=True)
+            self._view.say(line)
 
     def tell(self, line: str) -> None:
-        """The same, unless quiet."""
-        if line and not self._quiet:
-            self.say(line)
+        """A line of its own, unless quiet."""
+        if line:
+            with self._lock:
+                self._view.tell(line)
 
     def notice(self, what: str) -> None:
-        """What is waited for; empty when it goes on. Shown in the live line, and said once where there is none.
+        """What is waited for; empty when it goes on. Also if quiet: a person may have to end the wait."""
+        with self._lock:
+            if what != self._notice:
+                self._notice = what
+                self._view.notice(what)
 
-        Also if quiet: it may take somebody to end the wait.
-        """
-        if what == self._notice:
-            return
-        self._notice = what
-        if self._live is None and what:
-            self.say(what)
+    def phase(self, what: str) -> None:
+        """What happens before the first row, such as `loading the model`; empty when that is over."""
+        with self._lock:
+            if what != self._phase:
+                self._phase = what
+                self._view.phase(what)
 
     def position(self, part: int, read: int) -> None:
         """Bytes of a part that are read."""
@@ -81,34 +86,39 @@ class Progress:
         """A new look at the job, what its workers have in hand, and how fast they are lately, if they say it."""
         now = time.monotonic()
         status = with_in_hand(status, in_hand)
+        embedded = status.rows + status.failed
         if self._first is None:
-            self._first = (now, status.rows + status.failed, status.tokens)
-        line = self._line(status, now, lately)
-        if self._live is not None:
-            # Wrapped where the terminal is narrow: what is waited for and the time left stand at the end.
-            self._live.update(Text(f"{line}  {printable(self._notice)}".rstrip()))
-        elif now - self._printed >= PLAIN_SECONDS:
-            self._printed = now
-            self.tell(line)
+            self._first = (now, embedded, status.tokens)
+        elif embedded > self._first[1] and self.start_seconds is None:
+            self.start_seconds = now - self._created
+        if lately.tokens or self.start_seconds is not None:
+            self.phase("")
+        with self._lock:
+            self._view.figures(self._figures(status, now, lately))
+            if self.start_seconds is None and not lately.tokens:
+                self._first = (now, embedded, status.tokens)  # rates are counted from the first row on
 
-    def _line(self, status: JobStatus, now: float, lately: Rate) -> str:
+    def _figures(self, status: JobStatus, now: float, lately: Rate) -> Figures:
         began, rows, tokens = self._first or (now, 0, 0)
-        embedded, seconds = status.rows + status.failed, max(now - began, 0.001)
-        rate = lately if lately.tokens else Rate((embedded - rows) / seconds, (status.tokens - tokens) / seconds)
-        said = [
-            f"submitted {status.submitted:,}",
-            f"embedded {status.rows:,}",
-            f"{rate.rows:,.0f} rows/s",
-            f"{rate.tokens:,.0f} tokens/s",
-            f"padding {100 * status.padding:.1f} %",
-        ]
-        if status.failed:
-            said.insert(2, f"failed {status.failed:,}")
-        total = self._expected(status)
-        if total is not None and rate.rows > 0:
-            about = "" if status.sealed else "about "  # what is not read yet is guessed by its bytes
-            said.append(f"{about}{duration(max(0.0, total - embedded) / rate.rows)} left")
-        return ", ".join(said)
+        embedded, seconds = status.rows + status.failed, now - began
+        rate = lately
+        if not lately.tokens and seconds >= LEAST_RATE_SECONDS:
+            rate = Rate((embedded - rows) / seconds, (status.tokens - tokens) / seconds)
+        expected = self._expected(status)
+        left = max(0.0, expected - embedded) / rate.rows if expected is not None and rate.rows > 0 else None
+        return Figures(
+            rows=status.rows,
+            failed=status.failed,
+            submitted=status.submitted,
+            expected=None if expected is None else round(expected),
+            exact=status.sealed,
+            rows_per_second=rate.rows or None,
+            tokens_per_second=rate.tokens or None,
+            padding=status.padding,
+            seconds_left=left,
+            read_bytes=sum(self._read.values()),
+            total_bytes=self._total_bytes,
+        )
 
     def _expected(self, status: JobStatus) -> float | None:
         """Rows of the corpus: known once all are submitted, guessed by the bytes read before."""
@@ -118,6 +128,15 @@ class Progress:
         if not self._total_bytes or read < self._total_bytes / 100:
             return None
         return status.submitted * max(1.0, self._total_bytes / read)
+
+
+def make_view(quiet: bool, console: Console, format: ProgressFormat) -> View:
+    """How it is shown."""
+    if format == "json":
+        return JsonView(console)
+    if quiet:
+        return SilentView(console)
+    return LiveView(console) if console.is_terminal else PlainView(console)
 
 
 def with_in_hand(status: JobStatus, in_hand: InHand) -> JobStatus:

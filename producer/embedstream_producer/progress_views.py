@@ -1,0 +1,221 @@
+"""Progress as people and programs see it: bars on a terminal, lines in a log, JSON events, or nothing."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import msgspec
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.markup import escape
+from rich.progress_bar import ProgressBar
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
+
+from embedstream.terminal import printable, printable_lines
+from embedstream_producer.report import duration
+
+PLAIN_SECONDS = 10.0
+"""Between two lines where there is no terminal: a log stays readable."""
+
+JSON_SECONDS = 1.0
+"""Between two events of progress."""
+
+FRAMES = 4
+"""A second, on a terminal."""
+
+LABEL, SHORTEST_BAR, LONGEST_BAR = 11, 8, 40
+"""Columns of a terminal."""
+
+
+class Figures(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a job stands. The event `progress` of `--progress json` has the same fields."""
+
+    rows: int
+    """Embedded, those that are computed and not yet written included."""
+    failed: int
+    submitted: int
+    """Rows of the corpus that were read so far."""
+    expected: int | None
+    """Rows of the whole corpus."""
+    exact: bool
+    """Whether that is known, and not guessed by the bytes read so far."""
+    rows_per_second: float | None
+    tokens_per_second: float | None
+    padding: float
+    """Share of computed tokens that were padding, 0..1."""
+    seconds_left: float | None
+    read_bytes: int
+    total_bytes: int | None
+
+    @property
+    def done(self) -> int:
+        return self.rows + self.failed
+
+
+class View:
+    """What a view does. This one shows notices and what must be said, and nothing else."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    def open(self) -> None:
+        """Begin."""
+
+    def close(self) -> None:
+        """End; nothing of what moved stays."""
+
+    def say(self, line: str) -> None:
+        """A line that must be seen."""
+        self.console.print(escape(printable_lines(line)), soft_wrap=True)
+
+    def tell(self, line: str) -> None:
+        """A line that is good to know."""
+
+    def notice(self, what: str) -> None:
+        """What is waited for; empty when it goes on."""
+        if what:
+            self.say(what)
+
+    def phase(self, what: str) -> None:
+        """What happens before the first row; empty when that is over."""
+
+    def figures(self, figures: Figures) -> None:
+        """A new look."""
+
+
+class SilentView(View):
+    """`--quiet`."""
+
+
+class PlainView(View):
+    """Lines now and then, for logs."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(console)
+        self._printed = time.monotonic()
+
+    def tell(self, line: str) -> None:
+        self.say(line)
+
+    def phase(self, what: str) -> None:
+        if what:
+            self.say(what)
+
+    def figures(self, figures: Figures) -> None:
+        now = time.monotonic()
+        if now - self._printed >= PLAIN_SECONDS:
+            self._printed = now
+            self.say(in_words(figures))
+
+
+class JsonView(View):
+    """One JSON object a line."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(console)
+        self._printed = -JSON_SECONDS
+
+    def say(self, line: str) -> None:
+        self._event("message", text=line)
+
+    def tell(self, line: str) -> None:
+        self.say(line)
+
+    def notice(self, what: str) -> None:
+        self._event("waiting", text=what)
+
+    def phase(self, what: str) -> None:
+        self._event("phase", phase=what)
+
+    def figures(self, figures: Figures) -> None:
+        now = time.monotonic()
+        if now - self._printed >= JSON_SECONDS:
+            self._printed = now
+            self._event("progress", **msgspec.structs.asdict(figures))
+
+    def _event(self, event: str, **fields: Any) -> None:
+        line = msgspec.json.encode({"event": event, "time": time.time(), **fields}).decode()
+        self.console.out(line, highlight=False)
+
+
+class LiveView(View):
+    """A phase and its seconds, then bars, redrawn in place."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(console)
+        self._spinner = Spinner("dots")
+        self._figures: Figures | None = None
+        self._notice = ""
+        self._phase = ("", 0.0)
+        self._live = Live(console=console, get_renderable=self._render, refresh_per_second=FRAMES, transient=True)
+
+    def open(self) -> None:
+        self._live.start()
+
+    def close(self) -> None:
+        self._live.stop()
+
+    def tell(self, line: str) -> None:
+        self.say(line)
+
+    def notice(self, what: str) -> None:
+        self._notice = what
+
+    def phase(self, what: str) -> None:
+        self._phase = (what, time.monotonic())
+
+    def figures(self, figures: Figures) -> None:
+        self._figures = figures
+
+    def _render(self) -> RenderableType:
+        rows: list[RenderableType] = []
+        figures, (phase, since) = self._figures, self._phase
+        if figures is not None and not figures.exact and figures.submitted:
+            rows.append(self._bar("reading", figures.read_bytes, figures.total_bytes, _reading(figures)))
+        if figures is not None and (figures.rows_per_second or not phase):
+            rows.append(self._bar("embedding", figures.done, figures.expected, _embedding(figures)))
+        elif phase:
+            self._spinner.update(text=Text(f"{phase}  {time.monotonic() - since:.0f} s"))
+            rows.append(self._spinner)
+        if self._notice:
+            rows.append(Text(printable(self._notice)))
+        return Group(*rows)
+
+    def _bar(self, what: str, done: int, total: int | None, said: Text) -> RenderableType:
+        if not total:
+            return Text(f"{what:{LABEL}}") + said
+        width = max(SHORTEST_BAR, min(LONGEST_BAR, self.console.width - LABEL - 2 - len(said)))
+        grid = Table.grid()
+        grid.add_row(f"{what:{LABEL}}", ProgressBar(total=total, completed=min(done, total), width=width), "  ", said)
+        return grid
+
+
+def _reading(figures: Figures) -> Text:
+    share = f"{100 * figures.read_bytes / figures.total_bytes:3.0f} %  " if figures.total_bytes else ""
+    return Text(f"{share}{figures.submitted:,} rows")
+
+
+def _embedding(figures: Figures) -> Text:
+    said = Text("  ".join(_said(figures)))
+    if figures.failed:
+        said.append(f"  {figures.failed:,} failed", style="bold red")
+    return said
+
+
+def _said(figures: Figures) -> list[str]:
+    share = [f"{100 * figures.done / figures.expected:3.0f} %"] if figures.expected else []
+    rate = [f"{figures.rows_per_second:,.0f} rows/s"] if figures.rows_per_second else []
+    tokens = [f"{figures.tokens_per_second:,.0f} tokens/s"] if figures.tokens_per_second else []
+    about = "" if figures.exact else "about "
+    left = [f"{about}{duration(figures.seconds_left)} left"] if figures.seconds_left is not None else []
+    return [*share, f"{figures.rows:,} rows", *rate, *tokens, *left]
+
+
+def in_words(figures: Figures) -> str:
+    """One line for a log."""
+    failed = [f"{figures.failed:,} failed"] if figures.failed else []
+    share, *rest = _said(figures) if figures.expected else ["", *_said(figures)]
+    return ", ".join([*([share.strip()] if share else []), *rest, *failed])
