@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from typing import Any
 
 import redis
@@ -43,12 +43,24 @@ def is_name(text: str) -> bool:
 
 
 def remove_foreign_types(client: redis.Redis) -> list[str]:
-    """Remove RQ's keys of our queue that are of another type; returns their names. Raises `redis.RedisError`."""
+    """Remove RQ's keys of our queue that are of another type, and records of its workers; returns their names.
+
+    Raises:
+        redis.RedisError: as redis-py raises it.
+    """
+    ask: Any = client
+    wrong = _remove_others(client, _TYPES)
+    workers = [raw.decode(errors="replace") for raw in ask.srandmember(WORKERS, AT_ONCE)]
+    return wrong + _remove_others(client, {key: b"hash" for key in workers if key.startswith("rq:worker:")})
+
+
+def _remove_others(client: redis.Redis, types: Mapping[str, bytes]) -> list[str]:
+    """Remove those of the keys that are of another type than theirs."""
     with client.pipeline(transaction=False) as pipe:
-        for key in _TYPES:
+        for key in types:
             pipe.type(key)
         found = pipe.execute()
-    wrong = [key for key, type in zip(_TYPES, found, strict=True) if type not in (b"none", _TYPES[key])]
+    wrong = [key for key, type in zip(types, found, strict=True) if type not in (b"none", types[key])]
     if wrong:
         client.unlink(*wrong)
     return wrong

@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 import redis
 from prometheus_client import CollectorRegistry, MetricsHandler, disable_created_metrics
 from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from embedstream.errors import EmbedstreamError, UsageError
@@ -193,6 +194,10 @@ class _Handler(MetricsHandler):
     def do_GET(self) -> None:
         path = urlsplit(self.path).path
         if path == "/metrics":
+            try:
+                choose_encoder(self.headers.get("Accept", ""))
+            except Exception:  # noqa: BLE001 - whatever a header that makes no sense leads to
+                del self.headers["Accept"]
             super().do_GET()
         elif path in self.probes:
             trouble = self.probes[path]()

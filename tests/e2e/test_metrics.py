@@ -9,6 +9,7 @@ import socket
 import subprocess
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -247,6 +248,24 @@ def test_other_paths_are_not_found_and_any_address_can_be_served() -> None:
         assert get(f"{url}/")[0] == 404
     finally:
         served.close()
+
+
+@pytest.mark.parametrize(
+    "accept", ["application/openmetrics-text; version=abc", "application/openmetrics-text;version=", ";;=,"]
+)
+def test_a_header_that_makes_no_sense_is_answered_and_leaves_no_word_in_the_log(
+    accept: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    registry = CollectorRegistry()
+    Gauge("embedstream_x", "x", registry=registry).set(1)
+    served = Exposition("127.0.0.1", 0, registry, lambda: "", lambda: "")
+    try:
+        asked = urllib.request.Request(served.url, headers={"Accept": accept})
+        with urllib.request.urlopen(asked, timeout=20) as reply:
+            assert b"embedstream_x 1.0" in reply.read()
+    finally:
+        served.close()
+    assert caplog.records == []
 
 
 @pytest.fixture

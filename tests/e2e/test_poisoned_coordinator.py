@@ -97,3 +97,28 @@ def test_the_healthy_job_beside_many_poisoned_records_is_read_and_ended(workers:
     told = [line.partition("WARNING")[2] for line in log if "WARNING" in line]
     assert len(told) == len(set(told)), "something was said twice"
     assert run("embed-compact", tmp_path / "out", "--redis", workers.url).returncode == 0
+
+
+@pytest.mark.parametrize("type", ["string", "list"])
+def test_a_processes_own_record_of_another_type_is_removed_and_the_next_job_does_not_wait(
+    workers: Fleet, tmp_path: Path, type: str
+) -> None:
+    client: Any = connect(workers.url)
+    workers.start_worker()
+    coordinator = workers.start_coordinator()
+    wait_until(lambda: client.scard("rq:workers:embedstream") == 2, "its processes")
+    processes = {child.pid for child in psutil.Process(coordinator.pid).children()}
+    records = client.smembers("rq:workers:embedstream")
+    for record in records:
+        client.unlink(record)
+        if type == "string":
+            client.set(record, "x")
+        else:
+            client.rpush(record, "x")
+    wait_until(lambda: {client.type(record) for record in records} <= {b"hash", b"none"}, "what lies there is removed")
+    write_corpus(tmp_path / "c.jsonl", 30)
+    common = ["-o", tmp_path / "out", "--redis", workers.url, "--model", "hashing"]
+    assert run("embed-submit", tmp_path / "c.jsonl", *common, "--server-side", "--quiet").returncode == 0
+    job = job_id("hashing", str(tmp_path / "out"))
+    wait_until(lambda: workers.broker.state(job) is JobState.COMPLETED, "the job's end")
+    assert {child.pid for child in psutil.Process(coordinator.pid).children()} == processes, "no process had to end"

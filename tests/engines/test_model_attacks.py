@@ -266,6 +266,18 @@ CHOICES: list[tuple[str, dict[str, Any]]] = [
     ("tokenizer_config.json", {"spm_file": "/etc/passwd"}),
     ("tokenizer_config.json", {"init_inputs": ["/etc/passwd"]}),
     ("tokenizer_config.json", {"tokenizer_object": {"a": 1}}),
+    ("tokenizer_config.json", {"sp_model_kwargs": {"model_file": "/etc/passwd"}}),
+    ("tokenizer_config.json", {"sp_model_kwargs": {"enable_sampling": True, "model_proto": "x"}}),
+    ("tokenizer_config.json", {"mecab_kwargs": {"mecab_option": "-r /etc/passwd -d /tmp"}}),
+    ("tokenizer_config.json", {"jumanpp_kwargs": {"a": "b"}}),
+    ("tokenizer_config.json", {"any_other_program": {"options": ["-r", "/etc/passwd"]}}),
+    ("tokenizer_config.json", {"lexicon_path": "/etc/passwd"}),
+    ("tokenizer_config.json", {"dictionary_dir": "/etc"}),
+    ("config.json", {"num_hidden_layers": 30_000}),
+    ("config.json", {"num_hidden_layers": 1e300}),
+    ("config.json", {"text_config": {"encoder_layers": 10**9}}),
+    ("config.json", {"num_labels": 10**9}),
+    ("config.json", {"num_local_experts": 10**9}),
     ("special_tokens_map.json", {"tokenizer_file": "/etc/passwd"}),
     ("special_tokens_map.json", {"vocab": "/etc/passwd"}),
     ("special_tokens_map.json", {"tokenizer_class": "PreTrainedTokenizerFast"}),
@@ -293,6 +305,9 @@ ALLOWED: list[tuple[str, dict[str, Any]]] = [
     ("config.json", {"quantization_config": None, "_attn_implementation": "eager", "tokenizer_class": "BertTokenizer"}),
     ("tokenizer_config.json", {"tokenizer_class": "BertTokenizerFast", "special_tokens_map_file": "/root/x.json"}),
     ("tokenizer_config.json", {"tokenizer_file": None, "init_inputs": [], "vocab_file": None}),
+    ("tokenizer_config.json", {"sp_model_kwargs": {}, "name_or_path": "/root/model"}),
+    ("tokenizer_config.json", {"mask_token": {"content": "[MASK]", "__type": "AddedToken"}}),
+    ("tokenizer_config.json", {"sp_model_kwargs": {"enable_sampling": False}, "extra_special_tokens": {}}),
     ("special_tokens_map.json", {"cls_token": "[CLS]", "additional_special_tokens": ["[Q]"]}),
 ]
 
@@ -301,6 +316,21 @@ ALLOWED: list[tuple[str, dict[str, Any]]] = [
 def test_what_models_usually_set_is_not_refused(folder: Path, file: str, settings: dict[str, Any]) -> None:
     change(folder / file, **settings)
     TorchEngine(resolve_model(str(folder)), "cpu", "float32").start()
+
+
+@pytest.mark.parametrize("value", ["\x1b[31mX", [1], {"a": 1}])
+def test_a_setting_of_another_type_is_one_sentence(folder: Path, value: object) -> None:
+    change(folder / "sentence_bert_config.json", max_seq_length=value)
+    with pytest.raises(ModelError):
+        TorchEngine(resolve_model(str(folder)), "cpu", "float32").start()
+
+
+@pytest.mark.parametrize("end", ["1e999", "-1e999", "NaN", '"x"', "[1]", "1.5", "null", "[" * 100_000])
+def test_offsets_of_weights_that_are_no_numbers_are_one_sentence(folder: Path, end: str) -> None:
+    header = f'{{"a":{{"dtype":"F32","shape":[1],"data_offsets":[0,{end}]}}}}'.encode()
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(ModelError, match=r"model.safetensors: .*fetch the model again"):
+        resolve_model(str(folder))
 
 
 @pytest.mark.parametrize("file", ["config.json", "sentence_bert_config.json"])

@@ -76,7 +76,9 @@ def check_folder(folder: Path, trust: Trust = NOTHING) -> Trust:
                 )
             if not needs.code:  # which could do all that settings can
                 check_settings(path)
-    except (OSError, ValueError, RuntimeError) as error:  # paths that no system takes, links in a circle
+    except ModelError:
+        raise
+    except Exception as error:  # paths that no system takes, links in a circle, values of any type
         raise ModelError(f"{folder}: not readable as a model ({error}); fetch the model again") from error
     return needs
 

@@ -92,7 +92,7 @@ _BEYOND = frozenset(
         *("quantization_config", "fusion_config", "distributed_config"),  # other packages
         *("allow_all_kernels", "kernel_config", "use_kernels"),  # kernels from the hub
         *("backbone", "pretrained_cfg", "use_pretrained_backbone", "use_timm_backbone"),  # other models
-        *("audio_tokenizer", "processor_class", "sudachi_kwargs"),  # not for texts; plug-ins
+        *("audio_tokenizer", "processor_class"),  # not for texts
     }
 )
 _NO_TEXT = ("rag", "timm_backbone", "timm_wrapper")  # architectures that load other folders by libraries of their own
@@ -104,6 +104,16 @@ _TOKENIZER_CLASS = re.compile(
 # Of these, transformers looks for the folder's own and takes it, whatever is written here; old models name theirs.
 _OWN_FILES = ("added_tokens_file", "special_tokens_map_file", "tokenizer_config_file", "tokenizer_file")
 _CONTENT = ("vocab", "merges", "init_inputs", "tokenizer_object")
+_FILES = re.compile(r"(?!_?name_or_path$).*_(files?|paths?|dir|folder)")
+_TABLES = {
+    *("added_tokens_decoder", "additional_special_tokens", "auto_map", "chat_template", "extra_special_tokens"),
+    *("model_specific_special_tokens", "merges", "vocab", "task_specific_params"),
+}
+"""Settings of a tokenizer whose value may be a table; a token is one, too. Others are arguments of programs."""
+_PIECES = {"alpha", "enable_sampling", "nbest_size", "add_bos", "add_eos", "reverse"}  # of sp_model_kwargs
+
+_MOST = {"layer": 1000, "expert": 10_000, "labels": 100_000}
+"""What is made before a weight is read, by a part of the setting's name; far above what any model has."""
 
 _ACTIVATION = re.compile(r"torch\.nn\.(modules\.(activation|linear)\.)?[A-Z]\w*")
 
@@ -152,9 +162,11 @@ def _in_tokenizer(settings: dict[str, Any]) -> Iterator[str]:
     """The refused settings of a tokenizer: transformers hands all on as arguments, names of files among them."""
     yield from _in_config(settings)
     for key, value in settings.items():
-        named = key.endswith("_file") and key not in _OWN_FILES
+        named = _FILES.fullmatch(key) and key not in _OWN_FILES
         if value and (named or key in _CONTENT) and not (key in ("vocab", "merges") and isinstance(value, dict | list)):
             yield key
+        elif isinstance(value, dict) and key not in _TABLES and "content" not in value:
+            yield from (f"{key}.{name}" for name in value if key != "sp_model_kwargs" or name not in _PIECES)
 
 
 def _in_special_tokens(settings: dict[str, Any]) -> Iterator[str]:
@@ -171,7 +183,11 @@ def _in_values(value: object, nested: bool = False) -> Iterator[str]:
     for key, item in value.items():
         if item and (key in _BEYOND or (key == "auto_map" and nested)):
             yield key
-        elif (key in _CHOICES and not _is_choice(item, _CHOICES[key])) or (key == "model_type" and item in _NO_TEXT):
+        elif (
+            (key in _CHOICES and not _is_choice(item, _CHOICES[key]))
+            or (key == "model_type" and item in _NO_TEXT)
+            or (isinstance(item, int | float) and any(part in key and item > most for part, most in _MOST.items()))
+        ):
             yield f"{key} {item}"
         yield from _in_values(item, nested=True)
 

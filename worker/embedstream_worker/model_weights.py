@@ -85,7 +85,7 @@ def check_safetensors(path: Path) -> None:
     try:
         tensors: dict[str, Any] = json.loads(header)
         ends = [int(tensor["data_offsets"][1]) for name, tensor in tensors.items() if name != "__metadata__"]
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise ModelError(f"{path}: its header is broken or cut off; fetch the model again") from error
     if not ends:
         raise ModelError(f"{path}: holds no weights; fetch the model again")

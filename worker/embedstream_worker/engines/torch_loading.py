@@ -62,7 +62,12 @@ def read_input(model: SentenceTransformer, name: str) -> TextInput:
     """
     first = next(model.children())
     modules = [next(route.children()) for route in first.sub_modules.values()] if isinstance(first, Router) else [first]
-    inputs = [_read_module(module, name) for module in modules]
+    try:
+        inputs = [_read_module(module, name) for module in modules]
+    except ModelError:
+        raise
+    except Exception as error:  # its settings may hold values of any type
+        raise ModelError(f"model {name} has settings that cannot be used ({error}); fetch it again") from error
     if any(_differ(inputs[0], other) for other in inputs[1:]):
         raise ModelError(f"model {name} has another tokenizer for each role, which is not supported")
     return inputs[0]
