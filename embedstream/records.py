@@ -30,7 +30,7 @@ class ShardRecord(msgspec.Struct, frozen=True, kw_only=True):
     """What a shard holds: written into its footer, committed to Redis, listed by the manifest."""
 
     name: ShardName
-    """`X` of `part-X.parquet` and `errors-X.parquet`; unique for ever."""
+    """`X` of `part-X.parquet` and `_errors-X.arrow`; unique for ever."""
     job: str
     space: str
     blocks: tuple[BlockRecord, ...]

@@ -22,11 +22,12 @@ from embedstream.dataset.parquet import FOOTER_KEY
 from embedstream.dataset.schema import dataset_schema, errors_schema
 from embedstream.dataset.sink import Sink
 from embedstream.dataset.storage import Folder
-from embedstream.jobs import JobSpec, JobState
+from embedstream.jobs import JobSpec, JobState, JobStatus
 from embedstream.lifecycle.completing import finalize
 from embedstream.queue.blocks import Block
 from embedstream.records import BlockRecord, Manifest, ShardContent, ShardRecord
 from embedstream_producer.corpus import check_sources
+from embedstream_producer.retry_failed import FailedRows
 
 PROMPT = "passage: "
 
@@ -69,7 +70,7 @@ class Made:
         return self.folder / f"part-{self.records[at].name}.parquet"
 
     def errors(self) -> Path:
-        return sorted(self.folder.glob("errors-*.parquet"))[0]
+        return sorted(self.folder.glob("_errors-*.arrow"))[0]
 
 
 @dataclass
@@ -171,6 +172,21 @@ def make_dataset(home: Path, rows: int = 700, **changed: Any) -> Made:
     return Made(spec, corpus, maker.records, maker.end())
 
 
+def run_again(made: Made, fail_every: int = 10**9) -> tuple[JobStatus, list[ShardRecord]]:
+    """A job over the failed rows, of which every `fail_every`-th fails again: computed, and not finalized yet."""
+    sink = FolderSink(made.spec.output, made.spec)
+    with FailedRows(sink, made.spec) as failed, DuplicateIndex() as index:
+        assert len(failed) > 0
+        maker = Maker(failed.spec, FolderSink(made.spec.output, failed.spec), fail_every=fail_every, prefix="again-")
+        blocks = [
+            block
+            for part in check_sources(made.spec.parts)
+            for block in failed.blocks(part.index, part.source, part.blocks(made.spec, index))
+        ]
+        maker.write(blocks)
+    return make_status(failed.spec, len(blocks)), maker.records
+
+
 def edit_manifest(made: Made, change: Callable[[dict[str, Any]], None]) -> None:
     """Change the manifest as JSON."""
     path = made.folder / "_manifest.json"
@@ -181,23 +197,29 @@ def edit_manifest(made: Made, change: Callable[[dict[str, Any]], None]) -> None:
 
 def rewrite(made: Made, path: Path, change: Callable[[pa.Table], pa.Table], **footer: object) -> None:
     """Rewrite a shard's file with other rows or another footer, and let the manifest have the file's new checksum."""
-    old = pq.read_table(path)
-    raw = json.loads((pq.read_metadata(path).metadata or {})[FOOTER_KEY.encode()])
+    is_data = path.suffix == ".parquet"
+    old = read_rows(path)
+    said = (pq.read_metadata(path) if is_data else old.schema).metadata or {}
+    raw = json.loads(said[FOOTER_KEY.encode()])
     raw["shard"] |= footer
-    table = change(old)
-    with pq.ParquetWriter(path, table.schema, store_schema=True) as writer:
+    table = change(old).replace_schema_metadata({FOOTER_KEY: json.dumps(raw)})
+    with (pq.ParquetWriter if is_data else pa.ipc.new_file)(path, table.schema) as writer:
         writer.write_table(table)
-        writer.add_key_value_metadata({FOOTER_KEY: json.dumps(raw)})
     size, checksum = Folder(path.parent).checksum(path.name)
 
     def note(manifest: dict[str, Any]) -> None:
         for shard in manifest["shards"]:
             if path.name == f"part-{shard['name']}.parquet":
                 shard |= {"bytes": size, "checksum": checksum}
-            elif path.name == f"errors-{shard['name']}.parquet":
+            elif path.name == f"_errors-{shard['name']}.arrow":
                 shard["errors_checksum"] = checksum
 
     edit_manifest(made, note)
+
+
+def read_rows(path: Path) -> pa.Table:
+    """Rows, or error rows, of a shard's file."""
+    return pq.read_table(path) if path.suffix == ".parquet" else pa.ipc.open_file(path.read_bytes()).read_all()
 
 
 def replaced(table: pa.Table, column: str, values: Sequence[object]) -> pa.Table:

@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from embedstream.dataset.error_files import encode_errors
 from embedstream.dataset.folder import BATCH_ROWS, FolderSink, errors_file, part_file
 from embedstream.dataset.manifest import manifest_spec
-from embedstream.dataset.parquet import (
-    ROW_GROUP_BYTES,
-    Footer,
-    Layout,
-    data_layout,
-    encode_pieces,
-    errors_layout,
-)
+from embedstream.dataset.parquet import ROW_GROUP_BYTES, Footer, encode_pieces
 from embedstream.dataset.schema import dataset_schema, errors_schema
 from embedstream.errors import OutputError
 from embedstream.records import BlockRecord, BlockRuns, Manifest, ShardRecord
@@ -60,9 +54,9 @@ def write_group(sink: FolderSink, manifest: Manifest, group: Group) -> ShardReco
         sources.append(source)
         blocks += chosen
         padded += _share(source, chosen)
-        data.read(sink, part_file(name), source, runs)
+        data.read(sink.batches(part_file(name), None, BATCH_ROWS), source, runs)
         if listed[name].failed:
-            errors.read(sink, errors_file(name), source, runs)
+            errors.read(sink.errors(name), source, runs)
     if data.count != sum(block.rows for block in blocks):
         raise OutputError(f"{mask(sink.output)}: shards hold other rows than their footers say: run embed-verify")
     spec = manifest_spec(manifest)
@@ -87,9 +81,12 @@ def write_group(sink: FolderSink, manifest: Manifest, group: Group) -> ShardReco
     footer = Footer(shard=record, spec=msgspec.Raw(spec.encode()))
     errors_checksum = ""
     if errors.count:
-        _, errors_checksum = _write(sink, errors_file(group.name), errors, errors_schema(), errors_layout(), footer)
+        table = pa.Table.from_batches([piece for some in errors.groups() for piece in some], errors_schema())
+        encoded = encode_errors(table, footer)
+        sink.files.write(errors_file(group.name), [encoded])
+        errors_checksum = f"sha256:{hashlib.sha256(encoded).hexdigest()}"
     schema = dataset_schema(spec, {manifest.outputs[0].name: sources[0].dim})
-    size, checksum = _write(sink, part_file(group.name), data, schema, data_layout(schema), footer)
+    size, checksum = _write(sink, part_file(group.name), data, schema, footer)
     return msgspec.structs.replace(record, bytes=size, checksum=checksum, errors_checksum=errors_checksum)
 
 
@@ -119,8 +116,8 @@ class _Rows:
         self._pieces: dict[Place, list[pa.RecordBatch]] = defaultdict(list)
         self.count = 0
 
-    def read(self, sink: FolderSink, file: str, source: ShardRecord, runs: BlockRuns) -> None:
-        """Take those blocks' rows out of a shard: they lie in the order of its blocks, as many of each as it says."""
+    def read(self, batches: Iterable[pa.RecordBatch], source: ShardRecord, runs: BlockRuns) -> None:
+        """Take those blocks' rows out of a shard's: they lie in the order of its blocks, as many of each as it says."""
         spans: list[tuple[Place, int, int]] = []
         at = 0
         for block in sorted(source.blocks, key=lambda block: (block.part, block.block)):
@@ -129,7 +126,7 @@ class _Rows:
                 spans.append(((block.part, block.block), at, at + size))
             at += size
         start = 0
-        for batch in sink.batches(file, None, BATCH_ROWS):
+        for batch in batches:
             end = start + batch.num_rows
             cuts = [
                 (place, max(first, start) - start, min(last, end) - start)
@@ -170,16 +167,14 @@ class _Rows:
             yield group
 
 
-def _write(
-    sink: FolderSink, file: str, rows: _Rows, schema: pa.Schema, layout: Layout, footer: Footer
-) -> tuple[int, str]:
+def _write(sink: FolderSink, file: str, rows: _Rows, schema: pa.Schema, footer: Footer) -> tuple[int, str]:
     """Returns size and checksum of the file."""
     size, digest = 0, hashlib.sha256()
 
     def pieces() -> Iterator[bytes]:
         nonlocal size
         tables = (pa.Table.from_batches(group, schema) for group in rows.groups())
-        for piece in encode_pieces(tables, schema, layout, footer):
+        for piece in encode_pieces(tables, schema, footer):
             size += len(piece)
             digest.update(piece)
             yield piece

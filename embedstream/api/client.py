@@ -163,7 +163,7 @@ class Client:
         """Submit records as one job and return when all are with the workers; they are read as a stream.
 
         `records`: mappings with `id` and `text` (as in files, see `RecordReader`), strings (their positions are their
-        ids), or an Arrow table, batch or reader. A bad record becomes a row of `errors.jsonl`. `output`: a folder or a
+        ids), or an Arrow table, batch or reader. A bad record becomes a row of `_errors.jsonl`. `output`: a folder or a
         Redis URL, as workers see it. The same records into the same output again: what is done is not done again.
 
         Raises:

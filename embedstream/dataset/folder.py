@@ -1,4 +1,4 @@
-"""A dataset in files: Parquet shards, `errors.jsonl`, and `_manifest.json`, which says which shards count."""
+"""A dataset in files: Parquet shards, `_errors.jsonl`, and `_manifest.json`, which says which shards count."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import logging
 import re
 from collections.abc import Container, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain, islice
 from typing import Any
 
@@ -14,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embedstream.dataset.content import check_content, in_order
+from embedstream.dataset.error_files import encode_errors, read_errors
 from embedstream.dataset.files import TEMPORARY
 from embedstream.dataset.manifest import (
     decode_manifest,
@@ -23,7 +25,7 @@ from embedstream.dataset.manifest import (
     refuse_other_spec,
 )
 from embedstream.dataset.ordering import Ordering
-from embedstream.dataset.parquet import Footer, encode_data, encode_errors, read_footer
+from embedstream.dataset.parquet import Footer, encode_data, read_footer
 from embedstream.dataset.parquet_rows import RowsRefused, rows_at_once
 from embedstream.dataset.schema import ErrorRow, dataset_schema, errors_schema, placed_errors
 from embedstream.dataset.storage import Storage, storage_of
@@ -36,16 +38,14 @@ from embedstream.settings import MIB
 log = logging.getLogger(__name__)
 
 MANIFEST = "_manifest.json"
-ERRORS = "errors.jsonl"
-OURS = (MANIFEST, ERRORS, "part-", "errors-")
-"""Beginnings of the names that make a folder a dataset, finished or not."""
+ERRORS = "_errors.jsonl"
+OURS = (MANIFEST, ERRORS, "part-", "_errors-")
+"""Beginnings of the names that make a folder a dataset, finished or not. Readers of a folder of Parquet pass over what
+begins with `_`: they see vectors alone."""
 
 BATCH_ROWS = 8192
 BATCH_BYTES = 32 * MIB
 """Most rows of a batch in reading, and about how many bytes of them."""
-
-ERROR_ROWS = 1024
-"""The same for error rows, which become Python objects."""
 
 KEPT_ROWS = 8192
 """Error rows of a shard that takes over those of older ones."""
@@ -89,7 +89,7 @@ class FolderSink:
             )
 
     def write_shard(self, content: ShardContent) -> ShardRecord:
-        """Write `errors-X.parquet` if rows failed, then `part-X.parquet`, each durable before the next step.
+        """Write `_errors-X.arrow` if rows failed, then `part-X.parquet`, each durable before the next step.
 
         `part-X.parquet` is always written, and its being there means that the shard is whole. Rows are put in order.
 
@@ -169,6 +169,13 @@ class FolderSink:
         with self.files.open(name) as file:
             return read_footer(file, self.files.path(name))
 
+    def errors_footer(self, shard: str) -> tuple[Footer, int]:
+        """The same of its file of error rows, which is read whole. Raises `OutputError`."""
+        name = errors_file(shard)
+        with self._reading(name) as file:
+            footer, batches = read_errors(file, self.files.path(name))
+            return footer, sum(batch.num_rows for batch in batches)
+
     def _part_files(self) -> list[str]:
         return [name for name in self.files.names() if name.startswith("part-") and name.endswith(".parquet")]
 
@@ -176,7 +183,7 @@ class FolderSink:
         part, errors_checksum = part_file(record.name), ""
         if record.failed:
             name = errors_file(record.name)
-            errors, failed = self.footer(name)
+            errors, failed = self.errors_footer(record.name)
             if errors.shard.name != record.name or failed != record.failed:
                 raise OutputError(f"{self.files.path(part)}: its error rows are not those of {name}")
             _, errors_checksum = self.files.checksum(name)
@@ -189,7 +196,7 @@ class FolderSink:
         return None if data is None else decode_manifest(data, self.files.path(MANIFEST))
 
     def finalize(self, manifest: Manifest) -> None:
-        """Write `errors.jsonl` if a row failed (or one is there already), then the manifest.
+        """Write `_errors.jsonl` if a row failed (or one is there already), then the manifest.
 
         A job that ended before its first shard may have no folder yet, and gets one.
 
@@ -227,7 +234,7 @@ class FolderSink:
             log.warning("%s; it counts for nothing, as the manifest does not list it", error)
 
     def mend(self, manifest: Manifest) -> None:
-        """Count the lines of `errors.jsonl`, and write it again if they are not as many as the manifest says."""
+        """Count the lines of `_errors.jsonl`, and write it again if they are not as many as the manifest says."""
         lines = 0
         if ERRORS in self.files.names():
             with self.files.open(ERRORS) as file:
@@ -259,22 +266,14 @@ class FolderSink:
         name = errors_file(shard.name)
         if shard.errors_checksum and self.files.checksum(name)[1] != shard.errors_checksum:
             raise OutputError(f"{self.files.path(name)}: was changed since it was committed: restore the file")
-        yield from self._typed(name, errors_schema().names, ERROR_ROWS, parts)
+        yield from self._of_parts(name, self.errors(shard.name), parts)
 
-    def _typed(self, name: str, columns: Sequence[str], rows: int, parts: int) -> Iterator[pa.RecordBatch]:
-        """Columns that the errors schema has, found to be as it has them and of `parts` parts. Raises `OutputError`."""
-        path, schema = self.files.path(name), errors_schema()
-        for batch in self.batches(name, list(columns), rows):
-            for field in map(schema.field, columns):
-                if not batch.schema.field(field.name).equals(field):
-                    raise OutputError(
-                        f"{path}: column {field.name} is {batch.schema.field(field.name).type}, not {field.type}: "
-                        f"restore the file"
-                    )
-            try:
-                batch.validate(full=True)
-            except pa.ArrowException as error:
-                raise OutputError(f"{path}: damaged ({error}): restore the file") from error
+    def _of_parts(self, name: str, batches: Iterable[pa.RecordBatch], parts: int) -> Iterator[pa.RecordBatch]:
+        """Rows with their places, found to be of `parts` parts. Raises `OutputError`."""
+        schema, path = errors_schema(), self.files.path(name)
+        for batch in batches:
+            if not all(batch.schema.field(column).equals(schema.field(column)) for column in PLACE):
+                raise OutputError(f"{path}: other columns than {', '.join(PLACE)}: restore the file")
             if not all(part in range(parts) for part in batch.column("part").unique().to_pylist()):
                 raise OutputError(f"{path}: names a part that the job does not have: restore the file")
             yield batch
@@ -291,14 +290,15 @@ class FolderSink:
                 for batch in self._error_batches(shard, len(manifest.parts)):
                     ordering.put((*place, msgspec.json.encode(row)) for place, row in _placed(batch))
             for record in retried:
-                good = self._typed(part_file(record.name), PLACE, BATCH_ROWS, len(manifest.parts))
-                for batch in chain(good, self._error_batches(record, len(manifest.parts))):
+                name, parts = part_file(record.name), len(manifest.parts)
+                good = self._of_parts(name, self.batches(name, list(PLACE), BATCH_ROWS), parts)
+                for batch in chain(good, self._error_batches(record, parts)):
                     ordering.remove(place for place, _ in _placed(batch))
             expected = manifest.failed - sum(record.rows + record.failed for record in retried)
             if len(ordering) != expected:
                 raise OutputError(
                     f"{mask(self.output)}: {len(ordering)} error rows are left of those in its manifest, and not "
-                    f"{expected}: errors-*.parquet were changed: restore them"
+                    f"{expected}: _errors-*.arrow were changed: restore them"
                 )
             rows = (msgspec.json.decode(value) for value in ordering.values())
             batches = iter(lambda: list(islice(rows, KEPT_ROWS)), [])
@@ -365,19 +365,30 @@ class FolderSink:
 
     def batches(self, name: str, columns: list[str] | None, rows: int) -> Iterator[pa.RecordBatch]:
         """A Parquet file's rows in bounded memory, at most `rows` at a time. Raises `OutputError`."""
+        with self._reading(name) as source, pq.ParquetFile(source) as file:
+            there = file.schema_arrow.names
+            unknown = set(columns or ()) - set(there)
+            if unknown:
+                raise OutputError(f"{self.files.path(name)}: no column {min(unknown)} (there are: {', '.join(there)})")
+            for group in range(file.num_row_groups):
+                most = rows_at_once(file, source, group, columns, rows, BATCH_BYTES, self.files.quick_piece)
+                yield from file.iter_batches(batch_size=most, row_groups=[group], columns=columns)
+
+    def errors(self, shard: str) -> Iterator[pa.RecordBatch]:
+        """A shard's error rows, some at a time, in bounded memory. Raises `OutputError`."""
+        name = errors_file(shard)
+        with self._reading(name) as file:
+            yield from read_errors(file, self.files.path(name))[1]
+
+    @contextmanager
+    def _reading(self, name: str) -> Iterator[pa.NativeFile]:
         path = self.files.path(name)
         try:
-            with self.files.open(name) as source, pq.ParquetFile(source) as file:
-                there = file.schema_arrow.names
-                unknown = set(columns or ()) - set(there)
-                if unknown:
-                    raise OutputError(f"{path}: no column {min(unknown)} (there are: {', '.join(there)})")
-                for group in range(file.num_row_groups):
-                    most = rows_at_once(file, source, group, columns, rows, BATCH_BYTES, self.files.quick_piece)
-                    yield from file.iter_batches(batch_size=most, row_groups=[group], columns=columns)
+            with self.files.open(name) as file:
+                yield file
         except RowsRefused as error:
             raise OutputError(f"{path}: {error}") from error
-        except (pa.ArrowException, UnicodeDecodeError) as error:
+        except (pa.ArrowException, ValueError) as error:
             raise OutputError(f"{path}: damaged ({error}): restore the file") from error
         except OSError as error:
             raise self.files.cannot_read(name, error) from error
@@ -393,7 +404,7 @@ def part_file(shard: str) -> str:
 
 def errors_file(shard: str) -> str:
     """The name of a shard's file of error rows."""
-    return f"errors-{shard}.parquet"
+    return f"_errors-{shard}.arrow"
 
 
 def _placed(batch: pa.RecordBatch) -> Iterator[tuple[tuple[int, int, int], dict[str, Any]]]:

@@ -10,7 +10,6 @@ import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from embedstream.dataset.schema import errors_schema
 from embedstream.errors import OutputError, UsageError
 from embedstream.jobs import FORMAT_VERSION, JobSpec, decode_spec, refuse_other_version
 from embedstream.records import ShardRecord
@@ -23,9 +22,6 @@ ROW_GROUP_BYTES = 100 * 1000 * 1000
 
 COMPRESSION_LEVEL = 1
 """zstd-3 is slower on vectors and no smaller."""
-
-Layout = dict[str, Any]
-"""Options of a `ParquetWriter`; the stubs know only the simplest form of each."""
 
 
 class Footer(msgspec.Struct, frozen=True, kw_only=True):
@@ -43,18 +39,18 @@ class Footer(msgspec.Struct, frozen=True, kw_only=True):
 
 def encode_data(data: pa.Table, footer: Footer) -> pa.Buffer:
     """Rows in dataset schema as a Parquet file."""
-    return _encode(data, footer, data_layout(data.schema))
+    group_rows = max(1, int(ROW_GROUP_BYTES / max(1.0, data.nbytes / max(1, data.num_rows))))
+    stream = pa.BufferOutputStream()
+    with pq.ParquetWriter(stream, data.schema, **_layout(data.schema)) as writer:
+        writer.write_table(data, row_group_size=group_rows)
+        writer.add_key_value_metadata({FOOTER_KEY: msgspec.json.encode(footer).decode()})
+    return stream.getvalue()
 
 
-def encode_errors(errors: pa.Table, footer: Footer) -> pa.Buffer:
-    """Rows in errors schema as a Parquet file."""
-    return _encode(errors, footer, errors_layout())
-
-
-def encode_pieces(groups: Iterable[pa.Table], schema: pa.Schema, layout: Layout, footer: Footer) -> Iterator[bytes]:
-    """A Parquet file in pieces; each of `groups` becomes a row group, and is held no longer than that takes."""
+def encode_pieces(groups: Iterable[pa.Table], schema: pa.Schema, footer: Footer) -> Iterator[bytes]:
+    """The same in pieces; each of `groups` becomes a row group, and is held no longer than that takes."""
     pieces = _Pieces()
-    with pq.ParquetWriter(pa.PythonFile(pieces, "w"), schema, **layout) as writer:
+    with pq.ParquetWriter(pa.PythonFile(pieces, "w"), schema, **_layout(schema)) as writer:
         for group in groups:
             writer.write_table(group, row_group_size=max(1, group.num_rows))
             yield from pieces.take()
@@ -62,51 +58,24 @@ def encode_pieces(groups: Iterable[pa.Table], schema: pa.Schema, layout: Layout,
     yield from pieces.take()
 
 
-def data_layout(schema: pa.Schema) -> Layout:
-    """Vectors: BYTE_STREAM_SPLIT and no dictionary (floats repeat in their high bytes, never whole). Kept fields: a
-    dictionary, as they often repeat. No statistics and no compression where values are as good as random.
+def _layout(schema: pa.Schema) -> dict[str, Any]:
+    """Options of a `ParquetWriter`. Vectors: BYTE_STREAM_SPLIT and no dictionary (floats repeat in their high bytes,
+    never whole). Kept fields: a dictionary, as they often repeat. No statistics and no compression where values are as
+    good as random.
     """
     vectors = [field.name for field in schema if pa.types.is_fixed_size_list(field.type)]
     leaves = [f"{name}.list.element" for name in vectors]
     random = {*vectors, "input_hash"}
     fixed = {"part", "row", "id", "chunk", "text", "n_tokens", "truncated"}
-    return _layout(
-        dictionary=[name for name in schema.names if name not in fixed | random] + ["part", "chunk"],
-        byte_stream_split=leaves,
-        compression={
-            **{name: "zstd" for name in schema.names if name not in random},
-            **dict.fromkeys(leaves, "zstd"),
-            "input_hash": "none",
-        },
-        statistics=[name for name in schema.names if name not in random | {"text"}],
-    )
-
-
-def errors_layout() -> Layout:
-    """Of error rows."""
-    return _layout(["part", "code"], [], dict.fromkeys(errors_schema().names, "zstd"), ["part", "row"])
-
-
-def _layout(
-    dictionary: list[str], byte_stream_split: list[str], compression: dict[str, str], statistics: list[str]
-) -> Layout:
+    zstd = [name for name in schema.names if name not in random] + leaves
     return {
-        "use_dictionary": dictionary,
-        "use_byte_stream_split": byte_stream_split,
-        "compression": compression,
-        "compression_level": {path: COMPRESSION_LEVEL for path, codec in compression.items() if codec == "zstd"},
-        "write_statistics": statistics,
+        "use_dictionary": [name for name in schema.names if name not in fixed | random] + ["part", "chunk"],
+        "use_byte_stream_split": leaves,
+        "compression": {**dict.fromkeys(zstd, "zstd"), "input_hash": "none"},
+        "compression_level": dict.fromkeys(zstd, COMPRESSION_LEVEL),
+        "write_statistics": [name for name in schema.names if name not in random | {"text"}],
         "write_page_index": True,
     }
-
-
-def _encode(table: pa.Table, footer: Footer, layout: Layout) -> pa.Buffer:
-    group_rows = max(1, int(ROW_GROUP_BYTES / max(1.0, table.nbytes / max(1, table.num_rows))))
-    stream = pa.BufferOutputStream()
-    with pq.ParquetWriter(stream, table.schema, **layout) as writer:
-        writer.write_table(table, row_group_size=group_rows)
-        writer.add_key_value_metadata({FOOTER_KEY: msgspec.json.encode(footer).decode()})
-    return stream.getvalue()
 
 
 class _Pieces(io.RawIOBase):
@@ -138,13 +107,17 @@ def read_footer(file: pa.NativeFile, path: str) -> tuple[Footer, int]:
         metadata = pq.read_metadata(file)
     except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
         raise OutputError(f"{path}: not a whole Parquet file ({error})") from error
-    raw = (metadata.metadata or {}).get(FOOTER_KEY.encode())
+    return decode_footer((metadata.metadata or {}).get(FOOTER_KEY.encode()), path), metadata.num_rows
+
+
+def decode_footer(raw: bytes | None, path: str) -> Footer:
+    """What lies under `FOOTER_KEY`. Raises as `read_footer`."""
     if raw is None:
-        raise OutputError(f"{path}: a Parquet file, but not a shard of a dataset")
+        raise OutputError(f"{path}: not a shard of a dataset")
     refuse_other_version(raw, f"{path}: the shard", OutputError)
     try:
         footer = msgspec.json.decode(raw, type=Footer)
         footer.job_spec()
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, UsageError) as error:
         raise OutputError(f"{path}: its footer cannot be read ({error})") from error
-    return footer, metadata.num_rows
+    return footer

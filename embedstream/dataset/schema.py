@@ -15,7 +15,7 @@ INPUT_HASH_BYTES = 16
 
 
 class ErrorRow(msgspec.Struct, frozen=True):
-    """A row that failed, as `errors.jsonl` and the Redis sink show it."""
+    """A row that failed, as `_errors.jsonl` and the Redis sink show it."""
 
     file: str
     """The part's source."""

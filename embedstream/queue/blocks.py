@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from embedstream.errors import BlockError
 from embedstream.jobs import FORMAT_VERSION, other_version
-from embedstream.queue.ipc_bounds import buffer_sizes
+from embedstream.queue.ipc_bounds import read_batch, read_schema
 from embedstream.settings import BLOCK_LIMITS, MIB
 
 MAX_BODY_BYTES = 8 * MIB
@@ -195,20 +195,11 @@ def decode_block(fields: Mapping[bytes, bytes], keep: tuple[str, ...], parts: in
 def _read_rows(body: bytes, schema: pa.Schema, name: str) -> pa.RecordBatch:
     """The one record batch of an Arrow stream. Nothing is decompressed before schema and sizes are what they may be."""
     messages = pa.ipc.MessageReader.open_stream(body)
-    first = messages.read_next_message()
-    if first.type != "schema":  # Arrow verifies only messages of the types that it knows, and reads any as a schema
-        raise BlockError(f"{name} begins with a message of type {first.type}, not with a schema")
-    found = pa.ipc.read_schema(first)
+    found = read_schema(messages)
     if not found.equals(schema):
         raise BlockError(f"{name} has columns {_shown(found.names)}, not those of its job")
-    message = messages.read_next_message()
-    content = sum(buffer_sizes(message))
-    if content > MAX_CONTENT_BYTES:
-        raise BlockError(f"{name} holds {content:,} bytes once decompressed, at most {MAX_CONTENT_BYTES:,} are allowed")
     # Of the job's own schema, not the found one: that may carry metadata of any kind.
-    batch = pa.ipc.read_record_batch(message, schema)
-    batch.validate(full=True)
-    return batch
+    return read_batch(messages.read_next_message(), schema, MAX_CONTENT_BYTES)
 
 
 def _check_rows(batch: pa.RecordBatch, refused: tuple[Refusal, ...], name: str) -> None:

@@ -1,4 +1,4 @@
-"""What an Arrow message says its buffers hold once decompressed, read before anything is decompressed.
+"""Arrow messages from whomever they come, read in bounded memory: what their buffers hold is known beforehand.
 
 Arrow allocates what a compressed buffer says of itself, so a few hundred bytes can ask for terabytes. pyarrow shows
 neither the list of buffers nor takes a bound, hence this reading of the message's own Flatbuffers metadata
@@ -16,6 +16,29 @@ _BUFFERS, _COMPRESSION = 2, 3  # fields of table RecordBatch
 _BUFFER_BYTES = 16  # struct Buffer: offset and length, int64 each
 _PREFIX_BYTES = 8  # before each compressed buffer: its length once decompressed; -1: it is not compressed after all
 _NOT_COMPRESSED = -1
+
+
+def read_schema(messages: pa.ipc.MessageReader) -> pa.Schema:
+    """The schema that messages begin with. Raises `ValueError`, `OSError`, `pa.ArrowException`."""
+    first = next(iter(messages), None)
+    # Arrow verifies only messages of the types that it knows, and reads any as a schema.
+    if first is None or first.type != "schema":
+        raise ValueError(f"begins with {'nothing' if first is None else f'a message of type {first.type}'}, no schema")
+    return pa.ipc.read_schema(first)
+
+
+def read_batch(message: pa.ipc.Message, schema: pa.Schema, most_bytes: int) -> pa.RecordBatch:
+    """A record batch of a known schema, whose content is looked at, too. `most_bytes`: of it, once decompressed.
+
+    Raises:
+        ValueError, pa.ArrowException: it is none, or holds more.
+    """
+    content = sum(buffer_sizes(message))
+    if content > most_bytes:
+        raise ValueError(f"holds {content:,} bytes once decompressed, at most {most_bytes:,} are allowed")
+    batch = pa.ipc.read_record_batch(message, schema)
+    batch.validate(full=True)
+    return batch
 
 
 def buffer_sizes(message: pa.ipc.Message) -> list[int]:

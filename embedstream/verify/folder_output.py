@@ -129,7 +129,7 @@ class FolderCheck:
         self._whole = False
 
     def _check_file(self, shard: ManifestShard, name: str, is_data: bool) -> None:
-        footer, rows = self.sink.footer(name)
+        footer, rows = self.sink.footer(name) if is_data else self.sink.errors_footer(shard.name)
         check_footer(self.findings, self.manifest, shard, footer.shard, name)
         if differing_field(footer.job_spec(), self.spec) is not None:
             self.findings.add(Kind.FOOTER, "was made by a job with another spec", name)
@@ -140,7 +140,7 @@ class FolderCheck:
         # Of rows that were run again blocks were made that are not those of the corpus.
         spans = self._spans.file(footer.shard.blocks if shard.blocks else (), not is_data, rows)
         start = 0
-        for batch in self.sink.batches(name, columns, BATCH_ROWS):
+        for batch in self.sink.batches(name, columns, BATCH_ROWS) if is_data else self.sink.errors(shard.name):
             try:
                 batch.validate(full=True)
             except pa.ArrowInvalid as error:
@@ -236,7 +236,7 @@ class FolderCheck:
         self.findings.count(Kind.PLACE, len(misplaced) - len(told))
 
     def _check_errors_file(self) -> None:
-        """`errors.jsonl` is made of the shards' error rows, in the manifest's order, and of nothing else."""
+        """`_errors.jsonl` is made of the shards' error rows, in the manifest's order, and of nothing else."""
         if ERRORS not in self._names:
             if self.manifest.failed:
                 message = f"{self.manifest.failed:,} rows failed, and this file is not there"
@@ -270,7 +270,7 @@ def _files(shard: ManifestShard) -> list[str]:
 
 
 def _shown(line: bytes | None) -> str:
-    """A line of `errors.jsonl` in short."""
+    """A line of `_errors.jsonl` in short."""
     if line is None:
         return "the end"
     row = msgspec.json.decode(line, type=ErrorRow)

@@ -28,10 +28,12 @@ def locate(sink: FolderSink, manifest: Manifest, wanted: set[Place]) -> dict[Pla
     if not wanted:
         return located
     for shard in manifest.shards:
-        for name in (part_file(shard.name), *([errors_file(shard.name)] if shard.failed else [])):
+        rows = [(part_file(shard.name), sink.batches(part_file(shard.name), ["part", "row", "id"], BATCH_ROWS))]
+        rows += [(errors_file(shard.name), sink.errors(shard.name))] if shard.failed else []
+        for name, batches in rows:
             start = 0
             try:
-                for batch in sink.batches(name, ["part", "row", "id"], BATCH_ROWS):
+                for batch in batches:
                     part, row = (batch.column(column).to_numpy() for column in ("part", "row"))
                     for place in wanted - located.keys():
                         for at in np.flatnonzero((part == place.part) & (row == place.row))[:1]:

@@ -33,7 +33,7 @@ class Refusals:
     def summary(self) -> list[str]:
         """One line for each kind of which some were not shown."""
         return [
-            f"{count - SHOWN_OF_A_KIND:,} more rows refused: {code} ({count:,} in all; see errors.jsonl)"
+            f"{count - SHOWN_OF_A_KIND:,} more rows refused: {code} ({count:,} in all; see _errors.jsonl)"
             for code, count in sorted(self._kinds.items())
             if count > SHOWN_OF_A_KIND
         ]

@@ -164,7 +164,7 @@ def read_rows(output: Path) -> list[dict[str, Any]]:
 
 
 def read_errors(output: Path) -> list[dict[str, Any]]:
-    path = output / "errors.jsonl"
+    path = output / "_errors.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 

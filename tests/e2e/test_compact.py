@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 from s3_server import S3Server
-from verify_lab import Made, Maker, make_dataset, make_spec, write_lines
+from verify_lab import Made, Maker, make_dataset, make_spec, read_rows, write_lines
 
 from e2e.harness import (
     Fleet,
@@ -40,9 +40,8 @@ def contents(output: Path) -> list[dict[str, Any]]:
     rows = [
         row
         for shard in read_manifest(output)["shards"]
-        for kind in ("part", "errors")
-        if kind == "part" or shard["failed"]
-        for row in pq.read_table(output / f"{kind}-{shard['name']}.parquet").to_pylist()
+        for name in (f"part-{shard['name']}.parquet", *[f"_errors-{shard['name']}.arrow"] * (shard["failed"] > 0))
+        for row in read_rows(output / name).to_pylist()
     ]
     return sorted(rows, key=lambda row: (row["part"], row["row"]))
 
@@ -74,7 +73,7 @@ def listed_files(output: Path) -> set[str]:
 def test_small_shards_become_one_in_the_order_of_the_corpus(tmp_path: Path) -> None:
     made = make_dataset(tmp_path, ROWS)
     before, rows = read_manifest(made.folder), contents(made.folder)
-    errors = (made.folder / "errors.jsonl").read_bytes()
+    errors = (made.folder / "_errors.jsonl").read_bytes()
     done = run("embed-compact", made.folder)
     assert done.returncode == 0, done.stderr
     assert "3 shards before, 1 now" in done.stdout
@@ -82,7 +81,7 @@ def test_small_shards_become_one_in_the_order_of_the_corpus(tmp_path: Path) -> N
     assert {**after, "shards": 0} == {**before, "shards": 0}, "only the list of shards may change"
     assert part_files(made.folder) == listed_files(made.folder)
     assert contents(made.folder) == rows
-    assert (made.folder / "errors.jsonl").read_bytes() == errors
+    assert (made.folder / "_errors.jsonl").read_bytes() == errors
     assert_whole(made)
     table: Any = pq.read_table(made.folder / f"part-{after['shards'][0]['name']}.parquet")
     places = list(zip(table["part"].to_pylist(), table["row"].to_pylist(), strict=True))
@@ -207,7 +206,7 @@ def test_a_dataset_in_a_bucket_is_merged_there(
     assert (after.rows, after.failed, len(after.shards)) == (before.rows, before.failed, 1)
     names = {key.rpartition("/")[2] for key in s3_server.keys(bucket)} - {""}
     shard = after.shards[0].name
-    assert names == {"_manifest.json", "errors.jsonl", f"part-{shard}.parquet", f"errors-{shard}.parquet"}
+    assert names == {"_manifest.json", "_errors.jsonl", f"part-{shard}.parquet", f"_errors-{shard}.arrow"}
     verified = run(
         "embed-verify",
         output,

@@ -96,7 +96,7 @@ def test_a_finished_job_shows_who_wrote_it_and_what_failed(workers: Fleet, tmp_p
     assert seen["rows_per_second"] == pytest.approx(20_000 / seen["seconds"], rel=0.01)
     shown = lines(workers, job)
     assert "20,000 of 20,001 rows, 1 FAILED" in shown
-    assert f"1 row failed (0.005 %): see {tmp_path}/out/errors.jsonl" in shown
+    assert f"1 row failed (0.005 %): see {tmp_path}/out/_errors.jsonl" in shown
     for each in seen["workers"]:
         assert re.search(rf"{100 * each['share']:.1f} %  {each['name']}  {each['rows']:,} rows, ready", shown)
 

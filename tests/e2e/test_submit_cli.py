@@ -163,7 +163,7 @@ def test_too_many_errors_are_the_reason_from_the_first_run_on(tmp_path: Path, ur
             done = run("embed-submit", *command)
             assert done.returncode == 1
             assert "2 rows failed, more than the 1 that --max-errors allows" in done.stdout
-            assert f"2 ROWS FAILED: see {tmp_path / 'out' / 'errors.jsonl'}" in done.stdout
+            assert f"2 ROWS FAILED: see {tmp_path / 'out' / '_errors.jsonl'}" in done.stdout
 
 
 def test_a_finished_output_is_judged_by_the_bound_of_this_command(tmp_path: Path, url: str, queue: str) -> None:

@@ -430,8 +430,8 @@ MUTANTS = (
     ),
     mutant(
         "a block may hold anything once decompressed",
-        "embedstream/queue/blocks.py",
-        "if content > MAX_CONTENT_BYTES:",
+        "embedstream/queue/ipc_bounds.py",
+        "if content > most_bytes:",
         "if False:",
         "tests/unit/test_block_bounds.py::test_a_block_that_states_more_than_it_may_hold_is_refused_unread",
     ),

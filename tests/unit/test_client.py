@@ -106,7 +106,7 @@ def test_bad_and_doubled_records_cost_only_themselves(client: Client, tmp_path: 
     records = [{"id": "a", "text": "x"}, {"id": "a", "text": "again"}, {"id": "b", "text": " "}, {"id": "c"}]
     status = client.submit(records, output=str(tmp_path / "out")).wait(30)
     assert (status.state, status.rows, status.failed) == (JobState.COMPLETED, 1, 3)
-    errors = [json.loads(line) for line in (tmp_path / "out" / "errors.jsonl").read_text().splitlines()]
+    errors = [json.loads(line) for line in (tmp_path / "out" / "_errors.jsonl").read_text().splitlines()]
     assert [(e["file"], e["line"], e["code"]) for e in errors] == [
         ("records", 2, "duplicate_id"),
         ("records", 3, "empty_text"),
@@ -179,7 +179,7 @@ def test_a_job_that_failed_without_a_row_does_not_hold_its_output(client: Client
     status = job.wait(30)
     assert (status.state, status.rows, status.failed) == (JobState.COMPLETED, 2, 0)
     assert texts_of(job.results()) == {"a": "x", "b": "yy"}
-    assert (out / "errors.jsonl").read_text() == ""
+    assert (out / "_errors.jsonl").read_text() == ""
     assert len(list(out.glob("part-*"))) == len(list(out.glob("*.parquet"))) == 1  # nothing of the failed job is left
 
 

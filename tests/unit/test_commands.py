@@ -120,7 +120,7 @@ def test_a_variable_that_cannot_be_read_is_named() -> None:
 
 
 def test_where_the_errors_are_is_said_for_each_kind_of_output() -> None:
-    assert errors_of("/data/out") == "/data/out/errors.jsonl"
+    assert errors_of("/data/out") == "/data/out/_errors.jsonl"
     assert errors_of("redis:?prefix=docs:&ttl=60") == "the hash docs:_errors"
 
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import msgspec
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from broker_lab import Lab
 from conftest import RedisServer
 from dataset_lab import Dataset, make_content, make_error, make_spec, make_status
 
+from embedstream.dataset.error_files import MOST_BYTES
 from embedstream.dataset.folder import FolderSink
 from embedstream.dataset.manifest import manifest_digest
 from embedstream.dataset.schema import errors_schema
@@ -25,14 +25,17 @@ from embedstream.jobs import JobState, Retry
 from embedstream.lifecycle.finalizing import finalize_job
 from embedstream.lifecycle.retry_completing import finalize_retry
 from embedstream.server.connection import connect
+from embedstream.settings import MIB
 
 ROWS = [make_error(1, 4), make_error(0, 7)]
 
 
 def rewritten(path: Path, change: Callable[[pa.Table], pa.Table]) -> None:
-    """The file with other rows and the footer that it had."""
-    table = pq.read_table(path)
-    pq.write_table(change(table).replace_schema_metadata(pq.read_metadata(path).metadata), path)
+    """The file with other rows and what it said of itself."""
+    table = pa.ipc.open_file(path.read_bytes()).read_all()
+    made = change(table).replace_schema_metadata(table.schema.metadata)
+    with pa.ipc.new_file(path, made.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
+        writer.write_table(made)
 
 
 def with_column(name: str, values: list[Any], type: pa.DataType, nullable: bool = False) -> Callable[[Path], None]:
@@ -60,12 +63,14 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "a row number beyond all": with_column("row", [2**64 - 1, 2**63], pa.uint64()),
     "a part of a nested type": with_column("part", [[1], [2]], pa.list_(pa.int32())),
     "a null where none may be": with_column("code", [None, "x"], pa.string(), nullable=True),
+    "a message of more than any batch may have": with_column("message", ["x" * (MOST_BYTES + 1), "y"], pa.string()),
     "part 99": with_column("part", [99, 0], pa.int32()),
     "part -1": with_column("part", [-1, 0], pa.int32()),
     "bytes that are no UTF-8": not_utf8,
-    "a torn file": lambda path: path.write_bytes(path.read_bytes()[:-9]),
+    "a torn file": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
     "an empty file": lambda path: path.write_bytes(b""),
-    "no Parquet": lambda path: path.write_bytes(b"PAR1" * 100),
+    "Parquet": lambda path: path.write_bytes(b"PAR1" * 100),
+    "a message longer than memory": lambda path: path.write_bytes(path.read_bytes()[:8] + b"\xff\xff\xff\xff" * 3),
     "no file": lambda path: path.unlink(),
     "a folder": to_folder,
     "other rows of the same kind": with_column("message", ["x", "y"], pa.string()),
@@ -84,7 +89,7 @@ def dataset(tmp_path: Path) -> Dataset:
 
 
 def errors_path(dataset: Dataset) -> Path:
-    return Path(dataset.spec.output) / "errors-a.parquet"
+    return Path(dataset.spec.output) / "_errors-a.arrow"
 
 
 def commit_as_it_is(dataset: Dataset) -> None:
@@ -97,7 +102,7 @@ def test_a_job_is_not_ended_with_error_rows_that_are_not_those_that_were_committ
     dataset: Dataset, damage: str
 ) -> None:
     DAMAGES[damage](errors_path(dataset))
-    with pytest.raises(OutputError, match=r"errors-a\.parquet: .*restore"):
+    with pytest.raises(OutputError, match=r"_errors-a\.arrow: .*restore"):
         dataset.end()
     assert dataset.sink.read_manifest() is None
 
@@ -106,7 +111,7 @@ def test_a_job_is_not_ended_with_error_rows_that_are_not_those_that_were_committ
 def test_nor_with_error_rows_that_make_no_sense_whatever_was_committed(dataset: Dataset, damage: str) -> None:
     DAMAGES[damage](errors_path(dataset))
     commit_as_it_is(dataset)
-    with pytest.raises(OutputError, match=r"errors-a\.parquet"):
+    with pytest.raises(OutputError, match=r"_errors-a\.arrow"):
         dataset.end()
     assert dataset.sink.read_manifest() is None
 
@@ -115,7 +120,7 @@ def test_nor_with_error_rows_that_make_no_sense_whatever_was_committed(dataset: 
 def test_a_reader_is_told_of_error_rows_that_were_changed(dataset: Dataset, damage: str) -> None:
     dataset.end()
     DAMAGES[damage](errors_path(dataset))
-    with pytest.raises(OutputError, match=r"errors-a\.parquet"):
+    with pytest.raises(OutputError, match=r"_errors-a\.arrow"):
         list(open_sink(dataset.spec.output).read_errors())
 
 
@@ -129,7 +134,7 @@ def test_failed_rows_that_were_run_again_are_not_added_where_the_others_were_cha
     sink = FolderSink(spec.output, spec)
     record = sink.write_shard(make_content(spec, "b", rows_per_block=1))
     DAMAGES[damage](errors_path(dataset))
-    with pytest.raises(OutputError, match=r"errors-a\.parquet"):
+    with pytest.raises(OutputError, match=r"_errors-a\.arrow"):
         finalize_retry(sink, make_status(spec, 1), [record])
     assert sink.read_manifest() == manifest
 
@@ -148,6 +153,13 @@ def test_bytes_at_random_are_told_as_the_files_fault(dataset: Dataset) -> None:
         except OutputError:
             told += 1
     assert told > 100
+
+
+def test_error_rows_of_megabytes_are_written_so_that_they_can_be_read(dataset: Dataset) -> None:
+    rows = [make_error(row=row, original="x" * MIB) for row in range(40)]
+    dataset.write(make_content(dataset.spec, "b", [(0, 1)], errors=rows))
+    dataset.end()
+    assert [len(row.original) for row in dataset.sink.read_errors()].count(MIB) == 40
 
 
 @pytest.fixture

@@ -9,12 +9,13 @@ from collections.abc import Iterator
 
 import msgspec
 import pyarrow as pa
+import pyarrow.dataset
 import pytest
 from dataset_lab import Dataset, contents_of, make_content, make_error, make_spec, vectors
 from s3_server import S3Server
 
 from embedstream.dataset.bucket import Bucket
-from embedstream.dataset.objects import parse_object
+from embedstream.dataset.objects import file_system, parse_object
 from embedstream.dataset.sinks import open_sink
 from embedstream.errors import OutputError, SpecDiffers
 from embedstream_worker.search import search
@@ -46,10 +47,12 @@ def test_what_is_written_is_found_listed_and_read(dataset: Dataset, bucket: str,
     assert dataset.sink.read_manifest() == manifest
     assert contents_of(list(dataset.sink.read(["id", "embedding"]))).num_rows == 6
     assert [row.line for row in dataset.sink.read_errors()] == [301]
-    names = ["_manifest.json", "errors-a.parquet", "errors.jsonl", "part-a.parquet", "part-b.parquet"]
+    names = ["_errors-a.arrow", "_errors.jsonl", "_manifest.json", "part-a.parquet", "part-b.parquet"]
     assert shown_keys(s3_server, bucket) == [f"corpora/wiki/{name}" for name in names]
-    body = s3_server.client().get_object(Bucket=bucket, Key="corpora/wiki/errors.jsonl")["Body"].read()
+    body = s3_server.client().get_object(Bucket=bucket, Key="corpora/wiki/_errors.jsonl")["Body"].read()
     assert json.loads(body)["id"] == "bad-300"
+    address = parse_object(dataset.spec.output, "output")
+    assert pa.dataset.dataset(address.path, filesystem=file_system(address)).count_rows() == manifest.rows
 
 
 def test_the_nearest_chunks_are_found_in_a_bucket(dataset: Dataset) -> None:
@@ -183,11 +186,11 @@ def test_an_upload_that_breaks_leaves_nothing_to_see(bucket: str, s3_server: S3S
 
 
 def test_what_a_broken_upload_would_have_replaced_stays(bucket: str, breaking: Breaking) -> None:
-    storage(f"s3://{bucket}/out").write("errors.jsonl", [b"old"])
+    storage(f"s3://{bucket}/out").write("_errors.jsonl", [b"old"])
     address = f"s3://{bucket}/out?endpoint_override=127.0.0.1:{breaking.port}&scheme=http"
     with pytest.raises(OutputError):
-        storage(address).write("errors.jsonl", (b"x" * 1_000_000 for _ in range(40)))
-    assert storage(f"s3://{bucket}/out").read("errors.jsonl") == b"old"
+        storage(address).write("_errors.jsonl", (b"x" * 1_000_000 for _ in range(40)))
+    assert storage(f"s3://{bucket}/out").read("_errors.jsonl") == b"old"
 
 
 def test_a_generator_that_fails_publishes_nothing(bucket: str, s3_server: S3Server) -> None:
@@ -196,7 +199,7 @@ def test_a_generator_that_fails_publishes_nothing(bucket: str, s3_server: S3Serv
         raise OutputError("a shard is damaged")
 
     with pytest.raises(OutputError, match="a shard is damaged"):
-        storage(f"s3://{bucket}/out").write("errors.jsonl", pieces())
+        storage(f"s3://{bucket}/out").write("_errors.jsonl", pieces())
     assert s3_server.keys(bucket) == []
 
 

@@ -46,7 +46,7 @@ def names_in(dataset: Dataset) -> list[str]:
 def test_a_shard_is_found_as_it_was_recorded(dataset: Dataset) -> None:
     record = dataset.write(make_content(dataset.spec, blocks=[(0, 0), (0, 1), (1, 0)], errors=[make_error()]))
 
-    assert names_in(dataset) == ["errors-a.parquet", "part-a.parquet"]
+    assert names_in(dataset) == ["_errors-a.arrow", "part-a.parquet"]
     assert list(dataset.sink.find_shards()) == [record]
     assert record.bytes == (folder_of(dataset) / "part-a.parquet").stat().st_size
     assert record.checksum.startswith("sha256:")
@@ -74,7 +74,7 @@ def test_rows_and_errors_are_written_in_order_whatever_order_they_come_in(datase
     places = list(zip(written["part"].to_pylist(), written["row"].to_pylist(), strict=True))
     assert places == sorted(places)
     assert contents_of(written.to_batches()).equals(contents_of(content.data.to_batches()))
-    assert pq.read_table(folder_of(dataset) / "errors-a.parquet")["part"].to_pylist() == [0, 1]
+    assert pa.ipc.open_file(folder_of(dataset) / "_errors-a.arrow").read_all()["part"].to_pylist() == [0, 1]
 
 
 def test_a_shard_in_which_every_row_failed_is_a_shard(dataset: Dataset) -> None:
@@ -88,7 +88,7 @@ def test_a_shard_in_which_every_row_failed_is_a_shard(dataset: Dataset) -> None:
 def test_writing_a_shard_again_changes_nothing(dataset: Dataset) -> None:
     content = make_content(dataset.spec, errors=[make_error()])
     assert dataset.sink.write_shard(content) == dataset.sink.write_shard(content)
-    assert names_in(dataset) == ["errors-a.parquet", "part-a.parquet"]
+    assert names_in(dataset) == ["_errors-a.arrow", "part-a.parquet"]
 
 
 def test_a_discarded_shard_is_gone_and_discarding_it_again_is_harmless(dataset: Dataset) -> None:
@@ -116,7 +116,7 @@ FolderSink(spec.output, spec).write_shard(make_content(spec, errors=[make_error(
 
     assert died.returncode == -9
     names = names_in(dataset)
-    assert names[0] == "errors-a.parquet"
+    assert names[0] == "_errors-a.arrow"
     assert names[1].startswith("part-a.parquet.tmp-")
     assert list(dataset.sink.find_shards()) == []
     dataset.sink.check()
@@ -141,14 +141,14 @@ def test_torn_foreign_and_misnamed_files_are_no_shards(dataset: Dataset, caplog:
 @pytest.mark.parametrize("damage", ["missing", "torn", "of another writing"])
 def test_a_shard_without_its_error_rows_is_not_whole(dataset: Dataset, damage: str) -> None:
     dataset.write(make_content(dataset.spec, errors=[make_error()]))
-    errors = folder_of(dataset) / "errors-a.parquet"
+    errors = folder_of(dataset) / "_errors-a.arrow"
     if damage == "missing":
         errors.unlink()
     elif damage == "torn":
         errors.write_bytes(errors.read_bytes()[:-10])
     else:
         dataset.sink.write_shard(make_content(dataset.spec, "b", errors=[make_error(), make_error(row=301)]))
-        (folder_of(dataset) / "errors-b.parquet").replace(errors)
+        (folder_of(dataset) / "_errors-b.arrow").replace(errors)
         dataset.sink.discard_shard("b")
     assert list(dataset.sink.find_shards()) == []
 
@@ -204,7 +204,7 @@ def test_each_file_is_on_disk_before_the_next_step(dataset: Dataset, monkeypatch
     dataset.write(make_content(dataset.spec, errors=[make_error()]))
     dataset.end()
 
-    files = ["errors-a.parquet", "part-a.parquet", "errors.jsonl", "_manifest.json"]
+    files = ["_errors-a.arrow", "part-a.parquet", "_errors.jsonl", "_manifest.json"]
     assert steps == [step for name in files for step in (f"sync {name}", f"rename {name}", "sync out")]
 
 
@@ -233,7 +233,7 @@ def test_a_folder_full_of_something_else_is_refused_untouched(tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     "name",
-    ["_manifest.json", "part-a.parquet", "errors-a.parquet", "part-a.parquet.tmp-1", ".DS_Store"],
+    ["_manifest.json", "part-a.parquet", "_errors-a.arrow", "part-a.parquet.tmp-1", ".DS_Store"],
 )
 def test_an_unfinished_dataset_is_not_something_else(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("")
@@ -288,8 +288,8 @@ def test_a_file_that_a_finalizer_sweeps_away_half_written_is_written_again(datas
 def test_a_file_that_is_swept_away_for_ever_is_an_error_that_does_not_call_the_folder_gone(dataset: Dataset) -> None:
     dataset.write(make_content(dataset.spec))
     for pieces in (Interrupted(dataset.end, times=99), iter(Interrupted(dataset.end))):
-        with pytest.raises(OutputError, match=r"errors.jsonl: cannot write: somebody removes it half-written: try ag"):
-            Folder(folder_of(dataset)).write("errors.jsonl", pieces)
+        with pytest.raises(OutputError, match=r"_errors.jsonl: cannot write: somebody removes it half-written: try ag"):
+            Folder(folder_of(dataset)).write("_errors.jsonl", pieces)
         assert names_in(dataset) == ["_manifest.json", "part-a.parquet"]
 
 
@@ -329,7 +329,7 @@ def test_finalizing_twice_equals_once(dataset: Dataset) -> None:
     assert dataset.end() == first
     assert {name: (folder_of(dataset) / name).read_bytes() for name in names_in(dataset)} == before
     assert sorted(before) == [
-        "_manifest.json", "errors-a.parquet", "errors.jsonl", "part-a.parquet", "part-b.parquet",
+        "_errors-a.arrow", "_errors.jsonl", "_manifest.json", "part-a.parquet", "part-b.parquet",
     ]  # fmt: skip
     assert dataset.sink.read_manifest() == first
 
@@ -337,7 +337,7 @@ def test_finalizing_twice_equals_once(dataset: Dataset) -> None:
 def test_errors_are_lines_that_point_into_the_corpus(dataset: Dataset) -> None:
     dataset.write(make_content(dataset.spec, errors=[make_error(1, 4, id=None, original='{"te\n')]))
     dataset.end()
-    lines = (folder_of(dataset) / "errors.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (folder_of(dataset) / "_errors.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line) for line in lines] == [
         {
             "file": "/data/b.jsonl",
@@ -358,7 +358,7 @@ def test_errors_are_in_the_order_of_the_corpus_however_shards_came(dataset: Data
         others = [make_error(part, row + 1000), make_error(part, row)]
         dataset.write(make_content(dataset.spec, f"s{n}", [(0, n)], errors=others))
     dataset.end()
-    lines = [json.loads(line) for line in (folder_of(dataset) / "errors.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder_of(dataset) / "_errors.jsonl").read_text().splitlines()]
     found = [(line["file"], line["line"] - 1) for line in lines]
     expected = sorted([*places, *((part, row + 1000) for part, row in places)])
     assert found == [(dataset.spec.parts[part], row) for part, row in expected]
@@ -376,9 +376,9 @@ def test_a_job_without_errors_has_no_errors_file_unless_one_lies_there(dataset: 
     dataset.write(make_content(dataset.spec))
     dataset.end()
     assert names_in(dataset) == ["_manifest.json", "part-a.parquet"]
-    (folder_of(dataset) / "errors.jsonl").write_text('{"from": "before"}\n')
+    (folder_of(dataset) / "_errors.jsonl").write_text('{"from": "before"}\n')
     dataset.end()
-    assert (folder_of(dataset) / "errors.jsonl").read_text() == ""
+    assert (folder_of(dataset) / "_errors.jsonl").read_text() == ""
 
 
 def test_a_shard_that_the_manifest_does_not_list_is_not_read(dataset: Dataset) -> None:
@@ -386,7 +386,7 @@ def test_a_shard_that_the_manifest_does_not_list_is_not_read(dataset: Dataset) -
     dataset.sink.write_shard(make_content(dataset.spec, "late", errors=[make_error(row=999)]))
     dataset.end()
     assert contents_of(list(dataset.sink.read())).equals(make_content(dataset.spec).data.sort_by("id"))
-    assert "bad-999" not in (folder_of(dataset) / "errors.jsonl").read_text()
+    assert "bad-999" not in (folder_of(dataset) / "_errors.jsonl").read_text()
     assert len(list(dataset.sink.find_shards())) == 2
 
 
@@ -408,7 +408,7 @@ def test_an_unfinished_dataset_cannot_be_read(dataset: Dataset) -> None:
 
 def test_what_dead_writers_left_half_written_is_removed_with_the_jobs_end(dataset: Dataset) -> None:
     dataset.write(make_content(dataset.spec))
-    for name in ("part-b.parquet.tmp-1", "errors-b.parquet.tmp-2", "errors.jsonl.tmp-3", "_manifest.json.tmp-4"):
+    for name in ("part-b.parquet.tmp-1", "_errors-b.arrow.tmp-2", "_errors.jsonl.tmp-3", "_manifest.json.tmp-4"):
         (folder_of(dataset) / name).write_text("half")
     (folder_of(dataset) / "a strangers.tmp-5").write_text("not ours")
     dataset.end()

@@ -3,17 +3,34 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import duckdb
 import numpy as np
 import polars
 import pyarrow as pa
+import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
 from dataset_lab import DIM, Dataset, make_content, make_spec, vectors
+from verify_lab import Made, make_dataset, run_again
 
 from embedstream.dataset.folder import FolderSink
+from embedstream.lifecycle.retry_completing import finalize_retry
+from embedstream_coordinator.compaction import compact
+
+READERS: dict[str, Callable[[str], pa.Table]] = {
+    "pyarrow.dataset": lambda folder: pa.dataset.dataset(folder).to_table(),
+    "pyarrow.dataset, told the format": lambda folder: pa.dataset.dataset(folder, format="parquet").to_table(),
+    "pyarrow.parquet, as pandas does": lambda folder: pq.read_table(folder),
+    "polars, a pattern": lambda folder: polars.read_parquet(f"{folder}/*.parquet").to_arrow(),
+    "polars, a deep pattern": lambda folder: polars.scan_parquet(f"{folder}/**/*.parquet").collect().to_arrow(),
+    "DuckDB, a pattern": lambda folder: duckdb.sql(f"FROM '{folder}/*.parquet'").to_arrow_table(),
+    "DuckDB, a deep pattern": lambda folder: duckdb.sql(f"FROM '{folder}/**/*.parquet'").to_arrow_table(),
+    "DuckDB, the folder": lambda folder: duckdb.sql(f"FROM read_parquet('{folder}')").to_arrow_table(),
+}
+"""Ways to read a folder of Parquet."""
 
 ROWS = 40
 MATRIX = vectors(ROWS)
@@ -27,6 +44,44 @@ def dataset(tmp_path: Path) -> Dataset:
     dataset.write(make_content(spec, matrix=MATRIX, rows_per_block=ROWS))
     dataset.end()
     return dataset
+
+
+def failed_rows(home: Path) -> Made:
+    return make_dataset(home, rows=300)
+
+
+def run_again_and_failed_in_part(home: Path) -> Made:
+    made = make_dataset(home, rows=300)
+    status, shards = run_again(made, fail_every=3)
+    assert finalize_retry(FolderSink(made.spec.output, status.spec), status, shards) is not None
+    return made
+
+
+def merged(home: Path) -> Made:
+    made = make_dataset(home, rows=300)
+    assert compact(made.spec.output) == (3, 1)
+    return made
+
+
+@pytest.mark.parametrize("made", [failed_rows, run_again_and_failed_in_part, merged])
+@pytest.mark.parametrize("how", READERS)
+def test_readers_of_the_folder_see_vectors_and_no_failed_row(
+    tmp_path: Path, made: Callable[[Path], Made], how: str
+) -> None:
+    folder = made(tmp_path).folder
+    manifest = FolderSink(str(folder)).read_manifest()
+    assert manifest is not None
+    assert manifest.failed == len((folder / "_errors.jsonl").read_text().splitlines()) > 0
+    seen = READERS[how](str(folder))
+    assert (seen.num_rows, seen["embedding"].null_count) == (manifest.rows, 0)
+    assert "code" not in seen.column_names
+
+
+def test_error_rows_of_a_shard_are_an_arrow_file(tmp_path: Path) -> None:
+    made = failed_rows(tmp_path)
+    seen = polars.concat([polars.read_ipc(path) for path in made.folder.glob("_errors-*.arrow")])
+    assert len(seen) == made.manifest.failed
+    assert {"invalid_json", "not_finite"} <= set(seen["code"])
 
 
 def path_of(dataset: Dataset) -> str:

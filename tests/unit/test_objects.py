@@ -64,7 +64,7 @@ def test_vectors_lie_beside_their_corpus() -> None:
 
 def test_a_child_lies_before_the_settings() -> None:
     address = parse_object("s3://bucket/a?region=x", "output")
-    assert address.child("errors.jsonl") == "s3://bucket/a/errors.jsonl?region=x"
+    assert address.child("_errors.jsonl") == "s3://bucket/a/_errors.jsonl?region=x"
 
 
 def test_the_endpoint_of_the_environment_is_for_addresses_that_name_none() -> None:

@@ -6,17 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from dataset_lab import make_status
-from verify_lab import Made, Maker, make_dataset
+from verify_lab import Made, make_dataset, run_again
 
-from embedstream.corpus.duplicates import DuplicateIndex
 from embedstream.dataset.folder import FolderSink
 from embedstream.dataset.schema import ErrorRow
 from embedstream.errors import OutputError
-from embedstream.jobs import JobStatus
 from embedstream.lifecycle.retry_completing import finalize_retry
 from embedstream.records import Manifest, ManifestShard, ShardRecord
-from embedstream_producer.corpus import check_sources
 from embedstream_producer.retry_failed import FailedRows
 from embedstream_producer.verify import verify
 
@@ -39,21 +35,6 @@ class Overtaken(FolderSink):
     def keep_errors(self, manifest: Manifest, retried: Sequence[ShardRecord]) -> list[ManifestShard]:
         self._overtake()
         return super().keep_errors(manifest, retried)
-
-
-def run_again(made: Made) -> tuple[JobStatus, list[ShardRecord]]:
-    """A job over the failed rows, all of which succeed now: computed, and not finalized yet."""
-    sink = FolderSink(made.spec.output, made.spec)
-    with FailedRows(sink, made.spec) as failed, DuplicateIndex() as index:
-        assert len(failed) > 0
-        maker = Maker(failed.spec, FolderSink(made.spec.output, failed.spec), fail_every=10**9, prefix="again-")
-        blocks = [
-            block
-            for part in check_sources(made.spec.parts)
-            for block in failed.blocks(part.index, part.source, part.blocks(made.spec, index))
-        ]
-        maker.write(blocks)
-    return make_status(failed.spec, len(blocks)), maker.records
 
 
 @pytest.fixture
@@ -83,7 +64,7 @@ def test_a_finalizer_that_was_overtaken_takes_what_stands(made: Made) -> None:
 
 def test_error_rows_that_are_gone_while_the_manifest_stands_are_an_error(made: Made) -> None:
     status, shards = run_again(made)
-    for path in made.folder.glob("errors-*.parquet"):
+    for path in made.folder.glob("_errors-*.arrow"):
         path.unlink()
     with pytest.raises(OutputError, match="the file is gone"):
         FailedRows(FolderSink(made.spec.output, made.spec), made.spec)

@@ -18,6 +18,7 @@ from verify_lab import (
     edit_manifest,
     make_dataset,
     make_spec,
+    read_rows,
     replaced,
     rewrite,
     with_vectors,
@@ -64,7 +65,7 @@ def only(verdict: Verdict, kind: str) -> Finding:
 
 
 def ids(path: Path) -> list[str]:
-    return [str(id) for id in pq.read_table(path, columns=["id"]).column("id").to_pylist()]
+    return [str(id) for id in read_rows(path).column("id").to_pylist()]
 
 
 def test_a_good_dataset_is_verified_with_and_without_its_corpus(made: Made) -> None:
@@ -152,7 +153,7 @@ def test_links_within_a_dataset_and_to_it_are_followed(made: Made, tmp_path: Pat
 def test_a_copy_of_a_shard_under_another_name_is_found_if_it_is_listed_and_harmless_if_not(made: Made) -> None:
     shutil.copy(made.part(), made.folder / "part-copy.parquet")
     assert (check(made).ok, check(made).unlisted) == (True, ["part-copy.parquet"])
-    shutil.copy(made.errors(), made.folder / "errors-copy.parquet")
+    shutil.copy(made.errors(), made.folder / "_errors-copy.arrow")
     edit_manifest(made, lambda m: m["shards"].append(m["shards"][0] | {"name": "copy"}))
     verdict = check(made)
     assert f"says shard {made.records[0].name}, expected copy" in verdict.findings["footer"].first[0].message
@@ -203,8 +204,8 @@ def test_a_row_in_two_shards_is_found(made: Made) -> None:
 )
 @pytest.mark.parametrize("errors", [False, True])
 def test_a_row_number_that_cannot_be_is_found_without_the_corpus(made: Made, errors: bool, row: int, says: str) -> None:
-    path = made.folder / f"errors-{made.records[0].name}.parquet" if errors else made.part()
-    rows = pq.read_table(path).column("row").to_pylist()
+    path = made.folder / f"_errors-{made.records[0].name}.arrow" if errors else made.part()
+    rows = read_rows(path).column("row").to_pylist()
     rewrite(made, path, lambda table: replaced(table, "row", [*rows[:-1], row]))
     [found] = check(made).findings["place"].first
     assert (found.file, found.row, found.id) == (path.name, len(rows) - 1, ids(path)[-1])
@@ -213,7 +214,7 @@ def test_a_row_number_that_cannot_be_is_found_without_the_corpus(made: Made, err
 
 def test_a_row_with_the_number_of_a_blank_line_of_another_block_is_found_without_the_corpus(made: Made) -> None:
     path = made.part()
-    rows: list[Any] = pq.read_table(path).column("row").to_pylist()
+    rows: list[Any] = read_rows(path).column("row").to_pylist()
     blank = [number for number, line in enumerate(made.corpus[1].read_text().splitlines()) if not line]
     beyond = next(number for number in blank if number > rows[-1] + 20)
     rewrite(made, path, lambda table: replaced(table, "row", [*rows[:-1], beyond]))
@@ -223,7 +224,7 @@ def test_a_row_with_the_number_of_a_blank_line_of_another_block_is_found_without
 
 
 def test_a_named_pipe_in_place_of_a_file_is_told_at_once(made: Made) -> None:
-    for path in (made.part(), made.errors(), made.folder / "errors.jsonl"):
+    for path in (made.part(), made.errors(), made.folder / "_errors.jsonl"):
         whole = path.read_bytes()
         path.unlink()
         os.mkfifo(path)
@@ -316,7 +317,7 @@ def test_vectors_of_any_length_are_right_if_the_model_does_not_normalize(made: M
     for path, record in zip((made.part(i) for i in range(3)), made.records, strict=True):
         rewrite(made, path, lambda table: with_vectors(table, change), normalized=False)
         if record.failed:
-            rewrite(made, made.folder / f"errors-{record.name}.parquet", lambda table: table, normalized=False)
+            rewrite(made, made.folder / f"_errors-{record.name}.arrow", lambda table: table, normalized=False)
     edit_manifest(made, lambda manifest: manifest["outputs"][0].update(normalized=False))
     assert check(made).findings == {}
 
@@ -421,7 +422,7 @@ def test_whatever_a_file_holds_it_is_told_and_never_raised(made: Made) -> None:
 
 
 def test_a_line_that_errors_jsonl_lost_is_found(made: Made) -> None:
-    path = made.folder / "errors.jsonl"
+    path = made.folder / "_errors.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:3] + lines[4:]))
     lost = json.loads(lines[3])
@@ -431,7 +432,7 @@ def test_a_line_that_errors_jsonl_lost_is_found(made: Made) -> None:
     path.write_text("".join(lines) + "{}\n")
     assert f"line {len(lines) + 1} differs: expected the end" in only(check(made), "errors").message
     path.unlink()
-    assert only(check(made), "missing_file").file == "errors.jsonl"
+    assert only(check(made), "missing_file").file == "_errors.jsonl"
 
 
 def test_files_that_the_manifest_does_not_list_are_named_and_harmless(made: Made) -> None:
