@@ -53,7 +53,7 @@ def write_durable(path: Path, pieces: Iterable[Readable], folder: int) -> None:
     `folder`: an open descriptor of the folder of `path`, which is not looked for again.
 
     When this returns, the file survives a power cut. A reader never sees it half-written; what a crash leaves is named
-    `<name>.tmp-<uuid>`.
+    `.<name>.tmp-<uuid>`, which readers of a folder pass over.
 
     The finalizer of the same output removes such files, and cannot know that one is still being written: then it is
     written again, if the pieces can be had again.
@@ -72,7 +72,7 @@ def write_durable(path: Path, pieces: Iterable[Readable], folder: int) -> None:
 
 def _put(path: Path, pieces: Iterable[Readable], folder: int) -> bool:
     """Whether the file is in its place; if not, somebody has removed it on its way there, and the folder is there."""
-    temporary = f"{path.name}{TEMPORARY}{uuid.uuid4().hex}"
+    temporary = f".{path.name}{TEMPORARY}{uuid.uuid4().hex}"
     try:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666, dir_fd=folder)
         with os.fdopen(descriptor, "wb") as file:

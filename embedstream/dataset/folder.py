@@ -74,7 +74,7 @@ class FolderSink:
         """
         self.files.prepare()
         names = self.files.names()
-        if not any(name.startswith(OURS) for name in names):
+        if not any(name.removeprefix(".").startswith(OURS) for name in names):
             self._refuse_foreign(names)
         self.files.prove_writable()
         # One shard speaks for all: whoever wrote the others has passed here too.
@@ -224,7 +224,7 @@ class FolderSink:
         """Remove what nobody needs once the manifest stands. What cannot be removed counts for nothing."""
         # What writers left that died; one that is still at it will see, and write again.
         names = set(self.files.names())
-        left = {name for name in names if name.startswith(OURS) and TEMPORARY in name}
+        left = {name for name in names if name.removeprefix(".").startswith(OURS) and TEMPORARY in name}
         # Error rows that were run again: those that are left of them lie in newer shards.
         left |= {errors_file(shard.name) for shard in manifest.shards if not shard.failed} & names
         try:

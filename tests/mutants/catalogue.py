@@ -318,7 +318,7 @@ MUTANTS = (
     mutant(
         "a file is written in its place",
         "embedstream/dataset/files.py",
-        'temporary = f"{path.name}{TEMPORARY}{uuid.uuid4().hex}"',
+        'temporary = f".{path.name}{TEMPORARY}{uuid.uuid4().hex}"',
         "temporary = path.name",
         f"{FOLDER}::test_a_kill_before_the_rename_leaves_nothing_that_counts",
         also=(Edit("embedstream/dataset/files.py", "os.O_CREAT | os.O_EXCL", "os.O_CREAT | os.O_TRUNC"),),

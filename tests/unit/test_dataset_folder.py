@@ -116,8 +116,8 @@ FolderSink(spec.output, spec).write_shard(make_content(spec, errors=[make_error(
 
     assert died.returncode == -9
     names = names_in(dataset)
-    assert names[0] == "_errors-a.arrow"
-    assert names[1].startswith("part-a.parquet.tmp-")
+    assert names[0].startswith(".part-a.parquet.tmp-"), "readers of the folder pass over it"
+    assert names[1] == "_errors-a.arrow"
     assert list(dataset.sink.find_shards()) == []
     dataset.sink.check()
     dataset.write(make_content(dataset.spec, "b"))
@@ -192,7 +192,7 @@ def test_each_file_is_on_disk_before_the_next_step(dataset: Dataset, monkeypatch
     sync, rename = os.fsync, os.replace
 
     def note_sync(descriptor: int) -> None:
-        steps.append("sync " + re.sub(r"\.tmp-.*", "", Path(f"/proc/self/fd/{descriptor}").readlink().name))
+        steps.append("sync " + re.sub(r"^\.|\.tmp-.*", "", Path(f"/proc/self/fd/{descriptor}").readlink().name))
         sync(descriptor)
 
     def note_rename(name: str, to: str, **folders: int) -> None:
@@ -233,7 +233,7 @@ def test_a_folder_full_of_something_else_is_refused_untouched(tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     "name",
-    ["_manifest.json", "part-a.parquet", "_errors-a.arrow", "part-a.parquet.tmp-1", ".DS_Store"],
+    ["_manifest.json", "part-a.parquet", "_errors-a.arrow", ".part-a.parquet.tmp-1", ".DS_Store"],
 )
 def test_an_unfinished_dataset_is_not_something_else(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("")
@@ -408,7 +408,7 @@ def test_an_unfinished_dataset_cannot_be_read(dataset: Dataset) -> None:
 
 def test_what_dead_writers_left_half_written_is_removed_with_the_jobs_end(dataset: Dataset) -> None:
     dataset.write(make_content(dataset.spec))
-    for name in ("part-b.parquet.tmp-1", "_errors-b.arrow.tmp-2", "_errors.jsonl.tmp-3", "_manifest.json.tmp-4"):
+    for name in (".part-b.parquet.tmp-1", "._errors-b.arrow.tmp-2", "._errors.jsonl.tmp-3", "._manifest.json.tmp-4"):
         (folder_of(dataset) / name).write_text("half")
     (folder_of(dataset) / "a strangers.tmp-5").write_text("not ours")
     dataset.end()
