@@ -14,7 +14,6 @@ from fleet import Server, cpu_seconds
 from measure import table
 from peers.protocol import peak_mib
 
-from embedstream.dataset.folder import part_file
 from embedstream.dataset.sinks import open_sink
 from embedstream.lifecycle.finalizing import finalize_job
 from embedstream.lifecycle.opening import make_spec, open_job
@@ -22,7 +21,7 @@ from embedstream.queue.blocks import Entry, encode_block
 from embedstream.queue.broker import Broker
 from embedstream.queue.packing import Packer
 from embedstream.queue.steps import CommitBlock
-from embedstream.records import BlockRecord, ShardRecord
+from embedstream.records import BlockRecord, ShardRecord, part_file
 from embedstream.server.connection import connect
 from embedstream.settings import BLOCK_LIMITS
 
@@ -85,7 +84,7 @@ def turn_over(load: Load) -> tuple[int, float]:
                 name=f"{done + shard:012x}", job=spec.job, space="space", rows=rows * len(held), failed=0, skipped=0,
                 blocks=tuple(BlockRecord(0, b.block, rows, 0, 0, b.sum.hex()) for b in held), truncated=0, tokens=1,
                 padded=1, dim=384, dtype="float32", normalized=True, engine="hashing", worker="bench",
-                checksum="sha256:" + "0" * 64,
+                sha256= "0" * 64,
             )  # fmt: skip
             expect("COMMITTED", broker.run(broker.commit(record, held)).code.value)
         done += at_once

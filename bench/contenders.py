@@ -149,7 +149,7 @@ class EndToEnd:
         peak = peak_mib(self._worker.pid)
         self._worker.stop()
         manifest = json.loads((self._output / "_manifest.json").read_text())
-        paths = [self._output / f"part-{shard['name']}.parquet" for shard in manifest["shards"]]
+        paths = [self._output / shard["file"] for shard in manifest["shards"]]
         rows = pq.read_table(paths, columns=["row", "embedding"])
         embedded: Any = rows["embedding"].combine_chunks()
         vectors: Vectors = embedded.flatten().to_numpy().reshape(len(rows), -1)

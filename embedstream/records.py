@@ -12,6 +12,16 @@ ShardName = Annotated[str, msgspec.Meta(pattern=r"\A[0-9A-Za-z_-]{1,64}\Z")]
 """Names become file names, wherever records and manifests come from."""
 
 
+def part_file(shard: str) -> str:
+    """The name of a shard's file of rows."""
+    return f"part-{shard}.parquet"
+
+
+def errors_file(shard: str) -> str:
+    """The name of a shard's file of error rows."""
+    return f"_errors-{shard}.arrow"
+
+
 class BlockRecord(msgspec.Struct, frozen=True):
     """One block as a shard holds it."""
 
@@ -30,7 +40,7 @@ class ShardRecord(msgspec.Struct, frozen=True, kw_only=True):
     """What a shard holds: written into its footer, committed to Redis, listed by the manifest."""
 
     name: ShardName
-    """`X` of `part-X.parquet` and `_errors-X.arrow`; unique for ever."""
+    """Of `part_file` and `errors_file`; unique for ever."""
     job: str
     space: str
     blocks: tuple[BlockRecord, ...]
@@ -51,9 +61,9 @@ class ShardRecord(msgspec.Struct, frozen=True, kw_only=True):
     """What entered the model in front of every text; `input_hash` is over both."""
     bytes: int = 0
     """Size of the data file; 0 until it is written."""
-    checksum: str = ""
-    """`sha256:<hex>` of the data file; empty until it is written, and for sinks without files."""
-    errors_checksum: str = ""
+    sha256: str = ""
+    """Of the data file, in hex; empty until it is written, and for sinks without files."""
+    errors_sha256: str = ""
     """The same of the file of error rows; empty if no row failed."""
 
 
@@ -66,31 +76,57 @@ class ShardContent:
     errors: pa.Table
 
 
-BlockRuns = tuple[tuple[int, int, int], ...]
-"""Consecutive blocks: (part, first, last)."""
+class BlockRun(msgspec.Struct, frozen=True, order=True):
+    """Consecutive blocks of a part, `first` to `last`."""
+
+    part: int
+    first: int
+    last: int
+
+
+BlockRuns = tuple[BlockRun, ...]
 
 NO_BLOCKS = msgspec.Raw(b"[]")
 
 
-class ManifestShard(msgspec.Struct, frozen=True):
-    """A shard as the manifest lists it. Its blocks stay JSON in memory: as tuples they take ten times as much, and a
+class ManifestErrors(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A shard's error rows, and the file that they lie in, if the output has files."""
+
+    rows: int
+    file: str = ""
+    sha256: str = ""
+
+
+class ManifestShard(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A shard as the manifest lists it. Its blocks stay JSON in memory: as objects they take ten times as much, and a
     billion chunks have millions of them."""
 
     name: ShardName
+    file: str = ""
+    """The file of its rows, beside the manifest; empty if the output has no files. So are its size and sum."""
     rows: int
-    failed: int
-    bytes: int
-    checksum: str
+    bytes: int = 0
+    sha256: str = ""
     dtype: str
     runs: msgspec.Raw = msgspec.field(name="blocks")
     """`BlockRuns` as compact JSON."""
-    errors_checksum: str = ""
-    """Of the file of error rows; empty if there is none."""
+    errors: ManifestErrors | None = None
+    """None if no row failed."""
 
     @property
     def blocks(self) -> BlockRuns:
         """Decoded at each look."""
         return msgspec.json.decode(self.runs, type=BlockRuns)
+
+    @property
+    def failed(self) -> int:
+        """Error rows."""
+        return self.errors.rows if self.errors else 0
+
+    @property
+    def errors_sha256(self) -> str:
+        """Of the file of error rows."""
+        return self.errors.sha256 if self.errors else ""
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
@@ -137,7 +173,8 @@ class ManifestOutput(msgspec.Struct, frozen=True, kw_only=True):
 class ManifestPart(msgspec.Struct, frozen=True):
     """One input."""
 
-    source: str
+    name: str
+    """As in `JobSpec.parts`."""
     blocks: int
     """Blocks in the part; -1 if the job ended before that was known."""
     rows: int

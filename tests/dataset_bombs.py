@@ -52,8 +52,8 @@ def write_dataset(folder: Path, change: Any, same_schema: bool = True) -> JobSpe
     with pq.ParquetWriter(path, table.schema, store_schema=False, compression="zstd") as writer:
         writer.write_table(table)
         writer.add_key_value_metadata({FOOTER_KEY: msgspec.json.encode(footer).decode(), "ARROW:schema": schema})
-    size, checksum = Folder(folder).checksum(path.name)
+    size, sha256 = Folder(folder).sha256(path.name)
     manifest = json.loads((folder / "_manifest.json").read_text())
-    manifest["shards"][0] |= {"bytes": size, "checksum": checksum}
+    manifest["shards"][0] |= {"bytes": size, "sha256": sha256}
     (folder / "_manifest.json").write_text(json.dumps(manifest))
     return spec

@@ -198,21 +198,21 @@ def edit_manifest(made: Made, change: Callable[[dict[str, Any]], None]) -> None:
 def rewrite(made: Made, path: Path, change: Callable[[pa.Table], pa.Table], **footer: object) -> None:
     """Rewrite a shard's file with other rows or another footer, and let the manifest have the file's new checksum."""
     is_data = path.suffix == ".parquet"
-    old = read_rows(path)
-    said = (pq.read_metadata(path) if is_data else old.schema).metadata or {}
-    raw = json.loads(said[FOOTER_KEY.encode()])
-    raw["shard"] |= footer
-    table = change(old).replace_schema_metadata({FOOTER_KEY: json.dumps(raw)})
-    with (pq.ParquetWriter if is_data else pa.ipc.new_file)(path, table.schema) as writer:
+    table = change(read_rows(path))
+    if is_data:
+        raw = json.loads((pq.read_metadata(path).metadata or {})[FOOTER_KEY.encode()])
+        raw["shard"] |= footer
+        table = table.replace_schema_metadata({FOOTER_KEY: json.dumps(raw)})
+    with (pq.ParquetWriter if is_data else pa.ipc.new_file)(str(path), table.schema) as writer:
         writer.write_table(table)
-    size, checksum = Folder(path.parent).checksum(path.name)
+    size, sha256 = Folder(path.parent).sha256(path.name)
 
     def note(manifest: dict[str, Any]) -> None:
         for shard in manifest["shards"]:
-            if path.name == f"part-{shard['name']}.parquet":
-                shard |= {"bytes": size, "checksum": checksum}
-            elif path.name == f"_errors-{shard['name']}.arrow":
-                shard["errors_checksum"] = checksum
+            if path.name == shard["file"]:
+                shard |= {"bytes": size, "sha256": sha256}
+            elif path.name == shard.get("errors", {}).get("file"):
+                shard["errors"]["sha256"] = sha256
 
     edit_manifest(made, note)
 

@@ -12,13 +12,13 @@ from collections.abc import Sequence
 
 import msgspec
 
-from embedstream.dataset.folder import FolderSink, errors_file, part_file
+from embedstream.dataset.folder import FolderSink
 from embedstream.dataset.manifest import list_shard, manifest_digest, manifest_spec
 from embedstream.dataset.roots import is_redis
 from embedstream.dataset.sinks import open_sink
 from embedstream.errors import OutputError, UsageError
 from embedstream.jobs import JobState
-from embedstream.records import Manifest, ManifestShard, ShardRecord
+from embedstream.records import BlockRun, Manifest, ManifestShard, ShardRecord, errors_file, part_file
 from embedstream.server.connection import mask
 from embedstream_coordinator.merging import Group, write_group
 
@@ -35,19 +35,20 @@ def plan_groups(manifest: Manifest, target_bytes: int = TARGET_BYTES) -> tuple[G
     Shards without blocks (of rows that were run again) stay as they are. No groups if shards would hardly become fewer.
     """
     runs = sorted(
-        (run, shard.name, shard.bytes / sum(last - first + 1 for _, first, last in shard.blocks))
+        (run, shard.name, shard.bytes / sum(run.last - run.first + 1 for run in shard.blocks))
         for shard in manifest.shards
         for run in shard.blocks
     )
-    cut: list[dict[str, list[tuple[int, int, int]]]] = []
+    cut: list[dict[str, list[BlockRun]]] = []
     room = 0.0
-    for (part, first, last), name, block_bytes in runs:
+    for run, name, block_bytes in runs:
+        first, last = run.first, run.last
         while first <= last:
             if room <= 0 or not cut:
                 cut.append(defaultdict(list))
                 room = float(target_bytes)
             fit = max(1, min(last - first + 1, int(room / max(block_bytes, 1e-9))))
-            cut[-1][name].append((part, first, first + fit - 1))
+            cut[-1][name].append(BlockRun(run.part, first, first + fit - 1))
             room -= fit * block_bytes
             if first + fit <= last:
                 room = 0.0
@@ -133,5 +134,6 @@ def _first_block(record: ShardRecord) -> tuple[int, int]:
 
 def _counts(shards: Sequence[ManifestShard]) -> tuple[int, int, list[tuple[int, int]]]:
     """Rows, error rows, and all blocks."""
-    blocks = sorted((p, b) for shard in shards for p, first, last in shard.blocks for b in range(first, last + 1))
+    runs = [run for shard in shards for run in shard.blocks]
+    blocks = sorted((run.part, block) for run in runs for block in range(run.first, run.last + 1))
     return sum(shard.rows for shard in shards), sum(shard.failed for shard in shards), blocks

@@ -12,12 +12,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from embedstream.dataset.error_files import encode_errors
-from embedstream.dataset.folder import BATCH_ROWS, FolderSink, errors_file, part_file
+from embedstream.dataset.folder import BATCH_ROWS, FolderSink
 from embedstream.dataset.manifest import manifest_spec
 from embedstream.dataset.parquet import ROW_GROUP_BYTES, Footer, encode_pieces
 from embedstream.dataset.schema import dataset_schema, errors_schema
 from embedstream.errors import OutputError
-from embedstream.records import BlockRecord, BlockRuns, Manifest, ShardRecord
+from embedstream.records import BlockRecord, BlockRuns, Manifest, ShardRecord, errors_file, part_file
 from embedstream.server.connection import mask
 from embedstream.settings import MIB
 
@@ -75,19 +75,18 @@ def write_group(sink: FolderSink, manifest: Manifest, group: Group) -> ShardReco
         engine="+".join(sorted({source.engine for source in sources})),
         worker="",
         bytes=0,
-        checksum="",
-        errors_checksum="",
+        sha256="",
+        errors_sha256="",
     )
-    footer = Footer(shard=record, spec=msgspec.Raw(spec.encode()))
-    errors_checksum = ""
     if errors.count:
         table = pa.Table.from_batches([piece for some in errors.groups() for piece in some], errors_schema())
-        encoded = encode_errors(table, footer)
+        encoded = encode_errors(table)
         sink.files.write(errors_file(group.name), [encoded])
-        errors_checksum = f"sha256:{hashlib.sha256(encoded).hexdigest()}"
+        record = msgspec.structs.replace(record, errors_sha256=hashlib.sha256(encoded).hexdigest())
+    footer = Footer(shard=record, spec=msgspec.Raw(spec.encode()))
     schema = dataset_schema(spec, {manifest.outputs[0].name: sources[0].dim})
-    size, checksum = _write(sink, part_file(group.name), data, schema, footer)
-    return msgspec.structs.replace(record, bytes=size, checksum=checksum, errors_checksum=errors_checksum)
+    size, sha256 = _write(sink, part_file(group.name), data, schema, footer)
+    return msgspec.structs.replace(record, bytes=size, sha256=sha256)
 
 
 class _Room:
@@ -168,7 +167,7 @@ class _Rows:
 
 
 def _write(sink: FolderSink, file: str, rows: _Rows, schema: pa.Schema, footer: Footer) -> tuple[int, str]:
-    """Returns size and checksum of the file."""
+    """Returns size and SHA-256 of the file."""
     size, digest = 0, hashlib.sha256()
 
     def pieces() -> Iterator[bytes]:
@@ -180,11 +179,11 @@ def _write(sink: FolderSink, file: str, rows: _Rows, schema: pa.Schema, footer: 
             yield piece
 
     sink.files.write(file, pieces())
-    return size, f"sha256:{digest.hexdigest()}"
+    return size, digest.hexdigest()
 
 
 def _is_in(block: BlockRecord, runs: BlockRuns) -> bool:
-    return any(part == block.part and first <= block.block <= last for part, first, last in runs)
+    return any(run.part == block.part and run.first <= block.block <= run.last for run in runs)
 
 
 def _share(source: ShardRecord, chosen: Sequence[BlockRecord]) -> int:

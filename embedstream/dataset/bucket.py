@@ -71,7 +71,7 @@ class Bucket:
             raise self._cannot("read", "", error) from error
         return {info.base_name: info.size or 0 for info in found if info.type == FileType.File}
 
-    def checksum(self, name: str) -> tuple[int, str]:
+    def sha256(self, name: str) -> tuple[int, str]:
         digest = hashlib.sha256()
         size = 0
         try:
@@ -81,7 +81,7 @@ class Bucket:
                     size += len(data)
         except OSError as error:
             raise self.cannot_read(name, error) from error
-        return size, f"sha256:{digest.hexdigest()}"
+        return size, digest.hexdigest()
 
     def open(self, name: str) -> pa.NativeFile:
         try:

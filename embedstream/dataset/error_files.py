@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from io import IOBase
+from typing import cast
 
-import msgspec
 import pyarrow as pa
 
-from embedstream.dataset.parquet import FOOTER_KEY, Footer, decode_footer
 from embedstream.dataset.schema import errors_schema
-from embedstream.errors import OutputError
 from embedstream.queue.ipc_bounds import read_batch, read_schema
 from embedstream.settings import MIB
 
@@ -25,11 +24,10 @@ MOST_BYTES = 32 * MIB
 _MAGIC, _END = b"ARROW1\0\0", b"ARROW1"
 
 
-def encode_errors(errors: pa.Table, footer: Footer) -> pa.Buffer:
+def encode_errors(errors: pa.Table) -> pa.Buffer:
     """Rows in errors schema as an Arrow IPC file."""
-    schema = errors_schema().with_metadata({FOOTER_KEY: msgspec.json.encode(footer)})
     stream = pa.BufferOutputStream()
-    with pa.ipc.new_file(stream, schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
+    with pa.ipc.new_file(stream, errors_schema(), options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
         for batch in errors.combine_chunks().to_batches(max_chunksize=BATCH_ROWS):
             for piece in _bounded(batch):
                 writer.write_batch(piece)
@@ -45,10 +43,11 @@ def _bounded(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
     yield from _bounded(batch.slice(half))
 
 
-def read_errors(file: pa.NativeFile, path: str) -> tuple[Footer, Iterator[pa.RecordBatch]]:
-    """What a file of error rows says of itself, and the rows, in bounded memory. `path` names it in messages.
+def read_errors(file: pa.NativeFile) -> Iterator[pa.RecordBatch]:
+    """The rows of such a file, some at a time, in bounded memory.
 
-    Both raise `OutputError`; also `ValueError`, `OSError` and `pa.ArrowException`, for what is no such file.
+    Raises:
+        ValueError, pa.ArrowException, OSError: it is no such file, or cannot be read.
     """
     file.seek(max(0, file.size() - len(_END)))
     end = file.read()
@@ -56,17 +55,12 @@ def read_errors(file: pa.NativeFile, path: str) -> tuple[Footer, Iterator[pa.Rec
     if (file.read(len(_MAGIC)), end) != (_MAGIC, _END):
         raise ValueError("no whole Arrow IPC file")
     # The messages of a file are those of a stream; its list of them, at its end, is for reading at any place.
-    messages = pa.ipc.MessageReader.open_stream(pa.PythonFile(_Bounded(file), "r"))
+    messages = pa.ipc.MessageReader.open_stream(pa.PythonFile(cast("IOBase", _Bounded(file)), "r"))
     found, schema = read_schema(messages), errors_schema()
-    footer = decode_footer((found.metadata or {}).get(FOOTER_KEY.encode()), path)
-    for field in schema:
-        at = found.get_field_index(field.name)
-        if at < 0 or not found.field(at).equals(field):
-            there = "not there" if at < 0 else found.field(at).type
-            raise OutputError(f"{path}: column {field.name} is {there}, not {field.type}: restore the file")
     if not found.equals(schema):
-        raise OutputError(f"{path}: has columns {', '.join(found.names)}: restore the file")
-    return footer, (read_batch(message, schema, MOST_BYTES) for message in messages)
+        raise ValueError(f"other columns than {', '.join(schema.names)}, or of other types")
+    for message in messages:
+        yield read_batch(message, schema, MOST_BYTES)
 
 
 class _Bounded:

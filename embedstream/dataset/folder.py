@@ -31,7 +31,7 @@ from embedstream.dataset.schema import ErrorRow, dataset_schema, errors_schema, 
 from embedstream.dataset.storage import Storage, storage_of
 from embedstream.errors import OutputError
 from embedstream.jobs import JobSpec
-from embedstream.records import Manifest, ManifestShard, ShardContent, ShardRecord
+from embedstream.records import Manifest, ManifestShard, ShardContent, ShardRecord, errors_file, part_file
 from embedstream.server.connection import mask
 from embedstream.settings import MIB
 
@@ -101,16 +101,13 @@ class FolderSink:
         if spec is None:
             raise ValueError("a sink without a job's spec is for reading only")
         check_content(content, spec)
-        footer = Footer(shard=record, spec=msgspec.Raw(spec.encode()))
-        errors_checksum = ""
         if record.failed:
-            errors = encode_errors(in_order(content.errors), footer)
+            errors = encode_errors(in_order(content.errors))
             self.files.write(errors_file(record.name), [errors])
-            errors_checksum = f"sha256:{hashlib.sha256(errors).hexdigest()}"
-        encoded = encode_data(in_order(content.data), footer)
+            record = msgspec.structs.replace(record, errors_sha256=hashlib.sha256(errors).hexdigest())
+        encoded = encode_data(in_order(content.data), Footer(shard=record, spec=msgspec.Raw(spec.encode())))
         self.files.write(part_file(record.name), [encoded])
-        checksum = f"sha256:{hashlib.sha256(encoded).hexdigest()}"
-        return msgspec.structs.replace(record, bytes=encoded.size, checksum=checksum, errors_checksum=errors_checksum)
+        return msgspec.structs.replace(record, bytes=encoded.size, sha256=hashlib.sha256(encoded).hexdigest())
 
     def discard_shard(self, name: str) -> None:
         """Remove a shard's files; from the first removal on it is no shard any more.
@@ -169,26 +166,15 @@ class FolderSink:
         with self.files.open(name) as file:
             return read_footer(file, self.files.path(name))
 
-    def errors_footer(self, shard: str) -> tuple[Footer, int]:
-        """The same of its file of error rows, which is read whole. Raises `OutputError`."""
-        name = errors_file(shard)
-        with self._reading(name) as file:
-            footer, batches = read_errors(file, self.files.path(name))
-            return footer, sum(batch.num_rows for batch in batches)
-
     def _part_files(self) -> list[str]:
         return [name for name in self.files.names() if name.startswith("part-") and name.endswith(".parquet")]
 
     def _whole_shard(self, record: ShardRecord) -> ShardRecord:
-        part, errors_checksum = part_file(record.name), ""
-        if record.failed:
-            name = errors_file(record.name)
-            errors, failed = self.errors_footer(record.name)
-            if errors.shard.name != record.name or failed != record.failed:
-                raise OutputError(f"{self.files.path(part)}: its error rows are not those of {name}")
-            _, errors_checksum = self.files.checksum(name)
-        size, checksum = self.files.checksum(part)
-        return msgspec.structs.replace(record, bytes=size, checksum=checksum, errors_checksum=errors_checksum)
+        part, errors = part_file(record.name), errors_file(record.name)
+        if record.failed and self.files.sha256(errors)[1] != record.errors_sha256:
+            raise OutputError(f"{self.files.path(part)}: its error rows are not those of {errors}")
+        size, sha256 = self.files.sha256(part)
+        return msgspec.structs.replace(record, bytes=size, sha256=sha256)
 
     def read_manifest(self) -> Manifest | None:
         """The manifest; None before the job's end. Raises `OutputError` for one that cannot be read."""
@@ -264,7 +250,7 @@ class FolderSink:
         if not shard.failed:
             return
         name = errors_file(shard.name)
-        if shard.errors_checksum and self.files.checksum(name)[1] != shard.errors_checksum:
+        if shard.errors_sha256 and self.files.sha256(name)[1] != shard.errors_sha256:
             raise OutputError(f"{self.files.path(name)}: was changed since it was committed: restore the file")
         yield from self._of_parts(name, self.errors(shard.name), parts)
 
@@ -317,8 +303,8 @@ class FolderSink:
             tokens=0,
             padded=0,
             bytes=0,
-            checksum="",
-            errors_checksum="",
+            sha256="",
+            errors_sha256="",
         )
         assert self._spec is not None, "only a job's finalizer keeps errors"
         data = dataset_schema(self._spec, dims).empty_table()
@@ -355,12 +341,13 @@ class FolderSink:
         columns = "*" if spec is None else ", ".join(["id", *(_identifier(o.name) for o in spec.outputs)])
         listed = None if manifest is None else {part_file(shard.name) for shard in manifest.shards}
         if listed is None or listed.issuperset(self._part_files()):
-            return _shell(f"{self.files.sql}SELECT {columns} FROM {self._literal('part-*.parquet')} LIMIT 5")
-        prefix, path = self._literal("part-"), self._literal(MANIFEST)
+            pattern = _literal(self.files.path("part-*.parquet"))
+            return _shell(f"{self.files.sql}SELECT {columns} FROM {pattern} LIMIT 5")
+        path = self.files.path(MANIFEST)
         return _shell(
-            f"{self.files.sql}SET VARIABLE shards = (SELECT list({prefix} || s.name || '.parquet') "
-            f"FROM (SELECT unnest(shards) AS s FROM {path})); "
-            f"SELECT {columns} FROM read_parquet(getvariable('shards')) LIMIT 5"
+            f"{self.files.sql}SET VARIABLE files = (SELECT list({_literal(path.removesuffix(MANIFEST))} || s.file) "
+            f"FROM (SELECT unnest(shards) AS s FROM {_literal(path)})); "
+            f"SELECT {columns} FROM read_parquet(getvariable('files')) LIMIT 5"
         )
 
     def batches(self, name: str, columns: list[str] | None, rows: int) -> Iterator[pa.RecordBatch]:
@@ -378,7 +365,7 @@ class FolderSink:
         """A shard's error rows, some at a time, in bounded memory. Raises `OutputError`."""
         name = errors_file(shard)
         with self._reading(name) as file:
-            yield from read_errors(file, self.files.path(name))[1]
+            yield from read_errors(file)
 
     @contextmanager
     def _reading(self, name: str) -> Iterator[pa.NativeFile]:
@@ -393,23 +380,14 @@ class FolderSink:
         except OSError as error:
             raise self.files.cannot_read(name, error) from error
 
-    def _literal(self, name: str) -> str:
-        return "'" + self.files.path(name).replace("'", "''") + "'"
-
-
-def part_file(shard: str) -> str:
-    """The name of a shard's file of rows."""
-    return f"part-{shard}.parquet"
-
-
-def errors_file(shard: str) -> str:
-    """The name of a shard's file of error rows."""
-    return f"_errors-{shard}.arrow"
-
 
 def _placed(batch: pa.RecordBatch) -> Iterator[tuple[tuple[int, int, int], dict[str, Any]]]:
     """Rows with their part, row and chunk."""
     return (((row["part"], row["row"], row["chunk"]), row) for row in batch.to_pylist())
+
+
+def _literal(path: str) -> str:
+    return "'" + path.replace("'", "''") + "'"
 
 
 def _identifier(name: str) -> str:

@@ -23,12 +23,16 @@ from embedstream.jobs import (
 )
 from embedstream.records import (
     BlockRecord,
+    BlockRun,
     BlockRuns,
     Manifest,
+    ManifestErrors,
     ManifestOutput,
     ManifestPart,
     ManifestShard,
     ShardRecord,
+    errors_file,
+    part_file,
 )
 from embedstream.server.connection import mask
 
@@ -66,8 +70,8 @@ def build_manifest(status: JobStatus, shards: Iterable[ShardRecord], state: JobS
         outputs=_outputs(status.spec, first),
         parts=tuple(
             # How many blocks a part has is known when none is missing.
-            ManifestPart(source=source, blocks=-1 if partial else part.blocks, rows=part.rows, failed=part.failed)
-            for source, part in zip(status.spec.parts, sums.parts, strict=True)
+            ManifestPart(name=name, blocks=-1 if partial else part.blocks, rows=part.rows, failed=part.failed)
+            for name, part in zip(status.spec.parts, sums.parts, strict=True)
         ),
         rows=sums.rows,
         failed=sums.failed,
@@ -84,26 +88,29 @@ def build_manifest(status: JobStatus, shards: Iterable[ShardRecord], state: JobS
 
 def list_shard(shard: ShardRecord) -> ManifestShard:
     """A shard as the manifest lists it."""
+    name, has_files = shard.name, bool(shard.sha256)
     return ManifestShard(
-        name=shard.name,
+        name=name,
+        file=part_file(name) if has_files else "",
         rows=shard.rows,
-        failed=shard.failed,
         bytes=shard.bytes,
-        checksum=shard.checksum,
+        sha256=shard.sha256,
         dtype=shard.dtype,
         runs=encode_runs(block_runs(shard.blocks)),
-        errors_checksum=shard.errors_checksum,
+        errors=ManifestErrors(shard.failed, errors_file(name) if has_files else "", shard.errors_sha256)
+        if shard.failed
+        else None,
     )
 
 
 def block_runs(blocks: Iterable[BlockRecord]) -> BlockRuns:
-    """Blocks in any order as runs of consecutive ones: (part, first, last), in order."""
-    runs: list[tuple[int, int, int]] = []
+    """Blocks in any order as runs of consecutive ones, in order."""
+    runs: list[BlockRun] = []
     for part, block in sorted((b.part, b.block) for b in blocks):
-        if runs and runs[-1][0] == part and runs[-1][2] + 1 == block:
-            runs[-1] = (part, runs[-1][1], block)
+        if runs and runs[-1].part == part and runs[-1].last + 1 == block:
+            runs[-1] = BlockRun(part, runs[-1].first, block)
         else:
-            runs.append((part, block, block))
+            runs.append(BlockRun(part, block, block))
     return tuple(runs)
 
 
@@ -145,7 +152,7 @@ def decode_manifest(data: bytes | str, where: str) -> Manifest:
     try:
         manifest = msgspec.json.decode(data, type=Manifest)
         spec = decode_spec(bytes(manifest.spec))
-        _refuse_repeated(manifest)
+        _check_shards(manifest)
         # Equal whatever blanks the file has, and no reference to it is left.
         shards = tuple(msgspec.structs.replace(shard, runs=encode_runs(shard.blocks)) for shard in manifest.shards)
     except (msgspec.MsgspecError, ValueError, RecursionError, UsageError) as error:
@@ -156,8 +163,14 @@ def decode_manifest(data: bytes | str, where: str) -> Manifest:
     return msgspec.structs.replace(manifest, spec=msgspec.Raw(spec.encode()), shards=shards)
 
 
-def _refuse_repeated(manifest: Manifest) -> None:
-    """Each time that a shard is listed it would be read again, so a small manifest could cost any time."""
+def _check_shards(manifest: Manifest) -> None:
+    """Raise `ValueError` for files that are not a shard's own, and for a shard that is listed twice: each time it would
+    be read again, so a small manifest could cost any time."""
+    for shard in manifest.shards:
+        if shard.file not in ("", part_file(shard.name)):
+            raise ValueError(f"it lists {shard.file} as the file of shard {shard.name}")
+        if shard.errors and shard.errors.file not in ("", errors_file(shard.name)):
+            raise ValueError(f"it lists {shard.errors.file} as the error rows of shard {shard.name}")
     name, times = max(Counter(shard.name for shard in manifest.shards).items(), key=itemgetter(1), default=("", 0))
     if times > 1:
         raise ValueError(f"it lists shard {name} {times:,} times")

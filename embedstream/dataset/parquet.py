@@ -29,7 +29,7 @@ class Footer(msgspec.Struct, frozen=True, kw_only=True):
 
     v: int = FORMAT_VERSION
     shard: ShardRecord
-    """`bytes` and `checksum` are empty here: a file cannot hold its own hash."""
+    """`bytes` and `sha256` are empty here: a file cannot hold its own hash."""
     spec: msgspec.Raw
     """The `JobSpec`."""
 
@@ -107,17 +107,13 @@ def read_footer(file: pa.NativeFile, path: str) -> tuple[Footer, int]:
         metadata = pq.read_metadata(file)
     except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
         raise OutputError(f"{path}: not a whole Parquet file ({error})") from error
-    return decode_footer((metadata.metadata or {}).get(FOOTER_KEY.encode()), path), metadata.num_rows
-
-
-def decode_footer(raw: bytes | None, path: str) -> Footer:
-    """What lies under `FOOTER_KEY`. Raises as `read_footer`."""
+    raw = (metadata.metadata or {}).get(FOOTER_KEY.encode())
     if raw is None:
-        raise OutputError(f"{path}: not a shard of a dataset")
+        raise OutputError(f"{path}: a Parquet file, but not a shard of a dataset")
     refuse_other_version(raw, f"{path}: the shard", OutputError)
     try:
         footer = msgspec.json.decode(raw, type=Footer)
         footer.job_spec()
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, UsageError) as error:
         raise OutputError(f"{path}: its footer cannot be read ({error})") from error
-    return footer
+    return footer, metadata.num_rows

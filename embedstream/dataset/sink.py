@@ -21,7 +21,7 @@ class Sink(Protocol):
         """Make the output ready and prove that it can be written. Raises `OutputError`."""
 
     def write_shard(self, content: ShardContent) -> ShardRecord:
-        """Make a shard durable; returns its record with `bytes` and `checksum`. Raises `OutputError`."""
+        """Make a shard durable; returns its record with `bytes` and `sha256`. Raises `OutputError`."""
 
     def discard_shard(self, name: str) -> None:
         """Remove a shard that was refused whole (sinks without files keep it: its rows are overwritten)."""

@@ -45,8 +45,8 @@ class Storage(Protocol):
     def sizes(self) -> dict[str, int]:
         """Bytes of each file, by name; one question for all of them."""
 
-    def checksum(self, name: str) -> tuple[int, str]:
-        """Bytes of a file, and `sha256:<hex>` over them."""
+    def sha256(self, name: str) -> tuple[int, str]:
+        """Bytes of a file, and their SHA-256 in hex."""
 
     def open(self, name: str) -> pa.NativeFile:
         """A file for reading at any place; what fails in reading it is an `OSError` for `cannot_read`."""
@@ -124,12 +124,12 @@ class Folder:
         except OSError as error:
             raise cannot("read", self._folder, error) from error
 
-    def checksum(self, name: str) -> tuple[int, str]:
+    def sha256(self, name: str) -> tuple[int, str]:
         path = self._folder / name
         try:
             with self._reading(name) as descriptor, os.fdopen(descriptor, "rb", closefd=False) as file:
-                checksum = hashlib.file_digest(file, "sha256").hexdigest()
-                return file.tell(), f"sha256:{checksum}"
+                digest = hashlib.file_digest(file, "sha256")
+                return file.tell(), digest.hexdigest()
         except OSError as error:
             raise cannot("read", path, error) from error
 

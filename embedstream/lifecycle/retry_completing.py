@@ -15,7 +15,7 @@ from embedstream.dataset.manifest import list_shard, manifest_digest
 from embedstream.dataset.sink import Sink
 from embedstream.errors import OutputError
 from embedstream.jobs import JobState, JobStatus
-from embedstream.records import NO_BLOCKS, Manifest, ManifestPart, ManifestShard, ShardRecord
+from embedstream.records import NO_BLOCKS, Manifest, ManifestShard, ShardRecord
 
 
 def finalize_retry(sink: Sink, status: JobStatus, shards: Sequence[ShardRecord]) -> Manifest | None:
@@ -53,11 +53,7 @@ def finalize_retry(sink: Sink, status: JobStatus, shards: Sequence[ShardRecord])
 def merged(manifest: Manifest, job: str, shards: Sequence[ShardRecord], kept: Sequence[ManifestShard]) -> Manifest:
     """The manifest with the shards of a job over failed rows; `kept` are those that hold the other error rows."""
     shards = sorted(shards, key=lambda shard: shard.name)
-    older = (
-        [msgspec.structs.replace(s, failed=0, errors_checksum="") for s in manifest.shards]
-        if shards
-        else manifest.shards
-    )
+    older = [msgspec.structs.replace(s, errors=None) for s in manifest.shards] if shards else manifest.shards
     added = [msgspec.structs.replace(list_shard(s), runs=NO_BLOCKS) for s in shards]
     by_part = [0] * len(manifest.parts)
     for shard in shards:
@@ -68,7 +64,7 @@ def merged(manifest: Manifest, job: str, shards: Sequence[ShardRecord], kept: Se
         manifest,
         state=JobState.COMPLETED if manifest.rows + rows else JobState.FAILED,
         parts=tuple(
-            ManifestPart(part.source, part.blocks, part.rows + n, part.failed - n)
+            msgspec.structs.replace(part, rows=part.rows + n, failed=part.failed - n)
             for part, n in zip(manifest.parts, by_part, strict=True)
         ),
         rows=manifest.rows + rows,

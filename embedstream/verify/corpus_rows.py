@@ -22,8 +22,8 @@ class Listed:
     def __init__(self, manifest: Manifest) -> None:
         self._all = not manifest.partial
         self._runs: dict[int, list[tuple[int, int]]] = {}
-        for part, first, last in sorted(run for shard in manifest.shards for run in shard.blocks):
-            self._runs.setdefault(part, []).append((first, last))
+        for run in sorted(run for shard in manifest.shards for run in shard.blocks):
+            self._runs.setdefault(run.part, []).append((run.first, run.last))
 
     def has(self, part: int, block: int) -> bool:
         """Whether the rows of a block should be there: all of them, unless the dataset is partial."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from io import BufferedReader
 from itertools import zip_longest
@@ -12,14 +12,14 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 
-from embedstream.dataset.folder import BATCH_ROWS, ERRORS, MANIFEST, FolderSink, errors_file, part_file
+from embedstream.dataset.folder import BATCH_ROWS, ERRORS, MANIFEST, FolderSink
 from embedstream.dataset.input_hash import strings_of, text_digests
 from embedstream.dataset.manifest import manifest_spec
-from embedstream.dataset.schema import ErrorRow, dataset_schema, errors_schema
+from embedstream.dataset.schema import ErrorRow, dataset_schema
 from embedstream.errors import OutputError
 from embedstream.jobs import differing_field
 from embedstream.queue.blocks import MOST_INPUT_ROWS
-from embedstream.records import Manifest, ManifestShard
+from embedstream.records import BlockRecord, Manifest, ManifestShard, errors_file, part_file
 from embedstream.verify.block_spans import BlockSpans
 from embedstream.verify.findings import Finding, Findings, Kind
 from embedstream.verify.locating import locate
@@ -70,7 +70,7 @@ class FolderCheck:
                 self._check_shard(shard, sums)
         if self._whole:
             for part, said in enumerate(self.manifest.parts):
-                source = f"part {part} ({said.source}): "
+                source = f"part {part} ({said.name}): "
                 self._count(None, "rows", said.rows, int(self._per_part[part, 0]), source)
                 self._count(None, "error rows", said.failed, int(self._per_part[part, 1]), source)
             for what, found in self._totals.items():
@@ -78,7 +78,7 @@ class FolderCheck:
             if self.numbers is None:
                 self._check_order()
             if self._errors_sound:
-                self._check_errors_file()
+                self._check_lines()
 
     def unlisted(self) -> list[str]:
         """Names in the folder that the manifest does not list, in order: harmless, as nobody reads them."""
@@ -91,12 +91,13 @@ class FolderCheck:
         sums: _Sums = []
         for name in _files(shard):
             try:
-                sums.append((name, self.sink.files.checksum(name) if name in self._names else None))
+                sums.append((name, self.sink.files.sha256(name) if name in self._names else None))
             except OutputError as error:
                 sums.append((name, error))
         return sums
 
     def _check_shard(self, shard: ManifestShard, sums: _Sums) -> None:
+        blocks: Sequence[BlockRecord] = ()
         for name, found in sums:
             if found is None:
                 self._lost(Kind.MISSING_FILE, "the manifest lists this file, and it is not there", name)
@@ -105,16 +106,19 @@ class FolderCheck:
                 self._lost(Kind.UNREADABLE, self._why(name, found), name)
                 continue
             before = self.findings.total
-            size, checksum = found
+            size, sha256 = found
             self.bytes += size
             is_data = name == part_file(shard.name)
-            said = shard.checksum if is_data else shard.errors_checksum
+            said = shard.sha256 if is_data else shard.errors_sha256
             if is_data and size != shard.bytes:
                 self.findings.add(Kind.CHECKSUM, f"has {size:,} bytes, was committed with {shard.bytes:,}", name)
-            elif checksum != said:
-                self.findings.add(Kind.CHECKSUM, f"is not as it was committed: {checksum}, committed {said}", name)
+            elif sha256 != said:
+                self.findings.add(Kind.CHECKSUM, f"is not as it was committed: {sha256}, committed {said}", name)
             try:
-                self._check_file(shard, name, is_data)
+                if is_data:
+                    blocks = self._check_data(shard, name)
+                else:
+                    self._check_errors(shard, name, blocks)
             except OutputError as error:
                 self._lost(Kind.UNREADABLE, self._why(name, error), name)
             if not is_data and self.findings.total > before:
@@ -128,19 +132,17 @@ class FolderCheck:
         self.findings.add(kind, message, name)
         self._whole = False
 
-    def _check_file(self, shard: ManifestShard, name: str, is_data: bool) -> None:
-        footer, rows = self.sink.footer(name) if is_data else self.sink.errors_footer(shard.name)
-        check_footer(self.findings, self.manifest, shard, footer.shard, name)
+    def _check_data(self, shard: ManifestShard, name: str) -> Sequence[BlockRecord]:
+        """The shard's rows. Returns its blocks, if they are the corpus's: not those of rows that were run again."""
+        footer, count = self.sink.footer(name)
+        record, columns, expected = footer.shard, self._columns(), dataset_schema(self.spec, self._dims)
+        check_footer(self.findings, self.manifest, shard, record, name)
         if differing_field(footer.job_spec(), self.spec) is not None:
             self.findings.add(Kind.FOOTER, "was made by a job with another spec", name)
-        expected = dataset_schema(self.spec, self._dims) if is_data else errors_schema()
-        self._count(name, "rows", shard.rows if is_data else shard.failed, rows)
-        columns = self._columns() if is_data else expected.names
-        sums = np.zeros(2, np.int64)
-        # Of rows that were run again blocks were made that are not those of the corpus.
-        spans = self._spans.file(footer.shard.blocks if shard.blocks else (), not is_data, rows)
-        start = 0
-        for batch in self.sink.batches(name, columns, BATCH_ROWS) if is_data else self.sink.errors(shard.name):
+        self._count(name, "rows", shard.rows, count)
+        blocks = record.blocks if shard.blocks else ()
+        spans, sums, start = self._spans.file(blocks, failed=False, rows=count), np.zeros(2, np.int64), 0
+        for batch in self.sink.batches(name, columns, BATCH_ROWS):
             try:
                 batch.validate(full=True)
             except pa.ArrowInvalid as error:
@@ -149,19 +151,26 @@ class FolderCheck:
             if wrong:
                 found, said = (_typed(schema.field(wrong[0])) for schema in (batch.schema, expected))
                 self._lost(Kind.COLUMNS, f"column {wrong[0]} is {found}, expected {said}", name)
-                return
-            if is_data:
-                self._check_rows(batch, Located(self.findings, name, start, batch))
-                sums += [_sum(batch.column("n_tokens")), _sum(batch.column("truncated"))]
-            else:
-                self._check_error_rows(batch, Located(self.findings, name, start, batch))
+                return blocks
+            self._check_rows(batch, Located(self.findings, name, start, batch))
+            sums += [_sum(batch.column("n_tokens")), _sum(batch.column("truncated"))]
             spans.add(start, batch.column("row").to_numpy())
             start += batch.num_rows
-        if is_data:
-            for what in _TOTALS:
-                self._totals[what] += getattr(footer.shard, what)
-            self._count(name, "tokens", footer.shard.tokens, int(sums[0]))
-            self._count(name, "truncated texts", footer.shard.truncated, int(sums[1]))
+        for what in _TOTALS:
+            self._totals[what] += getattr(record, what)
+        self._count(name, "tokens", record.tokens, int(sums[0]))
+        self._count(name, "truncated texts", record.truncated, int(sums[1]))
+        return blocks
+
+    def _check_errors(self, shard: ManifestShard, name: str, blocks: Sequence[BlockRecord]) -> None:
+        """The shard's error rows; `blocks` are those of its rows."""
+        count = sum(batch.num_rows for batch in self.sink.errors(shard.name))
+        self._count(name, "rows", shard.failed, count)
+        spans, start = self._spans.file(blocks, failed=True, rows=count), 0
+        for batch in self.sink.errors(shard.name):
+            self._check_error_rows(batch, Located(self.findings, name, start, batch))
+            spans.add(start, batch.column("row").to_numpy())
+            start += batch.num_rows
 
     def _columns(self) -> list[str]:
         columns = ["part", "row", "id", "chunk", "n_tokens", "truncated", *self._dims]
@@ -235,7 +244,7 @@ class FolderCheck:
             self.findings.add(Kind.PLACE, message, there.file, there.row, there.id)
         self.findings.count(Kind.PLACE, len(misplaced) - len(told))
 
-    def _check_errors_file(self) -> None:
+    def _check_lines(self) -> None:
         """`_errors.jsonl` is made of the shards' error rows, in the manifest's order, and of nothing else."""
         if ERRORS not in self._names:
             if self.manifest.failed:
@@ -261,12 +270,11 @@ class FolderCheck:
 
 
 _Sums = list[tuple[str, tuple[int, str] | OutputError | None]]
-"""By file: size and checksum, why it cannot be read, or None if it is not there."""
+"""By file: size and SHA-256, why it cannot be read, or None if it is not there."""
 
 
 def _files(shard: ManifestShard) -> list[str]:
-    has_errors = shard.failed or shard.errors_checksum
-    return [part_file(shard.name), *([errors_file(shard.name)] if has_errors else [])]
+    return [part_file(shard.name), *([errors_file(shard.name)] if shard.errors else [])]
 
 
 def _shown(line: bytes | None) -> str:

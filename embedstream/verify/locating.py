@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from embedstream.dataset.folder import BATCH_ROWS, FolderSink, errors_file, part_file
+from embedstream.dataset.folder import BATCH_ROWS, FolderSink
 from embedstream.errors import OutputError
-from embedstream.records import Manifest
+from embedstream.records import Manifest, errors_file, part_file
 from embedstream.verify.findings import Finding
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from itertools import groupby, pairwise
 
-from embedstream.dataset.folder import part_file
 from embedstream.dataset.manifest import block_runs, manifest_spec
 from embedstream.jobs import JobState
-from embedstream.records import Manifest, ManifestShard, ShardRecord
+from embedstream.records import Manifest, ManifestShard, ShardRecord, part_file
 from embedstream.verify.findings import Findings, Kind
 
 MOST_DIMENSIONS = 1 << 20
@@ -26,7 +25,7 @@ def check_manifest(findings: Findings, manifest: Manifest) -> bool:
     spec = manifest_spec(manifest)
     if spec.job != manifest.job:
         wrong(f"is of job {manifest.job}, and its spec is of job {spec.job}")
-    if tuple(part.source for part in manifest.parts) != spec.parts:
+    if tuple(part.name for part in manifest.parts) != spec.parts:
         wrong("lists other parts than its spec")
         return False
     if [(o.name, o.kind, o.dtype) for o in manifest.outputs] != [(o.name, o.kind, o.dtype) for o in spec.outputs]:
@@ -50,7 +49,8 @@ def check_manifest(findings: Findings, manifest: Manifest) -> bool:
 
 
 def _check_blocks(findings: Findings, manifest: Manifest) -> None:
-    runs = sorted((part, first, last, shard.name) for shard in manifest.shards for part, first, last in shard.blocks)
+    listed = [(run, shard.name) for shard in manifest.shards for run in shard.blocks]
+    runs = sorted((run.part, run.first, run.last, name) for run, name in listed)
     for (part, _, last, name), (next_part, first, next_last, other) in pairwise(runs):
         if part == next_part and first <= last:
             again = f"block {first}" if first == min(last, next_last) else f"blocks {first} to {min(last, next_last)}"
@@ -77,7 +77,7 @@ def _missing(findings: Findings, part: int, first: int, last: int) -> None:
 
 
 def check_footer(findings: Findings, manifest: Manifest, shard: ManifestShard, record: ShardRecord, file: str) -> None:
-    """What `file`, one of the shard's two, says of itself."""
+    """What the shard's `file` says of itself."""
 
     def compare(what: str, said: object, found: object, kind: Kind = Kind.FOOTER) -> None:
         if said != found:

@@ -38,7 +38,7 @@ def judge_folder(output: str, expected: Expected) -> Verdict:
     manifest = json.loads((folder / "_manifest.json").read_text())
     rows: list[dict[str, Any]] = []
     for shard in manifest["shards"]:
-        rows += pq.read_table(folder / f"part-{shard['name']}.parquet").to_pylist()
+        rows += pq.read_table(folder / shard["file"]).to_pylist()
     errors_file = folder / "_errors.jsonl"
     errors = [json.loads(line) for line in errors_file.read_text().splitlines()] if errors_file.exists() else []
     found = [(row["row"], row["id"], row["text"], np.array(row["embedding"])) for row in rows]

@@ -155,7 +155,7 @@ def read_rows(output: Path) -> list[dict[str, Any]]:
     """Every row of the shards that the manifest lists, by a reader of its own; embeddings as NumPy arrays, [dim]."""
     rows: list[dict[str, Any]] = []
     for shard in read_manifest(output)["shards"]:
-        table = pq.read_table(output / f"part-{shard['name']}.parquet")
+        table = pq.read_table(output / shard["file"])
         vectors: Any = table.column("embedding").combine_chunks()
         matrix = vectors.flatten().to_numpy().reshape(len(table), vectors.type.list_size)
         others = table.drop_columns(["embedding"]).to_pylist()

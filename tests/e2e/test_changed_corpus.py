@@ -51,8 +51,8 @@ def forgotten(tmp_path: Path, url: str, queue: str) -> None:
         assert run("embed-submit", *submit(tmp_path, url, queue)).returncode == 0
     out = tmp_path / "out"
     for shard in read_manifest(out)["shards"]:
-        if any(first == 0 for _, first, _ in shard["blocks"]):
-            (out / f"part-{shard['name']}.parquet").unlink()
+        if any(run["first"] == 0 for run in shard["blocks"]):
+            (out / shard["file"]).unlink()
     (out / "_manifest.json").unlink()
     client = connect(url)
     client.unlink(*client.keys(f"embedstream:{{{queue}}}:*"))

@@ -40,7 +40,7 @@ def contents(output: Path) -> list[dict[str, Any]]:
     rows = [
         row
         for shard in read_manifest(output)["shards"]
-        for name in (f"part-{shard['name']}.parquet", *[f"_errors-{shard['name']}.arrow"] * (shard["failed"] > 0))
+        for name in (shard["file"], *([shard["errors"]["file"]] if "errors" in shard else []))
         for row in read_rows(output / name).to_pylist()
     ]
     return sorted(rows, key=lambda row: (row["part"], row["row"]))
@@ -67,7 +67,7 @@ def part_files(output: Path) -> set[str]:
 
 
 def listed_files(output: Path) -> set[str]:
-    return {f"part-{shard['name']}.parquet" for shard in read_manifest(output)["shards"]}
+    return {shard["file"] for shard in read_manifest(output)["shards"]}
 
 
 def test_small_shards_become_one_in_the_order_of_the_corpus(tmp_path: Path) -> None:

@@ -105,7 +105,7 @@ def test_killed_and_run_again_it_goes_on_and_doubles_nothing(tmp_path: Path) -> 
     assert_exact(tmp_path / "out", texts, every=100)
     assert_no_leftovers(tmp_path / "out")
     manifest = json.loads((tmp_path / "out" / "_manifest.json").read_text())
-    listed = {f"part-{shard['name']}.parquet" for shard in manifest["shards"]}
+    listed = {shard["file"] for shard in manifest["shards"]}
     assert survivors & listed, "no work of the killed run was kept"
     wait_until(lambda: not processes_mentioning(str(tmp_path)), "every process of both runs to end", 20)
 
@@ -124,7 +124,7 @@ def test_a_lost_server_state_is_made_good_from_the_shards(tmp_path: Path) -> Non
     assert again.returncode == 0, again.stderr
     assert_exact(tmp_path / "out", texts, every=100)
     manifest = json.loads((tmp_path / "out" / "_manifest.json").read_text())
-    assert survivors <= {f"part-{shard['name']}.parquet" for shard in manifest["shards"]}, "a shard was not adopted"
+    assert survivors <= {shard["file"] for shard in manifest["shards"]}, "a shard was not adopted"
 
 
 def test_an_unfinished_output_that_was_deleted_is_made_from_the_beginning(tmp_path: Path) -> None:

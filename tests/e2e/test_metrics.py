@@ -61,7 +61,7 @@ def test_the_metrics_are_those_declared_and_say_what_the_job_did(workers: Fleet,
     for metric in (*WORKER_METRICS, *QUEUE_METRICS):
         family = families[metric.name.removesuffix("_total")]
         assert (family.type, family.documentation) == (metric.kind, metric.help)
-    blocks = sum(last - first + 1 for shard in manifest["shards"] for _, first, last in shard["blocks"])
+    blocks = sum(run["last"] - run["first"] + 1 for shard in manifest["shards"] for run in shard["blocks"])
     for name, counted in {
         "embedstream_claimed_blocks_total": blocks,
         "embedstream_committed_blocks_total": blocks,

@@ -93,7 +93,8 @@ def test_a_text_that_kills_costs_three_workers_and_one_row(
     assert errors_of(tmp_path / "out") == {"t1500": "poison"}
     assert not workers.broker.client.exists(workers.broker.keys.suspect(job))
     shards = read_manifest(tmp_path / "out")["shards"]
-    blocks = [(part, n) for shard in shards for part, first, last in shard["blocks"] for n in range(first, last + 1)]
+    runs = [run for shard in shards for run in shard["blocks"]]
+    blocks = [(run["part"], n) for run in runs for n in range(run["first"], run["last"] + 1)]
     assert len(blocks) == len(set(blocks)), "a block was committed twice"
 
 

@@ -87,7 +87,7 @@ def embed(workers: Fleet, corpus: Path, output: Path, rows: int, kill: bool) -> 
 
 def assert_every_id_once(output: Path, rows: int) -> None:
     shards = read_manifest(output)["shards"]
-    ids = pq.read_table([output / f"part-{shard['name']}.parquet" for shard in shards], columns=["id"]).column("id")
+    ids = pq.read_table([output / shard["file"] for shard in shards], columns=["id"]).column("id")
     assert len(ids) == rows
     assert set(ids.to_pylist()) == {f"row-{i}" for i in range(rows)}
 

@@ -78,7 +78,7 @@ def test_what_others_commit_first_is_left_out_of_the_shard(lab: WorkerLab) -> No
     assert_exact(lab.folder / "out", BY_ID)
     pace: Any = lab.broker.client.hgetall(lab.broker.keys.pace)
     assert int(pace[b"ms"]) > 500, "the work for a shard that was refused is lost from the pace"
-    shards = {f"part-{shard['name']}.parquet": shard["rows"] for shard in read_manifest(lab.folder / "out")["shards"]}
+    shards = {shard["file"]: shard["rows"] for shard in read_manifest(lab.folder / "out")["shards"]}
     assert sorted(shards) == parts(lab), "the shard that was refused was left behind"
     assert sum(shards.pop(other) for other in others) == 16
     assert sum(shards.values()) == 48

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -49,7 +50,7 @@ def test_a_shard_is_found_as_it_was_recorded(dataset: Dataset) -> None:
     assert names_in(dataset) == ["_errors-a.arrow", "part-a.parquet"]
     assert list(dataset.sink.find_shards()) == [record]
     assert record.bytes == (folder_of(dataset) / "part-a.parquet").stat().st_size
-    assert record.checksum.startswith("sha256:")
+    assert record.sha256 == hashlib.sha256((folder_of(dataset) / "part-a.parquet").read_bytes()).hexdigest()
 
 
 def test_the_footer_says_everything_of_its_shard(dataset: Dataset) -> None:
@@ -74,7 +75,7 @@ def test_rows_and_errors_are_written_in_order_whatever_order_they_come_in(datase
     places = list(zip(written["part"].to_pylist(), written["row"].to_pylist(), strict=True))
     assert places == sorted(places)
     assert contents_of(written.to_batches()).equals(contents_of(content.data.to_batches()))
-    assert pa.ipc.open_file(folder_of(dataset) / "_errors-a.arrow").read_all()["part"].to_pylist() == [0, 1]
+    assert pa.ipc.open_file(str(folder_of(dataset) / "_errors-a.arrow")).read_all()["part"].to_pylist() == [0, 1]
 
 
 def test_a_shard_in_which_every_row_failed_is_a_shard(dataset: Dataset) -> None:

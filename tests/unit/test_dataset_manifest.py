@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tracemalloc
 from itertools import pairwise
 from typing import Any
@@ -24,14 +25,14 @@ from embedstream.dataset.manifest import (
 )
 from embedstream.errors import ManifestDamaged, OutputError, SpecDiffers
 from embedstream.jobs import JobState
-from embedstream.records import BlockRecord, ShardRecord
+from embedstream.records import BlockRecord, BlockRun, ShardRecord
 
 SPEC = make_spec("/out")
 
 
 def make_record(name: str, blocks: list[tuple[int, int]], errors: int = 0, **changed: Any) -> ShardRecord:
     rows = [make_error(row=100 + i) for i in range(errors)]
-    return make_content(SPEC, name, blocks, errors=rows, bytes=10, checksum="sha256:00", **changed).record
+    return make_content(SPEC, name, blocks, errors=rows, bytes=10, sha256="00", **changed).record
 
 
 def test_a_complete_manifest_adds_its_shards_up() -> None:
@@ -41,13 +42,13 @@ def test_a_complete_manifest_adds_its_shards_up() -> None:
     assert (manifest.state, manifest.partial, manifest.job) == ("completed", False, SPEC.job)
     assert (manifest.rows, manifest.failed, manifest.truncated, manifest.tokens, manifest.padded) == (9, 2, 3, 36, 45)
     assert (manifest.created, manifest.ended, manifest.engines) == (1000.0, 1010.5, ("hashing",))
-    assert [(p.source, p.blocks, p.rows, p.failed) for p in manifest.parts] == [
+    assert [(p.name, p.blocks, p.rows, p.failed) for p in manifest.parts] == [
         ("/data/a.jsonl", 2, 6, 0),
         ("/data/b.jsonl", 1, 3, 2),
     ]
     assert [(s.name, s.rows, s.failed, s.dtype, s.blocks) for s in manifest.shards] == [
-        ("a", 3, 0, "bfloat16", ((0, 0, 0),)),
-        ("b", 6, 2, "float32", ((0, 1, 1), (1, 0, 0))),
+        ("a", 3, 0, "bfloat16", (BlockRun(0, 0, 0),)),
+        ("b", 6, 2, "float32", (BlockRun(0, 1, 1), BlockRun(1, 0, 0))),
     ]
     output = manifest.outputs[0]
     assert (output.name, output.kind, output.dtype, output.dim, output.normalized) == (
@@ -74,11 +75,33 @@ def test_a_manifest_of_many_shards_is_written_in_order_and_piece_by_piece() -> N
     assert [shard.name for shard in decode_manifest(b"".join(pieces), "x").shards] == [s.name for s in shards[::-1]]
 
 
-@pytest.mark.parametrize("blocks", [b'"all"', b"[[0,0]]", b"[[0,0,-]]"])
+@pytest.mark.parametrize(
+    "blocks", [b'"all"', b"[[0,0,0]]", b'[{"part":0,"first":0}]', b'[{"part":0,"first":0,"last":-}]']
+)
 def test_a_manifest_with_damaged_blocks_is_refused(blocks: bytes) -> None:
     manifest = build_manifest(make_status(SPEC, 1), [make_record("a", [(0, 0)])], JobState.COMPLETED, 2.0)
+    whole = encode_manifest(manifest)
+    assert whole.count(b'[{"part":0,"first":0,"last":0}]') == 1
     with pytest.raises(ManifestDamaged, match="x: the manifest cannot be read"):
-        decode_manifest(encode_manifest(manifest).replace(b"[[0,0,0]]", blocks), "x")
+        decode_manifest(whole.replace(b'[{"part":0,"first":0,"last":0}]', blocks), "x")
+
+
+def test_a_manifest_names_the_files_of_its_shards_with_their_sums() -> None:
+    shards = [make_record("a", [(0, 0)], errors=2, errors_sha256="01"), make_record("b", [(0, 1)])]
+    manifest = build_manifest(make_status(SPEC, 2), shards, JobState.COMPLETED, 2.0)
+    first, second = json.loads(encode_manifest(manifest))["shards"]
+    assert (first["file"], first["sha256"], second["file"]) == ("part-a.parquet", "00", "part-b.parquet")
+    assert first["errors"] == {"rows": 2, "file": "_errors-a.arrow", "sha256": "01"}
+    assert "errors" not in second
+
+
+@pytest.mark.parametrize("file", ["part-b.parquet", "../part-a.parquet", "/etc/passwd", "_errors-b.arrow"])
+def test_a_manifest_that_names_other_files_than_its_shards_own_is_refused(file: str) -> None:
+    record = make_record("a", [(0, 0)], errors=1, errors_sha256="01")
+    whole = encode_manifest(build_manifest(make_status(SPEC, 1), [record], JobState.COMPLETED, 2.0))
+    for own in (b"part-a.parquet", b"_errors-a.arrow"):
+        with pytest.raises(ManifestDamaged, match=f"it lists {file} as the"):
+            decode_manifest(whole.replace(own, file.encode()), "x")
 
 
 def test_making_and_reading_a_manifest_keeps_little_more_than_it_says() -> None:
@@ -160,5 +183,5 @@ def test_a_shard_that_does_not_add_up_is_refused() -> None:
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 40)), unique=True))
 def test_runs_name_every_block_once_and_never_touch(places: list[tuple[int, int]]) -> None:
     runs = block_runs(BlockRecord(part, block, 0, 0, 0, "") for part, block in places)
-    assert [(part, b) for part, first, last in runs for b in range(first, last + 1)] == sorted(places)
-    assert all(a[0] < b[0] or a[2] + 1 < b[1] for a, b in pairwise(runs))
+    assert [(run.part, block) for run in runs for block in range(run.first, run.last + 1)] == sorted(places)
+    assert all(a.part < b.part or a.last + 1 < b.first for a, b in pairwise(runs))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import numpy as np
@@ -20,15 +21,23 @@ from embedstream.dataset.folder import FolderSink
 from embedstream.lifecycle.retry_completing import finalize_retry
 from embedstream_coordinator.compaction import compact
 
+
+def queried(sql: str) -> pa.Table:
+    with duckdb.connect() as connection:
+        found: Any = connection.sql(sql)
+        table: pa.Table = found.to_arrow_table()
+    return table
+
+
 READERS: dict[str, Callable[[str], pa.Table]] = {
     "pyarrow.dataset": lambda folder: pa.dataset.dataset(folder).to_table(),
     "pyarrow.dataset, told the format": lambda folder: pa.dataset.dataset(folder, format="parquet").to_table(),
     "pyarrow.parquet, as pandas does": lambda folder: pq.read_table(folder),
     "polars, a pattern": lambda folder: polars.read_parquet(f"{folder}/*.parquet").to_arrow(),
     "polars, a deep pattern": lambda folder: polars.scan_parquet(f"{folder}/**/*.parquet").collect().to_arrow(),
-    "DuckDB, a pattern": lambda folder: duckdb.sql(f"FROM '{folder}/*.parquet'").to_arrow_table(),
-    "DuckDB, a deep pattern": lambda folder: duckdb.sql(f"FROM '{folder}/**/*.parquet'").to_arrow_table(),
-    "DuckDB, the folder": lambda folder: duckdb.sql(f"FROM read_parquet('{folder}')").to_arrow_table(),
+    "DuckDB, a pattern": lambda folder: queried(f"FROM '{folder}/*.parquet'"),
+    "DuckDB, a deep pattern": lambda folder: queried(f"FROM '{folder}/**/*.parquet'"),
+    "DuckDB, the folder": lambda folder: queried(f"FROM read_parquet('{folder}')"),
 }
 """Ways to read a folder of Parquet."""
 

@@ -69,4 +69,4 @@ def test_a_merged_shard_is_written_row_group_by_row_group_in_order(
         table: Any = file.read()
     places = list(zip(table["part"].to_pylist(), table["row"].to_pylist(), strict=True))
     assert (len(places), places) == (manifest.rows, sorted(places))
-    assert sink.files.checksum(f"part-{record.name}.parquet") == (record.bytes, record.checksum)
+    assert sink.files.sha256(f"part-{record.name}.parquet") == (record.bytes, record.sha256)

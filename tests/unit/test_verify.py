@@ -154,7 +154,13 @@ def test_a_copy_of_a_shard_under_another_name_is_found_if_it_is_listed_and_harml
     shutil.copy(made.part(), made.folder / "part-copy.parquet")
     assert (check(made).ok, check(made).unlisted) == (True, ["part-copy.parquet"])
     shutil.copy(made.errors(), made.folder / "_errors-copy.arrow")
-    edit_manifest(made, lambda m: m["shards"].append(m["shards"][0] | {"name": "copy"}))
+
+    def list_it(manifest: dict[str, Any]) -> None:
+        first = manifest["shards"][0]
+        errors = first["errors"] | {"file": "_errors-copy.arrow"}
+        manifest["shards"].append(first | {"name": "copy", "file": "part-copy.parquet", "errors": errors})
+
+    edit_manifest(made, list_it)
     verdict = check(made)
     assert f"says shard {made.records[0].name}, expected copy" in verdict.findings["footer"].first[0].message
     assert kinds(verdict)["doubled"] == made.records[0].rows + made.records[0].failed
