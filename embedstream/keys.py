@@ -97,7 +97,7 @@ class Keys:
         return f"{self.prefix}:caller:{request}"
 
     def job(self, job: str) -> str:
-        """Hash: spec, state, counters, and per part `next:<part>` and `sealed:<part>`."""
+        """Hash: spec, state, counters, and per part `next:`, `sealed:` and `content:<part>`."""
         return f"{self.prefix}:job:{job}"
 
     def blocks(self, job: str) -> str:

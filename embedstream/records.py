@@ -22,6 +22,14 @@ def errors_file(shard: str) -> str:
     return f"_errors-{shard}.arrow"
 
 
+class PartContent(msgspec.Struct, frozen=True):
+    """What a producer read of a part: the bytes as they lie, compressed or not."""
+
+    bytes: Annotated[int, msgspec.Meta(ge=0, le=2**53)] | None
+    """None for a stream, which has no size that could be looked at."""
+    sha256: Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
+
+
 class BlockRecord(msgspec.Struct, frozen=True):
     """One block as a shard holds it."""
 
@@ -179,3 +187,6 @@ class ManifestPart(msgspec.Struct, frozen=True):
     """Blocks in the part; -1 if the job ended before that was known."""
     rows: int
     failed: int
+    bytes: int | None = None
+    sha256: str | None = None
+    """As in `PartContent`; null if the producer did not say."""

@@ -165,7 +165,9 @@ def submit(url: str, model: str, corpus: Path, output: Path) -> str:
         if code not in ("OK", "DUPLICATE"):
             raise SystemExit(f"block {number}: {code}")
 
-    code, _ = steps.run("seal", [key, stream, jobs, total, outbox], job, 0, number + 1)
+    with corpus.open("rb") as file:
+        read = {"bytes": corpus.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    code, _ = steps.run("seal", [key, stream, jobs, total, outbox], job, 0, number + 1, json.dumps(read))
     if code != "OK":
         raise SystemExit(f"the end of the corpus: {code}")
     return job

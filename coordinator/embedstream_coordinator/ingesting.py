@@ -52,7 +52,7 @@ def ingest_part(context: Context, broker: Broker, job: str, part: int) -> str:
         def blocks() -> Iterator[Block]:
             return mine.blocks(spec, index)
 
-        plan = push_part(broker, job, part, Part(mine.label, blocks), bound)
+        plan = push_part(broker, job, part, Part(mine.label, blocks, content=lambda: mine.content), bound)
         pushed = drive(plan, broker, url=mask(context.redis_url), tick=still_wanted)
     return {Pushed.SEALED: "read", Pushed.ENDED: "the job ended", Pushed.LOST: "Redis does not know the job"}[pushed]
 

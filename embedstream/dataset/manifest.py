@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import zip_longest
 from operator import itemgetter
 
 import msgspec
@@ -30,6 +31,7 @@ from embedstream.records import (
     ManifestOutput,
     ManifestPart,
     ManifestShard,
+    PartContent,
     ShardRecord,
     errors_file,
     part_file,
@@ -40,7 +42,13 @@ SHARDS_AT_ONCE = 256
 """Encoded at once: some hundred kilobytes."""
 
 
-def build_manifest(status: JobStatus, shards: Iterable[ShardRecord], state: JobState, ended: float) -> Manifest:
+def build_manifest(
+    status: JobStatus,
+    shards: Iterable[ShardRecord],
+    state: JobState,
+    ended: float,
+    contents: Sequence[PartContent | None] = (),
+) -> Manifest:
     """The manifest of a job that ends in `state` at `ended` (Unix seconds). Equal shards, in whatever order, give equal
     manifests.
 
@@ -69,9 +77,15 @@ def build_manifest(status: JobStatus, shards: Iterable[ShardRecord], state: JobS
         prompt=first.prompt if first else "",
         outputs=_outputs(status.spec, first),
         parts=tuple(
-            # How many blocks a part has is known when none is missing.
-            ManifestPart(name=name, blocks=-1 if partial else part.blocks, rows=part.rows, failed=part.failed)
-            for name, part in zip(status.spec.parts, sums.parts, strict=True)
+            ManifestPart(
+                name=name,
+                blocks=-1 if partial else part.blocks,  # known when none is missing
+                rows=part.rows,
+                failed=part.failed,
+                bytes=content.bytes if content else None,
+                sha256=content.sha256 if content else None,
+            )
+            for name, part, content in zip_longest(status.spec.parts, sums.parts, contents)
         ),
         rows=sums.rows,
         failed=sums.failed,

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from embedstream.dataset.manifest import build_manifest, manifest_spec
 from embedstream.dataset.sink import Sink
 from embedstream.jobs import JobSpec, JobState, JobStatus, differing_field
-from embedstream.records import Manifest, ShardRecord
+from embedstream.records import Manifest, PartContent, ShardRecord
 
 
-def finalize(sink: Sink, status: JobStatus, shards: Iterable[ShardRecord], state: JobState, ended: float) -> Manifest:
+def finalize(
+    sink: Sink,
+    status: JobStatus,
+    shards: Iterable[ShardRecord],
+    state: JobState,
+    ended: float,
+    contents: Sequence[PartContent | None] = (),
+) -> Manifest:
     """Write the errors and the manifest of a job; returns the manifest.
 
     `shards` are those that were committed, in any order; each is looked at once, and none touched. `state` is how the
-    job ends, `ended` when (Unix seconds, by the Redis server's clock). A job that failed before its first shard writes
-    nothing, unless a manifest lies there already. One that says that the job is completed stays as it is: Redis has
-    gone back to an earlier state of the job, and whatever was committed since then is there twice, and goes.
+    job ends, `ended` when (Unix seconds, by the Redis server's clock). `contents`: what was read of each part, as far
+    as that is known. A job that failed before its first shard writes nothing, unless a manifest lies there already. One
+    that says that the job is completed stays as it is: Redis has gone back to an earlier state of the job, and whatever
+    was committed since then is there twice, and goes.
 
     Raises:
         OutputError: the shards do not add up, one of them is missing, or the output cannot be written.
@@ -29,7 +37,7 @@ def finalize(sink: Sink, status: JobStatus, shards: Iterable[ShardRecord], state
                 sink.discard_shard(shard.name)
         sink.finalize(standing)  # whoever wrote it may have died before the last step of that
         return standing
-    manifest = build_manifest(status, shards, state, ended)
+    manifest = build_manifest(status, shards, state, ended, contents)
     if standing is not None and standing.retries and _is_base(standing, manifest):
         return standing  # what was added to this job's shards since then stays
     if manifest.shards or state is not JobState.FAILED or standing is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
 
@@ -15,7 +15,7 @@ from embedstream.lifecycle.completing import finalize, is_finished
 from embedstream.lifecycle.retry_completing import finalize_retry
 from embedstream.queue.broker import Broker
 from embedstream.queue.steps import Code, Lease
-from embedstream.records import Manifest, ShardRecord
+from embedstream.records import Manifest, PartContent, ShardRecord
 from embedstream.server.foreign import reading
 from embedstream.settings import Settings
 
@@ -73,7 +73,8 @@ def _finalize(broker: Broker, lease: Lease, sink_for: Callable[[JobSpec], Sink],
     job = lease.job
     status = broker.status(job)
     shards = (_decode_record(job, raw) for raw in broker.shard_records(job))
-    state, manifest = _write_manifest(sink_for(status.spec), status, shards, lease)
+    contents = broker.contents(job, len(status.spec.parts))
+    state, manifest = _write_manifest(sink_for(status.spec), status, shards, contents, lease)
     copy = encode_manifest(manifest).decode() if manifest is not None and is_redis(status.spec.output) else ""
     days = settings.job_days if state is JobState.COMPLETED else settings.failed_days
     answer = broker.run(broker.finalized(lease, state, int(days * _DAY_MS), copy))
@@ -81,13 +82,17 @@ def _finalize(broker: Broker, lease: Lease, sink_for: Callable[[JobSpec], Sink],
 
 
 def _write_manifest(
-    sink: Sink, status: JobStatus, shards: Iterator[ShardRecord], lease: Lease
+    sink: Sink,
+    status: JobStatus,
+    shards: Iterator[ShardRecord],
+    contents: Sequence[PartContent | None],
+    lease: Lease,
 ) -> tuple[JobState, Manifest | None]:
     """How the job ends, and the manifest that says so."""
     if status.spec.retry is None:
         bound = parse_max_errors(status.max_errors)
         state = JobState(lease.verdict) if lease.verdict else verdict(status.rows, status.failed, bound)
-        ended = finalize(sink, status, shards, state, lease.now / 1000)
+        ended = finalize(sink, status, shards, state, lease.now / 1000, contents)
         return JobState(ended.state), ended
     if lease.verdict and not is_finished(sink.read_manifest(), status.spec):
         return JobState(lease.verdict), None  # the dataset stays as it was; the same command goes on

@@ -11,6 +11,7 @@ from embedstream.errors import BrokerError, CorpusChanged
 from embedstream.queue.blocks import Block, encode_block
 from embedstream.queue.plans import NextBlock, Pause, Plan, Sums
 from embedstream.queue.steps import Answer, Code, Steps
+from embedstream.records import PartContent
 
 SUMS_AT_ONCE = 4096
 """Sums fetched in one read when blocks that Redis has already are compared: 32 KiB."""
@@ -38,6 +39,8 @@ class Part:
     `InputError` at the second call."""
     once: bool = False
     """Whether it is such a source."""
+    content: Callable[[], PartContent | None] = lambda: None
+    """What `blocks` read when it last came to its end; None for what are no bytes that others can read."""
 
 
 class _GoBack(Exception):
@@ -172,7 +175,7 @@ def _submit(steps: Steps, job: str, part: Part, block: Block, bound: int, jitter
 
 def _seal(steps: Steps, job: str, number: int, part: Part, count: int, jitter: Callable[[], float]) -> Plan[None]:
     while True:
-        answer: Answer = yield steps.seal(job, number, count)
+        answer: Answer = yield steps.seal(job, number, count, part.content())
         match answer.code:
             case Code.OK:
                 return

@@ -22,6 +22,7 @@ from embedstream.queue.job_record import parse_status, reading_job
 from embedstream.queue.replacing import enlist
 from embedstream.queue.steps import MOST_BLOCKS, PROMPT, CommitBlock, Step, Steps
 from embedstream.queue.workers import WorkerRecord
+from embedstream.records import PartContent
 from embedstream.server.foreign import leaving_out, names, reading
 
 T = TypeVar("T")
@@ -306,6 +307,16 @@ class Broker(Steps):
         """The number that the part's next block must have. Raises `RecordDamaged`."""
         with reading_job(job):
             return int(self._raw.hget(self.keys.job(job), f"next:{part}") or 0)
+
+    def contents(self, job: str, parts: int) -> list[PartContent | None]:
+        """What was read of each part, as it was sealed with; None for one of which that is not known."""
+        with reading_job(job):
+            raws = self._raw.hmget(self.keys.job(job), [f"content:{part}" for part in range(parts)]) if parts else []
+        contents: list[PartContent | None] = [None] * parts
+        for part, raw in enumerate(raws):
+            with leaving_out(f"{self.keys.job(job)}, the content of part {part}"):
+                contents[part] = msgspec.json.decode(raw, type=PartContent) if raw else None
+        return contents
 
     def sums(self, job: str, part: int, first: int, count: int) -> bytes:
         """The 8-byte sums of `count` submitted blocks, fewer if there are not so many. Raises `RecordDamaged`."""

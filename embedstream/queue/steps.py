@@ -20,7 +20,7 @@ from embedstream.keys import RELEASED, Keys
 from embedstream.queue import scripts
 from embedstream.queue.blocks import MOST_BLOCKS as MOST_BLOCKS
 from embedstream.queue.blocks import Entry
-from embedstream.records import ShardRecord
+from embedstream.records import PartContent, ShardRecord
 from embedstream.server.foreign import reading
 
 T = TypeVar("T")
@@ -192,9 +192,11 @@ class Steps:
             more_args=fields,
         )
 
-    def seal(self, job: str, part: int, blocks: int) -> Step[Answer]:
-        """Say how many blocks a part has: OK, MISSING(next), CHANGED, ENDED(state), UNKNOWN_JOB."""
-        return make_step("seal", _answer, self._job_keys(job), {"id": job, "part": part, "blocks": blocks})
+    def seal(self, job: str, part: int, blocks: int, content: PartContent | None = None) -> Step[Answer]:
+        """Say how many blocks a part has, and what was read: OK, MISSING(next), CHANGED, ENDED(state), UNKNOWN_JOB."""
+        read = "" if content is None else msgspec.json.encode(content)
+        args: dict[str, Argument] = {"id": job, "part": part, "blocks": blocks, "content": read}
+        return make_step("seal", _answer, self._job_keys(job), args)
 
     def renew(self, stream: str, consumer: str, entries: Sequence[str]) -> Step[list[str]]:
         """Reset the idle time of my entries; answers the ids that I no longer own."""

@@ -23,6 +23,7 @@ from embedstream.errors import InputError, UsageError
 from embedstream.jobs import JobSpec
 from embedstream.queue.blocks import Block, Refusal
 from embedstream.queue.refusals import Code
+from embedstream.records import PartContent
 from embedstream_producer.lines import ByteStream, LineStream
 from embedstream_producer.objects import ObjectSource
 from embedstream_producer.parquet_part import MAGIC, ParquetPart
@@ -55,6 +56,8 @@ class CorpusPart(Protocol):
     """Bytes of the file, None for a stream."""
     identity: object
     """What two names of one file have in common; None for a stream."""
+    content: PartContent | None
+    """What `blocks` read when it last came to its end."""
 
     def blocks(
         self,
@@ -94,6 +97,7 @@ class FilePart:
         self.label = "standard input" if source == STDIN else source
         self.size = size
         self.identity = identity
+        self.content: PartContent | None = None
         self._again = again
         head = _Head(LineStream(raw, self.label))
         self._head = None if again else head
@@ -120,6 +124,8 @@ class FilePart:
         try:
             outcomes = _judge_all(RecordReader(spec), head, on_position)
             yield from cut_part(self.index, outcomes, spec, duplicates, on_refusal)
+            size = None if self.size is None else head.stream.position
+            self.content = PartContent(size, head.stream.sha256)
         finally:
             self._close(head)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import select
 import zlib
 from collections.abc import Callable, Iterator
@@ -55,6 +56,7 @@ class _Source:
         self._label = label
         self._returned = b""
         self.position = 0
+        self.digest = hashlib.sha256()
 
     def read(self, size: int) -> bytes:
         if self._returned:
@@ -66,6 +68,7 @@ class _Source:
                 data = found
             except OSError as error:
                 raise InputError(f"{self._label}: cannot be read ({error.strerror or error})") from error
+            self.digest.update(data)
         self.position += len(data)
         return data
 
@@ -112,6 +115,11 @@ class LineStream:
     def position(self) -> int:
         """Bytes of the source consumed, before any decompression."""
         return self._source.position
+
+    @property
+    def sha256(self) -> str:
+        """Of the bytes of the source, in hex: of all of them once `batches` has come to its end."""
+        return self._source.digest.hexdigest()
 
     def batches(self) -> Iterator[tuple[int, list[bytes]]]:
         """Consecutive lines without their newlines, some at a time, with the place of the first, from 0.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
@@ -17,6 +18,7 @@ from embedstream.dataset.parquet_rows import RowsRefused, rows_at_once
 from embedstream.errors import InputError
 from embedstream.jobs import JobSpec
 from embedstream.queue.blocks import Block, Refusal
+from embedstream.records import PartContent
 
 MAGIC = b"PAR1"
 
@@ -49,6 +51,7 @@ class ParquetPart:
         self.label = source
         self.size: int | None = size
         self.identity = identity
+        self.content: PartContent | None = None
         self._opens = opens
         with self._opened() as (file, _):
             if not file.metadata.num_rows:
@@ -66,6 +69,7 @@ class ParquetPart:
             reader = ColumnReader(spec, file.schema_arrow, self.label)
             outcomes = self._judged(file, source, reader, on_position)
             yield from cut_part(self.index, outcomes, spec, duplicates, on_refusal)
+            self.content = _content(source, self._opens.piece_bytes)
         self._opens.check_unchanged()
 
     def ids(self, spec: JobSpec, duplicates: DuplicateIndex) -> Iterator[list[tuple[int, Position]]]:
@@ -124,6 +128,15 @@ class ParquetPart:
             ) from error
         except OSError as error:
             raise self._opens.cannot_read(error) from error
+
+
+def _content(source: pa.NativeFile, piece_bytes: int) -> PartContent:
+    """All bytes of the file that is open, whatever its name means by now."""
+    digest = hashlib.sha256()
+    source.seek(0)
+    while (piece := source.read_buffer(piece_bytes)).size:
+        digest.update(piece)
+    return PartContent(source.tell(), digest.hexdigest())
 
 
 def _gathered(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:

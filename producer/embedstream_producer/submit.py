@@ -310,7 +310,7 @@ class Run:
         notice, shown = self._progress.notice, mask(url)
         bound = patiently(lambda: broker.memory_bound(self._settings.queue_bytes), notice, shown)
         with DuplicateIndex() as index:
-            parts = [Part(part.label, self._reader(part, index), part.size is None) for part in self._parts]
+            parts = [self._job_part(part, index) for part in self._parts]
             while True:
                 opened = patiently(open_it, notice, shown, check_all)
                 if opened.state is JobState.FINALIZING:
@@ -334,7 +334,7 @@ class Run:
                     return status
                 self._progress.tell("Redis lost blocks: submitting them again")
 
-    def _reader(self, part: CorpusPart, index: DuplicateIndex) -> Callable[[], Iterator[Block]]:
+    def _job_part(self, part: CorpusPart, index: DuplicateIndex) -> Part:
         def refused(refusal: Refusal) -> None:
             if self._failed is None:
                 self._refusals.add(part.index, part.label, refusal)
@@ -343,7 +343,7 @@ class Run:
             whole = part.blocks(self.spec, index, refused, lambda read: self._progress.position(part.index, read))
             return whole if self._failed is None else self._failed.blocks(part.index, part.label, whole)
 
-        return blocks
+        return Part(part.label, blocks, part.size is None, lambda: part.content)
 
     def _end(self, status: JobStatus) -> int:
         if status.state is JobState.FAILED and status.reason and not status.done:

@@ -11,6 +11,7 @@ from embedstream.errors import BrokerError, JobUnknown
 from embedstream.jobs import JobState, decode_spec
 from embedstream.keys import RELEASED
 from embedstream.queue.steps import MOST_BLOCKS, Answer, Code, CommitBlock, Step
+from embedstream.records import PartContent
 
 # create
 
@@ -201,6 +202,26 @@ def test_sealing_the_last_part_makes_the_job_run(lab: Lab) -> None:
     lab.fill(job, 1, part=1)
     assert lab.seal(job, 1, 1) == lab.seal(job, 1, 1) == Answer(Code.OK)
     assert (lab.state(job), lab.broker.status(job).sealed) == (JobState.RUNNING, True)
+
+
+def test_what_was_read_of_a_part_is_kept_with_its_seal(lab: Lab) -> None:
+    job, content = lab.create(parts=3), PartContent(7, "a" * 64)
+    lab.fill(job, 1)
+    seal = lab.broker.seal(job, 0, 1, content)
+    assert lab.broker.run(seal) == lab.broker.run(seal) == Answer(Code.OK)
+    lab.seal(job, 1, 0)
+    assert lab.broker.contents(job, 3) == [content, None, None]
+    for nonsense in ("x", f'{{"bytes":-1,"sha256":"{0:064}"}}', '{"bytes":null,"sha256":"../x"}', b"\xff"):
+        lab.client.hset(lab.keys.job(job), "content:1", nonsense)
+        assert lab.broker.contents(job, 3) == [content, None, None]
+
+
+def test_a_job_that_is_opened_again_forgets_what_was_read(lab: Lab) -> None:
+    job = lab.create()
+    lab.broker.run(lab.broker.seal(job, 0, 0, PartContent(7, "a" * 64)))
+    lab.finalize(job, JobState.CANCELLED)
+    lab.broker.run(lab.broker.create(lab.spec()))
+    assert lab.broker.contents(job, 1) == [None]
 
 
 def test_sealing_finds_missing_blocks(lab: Lab) -> None:

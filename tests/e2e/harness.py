@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import random
@@ -166,6 +167,13 @@ def read_rows(output: Path) -> list[dict[str, Any]]:
 def read_errors(output: Path) -> list[dict[str, Any]]:
     path = output / "_errors.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def assert_contents(output: Path, *corpus: Path) -> None:
+    """The manifest names the corpus's files with their sizes and sums."""
+    found = [(part["name"], part["bytes"], part["sha256"]) for part in read_manifest(output)["parts"]]
+    files = [(path, path.read_bytes()) for path in corpus]
+    assert found == [(str(path), len(data), hashlib.sha256(data).hexdigest()) for path, data in files]
 
 
 def assert_exact(output: Path, texts: dict[str, str], every: int = 1) -> None:

@@ -20,6 +20,7 @@ from rq.serializers import JSONSerializer
 from e2e.harness import (
     BIN,
     Fleet,
+    assert_contents,
     assert_exact,
     assert_no_leftovers,
     environment,
@@ -90,6 +91,7 @@ def test_several_parts_are_read_by_several_coordinators_into_the_dataset_of_one_
     ]
     verified = run("embed-verify", tmp_path / "out", *[arg for path in paths for arg in ("--corpus", path)])
     assert verified.returncode == 0, verified.stdout + verified.stderr
+    assert_contents(tmp_path / "out", *paths)
     for process in (first, second):
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=20) == 0

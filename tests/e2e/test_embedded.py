@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from e2e.harness import (
+    assert_contents,
     assert_exact,
     assert_no_leftovers,
     processes_mentioning,
@@ -54,6 +55,7 @@ def test_the_same_command_again_says_that_it_is_done(tmp_path: Path) -> None:
     assert first.returncode == again.returncode == 0
     assert json.loads(first.stdout) == json.loads(again.stdout)
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "c.jsonl.vectors").iterdir()} == before
+    assert_contents(tmp_path / "c.jsonl.vectors", tmp_path / "c.jsonl")
 
 
 def test_another_setting_into_the_same_output_is_refused(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mini_worker import MiniWorker
 
-from e2e.harness import read_rows, run
+from e2e.harness import assert_contents, read_rows, run
 from embedstream.jobs import JobState
 from embedstream.queue.broker import Broker
 from embedstream.server.connection import connect
@@ -49,3 +49,4 @@ def test_what_a_foreign_producer_submits_is_taken_up_by_embed_submit(tmp_path: P
     assert done.returncode == 0, done.stderr
     assert (json.loads(done.stdout)["job"], broker.status(job).submitted) == (job, 600)
     assert {row["id"]: row["text"] for row in read_rows(output)} == rows
+    assert_contents(output, corpus)

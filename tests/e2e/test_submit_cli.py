@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import hashlib
 import json
 import os
 import re
@@ -21,7 +22,7 @@ from conftest import RedisServer
 from mini_worker import MiniWorker
 from redis_lab import own_server
 
-from e2e.harness import BIN, environment, read_errors, read_manifest, run, start_submit, wait_until
+from e2e.harness import BIN, assert_contents, environment, read_errors, read_manifest, run, start_submit, wait_until
 from embedstream.cli.commands import ECHO_SECONDS
 from embedstream.jobs import FORMAT_VERSION, job_id
 from embedstream.queue.broker import Broker
@@ -317,6 +318,10 @@ def test_compressed_and_piped_corpora_are_read(tmp_path: Path, url: str, queue: 
         )
         assert piped.returncode == 0, piped.stderr.decode()
     assert read_manifest(tmp_path / "gz")["rows"] == read_manifest(tmp_path / "piped")["rows"] == 50
+    assert_contents(tmp_path / "gz", packed)
+    [part] = read_manifest(tmp_path / "piped")["parts"]
+    assert (part["name"], part["bytes"]) == ("-", None)
+    assert part["sha256"] == hashlib.sha256(corpus(tmp_path).read_bytes()).hexdigest()
 
 
 def test_a_pipe_that_nobody_writes_into_is_said_to_be_waited_for(tmp_path: Path, url: str, queue: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import json
 import os
@@ -22,6 +23,7 @@ from embedstream.errors import InputError, UsageError
 from embedstream.jobs import JobSpec
 from embedstream.queue.blocks import Block, Refusal, decode_block, encode_block
 from embedstream.queue.refusals import Code
+from embedstream.records import PartContent
 from embedstream.settings import BLOCK_LIMITS
 from embedstream_producer.corpus import CorpusPart, check_sources, total_bytes
 
@@ -229,6 +231,7 @@ def test_standard_input_is_looked_at_and_loses_nothing(index: DuplicateIndex) ->
     assert parts[0].hint(spec) is None
     blocks = list(parts[0].blocks(spec, index))
     assert ids(blocks) == [str(i) for i in range(50_000)]
+    assert parts[0].content == PartContent(None, hashlib.sha256(data).hexdigest()), "a stream has no size"
     assert blocks[0].rows.column("row")[0].as_py() == 2
     with pytest.raises(InputError, match="standard input: cannot be read a second time"):
         next(parts[0].blocks(spec, index))

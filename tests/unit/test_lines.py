@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import os
 import subprocess
@@ -57,6 +58,7 @@ def lines_of(data: bytes, label: str = "corpus", longest: int = 1 << 20, read_by
     with LineStream(io.BytesIO(data), label, longest=longest, read_bytes=read_bytes) as stream:
         lines = all_lines(stream)
         assert stream.position == len(data)
+        assert stream.sha256 == hashlib.sha256(data).hexdigest(), "the bytes as they lie"
         return lines
 
 
@@ -114,6 +116,7 @@ def test_a_slow_pipe_loses_nothing(size: int) -> None:
                 TEXT[:200],
                 TEXT[:200] + b"\n",
             )
+            assert stream.sha256 == hashlib.sha256(data).hexdigest()
 
 
 def test_a_pipe_that_is_made_non_blocking_is_read_to_its_end() -> None:

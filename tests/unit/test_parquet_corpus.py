@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import random
 from collections.abc import Callable, Iterable
@@ -20,6 +21,7 @@ from embedstream.dataset.parquet_rows import COLUMN_BYTES
 from embedstream.errors import InputError, UsageError
 from embedstream.jobs import JobSpec
 from embedstream.queue.blocks import Block, Refusal
+from embedstream.records import PartContent
 from embedstream_producer.corpus import CorpusPart, check_sources, total_bytes
 
 
@@ -98,6 +100,21 @@ def test_progress_ends_at_the_size_of_the_file(tmp_path: Path) -> None:
             pass
     assert positions == sorted(positions)
     assert positions[-1] == total_bytes(parts) == (tmp_path / "c.parquet").stat().st_size
+
+
+def test_the_content_is_that_of_the_file_that_was_read_whatever_took_its_name_meanwhile(tmp_path: Path) -> None:
+    path = tmp_path / "c.parquet"
+    pq.write_table(table(3000), path)
+    content = PartContent(path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest())
+    [part] = check_sources([str(path)])
+    with DuplicateIndex() as index:
+        blocks = part.blocks(make_spec([part]), index)
+        next(blocks)
+        pq.write_table(table(10), tmp_path / "other")
+        (tmp_path / "other").replace(path)
+        assert part.content is None
+        list(blocks)
+    assert part.content == content
 
 
 def test_a_file_is_read_by_what_it_is_not_by_its_name(tmp_path: Path) -> None:
@@ -226,9 +243,14 @@ def test_an_object_gives_the_blocks_of_the_same_file(
     s3_server.client().put_object(Bucket=bucket, Key=f"corpora/{name}", Body=path.read_bytes())
     source = f"s3://{bucket}/corpora/{name}"
     assert [block.sum for block in read(source)] == [block.sum for block in read(str(path))]
-    parts = check_sources([source])
+    parts = [*check_sources([source]), *check_sources([str(path)])]
     assert parts[0].name == source
-    assert total_bytes(parts) == path.stat().st_size
+    assert total_bytes(parts) == 2 * path.stat().st_size
+    content = PartContent(path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest())
+    for part in parts:
+        with DuplicateIndex() as index:
+            list(part.blocks(make_spec([part]), index))
+        assert part.content == content
 
 
 @pytest.mark.parametrize("name", ["c.jsonl", "c.parquet"])

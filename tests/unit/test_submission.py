@@ -1,6 +1,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import msgspec
 import pytest
 
 from embedstream.errors import CorpusChanged, InputError
@@ -9,6 +10,7 @@ from embedstream.queue.blocks import Block
 from embedstream.queue.packing import Packer
 from embedstream.queue.plans import Action, NextBlock, Pause, Plan, Sums
 from embedstream.queue.steps import Answer, Code, Step, Steps
+from embedstream.records import PartContent
 from embedstream.settings import BlockLimits
 
 JOB = "0123456789abcdef"
@@ -33,6 +35,7 @@ class Server:
             self.sums.setdefault(block.part, []).append(block.sum)
         self.adopted: dict[int, list[bytes]] = {}
         self.sealed: dict[int, int] = {}
+        self.contents: dict[int, bytes | str] = {}
         self.sent: list[tuple[int, int]] = []
         self.pauses: list[float] = []
         self.odd: list[Callable[[str], Answer | None]] = []
@@ -75,10 +78,11 @@ class Server:
             return Answer(Code.OK)
         return Answer(Code.DUPLICATE)
 
-    def seal(self, _: str, part: int, blocks: int) -> Answer:
+    def seal(self, _: str, part: int, blocks: int, content: bytes | str) -> Answer:
         if len(self.sums.get(part, [])) < blocks:
             return Answer(Code.MISSING, number=len(self.sums.get(part, [])))
         self.sealed[part] = blocks
+        self.contents[part] = content
         return Answer(Code.OK)
 
 
@@ -103,6 +107,14 @@ def test_every_block_of_every_part_is_submitted_and_sealed() -> None:
     assert push(server, part_of(blocks_of(3)), part_of(blocks_of(2, part=1))) is Pushed.SEALED
     assert server.sent == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
     assert server.sealed == {0: 3, 1: 2}
+
+
+def test_a_part_is_sealed_with_what_its_last_whole_reading_read() -> None:
+    server, read = Server(), [PartContent(9, "0" * 64), PartContent(10, "1" * 64)]
+    server.odd.append(once("seal", Answer(Code.MISSING, number=2), lambda: server.sums[0].__delitem__(slice(2, None))))
+    part = Part("corpus.jsonl", lambda: iter(blocks_of(3)), content=lambda: read.pop(0))
+    assert push(server, part, part_of(blocks_of(1, part=1))) is Pushed.SEALED
+    assert server.contents == {0: msgspec.json.encode(PartContent(10, "1" * 64)), 1: ""}
 
 
 def test_blocks_that_redis_has_are_not_sent_again() -> None:

@@ -37,7 +37,7 @@ if existing then
   -- Its entries are new and so are their delivery counts; a note about the old ones would condemn an innocent chunk.
   redis.call('UNLINK', suspect)
   for part = 0, parts - 1 do
-    redis.call('HDEL', job, 'next:' .. part, 'sealed:' .. part)
+    redis.call('HDEL', job, 'next:' .. part, 'sealed:' .. part, 'content:' .. part)
     redis.call('PERSIST', job .. ':done:' .. part)
     redis.call('PERSIST', job .. ':sums:' .. part)
   end

@@ -1,12 +1,13 @@
--- Say how many blocks a part has. With the last part sealed the job is running; if all is done already, it moves on.
+-- Say how many blocks a part has, and what was read of it. With the last part sealed the job is running; if all is done
+-- already, it moves on.
 --
 -- KEYS the job's hash, its stream of blocks, jobs, bytes, finalize   (derived: <job>:sums:<part>)
--- ARGV job id, part, blocks
+-- ARGV job id, part, blocks, what was read (JSON: bytes or null, sha256) or ''
 -- Answers {OK} | {MISSING, next} | {CHANGED, blocks} (more blocks are known) | {ENDED, state} | {UNKNOWN_JOB}
 -- Twice: the second run finds the part sealed with the same count and answers OK.
 
 local job, stream, jobs, bytes, finalize = unpack(KEYS)
-local id, part, blocks = unpack(ARGV)
+local id, part, blocks, content = unpack(ARGV)
 blocks = tonumber(blocks)
 
 local state = redis.call('HGET', job, 'state')
@@ -26,7 +27,7 @@ if next > blocks or redis.call('STRLEN', job .. ':sums:' .. part) > blocks * 8 t
 wrong = no_counter(job, 'blocks', 'sealed')
 if wrong then return wrong end
 let_through(job)
-redis.call('HSET', job, 'sealed:' .. part, blocks, 'pushed', now_ms())
+redis.call('HSET', job, 'sealed:' .. part, blocks, 'content:' .. part, content, 'pushed', now_ms())
 redis.call('HINCRBY', job, 'blocks', blocks)
 if redis.call('HINCRBY', job, 'sealed', 1) == number(job, 'parts') then
   redis.call('HSET', job, 'state', 'running')
