@@ -15,6 +15,7 @@ from embedstream.jobs import FORMAT_VERSION, JobSpec, JobState
 from embedstream.keys import GROUP, RELEASED, Keys
 from embedstream.queue.blocks import BASE_FIELDS, MAX_ROWS, Entry, Refusal
 from embedstream.queue.steps import Code
+from embedstream.records import BlockRun, Manifest, ManifestErrors, ManifestPart, ManifestShard
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "protocol.md").read_text("utf-8")
@@ -83,6 +84,20 @@ def test_the_page_says_of_every_script_what_its_header_says(name: str) -> None:
 
 def test_the_page_explains_every_answer_and_no_other() -> None:
     assert first_cells(section("Steps")) == [code.value for code in Code]
+
+
+def test_the_page_names_every_field_of_the_manifest() -> None:
+    page = section("The manifest")
+    assert set(first_cells(page)) == set(Manifest.__struct_fields__)
+    _, parts, shards = page.rsplit("\n\nA ", 2)
+    for said, fields in (
+        (parts, ManifestPart.__struct_encode_fields__),
+        (shards, ManifestShard.__struct_encode_fields__),
+        (shards, ManifestErrors.__struct_encode_fields__),
+    ):
+        assert [field for field in fields if f"`{field}`" not in said] == []
+    assert '{"part": 0, "first": 0, "last": 3}' in shards
+    assert BlockRun.__struct_fields__ == ("part", "first", "last")
 
 
 def test_the_page_has_the_fields_of_spec_and_block_in_their_order() -> None:
