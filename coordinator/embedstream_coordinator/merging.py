@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -80,12 +79,12 @@ def write_group(sink: FolderSink, manifest: Manifest, group: Group) -> ShardReco
     )
     if errors.count:
         table = pa.Table.from_batches([piece for some in errors.groups() for piece in some], errors_schema())
-        encoded = encode_errors(table)
-        sink.files.write(errors_file(group.name), [encoded])
-        record = msgspec.structs.replace(record, errors_sha256=hashlib.sha256(encoded).hexdigest())
+        _, sha256 = sink.files.write(errors_file(group.name), [encode_errors(table)])
+        record = msgspec.structs.replace(record, errors_sha256=sha256)
     footer = Footer(shard=record, spec=msgspec.Raw(spec.encode()))
     schema = dataset_schema(spec, {manifest.outputs[0].name: sources[0].dim})
-    size, sha256 = _write(sink, part_file(group.name), data, schema, footer)
+    tables = (pa.Table.from_batches(each, schema) for each in data.groups())
+    size, sha256 = sink.files.write(part_file(group.name), encode_pieces(tables, schema, footer))
     return msgspec.structs.replace(record, bytes=size, sha256=sha256)
 
 
@@ -164,22 +163,6 @@ class _Rows:
                 group, size = [], 0
         if group:
             yield group
-
-
-def _write(sink: FolderSink, file: str, rows: _Rows, schema: pa.Schema, footer: Footer) -> tuple[int, str]:
-    """Returns size and SHA-256 of the file."""
-    size, digest = 0, hashlib.sha256()
-
-    def pieces() -> Iterator[bytes]:
-        nonlocal size
-        tables = (pa.Table.from_batches(group, schema) for group in rows.groups())
-        for piece in encode_pieces(tables, schema, footer):
-            size += len(piece)
-            digest.update(piece)
-            yield piece
-
-    sink.files.write(file, pieces())
-    return size, digest.hexdigest()
 
 
 def _is_in(block: BlockRecord, runs: BlockRuns) -> bool:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from embedstream.dataset.files import Readable
+from embedstream.dataset.files import Readable, summed
 from embedstream.dataset.objects import ObjectAddress, endpoint_of, explain_object, file_system
 from embedstream.errors import OutputError
 from embedstream.failpoints import reach
@@ -98,18 +98,17 @@ class Bucket:
         except OSError as error:
             raise self.cannot_read(name, error) from error
 
-    def write(self, name: str, pieces: Iterable[Readable]) -> None:
+    def write(self, name: str, pieces: Iterable[Readable]) -> tuple[int, str]:
         if isinstance(pieces, Sequence) and len(pieces) == 1:
-            self._upload(name, pa.py_buffer(pieces[0]))
-            return
+            return summed(pieces, lambda piece: self._upload(name, pa.py_buffer(piece)))
         # Whatever ends an upload publishes it, so nothing is sent before all of it is there.
         try:
             with tempfile.NamedTemporaryFile() as file:
-                for piece in pieces:
-                    file.write(piece)
+                written = summed(pieces, file.write)
                 file.flush()
                 with pa.memory_map(file.name) as whole:
                     self._upload(name, whole.read_buffer())
+                return written
         except OSError as error:
             raise OutputError(f"{tempfile.gettempdir()}: cannot hold {name} ({error}): make room there") from error
 

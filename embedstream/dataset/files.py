@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import stat
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -47,8 +48,8 @@ class Readable(Protocol):
     def __buffer__(self, flags: int, /) -> memoryview: ...
 
 
-def write_durable(path: Path, pieces: Iterable[Readable], folder: int) -> None:
-    """Put the pieces, one after the other, into `path`, replacing it at once or not at all.
+def write_durable(path: Path, pieces: Iterable[Readable], folder: int) -> tuple[int, str]:
+    """Put the pieces, one after the other, into `path`, replacing it at once or not at all. Returns bytes and SHA-256.
 
     `folder`: an open descriptor of the folder of `path`, which is not looked for again.
 
@@ -63,21 +64,32 @@ def write_durable(path: Path, pieces: Iterable[Readable], folder: int) -> None:
         OutputError: the same.
     """
     tries = SWEPT_TRIES if isinstance(pieces, Sequence) else 1
-    while not _put(path, pieces, folder):
+    while (written := _put(path, pieces, folder)) is None:
         tries -= 1
         if not tries:
             raise OutputError(f"{path}: cannot write: somebody removes it half-written: try again")
     sync_folder(folder)
+    return written
 
 
-def _put(path: Path, pieces: Iterable[Readable], folder: int) -> bool:
-    """Whether the file is in its place; if not, somebody has removed it on its way there, and the folder is there."""
+def summed(pieces: Iterable[Readable], write: Callable[[Readable], object]) -> tuple[int, str]:
+    """Write the pieces, one after the other; returns their bytes and their SHA-256 in hex."""
+    size, digest = 0, hashlib.sha256()
+    for piece in pieces:
+        write(piece)
+        size += memoryview(piece).nbytes
+        digest.update(piece)
+    return size, digest.hexdigest()
+
+
+def _put(path: Path, pieces: Iterable[Readable], folder: int) -> tuple[int, str] | None:
+    """Bytes and SHA-256 of the file in its place; None if somebody has removed it on its way there, and the folder is
+    there."""
     temporary = f".{path.name}{TEMPORARY}{uuid.uuid4().hex}"
     try:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666, dir_fd=folder)
         with os.fdopen(descriptor, "wb") as file:
-            for piece in pieces:
-                file.write(piece)
+            written = summed(pieces, file.write)
             file.flush()
             os.fsync(file.fileno())
         reach("file.written")
@@ -86,14 +98,14 @@ def _put(path: Path, pieces: Iterable[Readable], folder: int) -> bool:
         except FileNotFoundError:
             if not path.parent.is_dir():
                 raise
-            return False
+            return None
         reach("file.renamed")
     except BaseException:
         # One that cannot be removed is left: it counts for nothing without a manifest.
         with contextlib.suppress(OSError):
             os.unlink(temporary, dir_fd=folder)
         raise
-    return True
+    return written
 
 
 def refuse_special(path: Path) -> None:

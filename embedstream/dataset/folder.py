@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import re
 from collections.abc import Container, Iterable, Iterator, Sequence
@@ -103,11 +102,11 @@ class FolderSink:
         check_content(content, spec)
         if record.failed:
             errors = encode_errors(in_order(content.errors))
-            self.files.write(errors_file(record.name), [errors])
-            record = msgspec.structs.replace(record, errors_sha256=hashlib.sha256(errors).hexdigest())
+            _, sha256 = self.files.write(errors_file(record.name), [errors])
+            record = msgspec.structs.replace(record, errors_sha256=sha256)
         encoded = encode_data(in_order(content.data), Footer(shard=record, spec=msgspec.Raw(spec.encode())))
-        self.files.write(part_file(record.name), [encoded])
-        return msgspec.structs.replace(record, bytes=encoded.size, sha256=hashlib.sha256(encoded).hexdigest())
+        size, sha256 = self.files.write(part_file(record.name), [encoded])
+        return msgspec.structs.replace(record, bytes=size, sha256=sha256)
 
     def discard_shard(self, name: str) -> None:
         """Remove a shard's files; from the first removal on it is no shard any more.
@@ -250,7 +249,7 @@ class FolderSink:
         if not shard.failed:
             return
         name = errors_file(shard.name)
-        if shard.errors_sha256 and self.files.sha256(name)[1] != shard.errors_sha256:
+        if self.files.sha256(name)[1] != shard.errors_sha256:
             raise OutputError(f"{self.files.path(name)}: was changed since it was committed: restore the file")
         yield from self._of_parts(name, self.errors(shard.name), parts)
 

@@ -54,8 +54,11 @@ class Storage(Protocol):
     def read(self, name: str) -> bytes | None:
         """A small file whole; None if there is none."""
 
-    def write(self, name: str, pieces: Iterable[Readable]) -> None:
-        """Put a file there at once or not at all, replacing the one of that name; durable when this returns."""
+    def write(self, name: str, pieces: Iterable[Readable]) -> tuple[int, str]:
+        """Put a file there at once or not at all, replacing the one of that name; durable when this returns.
+
+        Returns its bytes, and their SHA-256 in hex.
+        """
 
     def remove(self, names: Iterable[str]) -> None:
         """Remove those of the files that are there, in this order; durable when this returns."""
@@ -150,11 +153,11 @@ class Folder:
         except OSError as error:
             raise cannot("read", path, error) from error
 
-    def write(self, name: str, pieces: Iterable[Readable]) -> None:
+    def write(self, name: str, pieces: Iterable[Readable]) -> tuple[int, str]:
         path = self._folder / name
         try:
             with self._opened() as folder:
-                write_durable(path, pieces, folder)
+                return write_durable(path, pieces, folder)
         except OSError as error:
             raise cannot("write", path, error) from error
 
