@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from embedstream.api.async_client import AsyncClient, AsyncJob
     from embedstream.api.client import Client, Job
+    from embedstream.api.reading import open_dataset
     from embedstream.errors import (
         BrokerError,
         CorpusChanged,
@@ -41,6 +42,7 @@ __all__ = [
     "SpecDiffers",
     "UsageError",
     "__version__",
+    "open_dataset",
 ]
 
 _HOMES = {
@@ -51,6 +53,7 @@ _HOMES = {
     "JobSpec": "jobs",
     "JobState": "jobs",
     "JobStatus": "jobs",
+    "open_dataset": "api.reading",
 }
 
 
