@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 
 from embedstream.dataset.files import Readable, summed
-from embedstream.dataset.objects import ObjectAddress, endpoint_of, explain_object, file_system
+from embedstream.dataset.objects import ObjectAddress, explain_object, file_system
 from embedstream.errors import OutputError
 from embedstream.failpoints import reach
 
@@ -32,18 +32,6 @@ class Bucket:
 
     def __init__(self, address: ObjectAddress) -> None:
         self._address = address
-
-    @property
-    def sql(self) -> str:
-        """Credentials by the chain that this program uses too."""
-        endpoint, scheme = endpoint_of(self._address)
-        settings = ["TYPE s3", "PROVIDER credential_chain"]
-        if self._address.region is not None:
-            settings.append(f"REGION '{self._address.region}'")
-        if endpoint is not None:
-            settings += [f"ENDPOINT '{endpoint}'", "URL_STYLE 'path'"]
-            settings += ["USE_SSL false"] if scheme == "http" else []
-        return f"CREATE SECRET ({', '.join(settings)}); "
 
     def path(self, name: str) -> str:
         return f"s3://{self._key(name)}"

@@ -334,20 +334,10 @@ class FolderSink:
         return manifest
 
     def describe(self) -> str:
-        """A shell line that shows rows by DuckDB: over a pattern if every shard counts, else over those listed."""
-        manifest = self.read_manifest()
-        spec = self._spec if manifest is None else manifest_spec(manifest)
-        columns = "*" if spec is None else ", ".join(["id", *(_identifier(o.name) for o in spec.outputs)])
-        listed = None if manifest is None else {part_file(shard.name) for shard in manifest.shards}
-        if listed is None or listed.issuperset(self._part_files()):
-            pattern = _literal(self.files.path("part-*.parquet"))
-            return _shell(f"{self.files.sql}SELECT {columns} FROM {pattern} LIMIT 5")
-        path = self.files.path(MANIFEST)
-        return _shell(
-            f"{self.files.sql}SET VARIABLE files = (SELECT list({_literal(path.removesuffix(MANIFEST))} || s.file) "
-            f"FROM (SELECT unnest(shards) AS s FROM {_literal(path)})); "
-            f"SELECT {columns} FROM read_parquet(getvariable('files')) LIMIT 5"
-        )
+        """A shell line that shows some rows."""
+        shown = "['id', 'text']" if self._spec is None or self._spec.text else "['id']"
+        code = f"import embedstream; print(embedstream.open_dataset({self.output!r}).head(5, columns={shown}))"
+        return 'python -c "' + re.sub(r'([\\"$`])', r"\\\1", code) + '"'
 
     def batches(self, name: str, columns: list[str] | None, rows: int) -> Iterator[pa.RecordBatch]:
         """A Parquet file's rows in bounded memory, at most `rows` at a time. Raises `OutputError`."""
@@ -383,16 +373,3 @@ class FolderSink:
 def _placed(batch: pa.RecordBatch) -> Iterator[tuple[tuple[int, int, int], dict[str, Any]]]:
     """Rows with their part, row and chunk."""
     return (((row["part"], row["row"], row["chunk"]), row) for row in batch.to_pylist())
-
-
-def _literal(path: str) -> str:
-    return "'" + path.replace("'", "''") + "'"
-
-
-def _identifier(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"' if not name.isidentifier() else name
-
-
-def _shell(sql: str) -> str:
-    """The command for a POSIX shell, quoted by double quotes, as SQL is full of single ones."""
-    return 'duckdb -c "' + re.sub(r'([\\"$`])', r"\\\1", sql) + '"'

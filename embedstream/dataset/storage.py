@@ -23,10 +23,6 @@ class Storage(Protocol):
     """Files of one dataset, by their names without a path. Every method raises `OutputError`, in one sentence."""
 
     @property
-    def sql(self) -> str:
-        """What DuckDB must be told before it can read there; ends in a space if there is any."""
-
-    @property
     def quick_piece(self) -> int | None:
         """Bytes that are well read at once where each read costs a request; None where it does not."""
 
@@ -80,7 +76,6 @@ def storage_of(output: str, roots: Sequence[str] = ()) -> Storage:
 class Folder:
     """A folder on a disk."""
 
-    sql = ""
     quick_piece = None
 
     def __init__(self, folder: Path, roots: Sequence[str] = ()) -> None:

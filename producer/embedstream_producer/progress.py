@@ -15,6 +15,7 @@ from embedstream.jobs import JobStatus
 from embedstream.masking import mask_text
 from embedstream.queue.workers import InHand, Rate
 from embedstream_producer.progress_views import Figures, JsonView, LiveView, PlainView, SilentView, View
+from embedstream_producer.report import Spent
 
 ProgressFormat = Literal["auto", "json"]
 
@@ -43,6 +44,8 @@ class Progress:
         self._created = time.monotonic()
         self.start_seconds: float | None = None
         """From this command's begin to the first row that was computed while it looked."""
+        self._found: tuple[int, int] | None = None
+        self._last = (0, 0)
 
     def __enter__(self) -> Self:
         self._view.open()
@@ -87,6 +90,9 @@ class Progress:
         now = time.monotonic()
         status = with_in_hand(status, in_hand)
         embedded = status.rows + status.failed
+        self._last = embedded, status.tokens
+        if self._found is None:
+            self._found = self._last
         if self._first is None:
             self._first = (now, embedded, status.tokens)
         elif embedded > self._first[1] and self.start_seconds is None:
@@ -97,6 +103,16 @@ class Progress:
             self._view.figures(self._figures(status, now, lately))
             if self.start_seconds is None and not lately.tokens:
                 self._first = (now, embedded, status.tokens)  # rates are counted from the first row on
+
+    def spent(self) -> Spent:
+        """What this command took until now, and how much was embedded meanwhile."""
+        rows, tokens = self._found or self._last
+        return Spent(
+            seconds=time.monotonic() - self._created,
+            start_seconds=self.start_seconds,
+            rows=self._last[0] - rows,
+            tokens=self._last[1] - tokens,
+        )
 
     def _figures(self, status: JobStatus, now: float, lately: Rate) -> Figures:
         began, rows, tokens = self._first or (now, 0, 0)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
+from collections import Counter
+
 import msgspec
 
 from embedstream.dataset.folder import ERRORS
@@ -10,12 +13,16 @@ from embedstream.dataset.objects import is_object, parse_object
 from embedstream.dataset.redis_address import parse_address
 from embedstream.dataset.roots import is_redis
 from embedstream.dataset.sink import Sink
-from embedstream.errors import JobCancelled, JobFailed
+from embedstream.errors import JobCancelled, JobFailed, OutputError
 from embedstream.jobs import JobState, JobStatus, MaxErrors
+from embedstream.queue.refusals import FOR_GOOD
 from embedstream.records import Manifest
 from embedstream.server.connection import mask
 
 SOME_ROWS_FAILED = 3
+
+SHORTEST_SECONDS = 2.0
+"""Of embedding, so that a rate says something."""
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
@@ -90,25 +97,59 @@ def exit_code(report: Report, max_errors: MaxErrors) -> int:
             return 0
 
 
-def lines(report: Report, sink: Sink, reason: str = "") -> list[str]:
-    """For people: what was written, how fast, and how to read it."""
-    seconds = max(report.seconds, 0.001)
-    said = [
-        f"{report.state}: {report.rows:,} rows written in {duration(report.seconds)}"
-        + (f" ({reason})" if reason else "")
-    ]
+class Spent(msgspec.Struct, frozen=True, kw_only=True):
+    """What this command took, and what came of it meanwhile."""
+
+    seconds: float
+    start_seconds: float | None
+    """Until the first row; None if that was not seen."""
+    rows: int
+    tokens: int
+
+
+def lines(report: Report, sink: Sink, reason: str = "", spent: Spent | None = None) -> list[str]:
+    """For people: what was written, how fast, what failed, and what to do next. `spent`: None if nothing was done."""
+    said = [f"{report.state}: {count(report.rows, 'row')}{_times(spent)}" + (f" ({reason})" if reason else "")]
     if report.failed:
-        said.append(f"{report.failed:,} ROW{'' if report.failed == 1 else 'S'} FAILED: see {errors_of(report.output)}")
+        said.append(f"failed: {count(report.failed, 'row')}{_kinds(sink)}, listed in {errors_of(report.output)}")
     if report.truncated:
-        said.append(f"{report.truncated:,} texts were longer than the model takes and were truncated")
-    said.append(
-        f"{report.rows / seconds:,.0f} rows/s, {report.tokens / seconds:,.0f} tokens/s, "
-        f"padding {100 * report.padding:.1f} %"
-    )
+        said.append(f"truncated: {count(report.truncated, 'text')} longer than the model takes")
     if report.rows:
+        output = shlex.quote(report.output)
         said.append(f"vectors: {report.output}" + (f" ({report.dim} dimensions)" if report.dim else ""))
-        said.append(f"read them: {sink.describe()}")
+        if not is_redis(report.output):
+            said.append(f'search:  embed-search {output} "your question"')
+        said.append(f"verify:  embed-verify {output}")
+        said.append(f"read:    {sink.describe()}")
     return said
+
+
+def _times(spent: Spent | None) -> str:
+    if spent is None:
+        return ""
+    whole = f" in {duration(spent.seconds)}"
+    if spent.start_seconds is None or (left := spent.seconds - spent.start_seconds) < SHORTEST_SECONDS:
+        return whole
+    return (
+        f"{whole}: {duration(spent.start_seconds)} to start, {duration(left)} to embed "
+        f"({spent.rows / left:,.0f} rows/s, {spent.tokens / left:,.0f} tokens/s)"
+    )
+
+
+def _kinds(sink: Sink) -> str:
+    """How often each reason, the most frequent first, and whether trying again may help."""
+    try:
+        codes = Counter(row.code for row in sink.read_errors())
+    except OutputError:
+        return ""
+    kinds = ", ".join(f"{number:,} {code}" for code, number in codes.most_common())
+    again = "; --retry-failed tries again those that failed in a worker" if set(codes) - FOR_GOOD else ""
+    return f" ({kinds}{again})" if kinds else ""
+
+
+def count(number: int, what: str) -> str:
+    """A number of things: `1 row`, `2 rows`."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def errors_of(output: str) -> str:

@@ -177,6 +177,7 @@ class Run:
         self.result: report.Report | None = None
         self.reason = ""
         self.was_finished = False
+        self.spent: report.Spent | None = None
         self._parts = parts
         self._failed = failed
         self._progress = progress
@@ -346,6 +347,7 @@ class Run:
         return Part(part.label, blocks, part.size is None, lambda: part.content)
 
     def _end(self, status: JobStatus) -> int:
+        self.spent = self._progress.spent()
         if status.state is JobState.FAILED and status.reason and not status.done:
             raise ModelError(status.reason)  # before the first row, only a model that cannot serve the job fails it
         manifest = self._read_manifest(status)
@@ -395,5 +397,5 @@ def show(options: Options, run: Run) -> None:
         return
     if run.was_finished:
         echo(f"{run.result.output} is finished already; nothing was done")
-    for line in report.lines(run.result, run.sink, run.reason):
+    for line in report.lines(run.result, run.sink, run.reason, run.spent):
         echo(line)
