@@ -111,7 +111,7 @@ def lines(report: Report, sink: Sink, reason: str = "", spent: Spent | None = No
     """For people: what was written, how fast, what failed, and what to do next. `spent`: None if nothing was done."""
     said = [f"{report.state}: {count(report.rows, 'row')}{_times(spent)}" + (f" ({reason})" if reason else "")]
     if report.failed:
-        said.append(f"failed: {count(report.failed, 'row')}{_kinds(sink)}, listed in {errors_of(report.output)}")
+        said.append(f"errors:  {count(report.failed, 'row')}{_kinds(sink)}, listed in {errors_of(report.output)}")
     if report.truncated:
         said.append(f"truncated: {count(report.truncated, 'text')} longer than the model takes")
     if report.rows:

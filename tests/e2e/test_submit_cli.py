@@ -164,7 +164,7 @@ def test_too_many_errors_are_the_reason_from_the_first_run_on(tmp_path: Path, ur
             done = run("embed-submit", *command)
             assert done.returncode == 1
             assert "2 rows failed, more than the 1 that --max-errors allows" in done.stdout
-            assert f"2 ROWS FAILED: see {tmp_path / 'out' / '_errors.jsonl'}" in done.stdout
+            assert f"errors:  2 rows (2 invalid_json), listed in {tmp_path / 'out' / '_errors.jsonl'}" in done.stdout
 
 
 def test_a_finished_output_is_judged_by_the_bound_of_this_command(tmp_path: Path, url: str, queue: str) -> None:
@@ -183,7 +183,7 @@ def test_refused_rows_are_shown_three_of_a_kind_and_then_counted(tmp_path: Path,
     assert "c.jsonl:6: " in done.stderr
     assert "7 more rows refused: invalid_json (10 in all" in done.stderr
     assert len(read_errors(tmp_path / "out")) == 10
-    assert "10 ROWS FAILED" in done.stdout
+    assert "errors:  10 rows (10 invalid_json), listed in" in done.stdout
 
 
 def test_a_finished_output_is_not_touched_and_needs_no_server(tmp_path: Path, url: str, queue: str) -> None:
