@@ -29,7 +29,7 @@ from embedstream.queue.broker import Broker
 from embedstream.server.connection import connect
 from embedstream_producer.embedded import state_folder
 from embedstream_worker.batching import cut_batches, gather_batch
-from embedstream_worker.engines import make_engine
+from embedstream_worker.engines import EngineOptions, load_engine
 
 MODEL = "all-MiniLM-L6-v2"
 
@@ -48,8 +48,7 @@ class Bare:
 
 
 def bare(questions: list[str], texts: list[str], dtype: str) -> Bare:
-    engine, _ = make_engine("openvino", MODEL, dtype=dtype)  # type: ignore[arg-type]
-    engine.start()
+    engine = load_engine(EngineOptions(MODEL, engine="openvino", dtype=dtype))  # type: ignore[arg-type]
     engine.warm_up(engine.info.batch_tokens)
     tokenizer = engine.tokenizer()
 

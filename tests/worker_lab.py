@@ -22,9 +22,12 @@ from embedstream.queue.packing import Packer
 from embedstream.queue.steps import Code
 from embedstream.server.connection import connect
 from embedstream.settings import BlockLimits, WorkerSettings
-from embedstream_worker.engines.base import EngineInfo, Role, TokenBatch
+from embedstream_worker.engines import EngineOptions
+from embedstream_worker.engines.base import Engine, EngineInfo, Role, TokenBatch
 from embedstream_worker.engines.hashing import HashingEngine, HashingTokenizer
-from embedstream_worker.jobs import WorkerModel
+from embedstream_worker.meter import Meter
+from embedstream_worker.pipeline import Life
+from embedstream_worker.shared import Shared
 from embedstream_worker.worker import Connect, Worker, WorkerPlan
 
 BOUND = 1 << 30
@@ -70,9 +73,6 @@ class ScriptedEngine:
     def info(self) -> EngineInfo:
         return self._engine.info
 
-    def start(self) -> None:
-        self._engine.start()
-
     def warm_up(self, batch_tokens: int) -> None:
         self._engine.warm_up(batch_tokens)
 
@@ -102,6 +102,17 @@ def batch_texts(batch: TokenBatch) -> list[str]:
         batch.ids[start:end].tobytes().rstrip(b"\0").decode(errors="replace")
         for start, end in zip(batch.offsets[:-1], batch.offsets[1:], strict=True)
     ]
+
+
+SETTINGS = WorkerSettings(window_ms=20, lease_seconds=600)
+
+
+def share(
+    broker: Broker | None = None, life: Life | None = None, settings: WorkerSettings = SETTINGS, **given: Any
+) -> Shared:
+    """What the stages of the worker w1 share. Without a broker for one whose stages ask Redis for nothing."""
+    broker, life = broker or Broker(connect("redis://127.0.0.1:1"), "q"), life or Life()
+    return Shared("w1", lambda _: broker, settings, life, Meter("q", life), **given)
 
 
 class Gate:
@@ -176,25 +187,29 @@ class WorkerLab:
 
     def start(
         self,
-        engine: ScriptedEngine | HashingEngine | None = None,
+        engine: Engine | None = None,
+        load: Callable[[], Engine] = HashingEngine,
         connect: Connect = connect,
         burst: bool = False,
-        model: WorkerModel | None = None,
+        model: str = "hashing",
         roots: Sequence[str] = (),
         **settings: Any,
     ) -> Running:
-        """A worker whose leases outlast the test and whose engine meets no trial texts, unless it says otherwise."""
+        """A worker whose leases outlast the test and whose engine meets no trial texts, unless it says otherwise.
+
+        It has the engine, or loads one.
+        """
         plan = WorkerPlan(
             redis_url=self.url,
             queue=self.broker.queue,
-            model=model or WorkerModel("hashing", None),
+            engine=EngineOptions(model),
             roots=tuple(roots) or (str(self.folder),),
             settings=WorkerSettings(
                 **{"lease_seconds": 600.0, "drain_seconds": 600.0, "window_ms": 20, "batch_tokens": 65_536, **settings}
             ),
             burst=burst,
         )
-        running = Running(Worker(plan, engine or HashingEngine(), connect=connect))
+        running = Running(Worker(plan, (lambda: engine) if engine else load, connect=connect))
         self._running.append(running)
         return running
 

@@ -17,7 +17,7 @@ import numpy as np
 from peers.protocol import serve
 
 from embedstream_worker.batching import cut_batches, gather_batch
-from embedstream_worker.engines import make_engine
+from embedstream_worker.engines import EngineOptions, load_engine
 
 
 class Loop:
@@ -29,8 +29,7 @@ class Loop:
         self.model_seconds = 0.0
 
     def configure(self, settings: dict[str, Any]) -> None:
-        self._engine, _ = make_engine("openvino", self._model, dtype=settings["dtype"])
-        self._engine.start()
+        self._engine = load_engine(EngineOptions(self._model, engine="openvino", dtype=settings["dtype"]))
         self._budget = settings["tokens"] or self._engine.info.batch_tokens
         self._engine.warm_up(self._budget)
         self._tokenizer = self._engine.tokenizer()

@@ -14,7 +14,7 @@ import pytest
 import redis
 from conftest import RedisServer
 from msgspec import msgpack
-from worker_lab import WorkerLab, pack, refusal, worker_lab
+from worker_lab import SETTINGS, WorkerLab, pack, refusal, share, worker_lab
 
 from embedstream.api.interactive import EmbedReply, EmbedRequest
 from embedstream.jobs import JobState
@@ -23,18 +23,16 @@ from embedstream.queue.workers import WorkerRecord
 from embedstream.server.connection import connect
 from embedstream.settings import WorkerSettings
 from embedstream_worker.ahead import Ahead
+from embedstream_worker.engines import EngineOptions
 from embedstream_worker.engines.hashing import HashingEngine
 from embedstream_worker.held import Held, HeldBlock, TokenizedGroup, Window, hand_back
 from embedstream_worker.infer import Urgent
 from embedstream_worker.intake import LEAST_BLOCK_TOKENS, Intake
 from embedstream_worker.interactive import Interactive
-from embedstream_worker.jobs import Jobs, WorkerModel
+from embedstream_worker.jobs import Jobs
 from embedstream_worker.lease import Leases
-from embedstream_worker.meter import Meter
 from embedstream_worker.pipeline import Channel, Life, start_stage
 from embedstream_worker.troubles import Outage
-
-SETTINGS = WorkerSettings(window_ms=20, lease_seconds=600)
 
 
 @pytest.fixture
@@ -50,8 +48,8 @@ def make_record() -> WorkerRecord:
     )  # fmt: skip
 
 
-def make_leases(broker: Broker, held: Held, life: Life, settings: WorkerSettings = SETTINGS) -> Leases:
-    return Leases(broker, "w1", held, life, settings, make_record)
+def make_leases(broker: Broker, held: Held, settings: WorkerSettings = SETTINGS) -> Leases:
+    return Leases(share(broker, settings=settings, held=held), make_record)
 
 
 def idle_ms(bench: WorkerLab, job: str) -> list[int]:
@@ -80,7 +78,7 @@ def test_every_held_entry_is_renewed_however_many_there_are(bench: WorkerLab) ->
     assert len(claim_all(bench, job, held)) == 1200
     bench.expire_leases(job, 1200)
     assert min(idle_ms(bench, job)) > 1_000_000
-    make_leases(bench.broker, held, Life()).renew()
+    make_leases(bench.broker, held).renew()
     assert max(idle_ms(bench, job)) < 1_000_000
 
 
@@ -89,7 +87,7 @@ def test_entries_that_others_own_are_neither_renewed_nor_held_any_more(bench: Wo
     entries, stream = claim_all(bench, job, held), bench.broker.keys.blocks(job)
     bench.expire_leases(job, 1)
     (taken,) = bench.broker.sweep("w2", job, 3_000_000, 10)
-    make_leases(bench.broker, held, Life()).renew()
+    make_leases(bench.broker, held).renew()
     assert held.entries(stream) == set(entries) - {taken.entry}
     assert bench.owners(job) == {"w1": 1, "w2": 1}
 
@@ -99,14 +97,14 @@ def test_leases_are_renewed_even_if_the_server_has_no_room_for_a_sign_of_life(be
     claim_all(bench, job, held)
     bench.expire_leases(job, 1)
     full = NoMemory(connect(bench.url), bench.broker.queue)
-    make_leases(full, held, Life()).run(lambda _: next(rounds))
+    make_leases(full, held).run(lambda _: next(rounds))
     assert max(idle_ms(bench, job)) < 1_000_000
 
 
 def test_a_sign_of_life_takes_the_place_of_what_is_no_list_of_workers(bench: WorkerLab) -> None:
     client: Any = bench.broker.client
     client.set(bench.broker.keys.workers, "garbage")
-    leases, rounds = make_leases(bench.broker, Held(), Life(), WorkerSettings(heartbeat_seconds=0.0)), iter(range(4))
+    leases, rounds = make_leases(bench.broker, Held(), WorkerSettings(heartbeat_seconds=0.0)), iter(range(4))
     leases.run(lambda _: next(rounds) == 3)
     assert client.type(bench.broker.keys.workers) == b"zset"
     assert len(bench.broker.workers()) == 1
@@ -122,8 +120,8 @@ def test_a_refusal_that_names_its_command_is_said_once(caplog: pytest.LogCapture
 
 
 def test_a_pipeline_that_gets_nowhere_gives_its_leases_up(bench: WorkerLab, caplog: pytest.LogCaptureFixture) -> None:
-    job, held, life = bench.job(["a"]), Held(), Life()
-    leases = make_leases(bench.broker, held, life, WorkerSettings(stall_seconds=-1.0))
+    job, held = bench.job(["a"]), Held()
+    leases = make_leases(bench.broker, held, WorkerSettings(stall_seconds=-1.0))
     leases.renew()
     assert not caplog.records, "a worker that holds nothing is idle, not stuck"
     claim_all(bench, job, held)
@@ -146,15 +144,15 @@ class Taking:
     """An intake in its thread, and the windows that it forms."""
 
     def __init__(self, bench: WorkerLab, room: int = 1000, window_tokens: int = 131_072, **settings: Any) -> None:
-        self.life, self.held = Life(), Held()
         self.windows: Channel[Window] = Channel(room)
         broker = Broker(connect(bench.url, 0), bench.broker.queue)
-        model = WorkerModel("hashing", None)
-        self.jobs = Jobs(broker, bench.url, HashingEngine(), model, (str(bench.folder),), lambda *_: 0)
+        options = EngineOptions("hashing")
+        self.jobs = Jobs(broker, bench.url, HashingEngine(), options, (str(bench.folder),), lambda *_: 0)
         chosen = WorkerSettings(**{"window_ms": 20, "lease_seconds": 600.0, **settings})
         self.ahead = Ahead(65_536, padded=False, window_tokens=window_tokens)
-        meter = Meter("q")
-        intake = Intake(broker, self.jobs, self.held, self.life, self.windows, "w1", chosen, self.ahead, meter)
+        shared = share(broker, settings=chosen)
+        self.life, self.held = shared.life, shared.held
+        intake = Intake(shared, self.jobs, self.ahead, self.windows)
         self.thread = start_stage("intake", self.life, intake.run, [self.windows])
 
     def next(self) -> list[HeldBlock]:
@@ -330,10 +328,10 @@ def test_the_next_window_is_not_claimed_while_enough_is_on_the_way(bench: Worker
 
 
 def make_interactive(
-    bench: WorkerLab, life: Life, channel: Channel[list[TokenizedGroup] | Urgent], lease_ms: int = 600_000
+    bench: WorkerLab, life: Life, channel: Channel[list[TokenizedGroup] | Urgent], settings: WorkerSettings = SETTINGS
 ) -> Interactive:
     engine, broker = HashingEngine(), Broker(connect(bench.url, 0), bench.broker.queue)
-    return Interactive(engine, engine.tokenizer(), broker, "w1", life, channel, lease_ms)
+    return Interactive(share(broker, life, settings), engine, engine.tokenizer(), channel)
 
 
 def reads(client: Any) -> int:
@@ -379,7 +377,7 @@ def test_a_request_that_its_workers_died_of_is_not_tried_again(bench: WorkerLab)
     broker.run(broker.request("r", msgpack.encode(EmbedRequest(texts=("a",))), 60_000, 10))
     for dead in ("d1", "d2"):
         assert broker.sweep_requests(dead, 0, 10) or broker.claim_requests(dead, 10, 0)
-    asking = make_interactive(bench, life, channel, lease_ms=0)
+    asking = make_interactive(bench, life, channel, WorkerSettings(lease_seconds=0))
     thread = start_stage("interactive", life, asking.run, [])
     client: Any = broker.client
     (_, raw) = client.blpop([broker.keys.reply("r")], timeout=30)

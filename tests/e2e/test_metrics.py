@@ -133,16 +133,17 @@ def test_a_worker_is_unready_until_it_is_warm(redis_server: RedisServer, tmp_pat
     loading, warming = Gate(), Gate()
 
     class Slow(ScriptedEngine):
-        def start(self) -> None:
+        def __init__(self) -> None:
             loading([])
+            super().__init__()
 
         def warm_up(self, batch_tokens: int) -> None:
             warming([])
             super().warm_up(batch_tokens)
 
     with worker_lab(redis_server.url, tmp_path) as lab:
-        meter = lab.start(Slow()).worker.meter
-        served = Exposition("127.0.0.1", 0, meter.registry, lambda: "", meter.unready)
+        worker = lab.start(load=Slow).worker
+        served = Exposition("127.0.0.1", 0, worker.meter.registry, lambda: "", worker.life.unready)
         url = served.url.removesuffix("/metrics")
         try:
             for gate in (loading, warming):
@@ -164,7 +165,7 @@ def test_time_spent_on_requests_does_not_slow_the_pace_of_a_queue(redis_server: 
         busy = partial(
             worker.meter.registry.get_sample_value, "embedstream_device_busy_seconds_total", {"queue": lab.broker.queue}
         )
-        wait_until(lambda: worker.state == "ready", "the worker")
+        wait_until(lambda: worker.life.state == "ready", "the worker")
         broker = Broker(connect(lab.url), lab.broker.queue)
         request = ask(broker, EmbedRequest(texts=("a",)), 60, time.monotonic)
         asking = threading.Thread(target=lambda: drive(request, broker))

@@ -48,14 +48,15 @@ def test_a_worker_is_seen_while_its_model_loads_and_warms_up(lab: WorkerLab) -> 
     loading, warming = Gate(), Gate()
 
     class Slow(ScriptedEngine):
-        def start(self) -> None:
+        def __init__(self) -> None:
             loading([])
+            super().__init__()
 
         def warm_up(self, batch_tokens: int) -> None:
             warming([])
             super().warm_up(batch_tokens)
 
-    worker = lab.start(Slow())
+    worker = lab.start(load=Slow)
     for gate in (loading, warming):
         assert gate.arrived.wait(30)
         (record,) = wait_until(lab.broker.workers, "a sign of life")
@@ -71,10 +72,11 @@ def test_a_worker_that_is_not_ready_for_long_says_what_it_is_doing(
     loading = Gate()
 
     class Slow(ScriptedEngine):
-        def start(self) -> None:
+        def __init__(self) -> None:
             loading([])
+            super().__init__()
 
-    lab.start(Slow())
+    lab.start(load=Slow)
     assert loading.arrived.wait(30)
     wait_until(lambda: caplog.text.count("not ready yet: loading its model for") == 2, "it to be said again")
     seen = r"loading its model for \d+ s"
@@ -93,7 +95,7 @@ def test_a_worker_stopped_while_it_warms_up_claims_nothing(lab: WorkerLab) -> No
             super().warm_up(batch_tokens)
 
     job = lab.job(TEXTS)
-    worker = lab.start(Slow())
+    worker = lab.start(load=Slow)
     assert warming.arrived.wait(30)
     worker.worker.life.stop()
     warming.open.set()

@@ -16,7 +16,7 @@ from engines.model_shapes import Shape, decoder, modernbert, plain_transformers,
 from torch._dynamo.utils import counters
 
 from embedstream.errors import ModelError
-from embedstream_worker.engines import compiling, fusing, make_engine
+from embedstream_worker.engines import EngineOptions, compiling, fusing, load_engine
 from embedstream_worker.engines.base import TokenBatch
 from embedstream_worker.engines.torch_engine import Batches, TorchEngine
 from embedstream_worker.models import resolve_model
@@ -128,4 +128,4 @@ def test_padded_batches_are_not_compiled_and_that_is_said(
 @pytest.mark.parametrize("engine", ["openvino", "onnxruntime", "hashing"])
 def test_an_engine_that_does_not_take_it_refuses(engine: str) -> None:
     with pytest.raises(ModelError, match=f"--compile: --engine {engine} does not take it; use --engine torch"):
-        make_engine(engine, "hashing", compiles=True)  # type: ignore[arg-type]
+        load_engine(EngineOptions("hashing", engine=engine, compiles=True))  # type: ignore[arg-type]

@@ -17,7 +17,7 @@ from engines.model_shapes import bert_mean_without_prompt, bert_without_prompt
 
 from embedstream.errors import ModelError
 from embedstream_worker.batching import cut_batches, gather_batch
-from embedstream_worker.engines import make_engine
+from embedstream_worker.engines import EngineOptions, load_engine
 from embedstream_worker.engines.base import TokenBatch
 from embedstream_worker.engines.onnx_engine import OnnxEngine
 from embedstream_worker.engines.openvino_cache import Cache
@@ -278,11 +278,11 @@ def test_a_batch_that_does_not_fit_is_told_apart_and_a_smaller_one_goes_on(small
 
 def test_what_it_cannot_do_is_one_sentence(small: ModelFolder) -> None:
     with pytest.raises(ModelError, match="--dtype bfloat16: onnxruntime computes in float32"):
-        make_engine("onnxruntime", str(small.path), dtype="bfloat16")
+        load_engine(EngineOptions(str(small.path), engine="onnxruntime", dtype="bfloat16"))
     with pytest.raises(ModelError, match="--device mps: onnxruntime runs on cpu or cuda:N"):
-        make_engine("onnxruntime", str(small.path), device="mps")[0].start()
+        load_engine(EngineOptions(str(small.path), engine="onnxruntime", device="mps"))
     with pytest.raises(ModelError, match="--threads 2: only --engine onnxruntime takes it"):
-        make_engine("torch", str(small.path), threads=2)
+        load_engine(EngineOptions(str(small.path), engine="torch", threads=2))
     with pytest.raises(ModelError, match="3 processors for the 1 further threads of a run"):
         OnnxEngine(small, "cpu", threads=2, affinity=(0, 1, 2))
 

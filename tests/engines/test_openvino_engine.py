@@ -15,7 +15,7 @@ from engines.model_shapes import bert_without_prompt, plain_transformers
 
 from embedstream.errors import ModelError
 from embedstream_worker.batching import cut_batches, gather_batch
-from embedstream_worker.engines import make_engine
+from embedstream_worker.engines import EngineOptions, load_engine
 from embedstream_worker.engines.auto_engine import AutoEngine
 from embedstream_worker.engines.base import TokenBatch
 from embedstream_worker.engines.openvino_cache import Cache
@@ -75,10 +75,9 @@ def test_vectors_are_the_callers_own(minilm: OpenVinoEngine, texts: list[str]) -
 def test_a_worker_needs_no_torch_because_a_process_of_its_own_converts(small: ModelFolder) -> None:
     program = f"""
 import sys
-from embedstream_worker.engines import make_engine
+from embedstream_worker.engines import EngineOptions, load_engine
 
-engine, _ = make_engine("openvino", {str(small.path)!r})
-engine.start()
+engine = load_engine(EngineOptions({str(small.path)!r}, engine="openvino"))
 engine.warm_up(256)
 print(sorted({{"torch", "transformers", "sentence_transformers", "nncf"}} & set(sys.modules)))
 """
@@ -180,12 +179,12 @@ def test_int8_of_a_model_that_openvino_does_not_run_is_refused_not_replaced(tmp_
     with pytest.raises(ModelError, match="--dtype int8: the device is not a CPU; use another dtype"):
         AutoEngine(resolve_model(str(folder)), "cuda:0", "int8").start()
     with pytest.raises(ModelError, match="--dtype int8: torch does not compute in it"):
-        make_engine("torch", str(folder), dtype="int8")[0].start()
+        load_engine(EngineOptions(str(folder), engine="torch", dtype="int8"))
 
 
 def test_another_device_than_the_cpu_is_refused_for_openvino() -> None:
     with pytest.raises(ModelError, match="--device cuda:0: openvino runs on the CPU"):
-        make_engine("openvino", MINILM, device="cuda:0")
+        load_engine(EngineOptions(MINILM, engine="openvino", device="cuda:0"))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="bounds the address space by what /proc says")

@@ -37,11 +37,11 @@ EMBED = """
 import sys
 import numpy as np
 from engines.embedding import embed
-from embedstream_worker.engines import make_engine
+from embedstream_worker.engines import EngineOptions, load_engine
 from embedstream_worker.model_folder import Trust
 
-engine, source = make_engine("torch", sys.argv[1], dtype="float32", trust=Trust(code=len(sys.argv) > 3))
-engine.start()
+trust = Trust(code=len(sys.argv) > 3)
+engine = load_engine(EngineOptions(sys.argv[1], engine="torch", dtype="float32", trust=trust))
 np.save(sys.argv[2], embed(engine, ["a text", "another text"]))
 """
 

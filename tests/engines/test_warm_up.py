@@ -12,7 +12,7 @@ import torch
 from engines.embedding import MINILM
 from engines.model_shapes import bert_mean_without_prompt
 
-from embedstream_worker.engines import EngineName, make_engine
+from embedstream_worker.engines import EngineName, EngineOptions, load_engine
 from embedstream_worker.engines.base import Engine, TokenBatch
 from embedstream_worker.models import resolve_model
 
@@ -28,9 +28,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Callable[[EngineName], En
     folder = bert_mean_without_prompt(tmp_path_factory.mktemp("small"), resolve_model(MINILM).path, [])
 
     def make(name: EngineName) -> Engine:
-        engine, _ = make_engine(name, str(folder), device="cpu")
-        engine.start()
-        return engine
+        return load_engine(EngineOptions(str(folder), engine=name, device="cpu"))
 
     return make
 

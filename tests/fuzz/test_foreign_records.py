@@ -11,6 +11,7 @@ import os
 import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import pytest
 from broker_lab import make_record
 from conftest import RedisServer, serve_redis
 from foreign_records import Mutation, apply_all, mutations
-from worker_lab import BOUND, HOUR_MS, WorkerLab, pack
+from worker_lab import BOUND, HOUR_MS, WorkerLab, pack, share
 
 from embedstream import keys
 from embedstream.api.interactive import EmbedRequest
@@ -43,17 +44,18 @@ from embedstream.terminal import printable
 from embedstream_producer.status import look_at_all, look_at_job
 from embedstream_worker import intake
 from embedstream_worker.ahead import Ahead
+from embedstream_worker.engines import EngineOptions
 from embedstream_worker.engines.hashing import HashingEngine
 from embedstream_worker.held import Held, HeldBlock, Window, release
 from embedstream_worker.housekeeping import Housekeeping
 from embedstream_worker.infer import Urgent
 from embedstream_worker.intake import Intake
 from embedstream_worker.interactive import Interactive
-from embedstream_worker.jobs import LOOK_AGAIN_SECONDS, Jobs, OpenJob, WorkerModel
+from embedstream_worker.jobs import LOOK_AGAIN_SECONDS, Jobs, OpenJob
 from embedstream_worker.lease import Leases
-from embedstream_worker.meter import Meter
 from embedstream_worker.pipeline import Channel, Life
 from embedstream_worker.prompts import Prompts
+from embedstream_worker.shared import Shared
 from embedstream_worker.suspects import BY_CHUNK, NotOurs, Trial
 from embedstream_worker.worker import Worker, WorkerPlan
 
@@ -64,7 +66,7 @@ TRIALS = int(os.environ.get("EMBEDSTREAM_FUZZ_TRIALS", "100000"))
 SHARE = 600
 """Trials of the short test."""
 
-MODEL = WorkerModel("hashing", None)
+MODEL = EngineOptions("hashing")
 SETTINGS = WorkerSettings(window_ms=1, lease_seconds=600)
 
 
@@ -122,11 +124,10 @@ class Queue:
         self.lab = WorkerLab(url, folder)
         self.broker = self.lab.broker = ImpatientBroker(connect(url), "q")
         self.client: Any = self.broker.client
-        self.engine, self.meter = HashingEngine(), Meter("q")
+        self.engine = HashingEngine()
         self.tokenizer = self.engine.tokenizer()
-        self.engine.start()
         plan = WorkerPlan(url, "q", MODEL, (str(folder),), SETTINGS)
-        self.worker = Worker(plan, self.engine, connect=lambda _url, _retries: self.client, meter=Meter("other"))
+        self.worker = Worker(plan, lambda: self.engine, connect=lambda _url, _retries: self.client)
         self._make_jobs()
         self._make_others()
         self.copy = {
@@ -159,8 +160,11 @@ class Queue:
         self.jobs = (self.sick, self.open, self.ending, self.done)
         self.specs = {job: broker.status(job).spec for job in self.jobs}
 
+    def _share(self) -> Shared:
+        return replace(share(self.broker, impatient_life(), SETTINGS), consumer="me")
+
     def _jobs(self) -> Jobs:
-        prompts = Prompts(self.broker, "me", self.tokenizer, impatient_life(), AnsweringModel(1))
+        prompts = Prompts(self._share(), self.tokenizer, AnsweringModel(1))
         return Jobs(self.broker, self.url, self.engine, MODEL, (str(self.folder),), prompts.length)
 
     def _make_others(self) -> None:
@@ -200,7 +204,7 @@ class Queue:
         housekeeping = Housekeeping(broker, self.url, (str(self.folder),))
         housekeeping.finalize()
         housekeeping._retire()
-        leases = Leases(broker, "me", Held(), impatient_life(), SETTINGS, lambda: worker_record("me", self.sick))
+        leases = Leases(self._share(), lambda: worker_record("me", self.sick))
         leases.say_alive()
         self._work(healthy=broker.keys.jobs not in touched)
         self._answer(healthy=broker.keys.interactive not in touched)
@@ -224,20 +228,20 @@ class Queue:
 
     def _work(self, healthy: bool) -> None:
         """A worker takes what it can. `healthy`: whether the healthy job must come, and be done."""
-        broker, life, held = self.broker, impatient_life(), Held()
-        jobs = self._jobs()
+        shared, jobs = self._share(), self._jobs()
+        held = shared.held
         opened = [job.id for job in jobs.takeable()]
         assert not healthy or self.healthy in opened
         windows: Channel[Window] = Channel(100)
         ahead = Ahead(65_536, padded=False)
-        made = Intake(broker, jobs, held, life, windows, "me", SETTINGS, ahead, self.meter)
+        made = Intake(shared, jobs, ahead, windows)
         done = False
         for _ in range(14):
             made._step()
             while (window := windows.get(0)) is not None:
                 ahead.arrived(sum(block.tokens for block in window.blocks))
                 for block in window.blocks:
-                    code = self._compute(jobs, held, life, block)
+                    code = self._compute(jobs, held, shared.life, block)
                     done |= (block.job.id, code) == (self.healthy, Code.COMMITTED)
         assert not healthy or done, "the healthy job's blocks do not come"
         assert held.empty
@@ -270,9 +274,7 @@ class Queue:
 
     def _answer(self, healthy: bool) -> None:
         """Interactive requests: at least the good ones have their answers."""
-        served = Interactive(
-            self.engine, self.tokenizer, self.broker, "me", impatient_life(), AnsweringModel(1), HOUR_MS
-        )
+        served = Interactive(self._share(), self.engine, self.tokenizer, AnsweringModel(1))
         try:
             for request in served._claim():
                 served._serve(request)

@@ -7,7 +7,7 @@ import pytest
 
 from embedstream.errors import ModelError
 from embedstream_worker.batching import gather_batch
-from embedstream_worker.engines import make_engine
+from embedstream_worker.engines import EngineOptions, load_engine
 from embedstream_worker.engines.base import TokenBatch
 from embedstream_worker.engines.hashing import HashingEngine
 from embedstream_worker.engines.hashing_paced import VARIABLE
@@ -20,7 +20,7 @@ def batch_of(texts: list[str]) -> TokenBatch:
 
 def test_a_paced_engine_takes_its_time_per_token_without_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, "1000")
-    engine, _ = make_engine("auto", "hashing")
+    engine = load_engine(EngineOptions("hashing"))
     batch = batch_of(["x" * 400, "y" * 400])
     begun, used = time.monotonic(), time.thread_time()
     vectors = engine.embed(batch)["embedding"]
@@ -33,4 +33,4 @@ def test_a_paced_engine_takes_its_time_per_token_without_the_processor(monkeypat
 def test_a_pace_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch, pace: str) -> None:
     monkeypatch.setenv(VARIABLE, pace)
     with pytest.raises(ModelError, match=f"{VARIABLE}={pace}: give a number"):
-        make_engine("hashing", "hashing")
+        load_engine(EngineOptions("hashing"))

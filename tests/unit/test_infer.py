@@ -11,6 +11,7 @@ import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from worker_lab import share
 
 from embedstream.dataset.folder import FolderSink
 from embedstream.dataset.input_hash import input_hashes
@@ -29,12 +30,9 @@ from embedstream_worker.engines.base import (
 from embedstream_worker.held import EmbeddedGroup, TokenizedGroup
 from embedstream_worker.infer import Infer, Urgent
 from embedstream_worker.jobs import OpenJob
-from embedstream_worker.meter import Meter
 from embedstream_worker.pipeline import Channel, Closed, Life, start_stage
 
 DIM = 2
-
-METER = Meter("q")
 
 
 class FakeEngine:
@@ -76,8 +74,6 @@ class FakeEngine:
         if not self.alive:
             raise RuntimeError("dead")
 
-    def start(self) -> None: ...
-
     def close(self) -> None: ...
 
     def tokenizer(self) -> TextTokenizer:
@@ -108,7 +104,7 @@ def run(
     source: Channel[list[TokenizedGroup] | Urgent] = Channel(1)
     out: Channel[list[EmbeddedGroup]] = Channel(1)
     life = Life()
-    infer = Infer(engine, budget, life, source, out, METER, Ahead(64, padded=False))
+    infer = Infer(share(life=life), engine, budget, Ahead(64, padded=False), source, out)
     source.put([make_group(lengths, **group)])
     source.close()
     start_stage("infer", life, infer.run, [source, out]).join(30)
@@ -200,7 +196,7 @@ def test_out_of_memory_halves_the_budget_for_good_and_loses_no_row(padded: bool)
     source: Channel[list[TokenizedGroup] | Urgent] = Channel(2)
     out: Channel[list[EmbeddedGroup]] = Channel(2)
     life = Life()
-    infer = Infer(engine, 128, life, source, out, METER, Ahead(64, padded=False))
+    infer = Infer(share(life=life), engine, 128, Ahead(64, padded=False), source, out)
     source.put([make_group(lengths)])
     source.put([make_group(lengths)])
     source.close()
@@ -281,7 +277,7 @@ def test_an_urgent_request_goes_before_the_next_batch() -> None:
             source.put_first(urgent)
 
     engine, life = FakeEngine(before), Life()
-    infer = Infer(engine, 4, life, source, out, METER, Ahead(64, padded=False))
+    infer = Infer(share(life=life), engine, 4, Ahead(64, padded=False), source, out)
     source.put([make_group([4] * 8)])
     stage = start_stage("infer", life, infer.run, [source, out])
     groups = out.get(timeout=30)
@@ -305,7 +301,7 @@ def test_an_urgent_request_does_not_wait_for_a_slow_writer() -> None:
             second.set()
 
     life, engine = Life(), FakeEngine(before)
-    infer = Infer(engine, 64, life, source, out, METER, Ahead(64, padded=False))
+    infer = Infer(share(life=life), engine, 64, Ahead(64, padded=False), source, out)
     start_stage("infer", life, infer.run, [source, out])
     source.put([make_group([1])])
     source.put([make_group([1])])
@@ -330,7 +326,7 @@ def test_nobody_waits_for_an_answer_of_a_stage_that_has_ended() -> None:
     engine, life = FakeEngine(before), Life()
     source: Channel[list[TokenizedGroup] | Urgent] = Channel(1)
     out: Channel[list[EmbeddedGroup]] = Channel(1)
-    infer = Infer(engine, 64, life, source, out, METER, Ahead(64, padded=False))
+    infer = Infer(share(life=life), engine, 64, Ahead(64, padded=False), source, out)
     source.put([make_group([1])])
     start_stage("infer", life, infer.run, [source, out])
     assert arrived.wait(30)
@@ -348,7 +344,7 @@ def test_a_worker_that_stops_finishes_the_batch_that_is_in_the_model() -> None:
     source: Channel[list[TokenizedGroup] | Urgent] = Channel(1)
     out: Channel[list[EmbeddedGroup]] = Channel(1)
     engine = FakeEngine(lambda _: life.stop())
-    infer = Infer(engine, 4, life, source, out, METER, Ahead(64, padded=False))
+    infer = Infer(share(life=life), engine, 4, Ahead(64, padded=False), source, out)
     source.put([make_group([4, 4, 4])])
     source.close()
     start_stage("infer", life, infer.run, [source, out])
@@ -382,7 +378,7 @@ def test_the_next_window_enters_the_model_before_the_last_batch_of_this_one_has_
     engine.in_flight = 2
     source: Channel[list[TokenizedGroup] | Urgent] = Channel(2)
     out: Channel[list[EmbeddedGroup]] = Channel(2)
-    infer = Infer(engine, 64, Life(), source, out, METER, Ahead(64, padded=False))
+    infer = Infer(share(), engine, 64, Ahead(64, padded=False), source, out)
     source.put([make_group([1])])
     source.put([make_group([2])])
     source.close()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from embedstream_worker.meter import Busy, Meter
+from embedstream_worker.pipeline import Life
 
 
 class Clock:
@@ -23,7 +24,7 @@ def test_seconds_in_which_several_threads_work_count_once() -> None:
 
 
 def test_time_worked_is_taken_once() -> None:
-    meter = Meter("q")
+    meter = Meter("q", Life())
     assert meter.take_worked() == 0
     with meter.stage("tokenize"), meter.batch(10):
         pass
@@ -31,10 +32,15 @@ def test_time_worked_is_taken_once() -> None:
     assert meter.take_worked() == 0
 
 
-def test_a_meter_is_starting_until_it_is_told_otherwise() -> None:
-    meter = Meter("q")
-    assert meter.unready() == "starting"
-    assert meter.registry.get_sample_value("embedstream_ready", {"queue": "q"}) == 0
-    meter.told_by(lambda: "ready")
-    assert meter.unready() == ""
-    assert meter.registry.get_sample_value("embedstream_ready", {"queue": "q"}) == 1
+def test_a_worker_is_unready_until_it_serves_and_once_it_stops() -> None:
+    life = Life()
+    meter = Meter("q", life)
+
+    def ready() -> float | None:
+        return meter.registry.get_sample_value("embedstream_ready", {"queue": "q"})
+
+    assert (life.unready(), ready()) == ("starting", 0)
+    life.serving = True
+    assert (life.unready(), ready()) == ("", 1)
+    life.stop()
+    assert (life.unready(), ready()) == ("draining", 0)

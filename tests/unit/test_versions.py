@@ -17,8 +17,9 @@ from embedstream.errors import BlockError, EmbedstreamError, ManifestDamaged, Ou
 from embedstream.jobs import FORMAT_VERSION, decode_spec
 from embedstream.queue.blocks import decode_block
 from embedstream.queue.queues import look_at_queue
+from embedstream_worker.engines import EngineOptions
 from embedstream_worker.engines.hashing import HashingEngine
-from embedstream_worker.jobs import Jobs, WorkerModel
+from embedstream_worker.jobs import Jobs
 
 NEWER, OLDER = FORMAT_VERSION + 1, FORMAT_VERSION - 1
 
@@ -72,7 +73,7 @@ def test_a_worker_leaves_a_newer_job_to_others_and_everybody_sees_why(tmp_path: 
     lab = Lab(fakeredis.FakeRedis(server=fakeredis.FakeServer()))
     newer, ours = lab.create(str(tmp_path / "newer")), lab.create(str(tmp_path / "ours"))
     lab.client.hset(lab.keys.job(newer), "spec", json.dumps({**UNLIKE_OURS, "v": NEWER}))
-    worker = Jobs(lab.broker, "redis://x", HashingEngine(), WorkerModel("m", None), (str(tmp_path),), lambda *_: 0)
+    worker = Jobs(lab.broker, "redis://x", HashingEngine(), EngineOptions("m"), (str(tmp_path),), lambda *_: 0)
     assert [job.id for job in worker.takeable()] == [ours]
     why = f"job spec has format version {NEWER}, this embedstream reads {FORMAT_VERSION}: upgrade it"
     assert worker.refused_for_good() == {newer: why}

@@ -12,8 +12,9 @@ import redis
 
 from embedstream.jobs import JobSpec, JobState, OutputSpec
 from embedstream.queue.broker import Broker
+from embedstream_worker.engines import EngineOptions
 from embedstream_worker.engines.hashing import HashingEngine
-from embedstream_worker.jobs import LOOK_AGAIN_SECONDS, Jobs, WorkerModel, space_id
+from embedstream_worker.jobs import LOOK_AGAIN_SECONDS, Jobs, space_id
 
 
 class Bench:
@@ -32,7 +33,7 @@ class Bench:
             self.broker,
             "redis://x",
             self.engine,
-            WorkerModel(model, revision),
+            EngineOptions(model, revision),
             (str(self.root),),
             lambda _job, _spec, prompt, max_length: tokenizer.prompt_length(prompt, max_length),
             lambda: self.now,

@@ -10,16 +10,15 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 import pytest
+from worker_lab import share
 
 from embedstream.dataset.folder import FolderSink
 from embedstream.dataset.input_hash import input_hashes
 from embedstream.dataset.schema import dataset_schema, errors_schema
 from embedstream.jobs import JobSpec
 from embedstream.queue.blocks import Block, Refusal, decode_block, encode_block
-from embedstream.queue.broker import Broker
 from embedstream.queue.packing import Packer
 from embedstream.records import ShardContent, ShardRecord
-from embedstream.server.connection import connect
 from embedstream.settings import BlockLimits, WorkerSettings
 from embedstream_worker.ahead import Ahead
 from embedstream_worker.engines.base import EngineInfo, OutputInfo
@@ -28,7 +27,6 @@ from embedstream_worker.finish import BLOCK_BYTES, FinishedBlock, finish_blocks
 from embedstream_worker.held import EmbeddedGroup, Held, HeldBlock, TokenizedGroup, Window
 from embedstream_worker.infer import Urgent
 from embedstream_worker.jobs import OpenJob
-from embedstream_worker.meter import Meter
 from embedstream_worker.pipeline import Channel, Life, start_stage
 from embedstream_worker.shards import OpenShards, Shard
 from embedstream_worker.tokenize import Tokenize, encode_rows
@@ -196,7 +194,8 @@ def filled(blocks: Sequence[Block], **settings: Any) -> tuple[OpenShards, Shard]
     """An open shard of these blocks, of whose job another block is on its way."""
     held, group = Held(), embedded(blocks)
     held.add("stream", "on its way")
-    open_shards = OpenShards(Broker(connect("redis://127.0.0.1:1"), "q"), held, Life(), WorkerSettings(**settings))
+    shared = share(settings=WorkerSettings(**settings), held=held)
+    open_shards = OpenShards(shared, shared.broker(0))
     shard = open_shards.of(group.tokenized.job, "stream")
     for block in finished(group):
         shard.add(block)
@@ -272,8 +271,7 @@ def test_blocks_tokenized_in_several_threads_come_out_in_their_order_each_error_
     texts = [f"bad {i}" if i % 7 == 3 else f"text {i}" for i in range(500)]
     group = embedded(packed(texts, chunks=9)).tokenized
     source, out = Channel[Window](1), Channel[list[TokenizedGroup] | Urgent](1)
-    broker = Broker(connect("redis://127.0.0.1:1"), "q")  # nothing is released here
-    tokenize = Tokenize(Picky, 4, broker, "w", Held(), Life(), source, out, Meter("q"), Ahead(64, padded=False))
+    tokenize = Tokenize(share(), Picky, 4, Ahead(64, padded=False), source, out)
     stage = start_stage("tokenize", Life(), tokenize.run, [source, out])
     source.put(Window(group.blocks))
     item = out.get(timeout=30)

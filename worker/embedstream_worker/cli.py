@@ -6,6 +6,7 @@ import math
 import re
 import socket
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -171,34 +172,33 @@ def worker(
     queue = queue or queue_name(model)
     if only_check:
         sys.exit(0 if is_ready(redis_url, queue) else 1)
-    settings = WorkerSettings(
-        batch_tokens=batch_tokens,
-        window_tokens=window_tokens,
-        window_ms=window_ms,
-        lease_seconds=lease_seconds,
-        stall_seconds=stall_seconds,
-        drain_seconds=drain_seconds,
-    )
-    # Not at the top: loading it takes a while, in which Ctrl-C shall end this command as at any other time.
+    # Not at the top: loading these takes a while, in which Ctrl-C shall end this command as at any other time.
+    from embedstream.dataset.roots import canonical_root
+    from embedstream_worker.engines import EngineOptions
     from embedstream_worker.serving import serve
+    from embedstream_worker.worker import WorkerPlan
 
+    roots = (embedded,) if embedded is not None else output_roots or (str(Path.cwd()), "redis:")
+    trust = Trust(code=trust_remote_code, pickle=allow_pickle)
     serve(
-        model,
-        revision,
-        redis_url,
-        queue,
-        device,
-        engine,
-        dtype,
-        threads,
-        settings,
-        output_roots if embedded is None else (embedded,),
-        burst,
-        not no_warmup,
-        embedded is not None,
-        Trust(code=trust_remote_code, pickle=allow_pickle),
-        None if metrics_port is None else (metrics_host, metrics_port),
-        compiles,
+        WorkerPlan(
+            redis_url=redis_url,
+            queue=queue,
+            engine=EngineOptions(model, revision, engine, device, dtype, threads, trust, compiles),
+            roots=tuple(map(canonical_root, roots)),
+            settings=WorkerSettings(
+                batch_tokens=batch_tokens,
+                window_tokens=window_tokens,
+                window_ms=window_ms,
+                lease_seconds=lease_seconds,
+                stall_seconds=stall_seconds,
+                drain_seconds=drain_seconds,
+            ),
+            burst=burst,
+            alone=embedded is not None,
+            warm_up=not no_warmup,
+            listen=None if metrics_port is None else (metrics_host, metrics_port),
+        )
     )
 
 

@@ -17,10 +17,10 @@ from embedstream.server.foreign import reading
 from embedstream.server.troubles import passes
 from embedstream_worker.engines.base import EngineInfo
 from embedstream_worker.finish import FinishedBlock
-from embedstream_worker.held import Delivered, Held, release
+from embedstream_worker.held import Delivered, release
 from embedstream_worker.jobs import LOOK_AGAIN_SECONDS, Jobs, OpenJob
-from embedstream_worker.meter import Meter
 from embedstream_worker.shards import Shard
+from embedstream_worker.shared import Shared
 
 log = logging.getLogger(__name__)
 
@@ -28,13 +28,11 @@ log = logging.getLogger(__name__)
 class Commits:
     """Writes shards and commits them."""
 
-    def __init__(self, broker: Broker, jobs: Jobs, info: EngineInfo, consumer: str, held: Held, meter: Meter) -> None:
+    def __init__(self, shared: Shared, broker: Broker, jobs: Jobs, info: EngineInfo) -> None:
         self._broker = broker
+        self._consumer, self._held, self._meter = shared.consumer, shared.held, shared.meter
         self._jobs = jobs
         self._info = info
-        self._consumer = consumer
-        self._held = held
-        self._meter = meter
 
     def finish(self, shard: Shard) -> ShardRecord | None:
         """Write and commit, without the blocks that turn out to be done by others, until nothing is left to try.

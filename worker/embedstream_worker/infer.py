@@ -22,8 +22,8 @@ from embedstream.queue.workers import InHand
 from embedstream_worker.ahead import Ahead
 from embedstream_worker.engines.base import Engine, OutOfMemory, Role, Tokens
 from embedstream_worker.held import EmbeddedGroup, RowErrors, TokenizedGroup
-from embedstream_worker.meter import Meter
-from embedstream_worker.pipeline import Channel, Closed, Life
+from embedstream_worker.pipeline import Channel, Closed
+from embedstream_worker.shared import Shared
 from embedstream_worker.suspects import NotOurs
 from embedstream_worker.work import Taken, Work
 
@@ -75,20 +75,18 @@ class Infer:
 
     def __init__(
         self,
+        shared: Shared,
         engine: Engine,
         batch_tokens: int,
-        life: Life,
+        ahead: Ahead,
         source: Channel[list[TokenizedGroup] | Urgent],
         out: Channel[list[EmbeddedGroup]],
-        meter: Meter,
-        ahead: Ahead,
     ) -> None:
+        self._life, self._activity, self._meter = shared.life, shared.activity, shared.meter
         self._engine = engine
         self._budget = batch_tokens
-        self._life = life
         self._source = source
         self._out = out
-        self._meter = meter
         self._ahead = ahead
         ahead.told_by(lambda: self._left)
         self._name, self._output = next(iter(engine.info.outputs.items()))
@@ -188,7 +186,7 @@ class Infer:
         if work.note is not None:
             work.note(int(taken.rows[0]))
         run = self._engine.embed_exact if taken.exact else self._engine.embed
-        with self._life.computing(), self._meter.batch(len(taken.batch.ids)):
+        with self._activity.computing(), self._meter.batch(len(taken.batch.ids)):
             return run(taken.batch)[self._name]
 
     def _begin(self, group: TokenizedGroup) -> Work:
@@ -219,7 +217,7 @@ class Infer:
         if error is None:
             work.land(taken, future.result())
             self._ahead.computed(len(taken.batch.ids), self._meter.device_seconds)
-            self._life.progress()
+            self._activity.progress()
         elif not isinstance(error, Exception) or isinstance(error, redis.RedisError):
             raise error
         elif isinstance(error, NotOurs):
@@ -260,7 +258,7 @@ class Infer:
             DeviceLost: it does not.
         """
         try:
-            with self._life.computing():
+            with self._activity.computing():
                 self._engine.warm_up(1)
         except Exception as error:
             raise DeviceLost(self._engine.info.device, error) from error

@@ -18,13 +18,13 @@ from embedstream.cli.logs import about
 from embedstream.errors import BlockError, RecordDamaged
 from embedstream.jobs import JobState
 from embedstream.queue.blocks import Block, decode_block
-from embedstream.queue.broker import Broker, Claimed, entry_size
-from embedstream.settings import BLOCK_LIMITS, WorkerSettings
+from embedstream.queue.broker import Claimed, entry_size
+from embedstream.settings import BLOCK_LIMITS
 from embedstream_worker.ahead import Ahead
-from embedstream_worker.held import Held, HeldBlock, Window, hand_back, release
+from embedstream_worker.held import HeldBlock, Window, hand_back, release
 from embedstream_worker.jobs import LOOK_AGAIN_SECONDS, Jobs, OpenJob
-from embedstream_worker.meter import Meter
-from embedstream_worker.pipeline import Channel, Closed, Life
+from embedstream_worker.pipeline import Channel, Closed
+from embedstream_worker.shared import Shared
 from embedstream_worker.suspects import ALONE, BY_CHUNK
 from embedstream_worker.troubles import Outage, Refused, may_pass
 
@@ -70,28 +70,20 @@ class Intake:
 
     def __init__(
         self,
-        broker: Broker,
+        shared: Shared,
         jobs: Jobs,
-        held: Held,
-        life: Life,
-        out: Channel[Window],
-        consumer: str,
-        settings: WorkerSettings,
         ahead: Ahead,
-        meter: Meter,
+        out: Channel[Window],
         burst: bool = False,
         hopeless: Callable[[], Container[str]] = frozenset,
     ) -> None:
         """`hopeless` says which jobs of the outbox this worker cannot finalize: `burst` does not wait for them."""
-        self._broker = broker
+        self._broker = shared.broker(0)
+        self._consumer, self._settings, self._meter = shared.consumer, shared.settings, shared.meter
+        self._life, self._activity, self._held = shared.life, shared.activity, shared.held
         self._jobs = jobs
-        self._held = held
-        self._life = life
-        self._out = out
-        self._consumer = consumer
-        self._settings = settings
         self._ahead = ahead
-        self._meter = meter
+        self._out = out
         self._burst = burst
         self._hopeless = hopeless
         self._turn = 0
@@ -181,7 +173,7 @@ class Intake:
                 tokens += held.tokens
                 self._block_tokens += 0.1 * (held.tokens - self._block_tokens)
             if begins:
-                self._life.progress()
+                self._activity.progress()
                 closes = time.monotonic() + self._settings.window_ms / 1000
                 most = math.inf if alone else self._share(jobs, full)
             is_full = tokens >= full or len(blocks) >= most
@@ -229,7 +221,7 @@ class Intake:
             self._held.add(c.stream, c.entry)
             held = self._decode(c, streams[c.stream])
             if held is not None:
-                self._life.progress()
+                self._activity.progress()
                 blocks.append(held)
 
     def _claim(self, jobs: list[OpenJob], wanted: int, wait_ms: int) -> list[Claimed]:

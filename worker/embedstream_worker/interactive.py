@@ -12,12 +12,13 @@ from redis.backoff import ExponentialWithJitterBackoff
 from embedstream.api.interactive import EmbedReply, EmbedRequest, refuse_long_body
 from embedstream.dataset.input_hash import model_inputs
 from embedstream.errors import ModelError, UsageError
-from embedstream.queue.broker import Broker, Claimed
+from embedstream.queue.broker import Claimed
 from embedstream_worker.batching import join_tokens
 from embedstream_worker.engines.base import Engine, TextTokenizer
 from embedstream_worker.held import TokenizedGroup, hand_back
 from embedstream_worker.infer import Urgent
-from embedstream_worker.pipeline import Channel, Closed, Life
+from embedstream_worker.pipeline import Channel, Closed
+from embedstream_worker.shared import Shared
 from embedstream_worker.troubles import Outage, Refused, may_pass
 
 log = logging.getLogger(__name__)
@@ -42,22 +43,14 @@ class Interactive:
     """Owns its tokenizer and its connection, which must not repeat commands by itself (see `Intake`)."""
 
     def __init__(
-        self,
-        engine: Engine,
-        tokenizer: TextTokenizer,
-        broker: Broker,
-        consumer: str,
-        life: Life,
-        infer: Channel[list[TokenizedGroup] | Urgent],
-        lease_ms: int,
+        self, shared: Shared, engine: Engine, tokenizer: TextTokenizer, infer: Channel[list[TokenizedGroup] | Urgent]
     ) -> None:
+        self._broker = shared.broker(0)
+        self._consumer, self._life, self._activity = shared.consumer, shared.life, shared.activity
+        self._lease_ms = int(shared.settings.lease_seconds * 1000)
         self._engine = engine
         self._tokenizer = tokenizer
-        self._broker = broker
-        self._consumer = consumer
-        self._life = life
         self._infer = infer
-        self._lease_ms = lease_ms
         self._output = next(iter(engine.info.outputs))
 
     def run(self) -> None:
@@ -127,7 +120,7 @@ class Interactive:
         info = self._engine.info
         prompt = self._engine.prompt(request.role, request.prompt, request.prompt_name)
         max_length = request.max_length or info.max_length
-        with self._life.computing():
+        with self._activity.computing():
             pieces = [self._tokenizer.encode(inputs, max_length) for inputs in model_inputs(request.texts, prompt)]
             prompt_length = self._tokenizer.prompt_length(prompt, max_length) if prompt else 0
         tokens = join_tokens(pieces)

@@ -22,6 +22,7 @@ from embedstream.lifecycle.opening import is_here
 from embedstream.masking import mask
 from embedstream.queue.broker import Broker
 from embedstream.queue.job_record import reading_job
+from embedstream_worker.engines import EngineOptions
 from embedstream_worker.engines.base import Engine, EngineInfo
 from embedstream_worker.troubles import Refused
 
@@ -36,14 +37,6 @@ FOR_GOOD = float("inf")
 
 class PromptBeingTried(Exception):
     """Another worker tries the job's prompt at present, or died of it a moment ago: look again soon."""
-
-
-@dataclass(frozen=True)
-class WorkerModel:
-    """The one model that a worker serves, as it was asked for."""
-
-    name: str
-    revision: str | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +73,7 @@ class Jobs:
         broker: Broker,
         redis_url: str,
         engine: Engine,
-        model: WorkerModel,
+        options: EngineOptions,
         roots: tuple[str, ...],
         prompt_length: Callable[[str, JobSpec, str, int], int],
         clock: Callable[[], float] = time.monotonic,
@@ -90,7 +83,7 @@ class Jobs:
         self._redis_url = redis_url
         self._engine = engine
         self._tokenizer = engine.tokenizer()
-        self._model = model
+        self._options = options
         self._roots = roots
         self._prompt_length = prompt_length
         self._clock = clock
@@ -232,10 +225,10 @@ class Jobs:
         )
 
     def _unfit(self, spec: JobSpec) -> str | None:
-        if queue_name(spec.model) != queue_name(self._model.name):
-            return f"it asks for model {spec.model}, this worker serves {self._model.name}"
-        if spec.revision is not None and spec.revision != self._model.revision:
-            return f"it asks for revision {spec.revision}, this worker serves {self._model.revision or 'the default'}"
+        if queue_name(spec.model) != queue_name(self._options.model):
+            return f"it asks for model {spec.model}, this worker serves {self._options.model}"
+        if spec.revision is not None and spec.revision != self._options.revision:
+            return f"it asks for revision {spec.revision}, this worker serves {self._options.revision or 'the default'}"
         try:
             check_output(self._roots, spec.output)
         except EmbedstreamError as error:

@@ -6,11 +6,9 @@ import logging
 import time
 from collections.abc import Callable
 
-from embedstream.queue.broker import Broker
 from embedstream.queue.workers import WorkerRecord
-from embedstream.settings import WorkerSettings
-from embedstream_worker.held import ENTRIES_PER_STEP, Held
-from embedstream_worker.pipeline import Life
+from embedstream_worker.held import ENTRIES_PER_STEP
+from embedstream_worker.shared import Shared
 from embedstream_worker.troubles import Outage, Refused
 
 log = logging.getLogger(__name__)
@@ -19,20 +17,9 @@ log = logging.getLogger(__name__)
 class Leases:
     """Renews what the worker holds and says that the worker lives, until the worker is gone."""
 
-    def __init__(
-        self,
-        broker: Broker,
-        consumer: str,
-        held: Held,
-        life: Life,
-        settings: WorkerSettings,
-        record: Callable[[], WorkerRecord],
-    ) -> None:
-        self._broker = broker
-        self._consumer = consumer
-        self._held = held
-        self._life = life
-        self._settings = settings
+    def __init__(self, shared: Shared, record: Callable[[], WorkerRecord]) -> None:
+        self._shared = shared
+        self._broker = shared.broker(0)
         self._record = record
         self._stalled = False
         self._renewing = Outage("renewing leases")
@@ -46,17 +33,17 @@ class Leases:
             now = time.monotonic()
             # Renewal first, and apart: a full server refuses the heartbeat, which is a write, but not the renewal.
             if now >= next_renewal and self._try(self.renew, self._renewing):
-                next_renewal = now + self._settings.lease_seconds / 4
+                next_renewal = now + self._shared.settings.lease_seconds / 4
             record = self._record()
             due = now >= next_heartbeat or said is None or said.state != record.state
             if due and self._try(self.say_alive, self._speaking):
-                next_heartbeat, said = now + self._settings.heartbeat_seconds, record
-            if gone(min(1.0, self._settings.lease_seconds / 8)):
+                next_heartbeat, said = now + self._shared.settings.heartbeat_seconds, record
+            if gone(min(1.0, self._shared.settings.lease_seconds / 8)):
                 return
 
     def say_alive(self) -> None:
         """Raises `redis.RedisError`."""
-        self._broker.heartbeat(self._record(), self._settings.expire_seconds)
+        self._broker.heartbeat(self._record(), self._shared.settings.expire_seconds)
 
     def renew(self) -> None:
         """Reset the idle time of everything held, unless the pipeline has got nowhere for long: then others take over.
@@ -64,19 +51,19 @@ class Leases:
         Raises:
             redis.RedisError: some leases could not be renewed.
         """
-        held = self._held.snapshot()
-        stalled = bool(held) and self._life.idle_seconds() > self._settings.stall_seconds
+        held = self._shared.held.snapshot()
+        stalled = bool(held) and self._shared.activity.idle_seconds() > self._shared.settings.stall_seconds
         if stalled and not self._stalled:
-            log.error("nothing has moved for %d s: leases are no longer renewed", self._settings.stall_seconds)
+            log.error("nothing has moved for %d s: leases are no longer renewed", self._shared.settings.stall_seconds)
         self._stalled = stalled
         if stalled:
             return
         for stream, entries in held.items():
             for start in range(0, len(entries), ENTRIES_PER_STEP):
                 some = entries[start : start + ENTRIES_PER_STEP]
-                lost = self._broker.run(self._broker.renew(stream, self._consumer, some))
+                lost = self._broker.run(self._broker.renew(stream, self._shared.consumer, some))
                 # Committing does not ask who owns an entry: work on lost ones goes on, and counts if it is first.
-                self._held.remove(stream, lost)
+                self._shared.held.remove(stream, lost)
 
     def _try(self, step: Callable[[], None], outage: Outage) -> bool:
         try:

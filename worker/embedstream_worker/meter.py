@@ -15,6 +15,7 @@ from prometheus_client.registry import Collector
 from embedstream.metrics import metrics
 from embedstream.metrics.metrics import Metric
 from embedstream.records import ShardRecord
+from embedstream_worker.pipeline import Life
 
 Stage = Literal["decode", "tokenize", "infer", "finish", "write", "commit"]
 
@@ -67,7 +68,7 @@ class _DeviceBusy(Collector):
 class Meter:
     """One worker's metrics, in a registry of their own. Its methods may be called from any thread."""
 
-    def __init__(self, queue: str) -> None:
+    def __init__(self, queue: str, life: Life) -> None:
         self.registry = CollectorRegistry()
         self._queue = queue
         ProcessCollector(registry=self.registry)
@@ -86,8 +87,7 @@ class Meter:
         self._device, self._working, self._taken = Busy(), Busy(), 0.0
         self.registry.register(_DeviceBusy(queue, self._device))
         self._warm_up = self._gauge(metrics.WARM_UP).labels(queue)
-        self._state: Callable[[], str] = lambda: "starting"
-        self._gauge(metrics.READY).labels(queue).set_function(lambda: not self.unready())
+        self._gauge(metrics.READY).labels(queue).set_function(lambda: not life.unready())
         self._info = self._gauge(metrics.WORKER_INFO)
 
     @contextlib.contextmanager
@@ -136,15 +136,6 @@ class Meter:
     def warm(self, seconds: float) -> None:
         """The warm-up is over."""
         self._warm_up.set(seconds)
-
-    def told_by(self, state: Callable[[], str]) -> None:
-        """Who says what the worker is doing: starting, ready or draining."""
-        self._state = state
-
-    def unready(self) -> str:
-        """Why the worker takes no work; empty if it does."""
-        state = self._state()
-        return "" if state == "ready" else state
 
     def loaded(self, worker: str, model: str, engine: str, device: str, dtype: str) -> None:
         """The model is loaded."""

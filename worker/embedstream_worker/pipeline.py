@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar, cast
 
 T = TypeVar("T")
@@ -77,7 +76,7 @@ class Channel(Generic[T]):
 
 
 class Life:
-    """Whether the worker goes on, and whether it gets anywhere. Shared by all its threads."""
+    """Whether the worker goes on. Shared by all its threads."""
 
     def __init__(self) -> None:
         self.stopping = threading.Event()
@@ -85,10 +84,16 @@ class Life:
         self.serving = False
         """Whether the stages have been started: before, a worker that is told to stop has nothing to finish."""
         self.failure: BaseException | None = None
-        self._progressed = time.monotonic()
-        self._computing: dict[int, float] = {}  # thread -> since when
         self._stopped: float | None = None
-        self._starting: tuple[str, float] | None = None  # what is done, and since when
+
+    @property
+    def state(self) -> str:
+        """starting, ready or draining."""
+        return "draining" if self.stopping.is_set() else "ready" if self.serving else "starting"
+
+    def unready(self) -> str:
+        """Why the worker takes no work; empty if it does."""
+        return "" if self.state == "ready" else self.state
 
     def stop(self) -> None:
         self._stopped = self._stopped or time.monotonic()
@@ -98,47 +103,11 @@ class Life:
         """How long ago the worker was told to stop, or failed; 0 if it goes on."""
         return 0.0 if self._stopped is None else time.monotonic() - self._stopped
 
-    @contextlib.contextmanager
-    def starting(self, phase: str) -> Iterator[None]:
-        """The worker is not ready yet, and this is what it is doing."""
-        self._starting = (phase, time.monotonic())
-        try:
-            yield
-        finally:
-            self._starting = None
-
-    def start_phase(self) -> tuple[str, float]:
-        """What the worker does before it is ready, and for how many seconds already; "" and 0 otherwise."""
-        phase, since = self._starting or ("", time.monotonic())
-        return phase, time.monotonic() - since
-
-    @contextlib.contextmanager
-    def computing(self) -> Iterator[None]:
-        """This thread is in the model or the tokenizer, from where it may never come back."""
-        me = threading.get_ident()
-        self._computing[me] = time.monotonic()
-        try:
-            yield
-        finally:
-            del self._computing[me]
-
-    def computing_seconds(self) -> float:
-        """How long the oldest computation has been going on; 0 if there is none."""
-        return time.monotonic() - min(self._computing.copy().values(), default=time.monotonic())
-
     def fail(self, error: BaseException) -> None:
         """End the worker because a stage cannot go on."""
         if self.failure is None:
             self.failure = error
         self.stop()
-
-    def progress(self) -> None:
-        """Some stage has finished a piece of work."""
-        self._progressed = time.monotonic()
-
-    def idle_seconds(self) -> float:
-        """How long no stage has finished anything."""
-        return time.monotonic() - self._progressed
 
 
 def start_stage(name: str, life: Life, run: Callable[[], None], channels: Sequence[Channel[Any]]) -> threading.Thread:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from embedstream.errors import JobUnknown, ModelError, RecordDamaged
 from embedstream.jobs import JobSpec
-from embedstream.queue.broker import Broker
 from embedstream.queue.steps import PROVEN, Code
 from embedstream.server.foreign import reading
 from embedstream_worker.engines.base import TextTokenizer
 from embedstream_worker.held import TokenizedGroup
 from embedstream_worker.infer import Urgent
 from embedstream_worker.jobs import PromptBeingTried
-from embedstream_worker.pipeline import Channel, Closed, Life
+from embedstream_worker.pipeline import Channel, Closed
+from embedstream_worker.shared import RETRIES, Shared
 
 MOST_DEATHS = 3
 """So many workers a prompt may cost, as a text does."""
@@ -29,18 +29,15 @@ class Prompts:
 
     def __init__(
         self,
-        broker: Broker,
-        consumer: str,
+        shared: Shared,
         tokenizer: TextTokenizer,
-        life: Life,
         infer: Channel[list[TokenizedGroup] | Urgent],
         alone: bool = False,
     ) -> None:
         """`alone`: no other worker can be on the queue, so that whoever is noted is dead."""
-        self._broker = broker
-        self._consumer = consumer
+        self._broker = shared.broker(RETRIES)
+        self._consumer, self._activity = shared.consumer, shared.activity
         self._tokenizer = tokenizer
-        self._life = life
         self._infer = infer
         self._alone = alone
 
@@ -74,7 +71,7 @@ class Prompts:
 
     def _run(self, job: str, spec: JobSpec, prompt: str, max_length: int) -> int:
         try:
-            with reading(f"the prompt of job {job}"), self._life.computing():
+            with reading(f"the prompt of job {job}"), self._activity.computing():
                 tokens = self._tokenizer.encode([prompt + HARMLESS], max_length)
                 length = self._tokenizer.prompt_length(prompt, max_length)
         except RecordDamaged as error:

@@ -15,7 +15,7 @@ from embedstream.errors import ModelError, OutputError
 from embedstream.jobs import JobSpec, model_address, model_folder
 from embedstream.records import Manifest
 from embedstream_worker import known_models
-from embedstream_worker.engines import HASHING_MODEL, EngineName, make_engine
+from embedstream_worker.engines import HASHING_MODEL, EngineName, EngineOptions, load_engine
 from embedstream_worker.engines.base import TokenBatch
 from embedstream_worker.engines.precision import Dtype
 from embedstream_worker.jobs import space_id
@@ -60,8 +60,7 @@ def embed_query(
     name: EngineName = "hashing" if manifest.engines == ("hashing",) else "auto"
     dtype: Dtype = "int8" if any(shard.dtype == "int8" for shard in manifest.shards) else "auto"
     chosen, revision = (HASHING_MODEL, None) if name == "hashing" else _choose(spec, model, trust)
-    engine, _ = make_engine(name, chosen, revision, dtype=dtype, trust=trust)
-    engine.start()
+    engine = load_engine(EngineOptions(chosen, revision, name, dtype=dtype, trust=trust))
     info = engine.info
     max_length = spec.max_length or info.max_length
     if space_id(info, spec, engine.prompt(spec.role, spec.prompt, spec.prompt_name), max_length) != manifest.space:

@@ -17,11 +17,9 @@ from embedstream.queue.broker import Broker
 from embedstream.queue.workers import InHand
 from embedstream.records import ShardRecord
 from embedstream.server.foreign import reading
-from embedstream.settings import WorkerSettings
 from embedstream_worker.finish import FinishedBlock
-from embedstream_worker.held import Held
 from embedstream_worker.jobs import OpenJob
-from embedstream_worker.pipeline import Life
+from embedstream_worker.shared import Shared
 
 ASK_SECONDS = 0.1
 """How often Redis is asked, per shard, whether its job has more to come."""
@@ -75,11 +73,9 @@ class Shard:
 class OpenShards:
     """One for each job of which blocks came since its last one was closed."""
 
-    def __init__(self, broker: Broker, held: Held, life: Life, settings: WorkerSettings) -> None:
+    def __init__(self, shared: Shared, broker: Broker) -> None:
         self._broker = broker
-        self._held = held
-        self._life = life
-        self._settings = settings
+        self._held, self._life, self._settings = shared.held, shared.life, shared.settings
         self._shards: dict[str, Shard] = {}
 
     def __bool__(self) -> bool:

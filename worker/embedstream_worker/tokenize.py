@@ -10,15 +10,14 @@ import numpy as np
 import pyarrow as pa
 
 from embedstream.dataset.input_hash import input_hashes, model_inputs, strings_of
-from embedstream.queue.broker import Broker
 from embedstream_worker.ahead import Ahead
 from embedstream_worker.batching import join_tokens
 from embedstream_worker.engines.base import TextTokenizer, Tokens
-from embedstream_worker.held import Held, HeldBlock, RowErrors, TokenizedGroup, Window, release
+from embedstream_worker.held import HeldBlock, RowErrors, TokenizedGroup, Window, release
 from embedstream_worker.infer import Urgent
 from embedstream_worker.jobs import OpenJob
-from embedstream_worker.meter import Meter
-from embedstream_worker.pipeline import Channel, Life
+from embedstream_worker.pipeline import Channel
+from embedstream_worker.shared import RETRIES, Shared
 from embedstream_worker.suspects import BY_CHUNK, NotOurs, Trial
 
 _NONE = Tokens(np.empty(0, np.int32), np.zeros(1, np.int64), np.empty(0, np.bool_))
@@ -33,29 +32,23 @@ class Tokenize:
 
     def __init__(
         self,
+        shared: Shared,
         make_tokenizer: Callable[[], TextTokenizer],
         threads: int,
-        broker: Broker,
-        consumer: str,
-        held: Held,
-        life: Life,
+        ahead: Ahead,
         source: Channel[Window],
         out: Channel[list[TokenizedGroup] | Urgent],
-        meter: Meter,
-        ahead: Ahead,
     ) -> None:
+        self._broker = shared.broker(RETRIES)
+        self._consumer, self._held, self._meter = shared.consumer, shared.held, shared.meter
+        self._life, self._activity = shared.life, shared.activity
         self._threads = threads
         self._tokenizers: SimpleQueue[TextTokenizer] = SimpleQueue()
         for _ in range(threads):
             self._tokenizers.put(make_tokenizer())
-        self._broker = broker
-        self._consumer = consumer
-        self._held = held
-        self._life = life
+        self._ahead = ahead
         self._source = source
         self._out = out
-        self._meter = meter
-        self._ahead = ahead
 
     def run(self) -> None:
         """Until the source closes. A worker that stops hands untouched windows back."""
@@ -74,7 +67,7 @@ class Tokenize:
                     release(self._broker, self._consumer, self._held, window.blocks)
                     continue
                 self._out.put(groups)
-                self._life.progress()
+                self._activity.progress()
 
     def _group(self, pool: ThreadPoolExecutor, job: OpenJob, blocks: list[HeldBlock]) -> TokenizedGroup:
         if len(blocks) == 1 and blocks[0].deliveries >= BY_CHUNK:
@@ -87,7 +80,7 @@ class Tokenize:
         texts = strings_of(held.block.rows.column("text"))
         tokenizer = self._tokenizers.get()
         try:
-            with self._life.computing():
+            with self._activity.computing():
                 encoded = encode_rows(tokenizer, texts, job.prompt, job.max_length)
         finally:
             self._tokenizers.put(tokenizer)
@@ -104,7 +97,7 @@ class Tokenize:
                     pieces.append(_NO_TOKENS)
                     continue
                 trial.note(row)
-                with self._life.computing():
+                with self._activity.computing():
                     tokens, failed = encode_rows(tokenizer, [text], job.prompt, job.max_length)
                 pieces.append(tokens)
                 if failed:

@@ -7,8 +7,7 @@ import os
 from collections.abc import Callable
 
 from embedstream.errors import STALLED, EmbedstreamError
-from embedstream.settings import WorkerSettings
-from embedstream_worker.pipeline import Life
+from embedstream_worker.shared import Shared
 
 log = logging.getLogger(__name__)
 
@@ -28,10 +27,9 @@ WARM_UP_BATCHES = 10
 class Watchdog:
     """A thread that hangs in native code cannot be ended or joined: the process has to go."""
 
-    def __init__(self, life: Life, settings: WorkerSettings, leave: Callable[[], None]) -> None:
+    def __init__(self, shared: Shared, leave: Callable[[], None]) -> None:
         """`leave` hands back what the worker holds, in bounded time."""
-        self._life = life
-        self._settings = settings
+        self._life, self._activity, self._settings = shared.life, shared.activity, shared.settings
         self._leave = leave
         self._said = SLOW_START_SECONDS / 2
 
@@ -39,7 +37,7 @@ class Watchdog:
         """`gone(seconds)` waits and says whether the worker has ended."""
         while not gone(LOOK_SECONDS):
             self._look_at_start()
-            if self._life.computing_seconds() > self._settings.stall_seconds:
+            if self._activity.computing_seconds() > self._settings.stall_seconds:
                 log.error(
                     "no batch came back for %g s (--stall-seconds): the device hangs; the worker leaves with exit code "
                     "%d, and what it held goes to others",
@@ -56,7 +54,7 @@ class Watchdog:
                 self._end(0 if failure is None else failure.exit_code if isinstance(failure, EmbedstreamError) else 1)
 
     def _look_at_start(self) -> None:
-        phase, seconds = self._life.start_phase()
+        phase, seconds = self._activity.start_phase()
         if seconds >= 2 * self._said:
             self._said = seconds
             log.warning("not ready yet: %s for %.0f s", phase, seconds)

@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 
 import redis
@@ -23,20 +24,22 @@ from embedstream.server.preflight import check
 from embedstream.settings import WorkerSettings
 from embedstream_worker import known_models
 from embedstream_worker.ahead import Ahead
+from embedstream_worker.engines import EngineOptions
 from embedstream_worker.engines.base import Engine, EngineInfo, OutOfMemory
 from embedstream_worker.engines.precision import tokenizer_threads
-from embedstream_worker.held import EmbeddedGroup, Held, TokenizedGroup, Window, hand_back
+from embedstream_worker.held import EmbeddedGroup, TokenizedGroup, Window, hand_back
 from embedstream_worker.housekeeping import Housekeeping
 from embedstream_worker.infer import Infer, Urgent
 from embedstream_worker.intake import Intake
 from embedstream_worker.interactive import Interactive
-from embedstream_worker.jobs import Jobs, WorkerModel
+from embedstream_worker.jobs import Jobs
 from embedstream_worker.lease import Leases
 from embedstream_worker.meter import Meter
 from embedstream_worker.pipeline import Channel, Life, start_stage
 from embedstream_worker.probe import Trial, try_budgets
 from embedstream_worker.prompts import Prompts
 from embedstream_worker.rates import Rates
+from embedstream_worker.shared import RETRIES, Shared
 from embedstream_worker.tokenize import Tokenize
 from embedstream_worker.watchdog import LOADING, WARMING_UP, Watchdog
 from embedstream_worker.write import Write
@@ -45,9 +48,6 @@ log = logging.getLogger(__name__)
 
 Connect = Callable[[str, int], redis.Redis]
 """(URL, how often a command is repeated after a connection error) -> a client."""
-
-RETRIES = 3
-"""For steps, which are harmless when run twice. Claims are not repeated: their blocks would get lost."""
 
 SIGNAL_SECONDS = 0.5
 """A signal that the system gave to another thread (it does so after SIGCONT) is seen when the main thread wakes."""
@@ -62,7 +62,7 @@ class WorkerPlan:
 
     redis_url: str
     queue: str
-    model: WorkerModel
+    engine: EngineOptions
     roots: tuple[str, ...]
     settings: WorkerSettings
     burst: bool = False
@@ -70,6 +70,8 @@ class WorkerPlan:
     """Whether no other worker can be on the queue: what earlier ones died with need not wait for its lease."""
     warm_up: bool = True
     """Whether the smallest, longest and fullest batches run before the worker says that it is ready."""
+    listen: tuple[str, int] | None = None
+    """Host and port of /metrics, /healthz and /readyz."""
 
 
 class Worker:
@@ -78,26 +80,20 @@ class Worker:
     def __init__(
         self,
         plan: WorkerPlan,
-        engine: Engine,
-        ready: Callable[[str], None] = log.info,
-        life: Life | None = None,
+        load: Callable[[], Engine],
         connect: Connect = connect,
         last: Callable[[], None] = lambda: None,
-        meter: Meter | None = None,
     ) -> None:
-        """`last` is called when a process ends itself because a thread of it hangs."""
+        """`load` gives the engine. `last` is called when a process ends itself because a thread of it hangs."""
         self._plan = plan
         self._last = last
-        self._engine = engine
-        self._ready = ready
+        self._load = load
         self._connect = connect
+        self.life = Life()
+        self.meter = Meter(plan.queue, self.life)
         self.name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
-        self.life = life or Life()
-        self.meter = meter or Meter(plan.queue)
-        self.meter.told_by(lambda: self.state)
+        self._shared = Shared(self.name, self._broker, plan.settings, self.life, self.meter)
         self._rates = Rates()
-        self._held = Held()
-        self._state = "starting"
         self._started = time.time()
         self._warm_up_seconds = 0.0
         self._info: EngineInfo | None = None  # once the model is loaded
@@ -105,98 +101,83 @@ class Worker:
         self._infer: Infer | None = None
         self._write: Write | None = None
 
-    @property
-    def state(self) -> str:
-        """starting, ready or draining."""
-        return "draining" if self.life.stopping.is_set() else self._state
-
     def run(self) -> None:
         """Raises whatever ended a stage; `BrokerError` or `ModelError` if it cannot even start."""
         check(self._connect(self._plan.redis_url, 0), self._plan.redis_url)
         gone = threading.Event()
-        leases = Leases(self._broker(retries=0), self.name, self._held, self.life, self._plan.settings, self._record)
+        leases = Leases(self._shared, self._record)
         signs = start_stage("leases", self.life, lambda: leases.run(gone.wait), [])
-        watchdog = Watchdog(self.life, self._plan.settings, self._leave_hanging)
+        watchdog = Watchdog(self._shared, self._leave_hanging)
         watching = start_stage("watchdog", self.life, lambda: watchdog.run(gone.wait), [])
         try:
-            with self.life.starting(LOADING):
-                self._engine.start()
-            info = self._info = self._engine.info
-            known_models.remember(self._plan.model.name, info.fingerprint)
-            self.meter.loaded(self.name, self._plan.model.name, info.engine, info.device, info.dtype)
-            if not self.life.stopping.is_set():
-                begun = time.perf_counter()
-                with self.life.starting(WARMING_UP):
-                    trial = self._warm_up()
-                self._warm_up_seconds = time.perf_counter() - begun
-                if not self.life.stopping.is_set():
-                    self._serve(trial)
+            self._live()
         finally:
             gone.set()
             signs.join(LEAVE_SECONDS)
             watching.join(LEAVE_SECONDS)
             self._leave()
-            self._engine.close()
         if self.life.failure is not None:
             raise self.life.failure
 
-    def _warm_up(self) -> Trial:
+    def _live(self) -> None:
+        """Load the model, warm it up, run the stages, unless told to stop meanwhile."""
+        with self._shared.activity.starting(LOADING):
+            engine = self._load()
+        with closing(engine):
+            info, model = engine.info, self._plan.engine.model
+            self._info = info
+            known_models.remember(model, info.fingerprint)
+            self.meter.loaded(self.name, model, info.engine, info.device, info.dtype)
+            if self.life.stopping.is_set():
+                return
+            begun = time.perf_counter()
+            with self._shared.activity.starting(WARMING_UP):
+                trial = self._warm_up(engine)
+            self._warm_up_seconds = time.perf_counter() - begun
+            if not self.life.stopping.is_set():
+                self._serve(engine, trial)
+
+    def _warm_up(self, engine: Engine) -> Trial:
         """The token budget of a batch: the largest of those wanted, or a half of it, and so on, that fits."""
-        given, info = self._plan.settings.batch_tokens, self._engine.info
+        given, info = self._plan.settings.batch_tokens, engine.info
         batch_tokens = given or info.batch_tokens
         if not self._plan.warm_up:
             return Trial(batch_tokens, 0.0)
         while True:
             try:
-                self._engine.warm_up(batch_tokens)
+                engine.warm_up(batch_tokens)
                 if given is not None:
                     return Trial(batch_tokens, 0.0)
                 others = (batch_tokens // 2, batch_tokens * 2) if info.device == "cpu" else ()
-                return try_budgets(self._engine, (batch_tokens, *others))
+                return try_budgets(engine, (batch_tokens, *others))
             except OutOfMemory as error:
                 if batch_tokens == 1:
-                    raise ModelError(f"model {self._plan.model.name} does not fit into this device: {error}") from error
+                    raise ModelError(
+                        f"model {self._plan.engine.model} does not fit into this device: {error}"
+                    ) from error
                 batch_tokens //= 2
                 log.warning("no memory for a full batch (%s); trying %d tokens", error, batch_tokens)
 
-    def _serve(self, trial: Trial) -> None:
-        plan, engine, life, held, name = self._plan, self._engine, self.life, self._held, self.name
-        settings, url = plan.settings, plan.redis_url
+    def _serve(self, engine: Engine, trial: Trial) -> None:
+        plan, shared, life = self._plan, self._shared, self.life
         windows: Channel[Window] = Channel(1)
         tokenized: Channel[list[TokenizedGroup] | Urgent] = Channel(1)
         embedded: Channel[list[EmbeddedGroup]] = Channel(1)
-        prompts = Prompts(self._broker(), name, engine.tokenizer(), life, tokenized, plan.alone)
-        jobs = self._jobs = Jobs(self._broker(), url, engine, plan.model, plan.roots, prompts.length)
-        housekeeping = Housekeeping(self._broker(), url, plan.roots)
+        prompts = Prompts(shared, engine.tokenizer(), tokenized, plan.alone)
+        jobs = self._jobs = Jobs(self._broker(), plan.redis_url, engine, plan.engine, plan.roots, prompts.length)
+        housekeeping = Housekeeping(self._broker(), plan.redis_url, plan.roots)
         if plan.alone:
             self._inherit()
-        ahead = Ahead(trial.batch_tokens, engine.info.padded, trial.tokens_per_second, settings.window_tokens)
-        meter = self.meter
-        meter.warm(self._warm_up_seconds)
-        intake = Intake(
-            self._broker(retries=0),
-            jobs,
-            held,
-            life,
-            windows,
-            name,
-            settings,
-            ahead,
-            meter,
-            plan.burst,
-            housekeeping.hopeless,
-        )
-        tokenize = Tokenize(
-            engine.tokenizer, tokenizer_threads(), self._broker(), name, held, life, windows, tokenized, meter, ahead
-        )
-        infer = self._infer = Infer(engine, trial.batch_tokens, life, tokenized, embedded, meter, ahead)
-        write = self._write = Write(self._broker(), jobs, engine.info, name, held, life, embedded, settings, meter)
-        lease_ms = int(settings.lease_seconds * 1000)
-        interactive = Interactive(engine, engine.tokenizer(), self._broker(retries=0), name, life, tokenized, lease_ms)
-        self._state = "ready"
-        self._say_ready()
-        self._ready(f"ready after {time.time() - self._started:.1f} s (warm-up {self._warm_up_seconds:.1f} s)")
+        ahead = Ahead(trial.batch_tokens, engine.info.padded, trial.tokens_per_second, plan.settings.window_tokens)
+        self.meter.warm(self._warm_up_seconds)
+        intake = Intake(shared, jobs, ahead, windows, plan.burst, housekeeping.hopeless)
+        tokenize = Tokenize(shared, engine.tokenizer, tokenizer_threads(), ahead, windows, tokenized)
+        infer = self._infer = Infer(shared, engine, trial.batch_tokens, ahead, tokenized, embedded)
+        write = self._write = Write(shared, jobs, engine.info, embedded)
+        interactive = Interactive(shared, engine, engine.tokenizer(), tokenized)
         life.serving = True
+        self._say_ready()
+        log.info("ready after %.1f s (warm-up %.1f s)", time.time() - self._started, self._warm_up_seconds)
         stages = [
             start_stage("intake", life, intake.run, [windows]),
             start_stage("tokenize", life, tokenize.run, [windows, tokenized]),
@@ -215,7 +196,7 @@ class Worker:
 
     def _say_ready(self) -> None:
         try:
-            self._broker(retries=0).heartbeat(self._record(), self._plan.settings.expire_seconds)
+            self._broker(0).heartbeat(self._record(), self._plan.settings.expire_seconds)
         except redis.RedisError as error:
             log.warning("could not say that this worker is ready (%s), trying again", error)
 
@@ -239,14 +220,14 @@ class Worker:
             name=self.name,
             host=socket.gethostname(),
             pid=os.getpid(),
-            model=self._plan.model.name,
+            model=self._plan.engine.model,
             fingerprint=info.fingerprint if info else "",
             engine=info.engine if info else "",
             device=info.device if info else "",
             dtype=info.dtype if info else "",
             roots=tuple(map(mask, self._plan.roots)),
-            state=self.state,
-            phase="{} for {:.0f} s".format(*phase) if (phase := self.life.start_phase())[0] else "",
+            state=self.life.state,
+            phase="{} for {:.0f} s".format(*phase) if (phase := self._shared.activity.start_phase())[0] else "",
             started=self._started,
             warm_up_seconds=self._warm_up_seconds,
             rows=total.rows,
@@ -264,7 +245,7 @@ class Worker:
 
         After a failure that counts as a death, as what it held may be the cause; a request keeps its lease then.
         """
-        broker, died = self._broker(retries=0), self.life.failure is not None
+        broker, died = self._broker(0), self.life.failure is not None
         try:
             for stream in (*map(broker.keys.blocks, broker.active_jobs()), broker.keys.interactive):
                 with leaving_out(stream):

@@ -11,19 +11,17 @@ from redis.backoff import ExponentialWithJitterBackoff
 
 from embedstream.cli.logs import about
 from embedstream.errors import OutputError
-from embedstream.queue.broker import Broker
 from embedstream.queue.workers import InHand
 from embedstream.records import ShardRecord
 from embedstream.server.troubles import trouble
-from embedstream.settings import WorkerSettings
 from embedstream_worker.commit import Commits
 from embedstream_worker.engines.base import EngineInfo
 from embedstream_worker.finish import finish_blocks
-from embedstream_worker.held import EmbeddedGroup, Held, release
+from embedstream_worker.held import EmbeddedGroup, release
 from embedstream_worker.jobs import LOOK_AGAIN_SECONDS, Jobs
-from embedstream_worker.meter import Meter
-from embedstream_worker.pipeline import Channel, Closed, Life
+from embedstream_worker.pipeline import Channel, Closed
 from embedstream_worker.shards import OpenShards, Shard
+from embedstream_worker.shared import RETRIES, Shared
 from embedstream_worker.troubles import Outage
 
 log = logging.getLogger(__name__)
@@ -68,27 +66,19 @@ class Write:
 
     def __init__(
         self,
-        broker: Broker,
+        shared: Shared,
         jobs: Jobs,
         info: EngineInfo,
-        consumer: str,
-        held: Held,
-        life: Life,
         source: Channel[list[EmbeddedGroup]],
-        settings: WorkerSettings,
-        meter: Meter,
     ) -> None:
-        self._broker = broker
+        self._broker = shared.broker(RETRIES)
+        self._consumer, self._settings, self._meter = shared.consumer, shared.settings, shared.meter
+        self._life, self._activity, self._held = shared.life, shared.activity, shared.held
         self._jobs = jobs
         self._info = info
-        self._consumer = consumer
-        self._held = held
-        self._life = life
         self._source = source
-        self._settings = settings
-        self._meter = meter
-        self._open = OpenShards(broker, held, life, settings)
-        self._commits = Commits(broker, jobs, info, consumer, held, meter)
+        self._open = OpenShards(shared, self._broker)
+        self._commits = Commits(shared, self._broker, jobs, info)
         self._closing: dict[str, Closing] = {}
         self._outage = Outage("a shard waits to be committed")
         self.total = InHand()
@@ -165,7 +155,7 @@ class Write:
                 self._put_off(job, closing, error, begun)
                 return
             self._outage.over()
-            self._life.progress()
+            self._activity.progress()
             closing.shards.pop(0)
             closing.failures = 0
             if record is not None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -17,32 +19,49 @@ from embedstream_worker.engines.hashing_paced import PacedHashingEngine, parse_p
 from embedstream_worker.engines.precision import Dtype
 from embedstream_worker.model_folder import NOTHING, Trust
 
+log = logging.getLogger(__name__)
+
 EngineName = Literal["auto", "torch", "openvino", "onnxruntime", "hashing"]
 
 HASHING_MODEL = "hashing"
 """The model's name that stands for the hashing engine."""
 
 
-def make_engine(
-    engine: EngineName,
-    model: str,
-    revision: str | None = None,
-    device: str = "auto",
-    dtype: Dtype = "auto",
-    threads: int | None = None,
-    trust: Trust = NOTHING,
-    compiles: bool = False,
-) -> tuple[Engine, str]:
-    """An engine for a model, not yet started, and where the model comes from, for printing.
+@dataclass(frozen=True)
+class EngineOptions:
+    """Which model, and how it is run."""
 
-    `engine` "auto" is the hashing engine for the model "hashing", and for all others the fastest that gives the right
-    vectors. `dtype` "auto" is the fastest precision that is still called exact: bfloat16 where the device has it.
-    `threads`: those of one batch, for onnxruntime alone; by default it chooses. `trust`: what of the model's own may be
-    run. `compiles`: as in `TorchEngine`, where torch is the engine.
+    model: str
+    revision: str | None = None
+    engine: EngineName = "auto"
+    """auto: the hashing engine for the model `hashing`, and for all others the fastest that gives the right vectors."""
+    device: str = "auto"
+    dtype: Dtype = "auto"
+    """auto: the fastest precision that is still called exact, bfloat16 where the device has it."""
+    threads: int | None = None
+    """Those of one batch, for onnxruntime alone; by default it chooses."""
+    trust: Trust = NOTHING
+    """What of the model's own may be run."""
+    compiles: bool = False
+    """As in `TorchEngine`, where torch is the engine."""
+
+
+def load_engine(options: EngineOptions) -> Engine:
+    """An engine that runs.
 
     Raises:
-        ModelError: the model cannot be found or trusted, or the engine is not here.
+        ModelError: the model cannot be found, trusted or loaded, or the engine is not here.
     """
+    engine, source = _make(options)
+    log.info("model %s: %s", options.model, source)
+    engine.start()
+    return engine
+
+
+def _make(options: EngineOptions) -> tuple[Engine, str]:
+    """An engine, not yet started, and where its model comes from."""
+    engine, model, revision, device = options.engine, options.model, options.revision, options.device
+    dtype, threads, trust, compiles = options.dtype, options.threads, options.trust, options.compiles
     if threads is not None and engine != "onnxruntime":
         raise ModelError(f"--threads {threads}: only --engine onnxruntime takes it; the others choose by the cores")
     if compiles and engine not in ("auto", "torch"):

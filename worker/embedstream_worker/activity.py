@@ -1,0 +1,53 @@
+"""What a worker is doing, for those that watch whether it gets anywhere."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+
+
+class Activity:
+    """Told by the stages, asked by watchdog and leases. Shared between threads."""
+
+    def __init__(self) -> None:
+        self._progressed = time.monotonic()
+        self._computing: dict[int, float] = {}  # thread -> since when
+        self._starting: tuple[str, float] | None = None  # what is done, and since when
+
+    @contextlib.contextmanager
+    def starting(self, phase: str) -> Iterator[None]:
+        """The worker is not ready yet, and this is what it is doing."""
+        self._starting = (phase, time.monotonic())
+        try:
+            yield
+        finally:
+            self._starting = None
+
+    def start_phase(self) -> tuple[str, float]:
+        """What the worker does before it is ready, and for how many seconds already; "" and 0 otherwise."""
+        phase, since = self._starting or ("", time.monotonic())
+        return phase, time.monotonic() - since
+
+    @contextlib.contextmanager
+    def computing(self) -> Iterator[None]:
+        """This thread is in the model or the tokenizer, from where it may never come back."""
+        me = threading.get_ident()
+        self._computing[me] = time.monotonic()
+        try:
+            yield
+        finally:
+            del self._computing[me]
+
+    def computing_seconds(self) -> float:
+        """How long the oldest computation has been going on; 0 if there is none."""
+        return time.monotonic() - min(self._computing.copy().values(), default=time.monotonic())
+
+    def progress(self) -> None:
+        """Some stage has finished a piece of work."""
+        self._progressed = time.monotonic()
+
+    def idle_seconds(self) -> float:
+        """How long no stage has finished anything."""
+        return time.monotonic() - self._progressed
