@@ -101,7 +101,6 @@ def main() -> None:
     settings = []
     for threads, runs in sorted({(1, 1), (cores, 1), (1, cores), (1, cores + 1), (cores, 2), (max(1, cores // 2), 2)}):
         engine = OnnxEngine(folder, "cpu", threads=threads, runs=runs)
-        engine.start()
         engine.warm_up(given.tokens)
         settings.append(Setting(threads, runs, engine))
     texts = corpora.docstrings(given.texts)

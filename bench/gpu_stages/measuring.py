@@ -49,10 +49,9 @@ def start_engine(bench: Bench, folder: Path, *, padded: bool = False, compiles: 
     """As a worker starts it. That it runs otherwise than wanted is in what it `said`."""
     batches: Batches = "padded" if padded or not bench.packs else "packed"
     dtype: Dtype = "auto" if bench.on_gpu else "float32"
-    engine = TorchEngine(resolve_model(str(folder)), str(bench.device), dtype, batches, compiles)
     begun = time.perf_counter()
     with _warnings() as said:
-        engine.start()
+        engine = TorchEngine(resolve_model(str(folder)), str(bench.device), dtype, batches, compiles)
     figures: dict[str, Any] = {
         "seconds_to_start": round(time.perf_counter() - begun, 1),
         "ran": f"{'padded' if engine.info.padded else 'packed'}, {engine.info.dtype}",

@@ -23,7 +23,6 @@ def batch(rows):
     return TokenBatch(np.full(rows * 100, 7, np.int32), np.arange(rows + 1) * 100, 100, 0, "document")
 
 engine = {engine}
-engine.start()
 engine.embed(batch(50))
 pages = int(open("/proc/self/statm").read().split()[0])
 limit = pages * resource.getpagesize() + ({room_mib} << 20)

@@ -48,9 +48,7 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def started(path: Path, dtype: Dtype = "bfloat16") -> TorchEngine:
-    engine = TorchEngine(resolve_model(str(path)), "cpu", dtype, "packed")
-    engine.start()
-    return engine
+    return TorchEngine(resolve_model(str(path)), "cpu", dtype, "packed")
 
 
 def whole(engine: TorchEngine, texts: list[str], prompt_length: int = 0) -> TokenBatch:
@@ -63,7 +61,6 @@ def whole(engine: TorchEngine, texts: list[str], prompt_length: int = 0) -> Toke
 def test_vectors_are_those_of_padded_float32(shape: Shape, folder: Callable[[Shape], Path], texts: list[str]) -> None:
     engine = started(folder(shape))
     exact = TorchEngine(resolve_model(str(folder(shape))), "cpu", "float32", "padded")
-    exact.start()
     assert (engine.info.dtype, engine.info.padded) == ("bfloat16", False)
     some = texts[:24] + texts[-2:]
     assert lowest_cosine(embed(engine, some), embed(exact, some)) >= 0.999
@@ -146,7 +143,6 @@ def test_a_model_whose_attention_is_wrong_runs_padded_and_says_so_in_one_line(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     exact = TorchEngine(resolve_model(str(folder(modernbert))), "cpu", "float32", "padded")
-    exact.start()
     with packed_at_once(monkeypatch, narrower):
         engine = started(folder(modernbert))
         assert engine.info.padded

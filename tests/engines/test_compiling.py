@@ -32,9 +32,7 @@ def _front_half(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def started(path: Path, compiles: bool = True, batches: Batches = "packed") -> TorchEngine:
-    engine = TorchEngine(resolve_model(str(path)), "cpu", "float32", batches, compiles)
-    engine.start()
-    return engine
+    return TorchEngine(resolve_model(str(path)), "cpu", "float32", batches, compiles)
 
 
 def random_batches(count: int) -> list[TokenBatch]:

@@ -314,7 +314,7 @@ ALLOWED: list[tuple[str, dict[str, Any]]] = [
 @pytest.mark.parametrize(("file", "settings"), ALLOWED, ids=[f"{file}-{i}" for i, (file, _) in enumerate(ALLOWED)])
 def test_what_models_usually_set_is_not_refused(folder: Path, file: str, settings: dict[str, Any]) -> None:
     change(folder / file, **settings)
-    TorchEngine(resolve_model(str(folder)), "cpu", "float32").start()
+    TorchEngine(resolve_model(str(folder)), "cpu", "float32")
 
 
 @pytest.mark.parametrize("value", ["\x1b[31mX", [1], {"a": 1}])
@@ -517,7 +517,7 @@ def test_allowed_pickles_are_read_by_the_restricted_unpickler_alone(folder: Path
     pickle_weights(folder)
     found = resolve_model(str(folder), trust=Trust(pickle=True))
     with pytest.raises(ModelError, match="cannot be loaded"):
-        TorchEngine(found, "cpu", "float32").start()
+        TorchEngine(found, "cpu", "float32")
     assert not marker.exists()
     (folder / "pytorch_model.bin").rename(folder / "weights.dat")
     change(folder / "pytorch_model.bin.index.json", weight_map={"weight": "weights.dat"})
@@ -534,7 +534,7 @@ def test_a_snapshot_of_the_hubs_cache_is_made_of_links(folder: Path, tmp_path: P
         link = snapshot / path.relative_to(folder)
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(os.path.relpath(blobs / str(number), link.parent))
-    TorchEngine(resolve_model(str(snapshot)), "cpu", "float32").start()
+    TorchEngine(resolve_model(str(snapshot)), "cpu", "float32")
 
 
 def test_files_below_nested_routers_are_in_the_fingerprint(folder: Path) -> None:

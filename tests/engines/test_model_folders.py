@@ -21,11 +21,12 @@ from engines.model_shapes import (
 )
 
 from embedstream.errors import ModelError
-from embedstream_worker.engines.auto_engine import AutoEngine
 from embedstream_worker.engines.base import Engine, Role
+from embedstream_worker.engines.fastest import load_fastest
 from embedstream_worker.engines.onnx_engine import OnnxEngine
-from embedstream_worker.engines.openvino_cache import NotConvertible
-from embedstream_worker.engines.openvino_engine import EngineUnfit, OpenVinoEngine
+from embedstream_worker.engines.openvino_cache import Cache, NotConvertible
+from embedstream_worker.engines.openvino_engine import OpenVinoEngine
+from embedstream_worker.engines.openvino_trial import EngineUnfit, load_openvino
 from embedstream_worker.engines.precision import Precision
 from embedstream_worker.engines.torch_engine import TorchEngine
 from embedstream_worker.fingerprint import folder_fingerprint
@@ -75,22 +76,16 @@ def assert_same_vectors(engine: Engine, sample: Sample, lowest: float, tolerance
 def started(engine_name: str, folder: ModelFolder, dtype: Precision, shape: Shape) -> Engine:
     """Raises `NotConvertible` or `EngineUnfit` for a model that the engine refuses."""
     if engine_name == "torch":
-        torch_engine = TorchEngine(folder, "cpu", dtype)
-        torch_engine.start()
-        return torch_engine
+        return TorchEngine(folder, "cpu", dtype)
     if engine_name == "onnxruntime":
-        onnx_engine = OnnxEngine(folder, "cpu", dtype)
         try:
-            onnx_engine.start()
+            return OnnxEngine(folder, "cpu", dtype)
         except ModelError as error:
             raise NotConvertible(str(error)) from error
-        return onnx_engine
-    engine = OpenVinoEngine(folder, dtype)
     if shape is decoder:  # compiling this one may end the process: with a trial
-        engine.start()
-    else:  # without, as each trial loads torch anew
-        engine.open(dtype, folder_fingerprint(folder.path))
-    return engine
+        return load_openvino(folder, dtype)
+    # Without, as each trial loads torch anew.
+    return OpenVinoEngine(folder, dtype, folder_fingerprint(folder.path), Cache())
 
 
 @pytest.mark.parametrize(
@@ -120,9 +115,8 @@ def test_the_engine_that_is_chosen_by_itself_is_right_and_says_why_it_was(
     shape: Shape, sample: Callable[[Shape], Sample], caplog: pytest.LogCaptureFixture
 ) -> None:
     made = sample(shape)
-    engine = AutoEngine(made.folder, "cpu")
     with caplog.at_level(logging.INFO):
-        engine.start()
+        engine = load_fastest(made.folder, "cpu")
     info = engine.info
     assert info.engine == "openvino" or shape in MAY_NOT_CONVERT
     [line] = [record.getMessage() for record in caplog.records if record.getMessage().startswith("engine ")]

@@ -50,11 +50,9 @@ def started(
     runs: int | None = None,
     affinity: tuple[int, ...] = (),
 ) -> OnnxEngine:
-    made = OnnxEngine(
+    return OnnxEngine(
         folder, "cpu", cache=Cache(cache) if cache else None, threads=threads, runs=runs, affinity=affinity
     )
-    made.start()
-    return made
 
 
 class Transformer(torch.nn.Module):
@@ -193,7 +191,6 @@ from embedstream_worker.engines.precision import cpu_cores, streams_for
 from embedstream_worker.models import resolve_model
 
 engine = OnnxEngine(resolve_model({str(small.path)!r}), "cpu", cache=Cache(Path({str(tmp_path)!r})))
-engine.start()
 engine.warm_up(256)
 print(sorted({{"torch", "transformers", "sentence_transformers", "openvino"}} & set(sys.modules)))
 """

@@ -16,10 +16,11 @@ from engines.model_shapes import bert_without_prompt, plain_transformers
 from embedstream.errors import ModelError
 from embedstream_worker.batching import cut_batches, gather_batch
 from embedstream_worker.engines import EngineOptions, load_engine
-from embedstream_worker.engines.auto_engine import AutoEngine
 from embedstream_worker.engines.base import TokenBatch
+from embedstream_worker.engines.fastest import load_fastest
 from embedstream_worker.engines.openvino_cache import Cache
-from embedstream_worker.engines.openvino_engine import EngineUnfit, OpenVinoEngine
+from embedstream_worker.engines.openvino_engine import OpenVinoEngine
+from embedstream_worker.engines.openvino_trial import EngineUnfit, load_openvino
 from embedstream_worker.engines.precision import Precision, streams_for
 from embedstream_worker.fingerprint import folder_fingerprint
 from embedstream_worker.models import ModelFolder, resolve_model
@@ -39,10 +40,8 @@ def minilm() -> Iterator[OpenVinoEngine]:
 
 
 def opened(folder: ModelFolder, precision: Precision, cache: Path | None = None) -> OpenVinoEngine:
-    """Started without a trial, which takes seconds."""
-    engine = OpenVinoEngine(folder, precision, Cache(cache))
-    engine.open(precision, folder_fingerprint(folder.path))
-    return engine
+    """Loaded without a trial, which takes seconds."""
+    return OpenVinoEngine(folder, precision, folder_fingerprint(folder.path), Cache(cache))
 
 
 def test_a_real_models_vectors_equal_sentence_transformers(minilm: OpenVinoEngine, texts: list[str]) -> None:
@@ -109,14 +108,13 @@ from embedstream_worker.engines.openvino_cache import Cache
 from embedstream_worker.engines.openvino_engine import OpenVinoEngine
 from embedstream_worker.models import resolve_model
 
-OpenVinoEngine(resolve_model({str(small.path)!r}), "float32", Cache(Path({str(tmp_path)!r}))).open("float32", "0" * 32)
+OpenVinoEngine(resolve_model({str(small.path)!r}), "float32", "0" * 32, Cache(Path({str(tmp_path)!r})))
 """
     workers = [subprocess.Popen([sys.executable, "-c", program]) for _ in range(2)]
     assert [worker.wait(120) for worker in workers] == [0, 0]
     assert [path.name for path in tmp_path.iterdir() if ".tmp-" in path.name] == []
     assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 1
-    engine = OpenVinoEngine(small, "float32", Cache(tmp_path))
-    engine.open("float32", "0" * 32)
+    engine = OpenVinoEngine(small, "float32", "0" * 32, Cache(tmp_path))
     assert np.isfinite(embed(engine, texts[:3])).all()
 
 
@@ -143,9 +141,8 @@ def test_vectors_that_are_not_the_models_are_refused_and_torch_takes_over(
     np.savez(entry / "references.npz", allow_pickle=False, **swapped)
     assert (entry / "references.npz").stat().st_size == size
     with pytest.raises(EngineUnfit, match=r"vectors in float32 have cosine .* below 0\.99999"):
-        OpenVinoEngine(small, "float32").start()
-    engine = AutoEngine(small, "cpu", "float32")
-    engine.start()
+        load_openvino(small, "float32")
+    engine = load_fastest(small, "cpu", "float32")
     assert engine.info.engine == "torch"
     theirs = load_reference(small.path).encode_document(texts[:9])
     assert lowest_cosine(embed(engine, texts[:9]), theirs) >= 0.99999
@@ -157,7 +154,7 @@ def test_a_model_that_cannot_be_loaded_is_one_sentence_and_not_remembered(small:
     config = (folder / "config.json").read_text()
     (folder / "config.json").write_text(config.replace('"hidden_size": 32', '"hidden_size": 36'))
     with pytest.raises(ModelError, match="cannot be loaded") as caught:
-        OpenVinoEngine(resolve_model(str(folder)), "float32", Cache(tmp_path / "cache")).start()
+        load_openvino(resolve_model(str(folder)), "float32", Cache(tmp_path / "cache"))
     assert not isinstance(caught.value, EngineUnfit)
     assert list((tmp_path / "cache").glob("*.verdict")) == []
 
@@ -177,7 +174,7 @@ def test_int8_is_the_same_space_on_every_worker_that_calibrates(
 def test_int8_of_a_model_that_openvino_does_not_run_is_refused_not_replaced(tmp_path: Path) -> None:
     folder = plain_transformers(tmp_path, resolve_model(MINILM).path, [])
     with pytest.raises(ModelError, match="--dtype int8: the device is not a CPU; use another dtype"):
-        AutoEngine(resolve_model(str(folder)), "cuda:0", "int8").start()
+        load_fastest(resolve_model(str(folder)), "cuda:0", "int8")
     with pytest.raises(ModelError, match="--dtype int8: torch does not compute in it"):
         load_engine(EngineOptions(str(folder), engine="torch", dtype="int8"))
 
@@ -189,8 +186,8 @@ def test_another_device_than_the_cpu_is_refused_for_openvino() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="bounds the address space by what /proc says")
 def test_a_batch_that_does_not_fit_is_told_apart_and_a_smaller_one_goes_on(small: ModelFolder) -> None:
-    engine = f'OpenVinoEngine(resolve_model({str(small.path)!r}), "float32")'
-    assert_it_goes_on_after_a_batch_too_large("openvino_engine", engine, room_mib=400, dim=24)
+    engine = f'load_openvino(resolve_model({str(small.path)!r}), "float32")'
+    assert_it_goes_on_after_a_batch_too_large("openvino_trial", engine, room_mib=400, dim=24)
 
 
 def test_closing_twice_is_closing_once(small: ModelFolder, tmp_path: Path) -> None:

@@ -26,9 +26,7 @@ ROLES: tuple[Role, Role] = ("document", "query")
 
 
 def started(path: Path, dtype: Dtype = "float32", batches: Batches = "packed") -> TorchEngine:
-    engine = TorchEngine(resolve_model(str(path)), "cpu", dtype, batches)
-    engine.start()
-    return engine
+    return TorchEngine(resolve_model(str(path)), "cpu", dtype, batches)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.__name__)

@@ -40,9 +40,7 @@ POOLING_WAITS = {"bert_weightedmean", "xlm_roberta"}
 
 
 def started(path: Path | str, compiles: bool = False) -> TorchEngine:
-    engine = TorchEngine(resolve_model(str(path)), "cuda:0", compiles=compiles)
-    engine.start()
-    return engine
+    return TorchEngine(resolve_model(str(path)), "cuda:0", compiles=compiles)
 
 
 def whole(engine: TorchEngine, texts: list[str]) -> TokenBatch:

@@ -45,9 +45,7 @@ def reference() -> SentenceTransformer:
 
 
 def started(model: str | Path) -> TorchEngine:
-    engine = TorchEngine(resolve_model(str(model)), "cpu", "float32")
-    engine.start()
-    return engine
+    return TorchEngine(resolve_model(str(model)), "cpu", "float32")
 
 
 def test_documents_equal_sentence_transformers(
@@ -145,13 +143,12 @@ def test_a_model_whose_vectors_bfloat16_would_change_runs_in_float32_and_says_so
     monkeypatch.setattr(torch_device, "cpu_has_bfloat16", lambda: True)
     folder = nearly_equal_vectors(tmp_path, resolve_model(MINILM).path, texts)
     engine = TorchEngine(resolve_model(str(folder)), "cpu", "auto")
-    engine.start()
     assert engine.info.dtype == "float32"
     assert "runs in float32: its vectors in bfloat16 have cosine" in caplog.text
     scale = np.abs(theirs := load_reference(folder).encode_document(texts[:20])).max()
     np.testing.assert_allclose(embed(engine, texts[:20]) / scale, theirs / scale, rtol=0, atol=5e-2)
     with pytest.raises(ModelError, match="cannot run in bfloat16: its vectors in bfloat16 have cosine"):
-        TorchEngine(resolve_model(str(folder)), "cpu", "bfloat16").start()
+        TorchEngine(resolve_model(str(folder)), "cpu", "bfloat16")
 
 
 def test_each_role_takes_its_own_route(tmp_path: Path, texts: list[str]) -> None:
@@ -239,7 +236,6 @@ def test_libraries_that_find_no_memory_ask_for_a_smaller_batch(
 def test_a_closed_engine_holds_no_weights(batches: Batches, tmp_path: Path) -> None:
     folder = plain_transformers(tmp_path, resolve_model(MINILM).path, [])
     engine = TorchEngine(resolve_model(str(folder)), "cpu", "bfloat16", batches)
-    engine.start()
     weights = [weakref.ref(parameter) for parameter in engine.modules.parameters()]
     engine.close()
     assert [weight() for weight in weights if weight() is not None] == []
@@ -313,4 +309,4 @@ def test_gpu_memory_is_taken_in_segments_that_grow_unless_the_user_says_otherwis
 @pytest.mark.parametrize("device", ["cuda:99", "tpu", "nonsense"])
 def test_a_device_that_is_not_here_is_refused(device: str) -> None:
     with pytest.raises(ModelError, match=f"--device {device}: "):
-        TorchEngine(resolve_model(MINILM), device).start()
+        TorchEngine(resolve_model(MINILM), device)

@@ -63,7 +63,6 @@ def run(tmp_path: Path, *args: object) -> subprocess.CompletedProcess[str]:
 def test_code_of_the_models_own_runs_only_when_it_is_trusted(folder: Path, tmp_path: Path) -> None:
     marker, vectors = tmp_path / "ran", tmp_path / "vectors.npy"
     ours = TorchEngine(resolve_model(str(folder)), "cpu", "float32")
-    ours.start()
     config = json.loads((folder / "config.json").read_text())
     config |= {
         "model_type": "brand_new",
@@ -83,11 +82,9 @@ def test_code_of_the_models_own_runs_only_when_it_is_trusted(folder: Path, tmp_p
 
 def test_pickled_weights_give_the_same_vectors_when_they_are_allowed(folder: Path) -> None:
     plain = TorchEngine(resolve_model(str(folder)), "cpu", "float32")
-    plain.start()
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     pickled = TorchEngine(resolve_model(str(folder), trust=Trust(pickle=True)), "cpu", "float32")
-    pickled.start()
     np.testing.assert_array_equal(embed(pickled, ["a text"]), embed(plain, ["a text"]))
     assert pickled.info.fingerprint != plain.info.fingerprint
 
@@ -106,7 +103,7 @@ def test_a_pickle_that_runs_code_is_refused_even_when_pickles_are_allowed(folder
     marker = tmp_path / "ran"
     torch.save({"embeddings.word_embeddings.weight": Runs(marker)}, folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
-    engine = TorchEngine(resolve_model(str(folder), trust=Trust(pickle=True)), "cpu", "float32")
+    found = resolve_model(str(folder), trust=Trust(pickle=True))
     with pytest.raises(ModelError, match="cannot be loaded"):
-        engine.start()
+        TorchEngine(found, "cpu", "float32")
     assert not marker.exists()

@@ -17,7 +17,6 @@ texts_of_any_kind = st.lists(st.text(st.characters(exclude_categories=["Cs"]), m
 
 def embed(texts: list[str], max_length: int = 8192, budget: int = 64, dim: int = 384) -> npt.NDArray[np.float32]:
     engine = HashingEngine(dim)
-    engine.start()
     tokens = engine.tokenizer().encode(texts, max_length)
     vectors = np.empty((len(texts), dim), np.float32)
     for rows in cut_batches(tokens.lengths, budget, engine.info.padded):

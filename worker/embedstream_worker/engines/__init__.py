@@ -23,6 +23,9 @@ log = logging.getLogger(__name__)
 
 EngineName = Literal["auto", "torch", "openvino", "onnxruntime", "hashing"]
 
+_EXTRAS = {"openvino": "cpu", "onnxruntime": "onnx"}
+"""Engines that are installed apart, and with what."""
+
 HASHING_MODEL = "hashing"
 """The model's name that stands for the hashing engine."""
 
@@ -52,53 +55,44 @@ def load_engine(options: EngineOptions) -> Engine:
     Raises:
         ModelError: the model cannot be found, trusted or loaded, or the engine is not here.
     """
-    engine, source = _make(options)
-    log.info("model %s: %s", options.model, source)
-    engine.start()
-    return engine
-
-
-def _make(options: EngineOptions) -> tuple[Engine, str]:
-    """An engine, not yet started, and where its model comes from."""
-    engine, model, revision, device = options.engine, options.model, options.revision, options.device
-    dtype, threads, trust, compiles = options.dtype, options.threads, options.trust, options.compiles
-    if threads is not None and engine != "onnxruntime":
-        raise ModelError(f"--threads {threads}: only --engine onnxruntime takes it; the others choose by the cores")
-    if compiles and engine not in ("auto", "torch"):
-        raise ModelError(f"--compile: --engine {engine} does not take it; use --engine torch, or leave it out")
-    if engine == "hashing" or (engine == "auto" and model == HASHING_MODEL):
-        return _make_hashing(), "computed from the text's bytes, no model"
+    name, model, device, dtype = options.engine, options.model, options.device, options.dtype
+    if options.threads is not None and name != "onnxruntime":
+        raise ModelError(
+            f"--threads {options.threads}: only --engine onnxruntime takes it; the others choose by the cores"
+        )
+    if options.compiles and name not in ("auto", "torch"):
+        raise ModelError(f"--compile: --engine {name} does not take it; use --engine torch, or leave it out")
+    if name == "openvino" and device not in ("auto", "cpu"):
+        raise ModelError(f"--device {device}: openvino runs on the CPU; use --device cpu or --engine torch")
+    if name in _EXTRAS and importlib.util.find_spec(name) is None:
+        extra = _EXTRAS[name]
+        raise ModelError(f"--engine {name}: not installed; pip install 'embedstream[{extra}]', or use --engine torch")
+    if name == "hashing" or (name == "auto" and model == HASHING_MODEL):
+        return _make_hashing()
     from embedstream_worker.engines.torch_environment import set_up
     from embedstream_worker.models import resolve_model
 
     set_up()
+    folder = resolve_model(model, options.revision, options.trust)
+    log.info("model %s: %s", model, folder.source)
     # Engines are imported only when they are wanted: torch alone takes seconds.
-    if engine == "openvino":
-        if device not in ("auto", "cpu"):
-            raise ModelError(f"--device {device}: openvino runs on the CPU; use --device cpu or --engine torch")
-        if importlib.util.find_spec("openvino") is None:
-            raise ModelError("--engine openvino: not installed; pip install 'embedstream[cpu]', or use --engine torch")
-        from embedstream_worker.engines.openvino_engine import OpenVinoEngine
+    match name:
+        case "openvino":
+            from embedstream_worker.engines.openvino_trial import load_openvino
 
-        folder = resolve_model(model, revision, trust)
-        return OpenVinoEngine(folder, dtype), folder.source
-    if engine == "onnxruntime":
-        if importlib.util.find_spec("onnxruntime") is None:
-            raise ModelError(
-                "--engine onnxruntime: not installed; pip install 'embedstream[onnx]', or use --engine torch"
-            )
-        from embedstream_worker.engines.onnx_engine import OnnxEngine
+            return load_openvino(folder, dtype)
+        case "onnxruntime":
+            from embedstream_worker.engines.onnx_engine import OnnxEngine
 
-        folder = resolve_model(model, revision, trust)
-        return OnnxEngine(folder, device, dtype, threads=threads), folder.source
-    folder = resolve_model(model, revision, trust)
-    if engine == "torch":
-        from embedstream_worker.engines.torch_engine import TorchEngine
+            return OnnxEngine(folder, device, dtype, threads=options.threads)
+        case "torch":
+            from embedstream_worker.engines.torch_engine import TorchEngine
 
-        return TorchEngine(folder, device, dtype, compiles=compiles), folder.source
-    from embedstream_worker.engines.auto_engine import AutoEngine
+            return TorchEngine(folder, device, dtype, compiles=options.compiles)
+        case _:
+            from embedstream_worker.engines.fastest import load_fastest
 
-    return AutoEngine(folder, device, dtype, compiles), folder.source
+            return load_fastest(folder, device, dtype, options.compiles)
 
 
 def _make_hashing() -> HashingEngine:

@@ -57,7 +57,7 @@ class OutputInfo:
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """What an engine says of itself once it is started."""
+    """What an engine says of itself."""
 
     engine: str  # "torch", "hashing"
     device: str  # "cpu", "cuda:0", "mps"
@@ -80,16 +80,13 @@ class TextTokenizer(Protocol):
 
 
 class Engine(Protocol):
-    """One long-lived model. Life: `start`, `warm_up`, any number of `embed`, `close`."""
+    """One long-lived model, loaded. Life: `warm_up`, any number of `embed`, `close`."""
 
     in_flight: int
     """How many batches it wants to hold at once."""
 
     @property
     def info(self) -> EngineInfo: ...
-
-    def start(self) -> None:
-        """Load the model. Raises `ModelError`."""
 
     def warm_up(self, batch_tokens: int) -> None:
         """Run the smallest, the longest and the fullest batch it will meet."""

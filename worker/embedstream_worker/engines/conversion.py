@@ -29,7 +29,6 @@ def convert_with(write: Write, suffix: str, folder: ModelFolder, into: Path) -> 
         NotConvertible: there is nothing to gain from it; or what `write` raises.
     """
     engine = TorchEngine(folder, "cpu", "float32")
-    engine.start()
     model = engine.text_model
     if model.input.kind is not InputKind.PADDED:
         raise NotConvertible("it is a table of vectors, which torch looks up as fast")

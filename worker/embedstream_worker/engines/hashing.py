@@ -79,6 +79,9 @@ class HashingEngine:
     in_flight = 1
 
     def __init__(self, dim: int = 384) -> None:
+        """Raises `ModelError` on a machine whose words are big-endian."""
+        if sys.byteorder != "little":
+            raise ModelError("the hashing engine reads words in place and needs a little-endian machine")
         self._info = EngineInfo(
             engine="hashing",
             device="cpu",
@@ -94,11 +97,6 @@ class HashingEngine:
     @property
     def info(self) -> EngineInfo:
         return self._info
-
-    def start(self) -> None:
-        """Nothing to load. Raises `ModelError` on a machine whose words are big-endian."""
-        if sys.byteorder != "little":
-            raise ModelError("the hashing engine reads words in place and needs a little-endian machine")
 
     def warm_up(self, batch_tokens: int) -> None:  # noqa: ARG002 - as the protocol has it
         tokens = self.tokenizer().encode(["warm"], MAX_LENGTH)

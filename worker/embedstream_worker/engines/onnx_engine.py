@@ -66,10 +66,15 @@ class OnnxEngine(TextEngine):
         runs: int | None = None,
         affinity: Sequence[int] = (),
     ) -> None:
-        """`threads`: those of one run; `runs`: how many runs at once. Both are chosen from the cores if None.
+        """Export the model, or read what was exported, and prove that its vectors are right.
+
+        `threads`: those of one run; `runs`: how many runs at once. Both are chosen from the cores if None.
 
         `affinity`: the processors, numbered from 0, on which a run's further threads stay; the first thread of a run is
         the caller's own. One for each, so one fewer than `threads`.
+
+        Raises:
+            ModelError: the model or the device cannot be had, it cannot be exported, or its vectors are wrong.
         """
         if threads is not None and len(affinity) not in (0, threads - 1):
             raise ModelError(
@@ -81,15 +86,31 @@ class OnnxEngine(TextEngine):
             )
         super().__init__()
         self._folder = folder
-        self._wanted_device = device
-        self._given_cache = cache
         runs_of_cores = streams_for(cpu_cores())
         self._threads = threads or max(1, cpu_cores() // (runs or runs_of_cores))
         self._runs = runs or (max(1, cpu_cores() // threads) if threads else runs_of_cores)
         self._affinity = tuple(affinity)
-        self._device = ("cpu", 0)
-        self._cache: Cache | None = None
         self._slots: SimpleQueue[Slot] = SimpleQueue()
+        self.in_flight = 0  # slots
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        self._device = _pick_device(device)
+        self._cache = cache or Cache(cache_folder("onnx"))
+        fingerprint = folder.fingerprint()
+        try:
+            model = self._open(fingerprint, self._cache)
+        except (NotConvertible, CheckFailed) as error:
+            raise ModelError(f"onnxruntime does not run model {folder.name} ({error}); use --engine torch") from error
+        kind, number = self._device
+        self.info = EngineInfo(
+            engine="onnxruntime",
+            device=kind if kind == "cpu" else f"{kind}:{number}",
+            dtype="float32",
+            fingerprint=fingerprint,
+            max_length=model.input.max_length,
+            padded=True,
+            batch_tokens=CPU_BATCH_TOKENS if kind == "cpu" else GPU_BATCH_TOKENS,
+            outputs={"embedding": OutputInfo(kind="dense", dim=model.dim, normalized=model.normalized)},
+        )
 
     @property
     def held_bytes(self) -> int:
@@ -100,34 +121,6 @@ class OnnxEngine(TextEngine):
             held += slot.held_bytes
             self._slots.put(slot)
         return held
-
-    def start(self) -> None:
-        """Export the model, or read what was exported, and prove that its vectors are right.
-
-        Raises:
-            ModelError: the model or the device cannot be had, it cannot be exported, or its vectors are wrong.
-        """
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        self._device = _pick_device(self._wanted_device)
-        self._cache = self._given_cache or Cache(cache_folder("onnx"))
-        fingerprint = self._folder.fingerprint()
-        try:
-            model = self._open(fingerprint, self._cache)
-        except (NotConvertible, CheckFailed) as error:
-            raise ModelError(
-                f"onnxruntime does not run model {self._folder.name} ({error}); use --engine torch"
-            ) from error
-        kind, number = self._device
-        self._info = EngineInfo(
-            engine="onnxruntime",
-            device=kind if kind == "cpu" else f"{kind}:{number}",
-            dtype="float32",
-            fingerprint=fingerprint,
-            max_length=model.input.max_length,
-            padded=True,
-            batch_tokens=CPU_BATCH_TOKENS if kind == "cpu" else GPU_BATCH_TOKENS,
-            outputs={"embedding": OutputInfo(kind="dense", dim=model.dim, normalized=model.normalized)},
-        )
 
     def embed(self, batch: TokenBatch) -> dict[str, npt.NDArray[np.float32]]:
         """Vectors by output name, [n, dim], in the batch's order. Raises `OutOfMemory`."""
@@ -142,20 +135,16 @@ class OnnxEngine(TextEngine):
         finally:
             self._slots.put(slot)
 
-    def embed_exact(self, batch: TokenBatch) -> dict[str, npt.NDArray[np.float32]]:
-        """`embed`, which is in float32 anyway."""
-        return self.embed(batch)
-
     def close(self) -> None:
         """Give the model's memory back. Calls that are under way end first."""
+        super().close()
         self._drop_slots()
-        self._text_model = None
-        if self._cache is not None:
-            self._cache.close()
+        self._cache.close()
 
     def _drop_slots(self) -> None:
-        for _ in range(self.in_flight if self._text_model else 0):
+        for _ in range(self.in_flight):
             self._slots.get()
+        self.in_flight = 0
 
     def _open(self, fingerprint: str, cache: Cache) -> TextModel:
         """Raises `NotConvertible`, `CheckFailed`."""
@@ -166,7 +155,6 @@ class OnnxEngine(TextEngine):
             except (NotConvertible, CheckFailed) as error:
                 log.warning("%s is not used, the model is exported anew: %s", carried, error)
                 self._drop_slots()
-                self._text_model = None
         entry = cache.entry(_key(fingerprint, "whole"), self._folder.name, self._convert)
         steps = {name: self._step(_graph(entry, name), None) for name in set(entry.conversion.graphs.values())}
         self._use({role: (steps[name],) for role, name in entry.conversion.graphs.items()}, entry.conversion)
@@ -236,7 +224,7 @@ class OnnxEngine(TextEngine):
         """Make slots, and prove that what comes out of them is the model. Raises `CheckFailed`."""
         model = conversion.model
         self.in_flight = self._runs if self._device[0] == "cpu" else 1
-        self._text_model = model
+        self.text_model = model
         for _ in range(self.in_flight):
             self._slots.put(Slot(ways, model, self._device))
         try:

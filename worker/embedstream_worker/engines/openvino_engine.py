@@ -16,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 import openvino
 
-from embedstream.errors import ModelError
 from embedstream_worker.engines.base import (
     Engine,
     EngineInfo,
@@ -26,11 +25,9 @@ from embedstream_worker.engines.base import (
     TokenBatch,
 )
 from embedstream_worker.engines.calibration import calibration_hash, calibration_texts
-from embedstream_worker.engines.checking import Agreement, CheckFailed, Vectors, check_batches, compare, require
-from embedstream_worker.engines.exact import ExactModel
-from embedstream_worker.engines.openvino_cache import Cache, Conversion, Entry, NotConvertible
-from embedstream_worker.engines.openvino_trial import run_trial
-from embedstream_worker.engines.precision import Dtype, Precision, cpu_cores, cpu_has_bfloat16, cpu_name, streams_for
+from embedstream_worker.engines.checking import Agreement, Vectors, check_batches, compare, require
+from embedstream_worker.engines.openvino_cache import Cache, Conversion, Entry
+from embedstream_worker.engines.precision import Precision, cpu_cores, streams_for
 from embedstream_worker.engines.text_engine import TextEngine
 from embedstream_worker.engines.text_input import TextInput, TextModel
 from embedstream_worker.models import ModelFolder
@@ -41,15 +38,11 @@ BATCH_TOKENS = 2048
 """MiniLM on 2 cores: 1024 to 4096 are within 5 % of each other."""
 
 _RECIPE = "1"  # part of every key: to be raised when conversion or calibration change
-_CONVERTERS = ("openvino", "torch", "transformers", "sentence-transformers")
-_CALIBRATORS = ("openvino", "nncf")
+CONVERTERS = ("openvino", "torch", "transformers", "sentence-transformers")
+CALIBRATORS = ("openvino", "nncf")
 _LONGEST_CALIBRATION_TOKENS = 384
 
 _Slot = dict[Role, Any]  # an openvino.InferRequest for each role
-
-
-class EngineUnfit(ModelError):
-    """This engine cannot run this model rightly on this machine; another may."""
 
 
 class OpenVinoEngine(TextEngine):
@@ -58,38 +51,34 @@ class OpenVinoEngine(TextEngine):
     `embed` may be called from several threads: each call takes one of `in_flight` requests, and waits for it.
     """
 
-    def __init__(self, folder: ModelFolder, dtype: Dtype = "auto", cache: Cache | None = None) -> None:
-        super().__init__()
-        self._folder = folder
-        self._wanted_dtype = dtype
-        self._cache = cache or Cache()
-        self._slots: SimpleQueue[_Slot] = SimpleQueue()
-        self._exact = ExactModel(folder, _load_exact)
-
-    def start(self) -> None:
+    def __init__(self, folder: ModelFolder, precision: Precision, fingerprint: str, cache: Cache) -> None:
         """Convert the model, or read what was converted, and prove that its vectors are right.
 
+        `fingerprint`: the folder's own.
+
         Raises:
-            EngineUnfit: it does not convert, or its vectors are wrong.
+            NotConvertible: it does not convert.
+            CheckFailed: its vectors are wrong.
             ModelError: the model cannot be loaded.
         """
+
+        def load_exact() -> Engine:
+            # Imported only here: an engine that needs no torch must not load it for nothing.
+            from embedstream_worker.engines.torch_engine import TorchEngine
+
+            return TorchEngine(folder, "cpu", "float32")
+
+        super().__init__(load_exact)
         # Beside a model on the CPU, tokenizing must not take more than its own thread; a user's own choice stands.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        precision = _pick_precision(self._wanted_dtype)
-        fingerprint = self._folder.fingerprint()
-        try:
-            self._require_trial(precision, fingerprint)
-            self.open(precision, fingerprint)
-        except (NotConvertible, CheckFailed) as error:
-            raise EngineUnfit(f"openvino does not run model {self._folder.name} ({error}); torch does") from error
-
-    def open(self, precision: Precision, fingerprint: str) -> None:
-        """`start` without the trial. Raises `NotConvertible`, `CheckFailed`."""
-        entry = self._cache.entry(_key(fingerprint, "float", _CONVERTERS), self._folder.name, self._convert)
+        self._folder = folder
+        self._cache = cache
+        self._slots: SimpleQueue[_Slot] = SimpleQueue()
+        entry = cache.entry(key_of(fingerprint, "float", CONVERTERS), self._folder.name, self._convert)
         if precision == "int8":
             fingerprint = f"{fingerprint}-int8-{_calibration()}"
-            parts = _key(fingerprint, "int8", (*_CONVERTERS, *_CALIBRATORS))
-            entry = self._cache.entry(parts, self._folder.name, lambda into: _quantize(entry, into))
+            parts = key_of(fingerprint, "int8", (*CONVERTERS, *CALIBRATORS))
+            entry = cache.entry(parts, self._folder.name, lambda into: _quantize(entry, into))
         self._compile(entry, precision)
         agreement = self._check(entry.conversion, precision)
         log.info(
@@ -97,7 +86,7 @@ class OpenVinoEngine(TextEngine):
             *(precision, agreement.lowest, agreement.mean),
         )
         model = entry.conversion.model
-        self._info = EngineInfo(
+        self.info = EngineInfo(
             engine="openvino",
             device="cpu",
             dtype=precision,
@@ -124,33 +113,13 @@ class OpenVinoEngine(TextEngine):
             self._slots.put(slot)
         return {"embedding": vectors}
 
-    def embed_exact(self, batch: TokenBatch) -> dict[str, npt.NDArray[np.float32]]:
-        """As `embed`, in float32. Raises `OutOfMemory`."""
-        return self.embed(batch) if self.info.dtype == "float32" else self._exact.embed(batch)
-
     def close(self) -> None:
         """Give the model's memory back. Calls that are under way end first."""
-        self._exact.close()
-        for _ in range(self.in_flight if self._text_model else 0):
+        super().close()
+        for _ in range(self.in_flight):
             self._slots.get()
-        self._text_model = None
+        self.in_flight = 0
         self._cache.close()
-
-    def _require_trial(self, precision: Precision, fingerprint: str) -> None:
-        """Raise `NotConvertible` unless the model has passed a trial here, in a process that it may bring down.
-
-        Compilers die of some models, not by raising but by a signal. The trial converts, too: so this process needs
-        no torch, and never holds the original's weights.
-        """
-        parts = _key(fingerprint, f"trial {precision} {cpu_name()}", (*_CONVERTERS, *_CALIBRATORS))
-        verdict = self._cache.verdict(parts)
-        if verdict is None:
-            result = run_trial(self._folder, precision, fingerprint, self._cache.folder)
-            verdict = result.unfit or ""
-            if result.lasting:
-                self._cache.remember(parts, verdict)
-        if verdict:
-            raise NotConvertible(verdict)
 
     def _convert(self, into: Path) -> Conversion:
         # Imported only here: torch takes seconds, and with a model that was converted before it is not needed.
@@ -180,7 +149,7 @@ class OpenVinoEngine(TextEngine):
         for _ in range(self.in_flight):
             requests = {name: graph.create_infer_request() for name, graph in compiled.items()}
             self._slots.put({role: requests[name] for role, name in entry.conversion.graphs.items()})
-        self._text_model = entry.conversion.model
+        self.text_model = entry.conversion.model
 
     def _check(self, conversion: Conversion, precision: Precision) -> Agreement:
         vectors = [self.embed(batch)["embedding"] for batch in check_batches(conversion.model)]
@@ -189,16 +158,8 @@ class OpenVinoEngine(TextEngine):
         return agreement
 
 
-def _pick_precision(wanted: Dtype) -> Precision:
-    if wanted == "int8" and importlib.util.find_spec("nncf") is None:
-        raise ModelError("--dtype int8: nncf, which calibrates it, is not installed; pip install 'embedstream[cpu]'")
-    if wanted != "auto":
-        return wanted
-    native = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES") and cpu_has_bfloat16()
-    return "bfloat16" if native else "float32"
-
-
-def _key(fingerprint: str, form: str, packages: tuple[str, ...]) -> tuple[str, ...]:
+def key_of(fingerprint: str, form: str, packages: tuple[str, ...]) -> tuple[str, ...]:
+    """What a cache's entry was made of, and with."""
     versions = (f"{package} {_version(package)}" for package in packages)
     return (_RECIPE, fingerprint, form, calibration_hash(), *versions)
 
@@ -212,7 +173,7 @@ def _version(package: str) -> str:
 
 def _calibration() -> str:
     """8 hex digits: equal where int8 gives the same space."""
-    versions = map(_version, _CALIBRATORS)
+    versions = map(_version, CALIBRATORS)
     return blake2b("\0".join((_RECIPE, calibration_hash(), *versions)).encode(), digest_size=4).hexdigest()
 
 
@@ -254,10 +215,3 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(
         sign in str(error) for sign in ("bad_alloc", "out of memory", "annot allocate memory", "ailed to allocate")
     )
-
-
-def _load_exact(folder: ModelFolder) -> Engine:
-    # Imported only here: an engine that needs no torch must not load it for nothing.
-    from embedstream_worker.engines.torch_engine import load_exact
-
-    return load_exact(folder)

@@ -1,7 +1,8 @@
-"""Trying a model in a process of its own, because what compiles it may bring that process down."""
+"""Loading a model with OpenVINO after a process of its own has tried it: what compiles it may end that process."""
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import signal
 import subprocess
@@ -9,10 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
+import openvino
 
 from embedstream.cli.starting import environment, python_command
 from embedstream.errors import ModelError
-from embedstream_worker.engines.precision import Precision
+from embedstream_worker.engines.checking import CheckFailed
+from embedstream_worker.engines.openvino_cache import Cache, NotConvertible
+from embedstream_worker.engines.openvino_engine import CALIBRATORS, CONVERTERS, OpenVinoEngine, key_of
+from embedstream_worker.engines.precision import Dtype, Precision, cpu_has_bfloat16, cpu_name
 from embedstream_worker.model_folder import Trust
 from embedstream_worker.models import ModelFolder
 
@@ -47,6 +52,50 @@ class TrialResult:
     """Why this engine cannot run the model; None if it can."""
     lasting: bool
     """Whether another trial would find the same."""
+
+
+class EngineUnfit(ModelError):
+    """OpenVINO cannot run this model rightly on this machine; another engine may."""
+
+
+def load_openvino(folder: ModelFolder, dtype: Dtype = "auto", cache: Cache | None = None) -> OpenVinoEngine:
+    """An engine whose model has passed a trial here.
+
+    The trial converts, too: so this process needs no torch, and never holds the original's weights.
+
+    Raises:
+        EngineUnfit: the model does not convert, or its vectors are wrong.
+        ModelError: the model cannot be loaded.
+    """
+    precision, fingerprint, cache = _pick_precision(dtype), folder.fingerprint(), cache or Cache()
+    try:
+        _require_trial(folder, precision, fingerprint, cache)
+        return OpenVinoEngine(folder, precision, fingerprint, cache)
+    except (NotConvertible, CheckFailed) as error:
+        cache.close()
+        raise EngineUnfit(f"openvino does not run model {folder.name} ({error}); torch does") from error
+
+
+def _require_trial(folder: ModelFolder, precision: Precision, fingerprint: str, cache: Cache) -> None:
+    """Raise `NotConvertible` unless the model has passed a trial, now or before."""
+    parts = key_of(fingerprint, f"trial {precision} {cpu_name()}", (*CONVERTERS, *CALIBRATORS))
+    verdict = cache.verdict(parts)
+    if verdict is None:
+        result = run_trial(folder, precision, fingerprint, cache.folder)
+        verdict = result.unfit or ""
+        if result.lasting:
+            cache.remember(parts, verdict)
+    if verdict:
+        raise NotConvertible(verdict)
+
+
+def _pick_precision(wanted: Dtype) -> Precision:
+    if wanted == "int8" and importlib.util.find_spec("nncf") is None:
+        raise ModelError("--dtype int8: nncf, which calibrates it, is not installed; pip install 'embedstream[cpu]'")
+    if wanted != "auto":
+        return wanted
+    native = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES") and cpu_has_bfloat16()
+    return "bfloat16" if native else "float32"
 
 
 def run_trial(folder: ModelFolder, precision: Precision, fingerprint: str, cache: Path) -> TrialResult:

@@ -22,7 +22,7 @@ def main() -> None:
     trial = msgspec.json.decode(sys.stdin.buffer.read(), type=Trial)
     folder = ModelFolder(Path(trial.folder), trial.name, None, "", trial.needs)
     try:
-        OpenVinoEngine(folder, trial.precision, Cache(Path(trial.cache))).open(trial.precision, trial.fingerprint)
+        OpenVinoEngine(folder, trial.precision, trial.fingerprint, Cache(Path(trial.cache)))
         report = Report()
     except (NotConvertible, CheckFailed) as error:
         report = Report(unfit=str(error))

@@ -3,39 +3,49 @@
 from __future__ import annotations
 
 import abc
+import logging
+import threading
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
 
-from embedstream_worker.engines.base import EngineInfo, Role, TextTokenizer, TokenBatch
+from embedstream_worker.engines.base import Engine, EngineInfo, Role, TextTokenizer, TokenBatch
 from embedstream_worker.engines.text_input import TextModel, warm_up_batches
+
+log = logging.getLogger(__name__)
 
 
 class TextEngine(abc.ABC):
-    """One of them. What runs the model is the subclass's; it sets `_info` and `_text_model` when it starts."""
+    """One of them. What runs the model is the subclass's, whose constructor loads it."""
 
     in_flight = 1
+    info: EngineInfo
+    text_model: TextModel
+    """Everything of the model but its weights."""
 
-    def __init__(self) -> None:
-        self._info: EngineInfo | None = None
-        self._text_model: TextModel | None = None
+    def __init__(self, load_exact: Callable[[], Engine] | None = None) -> None:
+        """`load_exact`: the same model in float32 on the CPU, as beside a GPU's batches there may be no memory for
+        another copy. Loaded for the first vector that is not finite; not needed by an engine in float32.
+        """
+        self._load_exact = load_exact
+        self._loading = threading.Lock()
+        self._exact: Engine | None = None
 
     @abc.abstractmethod
     def embed(self, batch: TokenBatch) -> dict[str, npt.NDArray[np.float32]]:
         """Vectors by output name, [n, dim], in the batch's order. Raises `OutOfMemory`."""
 
-    @property
-    def info(self) -> EngineInfo:
-        if self._info is None:
-            raise RuntimeError("the engine is not started")
-        return self._info
-
-    @property
-    def text_model(self) -> TextModel:
-        """Everything of the started model but its weights."""
-        if self._text_model is None:
-            raise RuntimeError("the engine is not started")
-        return self._text_model
+    def embed_exact(self, batch: TokenBatch) -> dict[str, npt.NDArray[np.float32]]:
+        """As `embed`, in float32. Raises `OutOfMemory`; `ModelError` if the model cannot be loaded again."""
+        if self._load_exact is None or self.info.dtype == "float32":
+            return self.embed(batch)
+        with self._loading:
+            if self._exact is None:
+                self._exact = self._load_exact()
+                log.info("loaded model %s in float32 as well, for vectors with NaN or infinity", self.text_model.name)
+            exact = self._exact
+        return exact.embed(batch)
 
     def warm_up(self, batch_tokens: int) -> None:
         """Run the smallest, the longest and the fullest batch that the budget allows."""
@@ -49,3 +59,10 @@ class TextEngine(abc.ABC):
     def prompt(self, role: Role, prompt: str | None, prompt_name: str | None) -> str:
         """The prompt as sentence-transformers picks it. Raises `ModelError`: see `TextModel.prompt`."""
         return self.text_model.prompt(role, prompt, prompt_name)
+
+    def close(self) -> None:
+        """Give the model's memory back."""
+        with self._loading:
+            if self._exact is not None:
+                self._exact.close()
+                self._exact = None

@@ -25,7 +25,6 @@ from embedstream_worker.engines.base import (
 from embedstream_worker.engines.batch_budget import Probe, find_budget, seconds_a_batch
 from embedstream_worker.engines.checking import CheckFailed, Vectors, check_batches, compare, require
 from embedstream_worker.engines.compiling import CannotCompile, compiling, release
-from embedstream_worker.engines.exact import ExactModel
 from embedstream_worker.engines.fusing import fuse_gelu, fuse_projections
 from embedstream_worker.engines.lanes import CudaLanes, DirectLanes, Lanes
 from embedstream_worker.engines.packed_attention import Asked, CannotPack, is_fast, noting
@@ -78,57 +77,41 @@ class TorchEngine(TextEngine):
         batches: Batches = "auto",
         compiles: bool = False,
     ) -> None:
-        super().__init__()
-        self._folder = folder
-        self._wanted_device = device
-        self._wanted_dtype = dtype
-        self._wanted_batches = batches
-        self._compiles = compiles
-        self._model: SentenceTransformer | None = None
-        self._lanes: Lanes = DirectLanes(torch.device("cpu"))
-        self._packing: Packing | None = None
-        self._packed = self._compiled = False
-        self._asked: set[Asked] = set()
-        self._exact = ExactModel(folder, load_exact)
-
-    @property
-    def modules(self) -> SentenceTransformer:
-        """The started model itself."""
-        if self._model is None:
-            raise RuntimeError("the engine is not started")
-        return self._model
-
-    def start(self) -> None:
         """Load the model and try it. Raises `ModelError`."""
-        device = pick_device(self._wanted_device)
-        dtype = pick_dtype(self._wanted_dtype, device)
-        share_cores(device)
-        packs = self._wanted_batches == "packed" or (
-            self._wanted_batches == "auto" and device.type == "cuda" and dtype == "bfloat16"
-        )
+        super().__init__(lambda: TorchEngine(folder, "cpu", "float32"))
+        self._folder = folder
+        self._wanted_dtype = dtype
+        self._compiles = compiles
+        self._compiled = False
+        self._lanes: Lanes = DirectLanes(torch.device("cpu"))
+        self._asked: set[Asked] = set()
+        place = pick_device(device)
+        dtype = pick_dtype(dtype, place)
+        share_cores(place)
+        packs = batches == "packed" or (batches == "auto" and place.type == "cuda" and dtype == "bfloat16")
         self._load(torch.device("cpu"))
         packs = packs and self._can_pack()
-        self._lanes = CudaLanes(device) if device.type == "cuda" else DirectLanes(device)
-        self._place(device)
+        self._lanes = CudaLanes(place) if place.type == "cuda" else DirectLanes(place)
+        self._place(place)
         dtype = self._speed_up(dtype, packs)
-        if self._compiles and not self._packed:
-            log.warning("model %s runs eagerly, as only packed batches are compiled", self._folder.name)
+        if compiles and not self._packed:
+            log.warning("model %s runs eagerly, as only packed batches are compiled", folder.name)
         self.in_flight = self._lanes.count
         model = self.text_model
-        self._info = EngineInfo(
+        self.info = EngineInfo(
             engine="torch",
-            device=str(device),
+            device=str(place),
             dtype=dtype,
-            fingerprint=self._folder.fingerprint(),
+            fingerprint=folder.fingerprint(),
             max_length=model.input.max_length,
             padded=model.input.kind is InputKind.PADDED and not self._packed,
-            batch_tokens=self._batch_tokens(device),
+            batch_tokens=self._batch_tokens(place),
             outputs={"embedding": OutputInfo(kind="dense", dim=model.dim, normalized=model.normalized)},
         )
-        if device.type == "cuda":
-            how = "padded" if self._info.padded else "packed without padding"
+        if place.type == "cuda":
+            how = "padded" if self.info.padded else "packed without padding"
             how += ", compiled" if self._compiled else ""
-            log.info("torch in %s on %s: batches of %d tokens, %s", dtype, device, self._info.batch_tokens, how)
+            log.info("torch in %s on %s: batches of %d tokens, %s", dtype, place, self.info.batch_tokens, how)
 
     def embed(self, batch: TokenBatch) -> dict[str, npt.NDArray[np.float32]]:
         """Vectors by output name, [n, dim], in the batch's order. Raises `OutOfMemory`."""
@@ -143,39 +126,33 @@ class TorchEngine(TextEngine):
             torch.cuda.empty_cache()
         raise OutOfMemory(f"{len(batch)} texts of up to {batch.longest} tokens: {reason}")
 
-    def embed_exact(self, batch: TokenBatch) -> dict[str, npt.NDArray[np.float32]]:
-        """As `embed`, in float32. Raises `OutOfMemory`."""
-        return self.embed(batch) if self.info.dtype == "float32" else self._exact.embed(batch)
-
     def close(self) -> None:
         """Give the model's memory back."""
+        super().close()
         if self._compiled:
             release(self.modules)
-            self._compiled = False
-        self._model = self._packing = None
-        self._lanes = DirectLanes(torch.device("cpu"))
-        self._exact.close()
+        del self.modules, self._packing, self._lanes
         gc.collect()  # modules and their hooks refer to each other
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
     def _load(self, device: torch.device) -> None:
         """In float32, and everything that there is to know about it."""
-        self._model = load_model(self._folder, device)
+        self.modules = load_model(self._folder, device)
         self._packed = False
         self._tokens_step = 1
-        self._packing = Packing(self._model)
-        self._first_position = first_position(self._model)
-        self._vocabulary = vocabulary_size(self._model)
-        text_input = read_input(self._model, self._folder.name)
-        self._text_model = TextModel(
+        self._packing = Packing(self.modules)
+        self._first_position = first_position(self.modules)
+        self._vocabulary = vocabulary_size(self.modules)
+        text_input = read_input(self.modules, self._folder.name)
+        self.text_model = TextModel(
             name=self._folder.name,
             input=text_input,
-            prompts={name: str(prompt) for name, prompt in self._model.prompts.items()},
-            default_prompt_name=self._model.default_prompt_name,
+            prompts={name: str(prompt) for name, prompt in self.modules.prompts.items()},
+            default_prompt_name=self.modules.default_prompt_name,
             roles=self._find_roles(text_input),
-            normalized=is_normalized(self._model),
-            excludes_prompt=excludes_prompt(self._model),
+            normalized=is_normalized(self.modules),
+            excludes_prompt=excludes_prompt(self.modules),
         )
 
     def _place(self, device: torch.device) -> None:
@@ -276,8 +253,6 @@ class TorchEngine(TextEngine):
             self._compiled = True
 
     def _pack(self, *, on: bool) -> None:
-        if self._packing is None:
-            raise RuntimeError("the engine is not started")
         if on:
             self._packing.on()
         elif self._packed:
@@ -428,10 +403,3 @@ _OUT_OF_MEMORY = (
 
 def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(sign in str(error) for sign in _OUT_OF_MEMORY)
-
-
-def load_exact(folder: ModelFolder) -> TorchEngine:
-    """A folder's model in float32 on the CPU. Raises `ModelError`."""
-    engine = TorchEngine(folder, "cpu", "float32")
-    engine.start()
-    return engine
