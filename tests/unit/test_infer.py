@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from worker_lab import share
 
@@ -154,6 +154,7 @@ def test_the_one_text_that_fails_is_found_in_few_calls(culprit: int) -> None:
     assert len(engine.calls) <= 1 + 2 * math.log2(64)
 
 
+@settings(deadline=None)
 @given(st.sets(st.integers(0, 31), max_size=8), LENGTHS.filter(lambda lengths: len(lengths) >= 32))
 def test_several_texts_that_fail_cost_only_themselves(culprits: set[int], lengths: list[int]) -> None:
     def before(rows: list[int]) -> None:

@@ -45,7 +45,7 @@ class Window:
     blocks: list[HeldBlock]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TokenizedGroup:
     """A window's blocks of one job, their rows in sequence. Rows in `errors` have no tokens."""
 

@@ -18,7 +18,6 @@ import numpy.typing as npt
 import redis
 
 from embedstream.errors import DeviceLost
-from embedstream.queue.workers import InHand
 from embedstream_worker.ahead import Ahead
 from embedstream_worker.engines.base import Engine, OutOfMemory, Role, Tokens
 from embedstream_worker.held import EmbeddedGroup, RowErrors, TokenizedGroup
@@ -82,7 +81,8 @@ class Infer:
         source: Channel[list[TokenizedGroup] | Urgent],
         out: Channel[list[EmbeddedGroup]],
     ) -> None:
-        self._life, self._activity, self._meter = shared.life, shared.activity, shared.meter
+        self._life, self._activity = shared.life, shared.activity
+        self._meter, self._ledger = shared.meter, shared.ledger
         self._engine = engine
         self._budget = batch_tokens
         self._source = source
@@ -93,17 +93,8 @@ class Infer:
         self._padded = engine.info.padded
         self._windows: deque[_Window] = deque()
         self._urgent: deque[tuple[Urgent, Work]] = deque()
-        self._flying: dict[Future[npt.NDArray[np.float32]], tuple[Work, Taken]] = {}
+        self._flying: dict[Future[npt.NDArray[np.float32]], tuple[Work, Taken, TokenizedGroup | None]] = {}
         self._closed = False
-
-    @property
-    def in_hand(self) -> dict[str, InHand]:
-        """What is computed of the windows in this stage, by job. Callable from any thread."""
-        found: dict[str, InHand] = {}
-        for window in list(self._windows):
-            for group, work in window.groups:
-                found[group.job.id] = found.get(group.job.id, InHand()) + work.in_hand
-        return found
 
     @property
     def _left(self) -> int:
@@ -137,13 +128,16 @@ class Infer:
                     work.stop()
         self._hand_on()
         while len(self._flying) < self._engine.in_flight and (chosen := self._next_work()) is not None:
-            taken = chosen.take()
-            self._flying[pool.submit(self._embed, chosen, taken)] = (chosen, taken)
+            work, group = chosen
+            taken = work.take()
+            self._flying[pool.submit(self._embed, work, taken)] = (work, taken, group)
         if self._flying:
             free = len(self._flying) < self._engine.in_flight
             for future in wait(self._flying, LOOK_SECONDS if free else None, FIRST_COMPLETED).done:
-                work, taken = self._flying.pop(future)
+                work, taken, group = self._flying.pop(future)
                 self._settle(work, taken, future)
+                if group is not None:
+                    self._ledger.in_model(group, group.job.id, work.in_hand)
             self._answer()
         return bool(self._flying or self._windows or self._urgent or not self._closed)
 
@@ -156,17 +150,17 @@ class Infer:
                 return
             self._windows.popleft()
 
-    def _next_work(self) -> Work | None:
+    def _next_work(self) -> tuple[Work, TokenizedGroup | None] | None:
         """What the next batch comes from: requests first, then windows in their order, then a new window."""
         while (request := self._source.take_first(Urgent)) is not None:
             self._begin_urgent(request)
         for _, work in self._urgent:
             if work.waiting:
-                return work
+                return work, None
         for window in self._windows:
-            for _, work in window.groups:
+            for group, work in window.groups:
                 if work.waiting:
-                    return work
+                    return work, group
         if self._closed or len(self._windows) >= WINDOWS:
             return None
         try:
@@ -197,6 +191,7 @@ class Infer:
         work.cut(self._budget)
         if self._life.stopping.is_set():
             work.stop()
+        self._ledger.in_model(group, job.id, work.in_hand)
         return work
 
     def _begin_urgent(self, request: Urgent) -> None:

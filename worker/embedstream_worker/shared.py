@@ -9,6 +9,7 @@ from embedstream.queue.broker import Broker
 from embedstream.settings import WorkerSettings
 from embedstream_worker.activity import Activity
 from embedstream_worker.held import Held
+from embedstream_worker.ledger import Ledger
 from embedstream_worker.meter import Meter
 from embedstream_worker.pipeline import Life
 
@@ -30,3 +31,4 @@ class Shared:
     meter: Meter
     held: Held = field(default_factory=Held)
     activity: Activity = field(default_factory=Activity)
+    ledger: Ledger = field(default_factory=Ledger)

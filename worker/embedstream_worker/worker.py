@@ -17,7 +17,7 @@ import redis
 from embedstream.errors import ModelError
 from embedstream.masking import mask
 from embedstream.queue.broker import Broker
-from embedstream.queue.workers import InHand, WorkerRecord
+from embedstream.queue.workers import WorkerRecord
 from embedstream.server.connection import connect
 from embedstream.server.foreign import leaving_out
 from embedstream.server.preflight import check
@@ -38,7 +38,6 @@ from embedstream_worker.meter import Meter
 from embedstream_worker.pipeline import Channel, Life, start_stage
 from embedstream_worker.probe import Trial, try_budgets
 from embedstream_worker.prompts import Prompts
-from embedstream_worker.rates import Rates
 from embedstream_worker.shared import RETRIES, Shared
 from embedstream_worker.tokenize import Tokenize
 from embedstream_worker.watchdog import LOADING, WARMING_UP, Watchdog
@@ -93,13 +92,10 @@ class Worker:
         self.meter = Meter(plan.queue, self.life)
         self.name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
         self._shared = Shared(self.name, self._broker, plan.settings, self.life, self.meter)
-        self._rates = Rates()
         self._started = time.time()
         self._warm_up_seconds = 0.0
         self._info: EngineInfo | None = None  # once the model is loaded
         self._jobs: Jobs | None = None
-        self._infer: Infer | None = None
-        self._write: Write | None = None
 
     def run(self) -> None:
         """Raises whatever ended a stage; `BrokerError` or `ModelError` if it cannot even start."""
@@ -172,8 +168,8 @@ class Worker:
         self.meter.warm(self._warm_up_seconds)
         intake = Intake(shared, jobs, ahead, windows, plan.burst, housekeeping.hopeless)
         tokenize = Tokenize(shared, engine.tokenizer, tokenizer_threads(), ahead, windows, tokenized)
-        infer = self._infer = Infer(shared, engine, trial.batch_tokens, ahead, tokenized, embedded)
-        write = self._write = Write(shared, jobs, engine.info, embedded)
+        infer = Infer(shared, engine, trial.batch_tokens, ahead, tokenized, embedded)
+        write = Write(shared, jobs, engine.info, embedded)
         interactive = Interactive(shared, engine, engine.tokenizer(), tokenized)
         life.serving = True
         self._say_ready()
@@ -201,21 +197,7 @@ class Worker:
             log.warning("could not say that this worker is ready (%s), trying again", error)
 
     def _record(self) -> WorkerRecord:
-        info, total = self._info, InHand()
-        committed, in_hand, computed = dict[str, InHand](), dict[str, InHand](), dict[str, InHand]()
-        begun = dict[str, InHand]()
-        if self._write is not None and self._infer is not None:
-            total = self._write.total
-            while True:
-                committed, in_hand = self._write.committed, self._write.in_hand()
-                begun = self._infer.in_hand
-                for job, some in begun.items():
-                    in_hand[job] = in_hand.get(job, InHand()) + some
-                if committed is self._write.committed:
-                    break  # what was committed meanwhile would be both, or neither
-            computed = {
-                job: committed.get(job, InHand()) + in_hand.get(job, InHand()) for job in {*committed, *in_hand}
-            }
+        info, jobs, progress = self._info, self._jobs, self._shared.ledger.look(time.monotonic())
         return WorkerRecord(
             name=self.name,
             host=socket.gethostname(),
@@ -230,14 +212,14 @@ class Worker:
             phase="{} for {:.0f} s".format(*phase) if (phase := self._shared.activity.start_phase())[0] else "",
             started=self._started,
             warm_up_seconds=self._warm_up_seconds,
-            rows=total.rows,
-            tokens=total.tokens,
+            rows=progress.total.rows,
+            tokens=progress.total.tokens,
             lease_seconds=self._plan.settings.lease_seconds,
-            in_hand=in_hand,
-            written={job: done.rows for job, done in committed.items()},
-            rates=self._rates.look(time.monotonic(), computed, begun),
-            refused=self._jobs.refused_for_good() if self._jobs else {},
-            waits=self._jobs.waits() if self._jobs else {},
+            in_hand=progress.in_hand,
+            written={job: done.rows for job, done in progress.committed.items()},
+            rates=progress.rates,
+            refused=jobs.refused_for_good() if jobs else {},
+            waits=jobs.waits() if jobs else {},
         )
 
     def _leave(self) -> None:

@@ -72,7 +72,8 @@ class Write:
         source: Channel[list[EmbeddedGroup]],
     ) -> None:
         self._broker = shared.broker(RETRIES)
-        self._consumer, self._settings, self._meter = shared.consumer, shared.settings, shared.meter
+        self._consumer, self._settings = shared.consumer, shared.settings
+        self._meter, self._ledger = shared.meter, shared.ledger
         self._life, self._activity, self._held = shared.life, shared.activity, shared.held
         self._jobs = jobs
         self._info = info
@@ -81,10 +82,6 @@ class Write:
         self._commits = Commits(shared, self._broker, jobs, info)
         self._closing: dict[str, Closing] = {}
         self._outage = Outage("a shard waits to be committed")
-        self.total = InHand()
-        """All that was committed."""
-        self.committed: dict[str, InHand] = {}
-        """By job, of those that are still worked on."""
 
     def run(self) -> None:
         """Until the source closes; then every shard is tried once more, and handed back if that fails."""
@@ -100,16 +97,6 @@ class Write:
                 self._queue(shard)
             self._last_try()
 
-    def in_hand(self) -> dict[str, InHand]:
-        """What lies in shards, open or not committed yet, by job. Callable from any thread."""
-        shards = self._open.all()
-        for closing in [*self._closing.values()]:
-            shards += closing.shards
-        return {
-            job: sum((shard.in_hand for shard in shards if shard.job.id == job), InHand())
-            for job in {shard.job.id for shard in shards}
-        }
-
     def _take(self) -> None:
         if self._too_much() and not self._life.stopping.is_set():
             # Redis takes no commits: nothing that comes now could be committed either.
@@ -123,6 +110,7 @@ class Write:
             blocks, unfinished = finish_blocks(group, self._info)
         release(self._broker, self._consumer, self._held, unfinished)
         if not blocks:
+            self._ledger.left(group.tokenized)
             return
         job, stream = group.tokenized.job, blocks[0].stream
         shard = self._open.of(job, stream)
@@ -133,6 +121,7 @@ class Write:
             older = shard.add(block)
             if older is not None:
                 self._commits.forget([older])  # the job was reopened while this worker held the block
+        self._ledger.in_shard(shard, job.id, shard.in_hand, group.tokenized)
 
     def _close(self, shard: Shard) -> None:
         closing = self._queue(shard)
@@ -156,10 +145,8 @@ class Write:
                 return
             self._outage.over()
             self._activity.progress()
-            closing.shards.pop(0)
             closing.failures = 0
-            if record is not None:
-                self._count(record)
+            self._count(closing.shards.pop(0), record)
         self._forget(job, closing)
 
     def _put_off(self, job: str, closing: Closing, error: OutputError | redis.RedisError, begun: float) -> None:
@@ -208,16 +195,14 @@ class Write:
     def _give_up(self, job: str, closing: Closing) -> None:
         """Hand a job's closed shards back, and leave the job alone for a while."""
         self._jobs.refuse(job, closing.why, LOOK_AGAIN_SECONDS)
-        for shard in closing.shards:
-            self._commits.give_up(shard)
+        self._hand_back(closing)
         self._forget(job, closing)
 
     def _last_try(self) -> None:
         """What has failed before may take its time to fail again, so it comes last."""
         for job, closing in sorted(self._closing.items(), key=lambda item: item[1].failures):
             self._finish(job, closing)
-            for shard in closing.shards:
-                self._commits.give_up(shard)
+            self._hand_back(closing)
             self._forget(job, closing)
 
     def _forget(self, job: str, closing: Closing) -> None:
@@ -225,11 +210,15 @@ class Write:
         if closing.why:
             self._jobs.stuck(job, "")
 
-    def _count(self, record: ShardRecord) -> None:
+    def _count(self, shard: Shard, record: ShardRecord | None) -> None:
+        if record is None:
+            self._ledger.left(shard)
+            return
         self._meter.committed(record)
         some = InHand(record.rows, record.tokens, record.padded)
-        open_jobs = self._jobs.open_jobs()
-        self.total += some
-        self.committed = {job: done for job, done in self.committed.items() if job in open_jobs} | {
-            record.job: self.committed.get(record.job, InHand()) + some
-        }
+        self._ledger.commit(shard, record.job, some, self._jobs.open_jobs())
+
+    def _hand_back(self, closing: Closing) -> None:
+        for shard in closing.shards:
+            self._commits.give_up(shard)
+            self._ledger.left(shard)
