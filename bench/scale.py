@@ -28,7 +28,6 @@ from measure import machine, table
 
 from embedstream.queue.broker import Broker
 from embedstream.server.connection import connect
-from embedstream_worker.engines.hashing_paced import VARIABLE
 
 MODEL, QUEUE = "hashing", "scale"
 CHARACTERS = 200
@@ -56,7 +55,8 @@ def workers() -> Iterator[list[Worker]]:
 
 def add(fleet: list[Worker], count: int, server: Server, place: Path, options: Sequence[str] = WORKER_OPTIONS) -> None:
     """Start workers until there are so many."""
-    pace = {VARIABLE: str(CHUNKS_PER_SECOND * TOKENS)}
+    pace = {"EMBEDSTREAM_ENGINE": "paced", "PACED_ENGINE_TOKENS_PER_SECOND": str(CHUNKS_PER_SECOND * TOKENS)}
+    pace["PYTHONPATH"] = str(Path(__file__).parents[1] / "tests")  # where the package of this engine lies
     while len(fleet) < count:
         fleet.append(Worker(server, place, MODEL, QUEUE, *options, **pace))
 

@@ -39,8 +39,6 @@ OTHERS = {
     "EMBEDSTREAM_CACHE_DIR": "Where workers keep what they found out about models and machines. "
     "Default: `~/.cache/embedstream`.",
     "EMBEDSTREAM_FAILPOINTS": "For tests: where a process kills or stops itself, or loses a reply.",
-    "EMBEDSTREAM_HASHING_FAULTS": "For tests: a folder of orders to the engine `hashing`.",
-    "EMBEDSTREAM_HASHING_TOKENS_PER_SECOND": "For measuring: how fast the device is that the engine `hashing` acts.",
     "EMBEDSTREAM_EMBEDDED": "Set by `embed-submit` without Redis for its worker: the one output to write.",
     "XDG_STATE_HOME": "Below it, in `embedstream`, embedded mode keeps what it knows of unfinished outputs. "
     "Default: `~/.local/state`.",

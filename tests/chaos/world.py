@@ -15,6 +15,7 @@ from pathlib import Path
 
 import redis
 from e2e.harness import environment
+from lab_engines import faulty
 
 from chaos.corpora import Expected, write_corpus
 from embedstream.jobs import JobSpec
@@ -219,14 +220,17 @@ class World:
 
     def _environment(self, order: str = "") -> dict[str, str]:
         base = environment()
-        paths = [str(SPY), *filter(None, [base.get("PYTHONPATH", "")])]
-        return base | {
-            "PYTHONPATH": ":".join(paths),
-            "CHAOS_SPY": str(self.spied),
-            "PYTHONFAULTHANDLER": "1",
-            "EMBEDSTREAM_FAILPOINTS": order,
-            "EMBEDSTREAM_HASHING_FAULTS": str(self.strikes),
-            "EMBEDSTREAM_STALL_SECONDS": "4",
-            "EMBEDSTREAM_DRAIN_SECONDS": "2",
-            "EMBEDSTREAM_QUEUE_BYTES": "60000",
-        }
+        engine = faulty(self.strikes)
+        return (
+            base
+            | engine
+            | {
+                "PYTHONPATH": f"{SPY}:{engine['PYTHONPATH']}",
+                "CHAOS_SPY": str(self.spied),
+                "PYTHONFAULTHANDLER": "1",
+                "EMBEDSTREAM_FAILPOINTS": order,
+                "EMBEDSTREAM_STALL_SECONDS": "4",
+                "EMBEDSTREAM_DRAIN_SECONDS": "2",
+                "EMBEDSTREAM_QUEUE_BYTES": "60000",
+            }
+        )

@@ -13,6 +13,7 @@ import pytest
 import redis
 import redis.exceptions
 from e2e.harness import assert_exact, wait_until, write_corpus
+from lab_engines import faulty
 from s3_server import S3Server
 
 from deploy.compose_lab import Container, Stack, seconds, stack, write_env
@@ -201,7 +202,7 @@ def at_work(fleet: Stack, containers: list[Container]) -> bool:
 
 def test_a_job_goes_through_while_workers_come_and_go(tmp_path: Path) -> None:
     (tmp_path / "faults").mkdir()
-    faults = {"EMBEDSTREAM_HASHING_FAULTS": str(tmp_path / "faults"), "EMBEDSTREAM_WINDOW_TOKENS": "2000"}
+    faults = {"EMBEDSTREAM_WINDOW_TOKENS": "2000", **faulty(tmp_path / "faults")}
     with stack(tmp_path, faults) as fleet:
         corpus = tmp_path / "data" / "corpus.jsonl"
         texts = write_corpus(corpus, 12_000, length=10)

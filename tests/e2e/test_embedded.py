@@ -9,6 +9,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from lab_engines import paced
 
 from e2e.harness import (
     assert_contents,
@@ -31,7 +32,7 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "state"
 
 
-PACED = {"EMBEDSTREAM_HASHING_TOKENS_PER_SECOND": "400000"}
+PACED = paced(400_000)
 """40,000 rows then take some five seconds: no run ends before it is broken after its first shard."""
 
 

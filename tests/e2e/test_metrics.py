@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from conftest import RedisServer
+from lab_engines import faulty
 from prometheus_client import CollectorRegistry, Gauge, Metric
 from worker_lab import Gate, ScriptedEngine, worker_lab
 
@@ -184,7 +185,7 @@ def test_a_worker_that_drains_is_healthy_and_not_ready(workers: Fleet, tmp_path:
     strikes = tmp_path / "strikes"
     strikes.mkdir()
     options = ["--metrics-port", 0, "--drain-seconds", 3]
-    worker = workers.start_worker(*options, EMBEDSTREAM_HASHING_FAULTS=str(strikes))
+    worker = workers.start_worker(*options, **faulty(strikes))
     url = logged_url(tmp_path / "worker-0.log")
     assert get(f"{url}/readyz") == (200, "ok\n")
     args = ["-o", tmp_path / "out", "--redis", workers.url, "--model", "hashing", "--detach"]
@@ -203,11 +204,11 @@ def test_blocks_of_a_killed_worker_count_as_redelivered(workers: Fleet, tmp_path
     (tmp_path / "c.jsonl").write_text('{"id": "1", "text": "[[fault:kill*1]]"}\n')
     strikes = tmp_path / "strikes"
     strikes.mkdir()
-    first = workers.start_worker(EMBEDSTREAM_HASHING_FAULTS=str(strikes))
+    first = workers.start_worker(**faulty(strikes))
     args = ["-o", tmp_path / "out", "--redis", workers.url, "--model", "hashing", "--detach"]
     assert run("embed-submit", tmp_path / "c.jsonl", *args).returncode == 0
     assert first.wait(30) == -signal.SIGKILL
-    workers.start_worker("--metrics-port", 0, EMBEDSTREAM_HASHING_FAULTS=str(strikes))
+    workers.start_worker("--metrics-port", 0, **faulty(strikes))
     job = job_id("hashing", str(tmp_path / "out"))
     wait_until(lambda: workers.broker.status(job).state.ended, "the job to end")
     families = scrape(logged_url(tmp_path / "worker-1.log"))
@@ -338,7 +339,7 @@ def test_a_log_in_json_names_worker_and_job_on_its_lines(workers: Fleet, tmp_pat
         return process.poll() is not None or workers.broker.status(job).state.ended
 
     for _ in range(3):
-        last = workers.start_worker("--log-format", "json", wait=False, EMBEDSTREAM_HASHING_FAULTS=str(strikes))
+        last = workers.start_worker("--log-format", "json", wait=False, **faulty(strikes))
         wait_until(partial(over, last), "a death, or the end")
     lines = [json.loads(line) for line in (tmp_path / "worker-2.log").read_text().splitlines()]
     assert {line["queue"] for line in lines} == {"hashing"}

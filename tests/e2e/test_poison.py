@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from lab_engines import faulty, paced
 
 from e2e.harness import (
     Fleet,
@@ -69,7 +70,7 @@ def supervise(workers: Fleet, strikes: Path, *args: object, most: int = 12) -> l
     """Start a worker again and again until it leaves by itself, all work done; how the others ended."""
     ends: list[int] = []
     while len(ends) < most:
-        worker = workers.start_worker("--burst", *args, wait=False, EMBEDSTREAM_HASHING_FAULTS=str(strikes))
+        worker = workers.start_worker("--burst", *args, wait=False, **faulty(strikes))
         code = worker.wait(120)
         if code == 0:
             return ends
@@ -118,9 +119,7 @@ def supervise_without_signs(workers: Fleet, strikes: Path) -> list[int]:
     """As `supervise`, but a dead worker's last sign of life does not count for another 15 seconds."""
     ends: list[int] = []
     while len(ends) < 12:
-        worker = workers.start_worker(
-            "--burst", "--lease-seconds", 1, wait=False, EMBEDSTREAM_HASHING_FAULTS=str(strikes)
-        )
+        worker = workers.start_worker("--burst", "--lease-seconds", 1, wait=False, **faulty(strikes))
         code = worker.wait(120)
         if code == 0:
             return ends
@@ -171,9 +170,9 @@ def test_a_request_whose_prompt_kills_costs_two_workers_and_is_answered(
     asking = threading.Thread(target=ask)
     asking.start()
     for _ in range(2):
-        worker = workers.start_worker("--lease-seconds", 1, wait=False, EMBEDSTREAM_HASHING_FAULTS=str(strikes))
+        worker = workers.start_worker("--lease-seconds", 1, wait=False, **faulty(strikes))
         assert worker.wait(60) == -signal.SIGKILL
-    workers.start_worker("--lease-seconds", 1, EMBEDSTREAM_HASHING_FAULTS=str(strikes))
+    workers.start_worker("--lease-seconds", 1, **faulty(strikes))
     asking.join(30)
     assert "2 workers died of this request" in answers[0]
     with Client(workers.url) as client:
@@ -219,7 +218,7 @@ def test_a_worker_whose_device_hangs_says_so_and_leaves_to_be_started_again(
 def test_a_worker_whose_device_hangs_in_its_warm_up_is_seen_and_leaves_to_be_started_again(
     workers: Fleet, tmp_path: Path
 ) -> None:
-    slow = {"EMBEDSTREAM_HASHING_TOKENS_PER_SECOND": "1"}
+    slow = paced(1)
     worker = workers.start_worker("--stall-seconds", 0.5, wait=False, **slow)
     seen = r"worker \S+  starting: warming up for \d+ s"
     wait_until(lambda: re.search(seen, run("embed-status", "--redis", workers.url).stdout), "it to be seen")
@@ -244,7 +243,7 @@ def test_embedded_mode_starts_its_worker_again_without_waiting_for_leases(tmp_pa
     begun = time.monotonic()
     done = run(
         "embed-submit", tmp_path / "c.jsonl", "--model", "hashing", "--json",
-        EMBEDSTREAM_HASHING_FAULTS=str(strikes), EMBEDSTREAM_STALL_SECONDS="2",
+        EMBEDSTREAM_STALL_SECONDS="2", **faulty(strikes),
     )  # fmt: skip
     assert time.monotonic() - begun < 55, "it waited for the 60 s lease of its own dead worker"
     assert done.returncode == 3, done.stderr
@@ -262,7 +261,7 @@ def in_the_model(strikes: Path) -> bool:
 def test_what_is_not_done_when_draining_ends_is_handed_back(workers: Fleet, tmp_path: Path, strikes: Path) -> None:
     texts = corpus(tmp_path / "c.jsonl", 600, {300: "[[fault:hang*1]]"})
     job = detach(workers, tmp_path)
-    worker = workers.start_worker("--drain-seconds", 1, "--lease-seconds", 600, EMBEDSTREAM_HASHING_FAULTS=str(strikes))
+    worker = workers.start_worker("--drain-seconds", 1, "--lease-seconds", 600, **faulty(strikes))
     wait_until(lambda: in_the_model(strikes), "the text that hangs")
     worker.send_signal(signal.SIGTERM)
     assert worker.wait(10) == 0
@@ -276,7 +275,7 @@ def test_what_is_not_done_when_draining_ends_is_handed_back(workers: Fleet, tmp_
 def test_a_second_signal_ends_a_worker_at_once_and_loses_nothing(workers: Fleet, tmp_path: Path, strikes: Path) -> None:
     texts = corpus(tmp_path / "c.jsonl", 600, {300: "[[fault:hang*1]]"})
     detach(workers, tmp_path)
-    worker = workers.start_worker("--drain-seconds", 600, EMBEDSTREAM_HASHING_FAULTS=str(strikes))
+    worker = workers.start_worker("--drain-seconds", 600, **faulty(strikes))
     wait_until(lambda: in_the_model(strikes), "the text that hangs")
     worker.send_signal(signal.SIGTERM)
     wait_until(lambda: [w for w in workers.broker.workers() if w.state == "draining"], "the worker to drain")
@@ -294,13 +293,13 @@ def test_cancelling_takes_seconds_keeps_what_is_committed_and_can_be_taken_back(
     texts = corpus(tmp_path / "c.jsonl", 4000, dict.fromkeys(range(0, 4000, 100), "[[fault:slow]]"))
     job = detach(workers, tmp_path)
     args: list[object] = ["--window-tokens", 2000, "--batch-tokens", 500]
-    first = workers.start_worker(*args, EMBEDSTREAM_HASHING_FAULTS=str(strikes))
+    first = workers.start_worker(*args, **faulty(strikes))
     wait_until(lambda: len(list(strikes.iterdir())) > 5, "some work")
     first.send_signal(signal.SIGTERM)
     assert first.wait(30) == 0
     committed = workers.broker.status(job).rows
     assert 0 < committed < 4000
-    workers.start_worker(*args, EMBEDSTREAM_HASHING_FAULTS=str(strikes))
+    workers.start_worker(*args, **faulty(strikes))
     begun = time.monotonic()
     assert run("embed-cancel", job, "--redis", workers.url).returncode == 0
     wait_until(lambda: workers.broker.state(job) == JobState.CANCELLED, "the manifest", 10)
@@ -321,11 +320,11 @@ def test_cancelling_takes_seconds_keeps_what_is_committed_and_can_be_taken_back(
 def test_whoever_waits_is_told_of_the_lease_of_a_lost_worker(workers: Fleet, tmp_path: Path, strikes: Path) -> None:
     texts = corpus(tmp_path / "c.jsonl", 600, {300: "[[fault:hang*1]]"})
     job = detach(workers, tmp_path)
-    lost = workers.start_worker("--lease-seconds", 20, EMBEDSTREAM_HASHING_FAULTS=str(strikes))
+    lost = workers.start_worker("--lease-seconds", 20, **faulty(strikes))
     wait_until(lambda: in_the_model(strikes), "the text that hangs")
     lost.kill()
     lost.wait()
-    workers.start_worker("--lease-seconds", 20, EMBEDSTREAM_HASHING_FAULTS=str(strikes))
+    workers.start_worker("--lease-seconds", 20, **faulty(strikes))
     args = [tmp_path / "c.jsonl", "-o", tmp_path / "out", "--redis", workers.url, "--model", "hashing"]
     waiting = start_submit(*args)
     assert waiting.stderr is not None
@@ -346,7 +345,7 @@ def test_a_worker_stopped_during_a_trial_leaves_no_text_under_suspicion(
     for name in ("dead-1", "dead-2"):
         claimed = workers.broker.claim(name, [job], 10, 0) or workers.broker.sweep(name, job, 0, 10)
         workers.broker.run(workers.broker.release(stream, name, [claimed[0].entry], died=True))
-    worker = workers.start_worker("--lease-seconds", 600, EMBEDSTREAM_HASHING_FAULTS=str(strikes))
+    worker = workers.start_worker("--lease-seconds", 600, **faulty(strikes))
     wait_until(lambda: workers.broker.suspected(job, 0, 0), "a text under suspicion")
     wait_until(lambda: in_the_model(strikes), "a text in the model")
     worker.send_signal(signal.SIGTERM)
@@ -364,7 +363,7 @@ def test_a_fleet_with_killers_and_paused_workers_loses_and_doubles_nothing(
     args: list[object] = ["--lease-seconds", 1, "--window-tokens", 4000]
 
     def start() -> subprocess.Popen[bytes]:
-        return workers.start_worker(*args, wait=False, EMBEDSTREAM_HASHING_FAULTS=str(strikes))
+        return workers.start_worker(*args, wait=False, **faulty(strikes))
 
     crew = [start() for _ in range(3)]
     paused = crew[0]

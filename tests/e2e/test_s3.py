@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from lab_engines import paced
 from s3_server import S3Server
 
 from e2e.harness import (
@@ -198,7 +199,7 @@ def test_vectors_wait_for_a_bucket_that_is_gone_or_forbidden_in_mid_job(
     user = f"writer-{bucket}"
     mine = env | s3_server.user(user, *WRITER)
     client, output = s3_server.client(), f"s3://{bucket}/out"
-    slow = mine | {"EMBEDSTREAM_HASHING_TOKENS_PER_SECOND": "100000"}
+    slow = mine | paced(100_000)
     workers.start_worker("--output-root", f"s3://{bucket}", "--batch-tokens", 4096, **slow)
     try:
         waiting = start_submit(

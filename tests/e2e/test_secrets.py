@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
+from lab_engines import paced
 from redis_lab import OwnServer, own_server
 
 from e2e.harness import BIN, Fleet, environment, processes_mentioning, run, start_submit, wait_until, write_corpus
@@ -134,8 +135,7 @@ def test_a_wrong_address_is_refused_without_its_password(tmp_path: Path) -> None
 def test_embedded_mode_shows_no_password_to_other_users(tmp_path: Path, url: str) -> None:
     write_corpus(tmp_path / "c.jsonl", 20_000)
     output = f"{url}?prefix=docs:"
-    paced = {"EMBEDSTREAM_HASHING_TOKENS_PER_SECOND": "200000"}
-    variables = {"EMBEDSTREAM_OUTPUT": output, "EMBEDSTREAM_MODEL": "hashing", **paced}
+    variables = {"EMBEDSTREAM_OUTPUT": output, "EMBEDSTREAM_MODEL": "hashing", **paced(200_000)}
     first = start_submit(tmp_path / "c.jsonl", **variables)
     log = state_folder(output) / "worker.log"
     wait_until(lambda: log.exists() and "ready" in log.read_text(), "the worker")

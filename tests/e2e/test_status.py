@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lab_engines import faulty
 
 from e2e.harness import BIN, Fleet, environment, fleet, run, wait_until, write_corpus
 from embedstream.jobs import job_id
@@ -51,7 +52,7 @@ def slow_corpus(path: Path, rows: int) -> None:
 def test_a_job_shows_progress_rates_and_what_is_left_while_it_runs(workers: Fleet, tmp_path: Path) -> None:
     slow_corpus(tmp_path / "c.jsonl", 2000)
     job = submit(workers, tmp_path / "c.jsonl", tmp_path / "out")
-    worker = workers.start_worker("--batch-tokens", 30, EMBEDSTREAM_HASHING_FAULTS=str(tmp_path))
+    worker = workers.start_worker("--batch-tokens", 30, **faulty(tmp_path))
     seen = wait_until(lambda: (s := status(workers, job))["rows_in_hand"] and s["seconds_left"] and s, "rows in hand")
     assert seen["state"] == "running"
     assert seen["stalled"] is False
@@ -158,7 +159,7 @@ def test_a_watched_job_is_shown_live_until_it_has_ended(workers: Fleet, tmp_path
     watching = subprocess.Popen(command, stdout=theirs, stderr=theirs, env=environment(TERM="xterm", COLUMNS="200"))
     os.close(theirs)
     shown = read_until(ours, b"running")
-    workers.start_worker("--batch-tokens", 30, EMBEDSTREAM_HASHING_FAULTS=str(tmp_path))
+    workers.start_worker("--batch-tokens", 30, **faulty(tmp_path))
     shown += read_until(ours, b"completed")
     assert watching.wait(30) == 0
     os.close(ours)

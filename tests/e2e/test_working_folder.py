@@ -99,3 +99,13 @@ def test_trying_a_model_with_openvino_runs_nothing_from_it(trap: Path, caught: C
     with pytest.raises(ModelError):  # by the process that has imported all that it needs
         run_trial(no_model, "float32", "none", trap / "cache")
     assert caught() == []
+
+
+def test_no_engine_is_found_in_it(trap: Path, caught: Callable[[], list[str]]) -> None:
+    (trap / "own-1.dist-info").mkdir()
+    (trap / "own-1.dist-info" / "entry_points.txt").write_text("[embedstream.engines]\nown = peft:load\n")
+    command = [str(BIN / "embed-worker"), "--engine", "own", "--model", "hashing", "--redis", "redis://127.0.0.1:1"]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert "'own' is not one of" in done.stderr
+    assert caught() == []

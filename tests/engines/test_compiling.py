@@ -126,4 +126,4 @@ def test_padded_batches_are_not_compiled_and_that_is_said(
 @pytest.mark.parametrize("engine", ["openvino", "onnxruntime", "hashing"])
 def test_an_engine_that_does_not_take_it_refuses(engine: str) -> None:
     with pytest.raises(ModelError, match=f"--compile: --engine {engine} does not take it; use --engine torch"):
-        load_engine(EngineOptions("hashing", engine=engine, compiles=True))  # type: ignore[arg-type]
+        load_engine(EngineOptions("hashing", engine=engine, compiles=True))

@@ -6,6 +6,7 @@ import math
 import re
 import socket
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,16 +19,24 @@ from embedstream.cli.service_options import service_options
 from embedstream.errors import UsageError
 from embedstream.jobs import model_address, queue_name
 from embedstream.settings import ENV_PREFIX, WorkerSettings
+from embedstream_worker.engines import ENGINES, GROUP, HASHING_MODEL, EngineOptions
 from embedstream_worker.model_folder import ALLOW_PICKLE, TRUST_REMOTE_CODE, Trust
 
 if TYPE_CHECKING:
-    from embedstream_worker.engines import EngineName
     from embedstream_worker.engines.precision import Dtype
 
 DEFAULTS = WorkerSettings()
 
-HASHING = "hashing"
-"""The model of tests and measurements."""
+
+class EngineName(click.Choice[str]):
+    """One of ours, or one that an installed package offers."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return (
+            value
+            if value not in ENGINES and entry_points(group=GROUP, name=value)
+            else super().convert(value, param, ctx)
+        )
 
 
 class Seconds(click.FloatRange):
@@ -74,7 +83,12 @@ def usable_device(name: str) -> str:
     callback=lambda _context, _option, name: usable_device(name),
     help="auto (of several GPUs the one that fewest workers here have), cpu, cuda:N or mps.",
 )
-@click.option("--engine", type=click.Choice(["auto", "torch", "openvino", "onnxruntime", "hashing"]), default="auto")
+@click.option(
+    "--engine",
+    type=EngineName(ENGINES),
+    default="auto",
+    help=f"Or the name of one that an installed package offers, by an entry point of the group {GROUP}.",
+)
 @click.option(
     "--dtype",
     type=click.Choice(["auto", "float32", "bfloat16", "int8"]),
@@ -139,7 +153,7 @@ def worker(
     redis_url: str,
     queue: str | None,
     device: str,
-    engine: EngineName,
+    engine: str,
     dtype: Dtype,
     threads: int | None,
     compiles: bool,
@@ -166,15 +180,14 @@ def worker(
     is lost: start it again.
     """
     set_up(log_format)
-    if revision and model == HASHING:
-        raise UsageError(f"--revision {revision}: the model {HASHING} has none; leave it out")
+    if revision and model == HASHING_MODEL:
+        raise UsageError(f"--revision {revision}: the model {HASHING_MODEL} has none; leave it out")
     model = model_address(model)
     queue = queue or queue_name(model)
     if only_check:
         sys.exit(0 if is_ready(redis_url, queue) else 1)
     # Not at the top: loading these takes a while, in which Ctrl-C shall end this command as at any other time.
     from embedstream.dataset.roots import canonical_root
-    from embedstream_worker.engines import EngineOptions
     from embedstream_worker.serving import serve
     from embedstream_worker.worker import WorkerPlan
 

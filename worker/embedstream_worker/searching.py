@@ -15,7 +15,7 @@ from embedstream.errors import ModelError, OutputError
 from embedstream.jobs import JobSpec, model_address, model_folder
 from embedstream.records import Manifest
 from embedstream_worker import known_models
-from embedstream_worker.engines import HASHING_MODEL, EngineName, EngineOptions, load_engine
+from embedstream_worker.engines import HASHING_MODEL, EngineOptions, load_engine
 from embedstream_worker.engines.base import TokenBatch
 from embedstream_worker.engines.precision import Dtype
 from embedstream_worker.jobs import space_id
@@ -57,7 +57,7 @@ def embed_query(
     Raises:
         ModelError: the model may not be loaded, or is not the one that made the dataset.
     """
-    name: EngineName = "hashing" if manifest.engines == ("hashing",) else "auto"
+    name = "hashing" if manifest.engines == ("hashing",) else "auto"
     dtype: Dtype = "int8" if any(shard.dtype == "int8" for shard in manifest.shards) else "auto"
     chosen, revision = (HASHING_MODEL, None) if name == "hashing" else _choose(spec, model, trust)
     engine = load_engine(EngineOptions(chosen, revision, name, dtype=dtype, trust=trust))

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import os
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING
 
 from embedstream.errors import ModelError
-from embedstream_worker.engines.base import Engine
-from embedstream_worker.engines.hashing import HashingEngine
-from embedstream_worker.engines.hashing_faults import VARIABLE as FAULTS
-from embedstream_worker.engines.hashing_faults import FaultyHashingEngine
-from embedstream_worker.engines.hashing_paced import VARIABLE as PACE
-from embedstream_worker.engines.hashing_paced import PacedHashingEngine, parse_pace
-from embedstream_worker.engines.precision import Dtype
 from embedstream_worker.model_folder import NOTHING, Trust
+
+if TYPE_CHECKING:
+    from embedstream_worker.engines.base import Engine
+    from embedstream_worker.engines.precision import Dtype
 
 log = logging.getLogger(__name__)
 
-EngineName = Literal["auto", "torch", "openvino", "onnxruntime", "hashing"]
+ENGINES = ("auto", "torch", "openvino", "onnxruntime", "hashing")
+
+GROUP = "embedstream.engines"
+"""Entry points of installed packages that offer others: callables that take `EngineOptions` and give an `Engine`."""
 
 _EXTRAS = {"openvino": "cpu", "onnxruntime": "onnx"}
 """Engines that are installed apart, and with what."""
@@ -36,7 +35,7 @@ class EngineOptions:
 
     model: str
     revision: str | None = None
-    engine: EngineName = "auto"
+    engine: str = "auto"
     """auto: the hashing engine for the model `hashing`, and for all others the fastest that gives the right vectors."""
     device: str = "auto"
     dtype: Dtype = "auto"
@@ -68,7 +67,14 @@ def load_engine(options: EngineOptions) -> Engine:
         extra = _EXTRAS[name]
         raise ModelError(f"--engine {name}: not installed; pip install 'embedstream[{extra}]', or use --engine torch")
     if name == "hashing" or (name == "auto" and model == HASHING_MODEL):
-        return _make_hashing()
+        from embedstream_worker.engines.hashing import HashingEngine
+
+        return HashingEngine()
+    if name not in ENGINES:
+        for offered in entry_points(group=GROUP, name=name):
+            made: Engine = offered.load()(options)
+            return made
+        raise ModelError(f"--engine {name}: no installed package offers it; use one of {', '.join(ENGINES)}")
     from embedstream_worker.engines.torch_environment import set_up
     from embedstream_worker.models import resolve_model
 
@@ -93,11 +99,3 @@ def load_engine(options: EngineOptions) -> Engine:
             from embedstream_worker.engines.fastest import load_fastest
 
             return load_fastest(folder, device, dtype, options.compiles)
-
-
-def _make_hashing() -> HashingEngine:
-    """The engine of tests and measurements, as its variables want it."""
-    if faults := os.environ.get(FAULTS):
-        return FaultyHashingEngine(Path(faults))
-    pace = os.environ.get(PACE)
-    return PacedHashingEngine(parse_pace(pace)) if pace else HashingEngine()

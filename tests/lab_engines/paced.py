@@ -1,32 +1,24 @@
 """The hashing engine at the speed of a device: a fixed time per token, slept away. For measuring how a fleet scales.
 
-Off unless EMBEDSTREAM_HASHING_TOKENS_PER_SECOND says how many tokens a second the device computes. The vectors are the
-same as without.
+PACED_ENGINE_TOKENS_PER_SECOND says how many tokens a second the device computes. The vectors are the hashing engine's.
 """
 
 from __future__ import annotations
 
+import os
 import time
 
 import numpy as np
 import numpy.typing as npt
 
-from embedstream.errors import ModelError
+from embedstream_worker.engines import EngineOptions
 from embedstream_worker.engines.base import TokenBatch
 from embedstream_worker.engines.hashing import HashingEngine
 
-VARIABLE = "EMBEDSTREAM_HASHING_TOKENS_PER_SECOND"
 
-
-def parse_pace(text: str) -> float:
-    """Tokens per second. Raises `ModelError`."""
-    try:
-        pace = float(text)
-    except ValueError:
-        pace = 0.0
-    if not 0 < pace < float("inf"):
-        raise ModelError(f"{VARIABLE}={text}: give a number of tokens per second above 0, or leave it out")
-    return pace
+def load(_options: EngineOptions) -> PacedHashingEngine:
+    """The entry point."""
+    return PacedHashingEngine(float(os.environ["PACED_ENGINE_TOKENS_PER_SECOND"]))
 
 
 class PacedHashingEngine(HashingEngine):

@@ -1,8 +1,8 @@
 """The hashing engine with faults on chosen texts, for tests and for programs that break things on purpose.
 
-Off unless EMBEDSTREAM_HASHING_FAULTS names a folder. Then a text that holds `[[fault:KIND]]` does harm whenever it is
-embedded, one with `[[fault:KIND*N]]` only the first N times; `[[fault:tokenize-KIND]]` does it in the tokenizer already
-(slow, raise, hang, exit, kill). The vectors are those of the same text without faults. Kinds:
+A text that holds `[[fault:KIND]]` does harm whenever it is embedded, one with `[[fault:KIND*N]]` only the first N
+times; `[[fault:tokenize-KIND]]` does it in the tokenizer already (slow, raise, hang, exit, kill). The vectors are those
+of the same text without faults. Kinds:
 
     slow    takes 0.2 s
     raise   an error of the engine
@@ -13,7 +13,8 @@ embedded, one with `[[fault:KIND*N]]` only the first N times; `[[fault:tokenize-
     nan     a vector of NaN
     device  the device is lost: from now on nothing works in this process
 
-Each strike adds one byte to a file in the folder, named `<KIND>-<hash of the text>`: all processes count together.
+Each strike adds one byte to a file in the folder FAULTY_ENGINE_STRIKES, named `<KIND>-<hash of the text>`: all
+processes count together.
 """
 
 from __future__ import annotations
@@ -31,14 +32,18 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from embedstream_worker.engines import EngineOptions
 from embedstream_worker.engines.base import OutOfMemory, TokenBatch, Tokens
 from embedstream_worker.engines.hashing import HashingEngine, HashingTokenizer
-
-VARIABLE = "EMBEDSTREAM_HASHING_FAULTS"
 
 SLOW_SECONDS = 0.2
 
 _FAULT = re.compile(r"\[\[fault:(?P<stage>tokenize-)?(?P<kind>[a-z]+)(?:\*(?P<times>\d+))?\]\]")
+
+
+def load(_options: EngineOptions) -> FaultyHashingEngine:
+    """The entry point."""
+    return FaultyHashingEngine(Path(os.environ["FAULTY_ENGINE_STRIKES"]))
 
 
 class DeviceError(RuntimeError):
