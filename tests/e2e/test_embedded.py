@@ -194,7 +194,7 @@ def test_bad_usage_leaves_nothing_half_made(tmp_path: Path, state: Path) -> None
 def test_vectors_of_another_model_are_never_added_to_a_half_done_dataset(tmp_path: Path) -> None:
     write_corpus(tmp_path / "c.jsonl", 40_000)
     args = [tmp_path / "c.jsonl", "-o", tmp_path / "out"]
-    first = start_submit(*args, EMBEDSTREAM_ENGINE="hashing", **PACED)
+    first = start_submit(*args, **PACED)
     wait_until(lambda: list((tmp_path / "out").glob("part-*.parquet")), "a first shard")
     first.send_signal(signal.SIGINT)
     first.communicate(timeout=60)

@@ -321,7 +321,7 @@ def test_what_models_usually_set_is_not_refused(folder: Path, file: str, setting
 def test_a_setting_of_another_type_is_one_sentence(folder: Path, value: object) -> None:
     change(folder / "sentence_bert_config.json", max_seq_length=value)
     with pytest.raises(ModelError):
-        TorchEngine(resolve_model(str(folder)), "cpu", "float32").start()
+        TorchEngine(resolve_model(str(folder)), "cpu", "float32")
 
 
 @pytest.mark.parametrize("end", ["1e999", "-1e999", "NaN", '"x"', "[1]", "1.5", "null", "[" * 100_000])

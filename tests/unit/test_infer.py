@@ -126,6 +126,7 @@ def assert_rows(result: EmbeddedGroup, lengths: Sequence[int]) -> None:
 LENGTHS = st.lists(st.integers(1, 40), max_size=60)
 
 
+@settings(deadline=None)
 @given(LENGTHS, st.integers(1, 100), st.booleans())
 def test_vectors_return_to_their_rows(lengths: list[int], budget: int, padded: bool) -> None:
     engine = FakeEngine(padded=padded)
@@ -141,6 +142,7 @@ def test_a_group_without_rows_is_handed_on() -> None:
     assert (result.vectors.shape, result.computed.shape, engine.calls) == ((0, DIM), (0,), [])
 
 
+@settings(deadline=None)
 @given(st.integers(0, 63))
 def test_the_one_text_that_fails_is_found_in_few_calls(culprit: int) -> None:
     def before(rows: list[int]) -> None:
