@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+import io
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 import tokenizers
@@ -15,6 +18,7 @@ from embedstream_worker.engines.openvino_cache import Conversion, NotConvertible
 from embedstream_worker.engines.text_input import InputKind, TextModel
 from embedstream_worker.engines.torch_engine import TorchEngine
 from embedstream_worker.engines.torch_graph import graph_names
+from embedstream_worker.engines.torch_loading import quiet
 from embedstream_worker.models import ModelFolder
 
 Write = Callable[[SentenceTransformer, TextModel, Role, Path], None]
@@ -42,3 +46,11 @@ def convert_with(write: Write, suffix: str, folder: ModelFolder, into: Path) -> 
     engine.close()
     gc.collect()  # the weights are in the graphs now; the originals' memory is wanted back before those are compiled
     return Conversion(model, graphs, references)
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """No reports, and no warnings about tracing."""
+    with quiet(), warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield

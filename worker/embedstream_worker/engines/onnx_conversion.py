@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,12 +10,11 @@ from sentence_transformers import SentenceTransformer
 
 from embedstream.errors import ModelError
 from embedstream_worker.engines.base import Role
-from embedstream_worker.engines.conversion import convert_with
+from embedstream_worker.engines.conversion import convert_with, silence
 from embedstream_worker.engines.openvino_cache import Conversion, NotConvertible
 from embedstream_worker.engines.text_input import TextModel
 from embedstream_worker.engines.torch_engine import is_out_of_memory, sentence_vectors
 from embedstream_worker.engines.torch_graph import Graph, finite_attention, graph_example
-from embedstream_worker.engines.torch_loading import quiet
 from embedstream_worker.models import ModelFolder
 
 Carried = Literal["token_embeddings", "sentence_embedding"]
@@ -123,7 +118,7 @@ def _export(graph: torch.nn.Module, example: dict[str, torch.Tensor], model_name
     if "sentence_embedding" in axes:
         del axes["sentence_embedding"][1]
     try:  # whatever the exporter raises, another engine runs the model
-        with _silence(), finite_attention(), torch.no_grad():
+        with silence(), finite_attention(), torch.no_grad():
             torch.onnx.export(
                 graph,
                 tuple(example.values()),
@@ -139,11 +134,3 @@ def _export(graph: torch.nn.Module, example: dict[str, torch.Tensor], model_name
             raise ModelError(f"no memory to export model {model_name} for onnxruntime; use --engine torch") from error
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise NotConvertible(f"its architecture cannot be exported ({lines[0][:200]})") from error
-
-
-@contextmanager
-def _silence() -> Iterator[None]:
-    """No reports, and no warnings about tracing."""
-    with quiet(), warnings.catch_warnings(), redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        yield

@@ -24,7 +24,7 @@ from embedstream_worker.engines.checking import CheckFailed, check_batches, comp
 from embedstream_worker.engines.onnx_slot import INPUTS, Slot, Step, Way
 from embedstream_worker.engines.openvino_cache import Cache, Conversion, Entry, NotConvertible
 from embedstream_worker.engines.precision import Dtype, cpu_cores, streams_for
-from embedstream_worker.engines.text_engine import TextEngine
+from embedstream_worker.engines.text_engine import TextEngine, ran_out_of_memory
 from embedstream_worker.engines.text_input import TextModel
 from embedstream_worker.fingerprint import file_sha256
 from embedstream_worker.models import ModelFolder
@@ -128,7 +128,7 @@ class OnnxEngine(TextEngine):
         try:
             return {"embedding": slot.run(batch)}
         except Exception as error:
-            if not _is_out_of_memory(error):
+            if not ran_out_of_memory(error):
                 raise
             reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
             raise OutOfMemory(f"{len(batch)} texts of up to {batch.longest} tokens: {reason}") from error
@@ -277,9 +277,3 @@ def _pick_device(wanted: str) -> tuple[str, int]:
 def _key(fingerprint: str, form: str) -> tuple[str, ...]:
     versions = (f"{package} {importlib.metadata.version(package)}" for package in _EXPORTERS)
     return (_RECIPE, fingerprint, form, calibration_hash(), *versions)
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, MemoryError) or any(
-        sign in str(error) for sign in ("bad_alloc", "out of memory", "annot allocate memory", "ailed to allocate")
-    )

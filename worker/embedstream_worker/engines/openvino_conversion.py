@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import logging
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +13,11 @@ from sentence_transformers import SentenceTransformer
 
 from embedstream.errors import ModelError
 from embedstream_worker.engines.base import Role
-from embedstream_worker.engines.conversion import convert_with
+from embedstream_worker.engines.conversion import convert_with, silence
 from embedstream_worker.engines.openvino_cache import Conversion, NotConvertible
 from embedstream_worker.engines.text_input import TextModel
 from embedstream_worker.engines.torch_engine import is_out_of_memory
 from embedstream_worker.engines.torch_graph import Graph, finite_attention, graph_example
-from embedstream_worker.engines.torch_loading import quiet
 from embedstream_worker.models import ModelFolder
 
 
@@ -39,7 +35,7 @@ def _write_graph(modules: SentenceTransformer, model: TextModel, role: Role, pat
     example = graph_example(model, role)
     graph = Graph(modules, model, role)
     try:  # whatever a frontend raises, another engine runs the model
-        with _silence(), finite_attention(), torch.inference_mode():
+        with silence(), finite_attention(), torch.inference_mode():
             converted = openvino.convert_model(graph, example_input=tuple(example))
     except Exception as error:
         if is_out_of_memory(error):
@@ -53,7 +49,7 @@ def _write_graph(modules: SentenceTransformer, model: TextModel, role: Role, pat
 
 def quantize(source: Path, into: Path, samples: Sequence[Callable[[], Any]]) -> None:
     """Write the int8 form of a graph, calibrated with samples: inputs of the graph, made when they are needed."""
-    with _silence():
+    with silence():
         import nncf
 
         nncf.set_log_level(logging.ERROR)
@@ -65,11 +61,3 @@ def quantize(source: Path, into: Path, samples: Sequence[Callable[[], Any]]) -> 
             subset_size=len(samples),
         )
     openvino.save_model(quantized, into, compress_to_fp16=False)
-
-
-@contextmanager
-def _silence() -> Iterator[None]:
-    """No reports, no warnings about tracing."""
-    with quiet(), warnings.catch_warnings(), redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        yield

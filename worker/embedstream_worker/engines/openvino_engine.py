@@ -28,7 +28,7 @@ from embedstream_worker.engines.calibration import calibration_hash, calibration
 from embedstream_worker.engines.checking import Agreement, Vectors, check_batches, compare, require
 from embedstream_worker.engines.openvino_cache import Cache, Conversion, Entry
 from embedstream_worker.engines.precision import Precision, cpu_cores, streams_for
-from embedstream_worker.engines.text_engine import TextEngine
+from embedstream_worker.engines.text_engine import TextEngine, ran_out_of_memory
 from embedstream_worker.engines.text_input import TextInput, TextModel
 from embedstream_worker.models import ModelFolder
 
@@ -105,7 +105,7 @@ class OpenVinoEngine(TextEngine):
             request.infer(_inputs(self.text_model, batch), share_inputs=True)
             vectors: Vectors = request.get_output_tensor(0).data.copy()
         except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+            if not ran_out_of_memory(error):
                 raise
             reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
             raise OutOfMemory(f"{len(batch)} texts of up to {batch.longest} tokens: {reason}") from error
@@ -209,9 +209,3 @@ def _without_prompt(text_input: TextInput, mask: npt.NDArray[np.int64], batch: T
         return mask
     first = batch.longest - batch.lengths if text_input.padding_side == "left" else np.zeros(len(batch), np.int64)
     return np.where(np.arange(batch.longest) >= first[:, None] + batch.prompt_length, mask, 0)
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, MemoryError) or any(
-        sign in str(error) for sign in ("bad_alloc", "out of memory", "annot allocate memory", "ailed to allocate")
-    )

@@ -66,3 +66,10 @@ class TextEngine(abc.ABC):
             if self._exact is not None:
                 self._exact.close()
                 self._exact = None
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether a runtime in C++ had no memory, as it says it."""
+    return isinstance(error, MemoryError) or any(
+        sign in str(error) for sign in ("bad_alloc", "out of memory", "annot allocate memory", "ailed to allocate")
+    )
