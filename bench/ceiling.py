@@ -67,7 +67,7 @@ def turn_over(load: Load) -> tuple[int, float]:
     broker = Broker(connect(load.url), load.queue)
     sink = open_sink(load.output, spec, load.url)
     sink.check()
-    open_job(broker, spec, sink, max_errors="", visible=True, notice=lambda _: None)
+    open_job(broker, spec, sink, max_errors="", visible=True)
     rows, body, done, begun = load.body.rows, load.body, 0, time.perf_counter()
     at_once = BLOCKS_PER_SHARD * load.interleaved
     while done // BLOCKS_PER_SHARD < (load.shards or sys.maxsize) and time.perf_counter() - begun < load.seconds:

@@ -71,7 +71,7 @@ def _once(server: Server, corpus: Path, output: Path, clock: Clock) -> None:
     broker = Broker(connect(server.url), spec.queue)
     sink = open_sink(spec.output, spec, server.url)
     sink.check()  # makes the folder
-    open_job(broker, spec, sink, max_errors="", visible=True, notice=lambda _: None)
+    open_job(broker, spec, sink, max_errors="", visible=True)
     entries = _produce(broker, spec, corpus, clock)
     claimed = clock.time("worker: claim (Redis)", lambda: _claim(broker, spec.job, entries))
     blocks = clock.time("worker: decode", lambda: [decode_block(entry.fields, spec.keep) for entry in claimed])

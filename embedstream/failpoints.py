@@ -16,11 +16,13 @@ import re
 import signal
 import threading
 from collections import Counter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import redis
 
 from embedstream.errors import UsageError
+
+C = TypeVar("C")
 
 VARIABLE = "EMBEDSTREAM_FAILPOINTS"
 
@@ -100,7 +102,7 @@ def reach_step(script: str, moment: str) -> None:
         _obey(f"{script}.{moment}")
 
 
-def breakable(client: redis.Redis) -> redis.Redis:
+def breakable(client: C) -> C:
     """The client, whose replies get lost where `cut` orders it."""
     if _orders:
         whole: Any = client

@@ -20,7 +20,7 @@ from embedstream.queue.blocks import Block, Refusal, encode_block
 from embedstream.queue.broker import Broker
 from embedstream.queue.packing import Packer
 from embedstream.queue.steps import Code
-from embedstream.server.connection import connect
+from embedstream.server.connection import Connect, connect
 from embedstream.settings import BlockLimits, WorkerSettings
 from embedstream_worker.engines import EngineOptions
 from embedstream_worker.engines.base import Engine, EngineInfo, Role, TokenBatch
@@ -28,7 +28,7 @@ from embedstream_worker.engines.hashing import HashingEngine, HashingTokenizer
 from embedstream_worker.meter import Meter
 from embedstream_worker.pipeline import Life
 from embedstream_worker.shared import Shared
-from embedstream_worker.worker import Connect, Worker, WorkerPlan
+from embedstream_worker.worker import Worker, WorkerPlan
 
 BOUND = 1 << 30
 HOUR_MS = 3_600_000

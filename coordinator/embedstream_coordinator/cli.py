@@ -95,11 +95,13 @@ def coordinator(
 
 def is_there(redis_url: str) -> bool:
     """Whether a coordinator of this machine lives."""
+    from embedstream.queue.broker import Broker
     from embedstream.queue.coordination import coordinators
     from embedstream.server.connection import connect, explaining
 
+    nowhere = Broker(connect(redis_url, retries=0), "")
     with explaining(redis_url):
-        return any(each.host == socket.gethostname() for each in coordinators(connect(redis_url, retries=0)))
+        return any(each.host == socket.gethostname() for each in coordinators(nowhere))
 
 
 def main() -> None:

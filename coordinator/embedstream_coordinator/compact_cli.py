@@ -25,6 +25,7 @@ def compact(output: str, redis_url: str | None, shard_mib: int) -> None:
     from pathlib import Path
 
     from embedstream.dataset.sinks import canonical_output
+    from embedstream.queue.broker import Broker
     from embedstream.queue.coordination import Compaction, coordinators, save_compaction
     from embedstream.server.connection import connect, explaining, mask, with_redis
     from embedstream.server.preflight import check
@@ -37,13 +38,13 @@ def compact(output: str, redis_url: str | None, shard_mib: int) -> None:
         before, after = compact_here(address, shard_mib * MIB)
         echo(f"{mask(address)}: {before:,} shards before, {after:,} now")
         return
-    client = connect(redis_url)
+    broker = Broker(connect(redis_url), "")
     check(connect(redis_url, retries=0), redis_url)
     with explaining(redis_url):
-        live = coordinators(client)
+        live = coordinators(broker)
         if Path(address).is_dir() or (live and all(each.host == socket.gethostname() for each in live)):
             open_finished(address)  # elsewhere they see what this machine does not
-        save_compaction(client, Compaction(output=address, target_bytes=shard_mib * MIB))
+        save_compaction(broker, Compaction(output=address, target_bytes=shard_mib * MIB))
         echo(f"{mask(address)}: to be merged by coordinators; {with_redis('embed-status', redis_url)} shows it")
         if not live:
             echo(f"no coordinator runs: start one with {with_redis('embed-coordinator', redis_url)}", err=True)

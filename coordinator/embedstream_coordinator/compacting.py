@@ -16,7 +16,6 @@ from embedstream.queue.coordination import (
     save_compaction,
 )
 from embedstream.records import Manifest, ShardRecord
-from embedstream.server.connection import connect
 from embedstream.server.foreign import reading
 from embedstream_coordinator.compaction import (
     open_finished,
@@ -33,8 +32,8 @@ MOST_BYTES = 1 << 30
 
 def plan_or_finish(context: Context, id: str) -> str:
     """What can be done before the first, or after the last of the merged shards is there."""
-    client = connect(context.redis_url)
-    wanted = find_compaction(client, id)
+    broker = context.broker()
+    wanted = find_compaction(broker, id)
     if wanted is None:
         return "was done, or is no longer wanted"
     if not allows(context.output_roots, wanted.output):
@@ -43,24 +42,24 @@ def plan_or_finish(context: Context, id: str) -> str:
     if wanted.manifest != manifest_digest(manifest) and groups:
         # Never looked at; or its manifest is another by now, perhaps the one that we wrote before we died.
         names = tuple(group.name for group in groups)
-        save_compaction(client, msgspec.structs.replace(wanted, manifest=manifest_digest(manifest), groups=names))
+        save_compaction(broker, msgspec.structs.replace(wanted, manifest=manifest_digest(manifest), groups=names))
         return f"{len(groups)} shards to be written"
     if groups:
         with reading(f"compaction {wanted.id}"):
-            there = compacted(client, wanted)
+            there = compacted(broker, wanted)
             if any(group.name not in there for group in groups):
                 return "merged shards are missing"
             records = [msgspec.json.decode(there[group.name], type=ShardRecord) for group in groups]
         manifest = replace_manifest(sink, manifest, groups, records)
     removed = remove_unlisted(sink, manifest)
-    end_compaction(client, wanted)
+    end_compaction(broker, wanted)
     return f"{len(manifest.shards)} shards; {removed} were removed"
 
 
 def merge(context: Context, id: str, shard: str) -> str:
     """Write one merged shard."""
-    client = connect(context.redis_url)
-    wanted = find_compaction(client, id)
+    broker = context.broker()
+    wanted = find_compaction(broker, id)
     if wanted is None or shard not in wanted.groups:
         return "was done, or is no longer wanted"
     if not allows(context.output_roots, wanted.output):
@@ -69,10 +68,10 @@ def merge(context: Context, id: str, shard: str) -> str:
     group = next((group for group in groups if group.name == shard), None)
     if group is None:
         # Another manifest stands: the plan is made anew.
-        save_compaction(client, Compaction(output=wanted.output, target_bytes=wanted.target_bytes))
+        save_compaction(broker, Compaction(output=wanted.output, target_bytes=wanted.target_bytes))
         return "another manifest stands"
     record = write_group(sink, manifest, group)
-    note_compacted(client, wanted, shard, msgspec.json.encode(record).decode())
+    note_compacted(broker, wanted, shard, msgspec.json.encode(record).decode())
     return f"{record.rows} rows"
 
 

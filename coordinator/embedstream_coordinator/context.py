@@ -28,7 +28,7 @@ class Context(msgspec.Struct, frozen=True, kw_only=True):
     input_roots: tuple[str, ...]
     output_roots: tuple[str, ...]
 
-    def broker(self, queue: str) -> Broker:
+    def broker(self, queue: str = "") -> Broker:
         """With a connection of its own."""
         return Broker(connect(self.redis_url), queue)
 

@@ -112,7 +112,7 @@ class Dispatcher:
         with self._guard(SCHEDULED):
             self._enqueue_retries()
         with self._guard(COMPACTIONS):
-            for wanted in compactions(self._client):
+            for wanted in compactions(self._nowhere):
                 with self._guard(f"compaction {wanted.id}"):
                     asked |= self._compact(wanted)
         self._seen = {name: seen for name, seen in self._seen.items() if name in asked}
@@ -123,7 +123,7 @@ class Dispatcher:
 
     def _look_at_queue(self, queue: str, expires: bool) -> set[str]:
         asked: set[str] = set()
-        broker = Broker(self._client, queue)
+        broker = self._nowhere.of(queue)
         for jobs, look in ((due_to_finalize, self._finalize), (to_ingest, self._ingest)):
             with self._guard(f"queue {printable(queue)}"):
                 for job in jobs(broker):
@@ -172,7 +172,7 @@ class Dispatcher:
     def _compact(self, wanted: Compaction) -> set[str]:
         if not allows(self._context.output_roots, wanted.output):
             return set()
-        there = compacted(self._client, wanted)
+        there = compacted(self._nowhere, wanted)
         missing = [shard for shard in wanted.groups if shard not in there]
         if not missing:
             return self._ensure(f"compact-{wanted.id}", "embedstream.compact", wanted.id)

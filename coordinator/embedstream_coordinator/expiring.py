@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from embedstream.dataset.sink import Sink
 from embedstream.errors import EmbedstreamError
@@ -15,9 +14,6 @@ from embedstream.settings import Settings
 
 DAY_SECONDS = 86_400
 
-AT_ONCE = 500
-"""Keys looked at by one command."""
-
 
 def expire_queue(broker: Broker, sink_for: Callable[[JobSpec], Sink]) -> str:
     """Clear one queue; doing it twice is harmless. `sink_for` raises for an output that is others' to write.
@@ -26,7 +22,7 @@ def expire_queue(broker: Broker, sink_for: Callable[[JobSpec], Sink]) -> str:
     """
     listed = _forget_expired(broker)
     ended = _end_abandoned(broker, sink_for, Settings.from_environment().failed_days)
-    lost = _remove_orphans(broker)
+    lost = broker.remove_orphans()
     return f"{listed} forgotten, {ended} ended, {lost} keys without a job removed"
 
 
@@ -39,8 +35,7 @@ def _forget_expired(broker: Broker) -> int:
     for job in listed:
         with leaving_out(f"job {job}"):
             gone += [job] if broker.state(job) is None else []
-    if gone:
-        broker.client.zrem(broker.keys.recent, *gone)
+    broker.unlist(gone)
     return len(gone)
 
 
@@ -70,20 +65,3 @@ def _is_finished(broker: Broker, status: JobStatus, sink_for: Callable[[JobSpec]
         return end_finished(broker, status.spec, sink_for(status.spec))
     except EmbedstreamError:  # its output is another coordinator's, or cannot be read
         return False
-
-
-def _remove_orphans(broker: Broker) -> int:
-    """Keys of jobs that have no hash any more, and that would never expire."""
-    ask: Any = broker.client
-    prefix, removed = broker.keys.job(""), 0
-    names = list(ask.scan_iter(match=f"{_literal(prefix)}*:*", count=AT_ONCE))
-    for key in names:
-        job = prefix.encode() + key.removeprefix(prefix.encode()).partition(b":")[0]
-        if ask.ttl(key) == -1 and not ask.exists(job):
-            removed += ask.unlink(key)
-    return removed
-
-
-def _literal(text: str) -> str:
-    """A text as a pattern that matches itself."""
-    return "".join(f"\\{c}" if c in "*?[]\\^" else c for c in text)

@@ -8,12 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 from embedstream.corpus.duplicates import DuplicateIndex, Position
 from embedstream.errors import EmbedstreamError, InputError
 from embedstream.jobs import JobSpec, JobState
-from embedstream.lifecycle.submission import Part, Pushed, push_part
+from embedstream.lifecycle.submission import Part, Pushed, push_job
 from embedstream.queue.blocks import Block
 from embedstream.queue.broker import Broker
 from embedstream.queue.coordination import Repeated, note_repeated, repeated_rows, unsealed_parts
-from embedstream.queue.plans import drive
-from embedstream.server.connection import mask
+from embedstream.server.patience import Patience
 from embedstream.settings import Settings
 from embedstream_coordinator.context import Context
 from embedstream_producer.corpus import CorpusPart, open_part
@@ -52,8 +51,8 @@ def ingest_part(context: Context, broker: Broker, job: str, part: int) -> str:
         def blocks() -> Iterator[Block]:
             return mine.blocks(spec, index)
 
-        plan = push_part(broker, job, part, Part(mine.label, blocks, content=lambda: mine.content), bound)
-        pushed = drive(plan, broker, url=mask(context.redis_url), tick=still_wanted)
+        parts = {part: Part(mine.label, blocks, content=lambda: mine.content)}
+        pushed = push_job(broker, job, parts, bound, Patience(tick=still_wanted))
     return {Pushed.SEALED: "read", Pushed.ENDED: "the job ended", Pushed.LOST: "Redis does not know the job"}[pushed]
 
 

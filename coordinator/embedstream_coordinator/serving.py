@@ -23,6 +23,7 @@ from embedstream.cli.starting import environment, python_command
 from embedstream.errors import BrokerError
 from embedstream.keys import COORDINATORS
 from embedstream.metrics.exposition import Exposition, QueueCollector
+from embedstream.queue.broker import Broker
 from embedstream.queue.coordination import CoordinatorRecord, heartbeat, leave
 from embedstream.server.connection import connect, explaining, mask
 from embedstream.server.foreign import reading
@@ -80,18 +81,18 @@ class Coordinator:
 
     def run(self) -> None:
         """Until told to stop."""
-        dispatcher, client = Dispatcher(self._context), connect(self._context.redis_url)
+        dispatcher, broker = Dispatcher(self._context), self._context.broker()
         try:
             while not self._stopping.is_set():
                 for slot in self._slots:
                     self._met(slot.keep_running())
-                alive = self._try(COORDINATORS, lambda: heartbeat(client, self.record, EXPIRE_SECONDS))
+                alive = self._try(COORDINATORS, lambda: heartbeat(broker, self.record, EXPIRE_SECONDS))
                 if self._try("what lies in Redis", dispatcher.round) and alive:
                     self._begun = True
                 self._forget()
                 self._stopping.wait(ROUND_SECONDS)
         finally:
-            self._end(client)
+            self._end(broker)
 
     def _try(self, what: str, step: Callable[[], None]) -> bool:
         """Whether it could be done. Raises `redis.RedisError` for what waiting does not mend."""
@@ -104,7 +105,7 @@ class Coordinator:
             clause = trouble(error)
             if clause is None:
                 raise
-            self._met(waiting(clause, mask(self._context.redis_url)))
+            self._met(waiting(clause, self._context.redis_url))
         else:
             return True
         return False
@@ -123,14 +124,14 @@ class Coordinator:
         if before and not self._troubles:
             log.warning("all is well again")
 
-    def _end(self, client: redis.Redis) -> None:
+    def _end(self, broker: Broker) -> None:
         for slot in self._slots:
             slot.tell_to_stop()
         end = time.monotonic() + STOP_SECONDS
         for slot in self._slots:
             slot.end(end)
         try:
-            leave(client, self.record.name)
+            leave(broker, self.record.name)
         except redis.RedisError as error:
             log.debug("not signed off: %s", error)  # its record expires
 

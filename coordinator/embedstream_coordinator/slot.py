@@ -15,7 +15,7 @@ import pyarrow as pa
 import redis
 
 from embedstream.cli.logs import LogFormat, identify, set_up
-from embedstream.server.connection import connect, explain, mask
+from embedstream.server.connection import connect, explain
 from embedstream.server.troubles import trouble, waiting
 from embedstream_coordinator.context import Context
 from embedstream_coordinator.rq_types import ClosedWorker, RqNoise
@@ -49,7 +49,7 @@ def main() -> None:
         noise.error = error
     if noise.error is not None:
         clause, url = trouble(noise.error), plan.context.redis_url
-        words = waiting(clause, mask(url)) if clause else explain(noise.error, url)
+        words = waiting(clause, url) if clause else explain(noise.error, url)
         with contextlib.suppress(BrokenPipeError):  # then nobody is there who would start another process
             os.write(sys.stdout.fileno(), words.encode())
 

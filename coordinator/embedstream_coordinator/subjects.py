@@ -11,7 +11,6 @@ from rq.job import Job
 
 from embedstream.cli.logs import about
 from embedstream.queue.coordination import find_compaction, note_compacted, note_trouble
-from embedstream.server.connection import connect
 from embedstream_coordinator.context import Context
 
 FINALIZE = "finalize"
@@ -65,10 +64,10 @@ class OfCompaction:
     shard: str = ""
 
     def note(self, context: Context, why: str) -> bool:
-        client = connect(context.redis_url)
+        broker = context.broker()
         said = f"{self.shard}: {why}" if self.shard else why
-        wanted = find_compaction(client, self.id)
-        return wanted is not None and note_compacted(client, wanted, TROUBLE, said)
+        wanted = find_compaction(broker, self.id)
+        return wanted is not None and note_compacted(broker, wanted, TROUBLE, said)
 
     def release(self, context: Context) -> None:
         """Nothing is held."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, Self, Unpack
 import pyarrow as pa
 
 from embedstream.api import interactive
-from embedstream.api.interactive import EmbedReply, EmbedRequest
+from embedstream.api.interactive import EmbedRequest
 from embedstream.api.record_blocks import RECORDS, Records, records_part
 from embedstream.corpus.duplicates import DuplicateIndex
 from embedstream.dataset.sink import Sink
@@ -30,10 +30,9 @@ from embedstream.lifecycle.opening import (
 from embedstream.lifecycle.submission import Pushed, push_job
 from embedstream.lifecycle.watching import look
 from embedstream.queue.broker import Broker
-from embedstream.queue.plans import drive
 from embedstream.queue.steps import Answer, Code
 from embedstream.server.connection import REQUEST_TIMEOUT_SECONDS, connect, explaining, mask, with_redis
-from embedstream.server.troubles import patiently
+from embedstream.server.patience import Patience
 from embedstream.settings import Settings
 
 if TYPE_CHECKING:
@@ -86,23 +85,15 @@ class Job:
             JobUnknown: as `status`.
             OutputError: the manifest cannot be written.
         """
-        end = None if timeout is None else time.monotonic() + timeout
-        pause = FIRST_POLL_SECONDS
-        while True:
-            with explaining(self._url):
-                status = patiently(
-                    lambda: look(self._broker, self.id, self._url, self._settings, self._spec),
-                    warn,
-                    mask(self._url),
-                    until=end,
-                )
-            if status.state.ended:
-                return status
-            left = pause if end is None else end - time.monotonic()
-            if left <= 0:
-                raise TimeoutError(still_open(status, timeout))
-            time.sleep(min(pause, left))
-            pause = min(pause * 1.5, LAST_POLL_SECONDS)
+        waiting = Waiting(timeout)
+        while not (status := self.look(Patience(warn, self._url, until=waiting.end))).state.ended:
+            time.sleep(waiting.pause(status))
+        return status
+
+    def look(self, patience: Patience) -> JobStatus:
+        """One look of `wait`."""
+        with explaining(self._url):
+            return patience(lambda: look(self._broker, self.id, self._url, self._settings, self._spec))
 
     def results(self, columns: Iterable[str] | None = None) -> Iterator[pa.RecordBatch]:
         """The rows of an ended job, shard by shard, in no promised order; `columns`: only these.
@@ -135,7 +126,7 @@ class Client:
         self.settings = Settings.from_environment(redis_url=redis_url, queue=queue)
         self.url = needed_url(self.settings)
         self._redis = connect(self.url)
-        # Plans repeat a request themselves, as long as its caller waits.
+        # A request is repeated by `ask`, as long as its caller waits.
         self._requests = connect(self.url, retries=0, timeout=REQUEST_TIMEOUT_SECONDS)
 
     def close(self) -> None:
@@ -174,21 +165,24 @@ class Client:
             InputError: Redis lost blocks and the records cannot be read again.
             BrokerError: Redis refuses.
         """
-        spec = self._spec(output, model, revision, settings)
+        spec = self.make_spec(output, model, revision, settings)
+        return self.push(records, spec, max_errors, Patience(warn, self.url))
+
+    def push(self, records: Records, spec: JobSpec, max_errors: str, patience: Patience) -> Job:
+        """What `submit` does with its spec. Raises `Stopped` as `patience` does."""
         broker, sink = Broker(self._redis, spec.queue), open_sink(spec.output, spec, self.url)
-        job = Job(spec.job, broker, self.url, self.settings, sink, spec)
         with explaining(self.url), DuplicateIndex() as index:
             part = records_part(records, spec, index)
-            shown = mask(self.url)
-            bound = patiently(lambda: broker.memory_bound(self.settings.queue_bytes), warn, shown)
+            bound = patience(lambda: broker.memory_bound(self.settings.queue_bytes))
             pushed = Pushed.LOST
-            while pushed is Pushed.LOST:
-                if not patiently(lambda: open_for_records(broker, spec, sink, max_errors), warn, shown):
-                    break
-                pushed = drive(push_job(broker, spec.job, [part], bound), broker, warn, url=shown)
-        return job
+            while pushed is Pushed.LOST and patience(
+                lambda: open_for_records(broker, spec, sink, max_errors, patience)
+            ):
+                pushed = push_job(broker, spec.job, {0: part}, bound, patience)
+        return Job(spec.job, broker, self.url, self.settings, sink, spec)
 
-    def _spec(self, output: str, model: str | None, revision: str | None, settings: SpecSettings) -> JobSpec:
+    def make_spec(self, output: str, model: str | None, revision: str | None, settings: SpecSettings) -> JobSpec:
+        """What `submit` is told, checked. Raises `UsageError`."""
         return make_spec(
             queue=self.settings.queue,
             output=output,
@@ -207,8 +201,8 @@ class Client:
         """
         sink = None if output is None else open_sink(output, queue_url=self.url)
         with explaining(self.url):
-            broker = Broker(self._redis, find_queue(Broker(self._redis, ""), id))
-            return Job(id, broker, self.url, self.settings, sink)
+            nowhere = Broker(self._redis, "")
+            return Job(id, nowhere.of(find_queue(nowhere, id)), self.url, self.settings, sink)
 
     def embed(
         self,
@@ -230,13 +224,31 @@ class Client:
             BrokerError: Redis could not be used in this time, or refuses. A server that hangs costs some seconds more.
         """
         request = make_request(texts, role, prompt, prompt_name, max_length)
-        broker = Broker(self._requests, self.settings.queue or queue_name(model or self.settings.model))
+        broker = Broker(self._requests, self.queue_of(model))
         with explaining(self.url):
-            plan = interactive.ask(broker, request, timeout, time.monotonic)
-            reply: EmbedReply | None = drive(plan, broker, patience=timeout)
-            if reply is None:
-                raise unanswered(broker, timeout, model or self.settings.model, self.url)
+            reply = interactive.ask(broker, request, timeout)
+        if reply is None:
+            raise self.unanswered(timeout, model)
         return interactive.vectors(reply, len(request.texts))
+
+    def queue_of(self, model: str | None) -> str:
+        """The queue of requests for a model."""
+        return self.settings.queue or queue_name(model or self.settings.model)
+
+    def unanswered(self, timeout: float, model: str | None) -> RequestError:
+        """Why nothing came, as far as can be told."""
+        queue = self.queue_of(model)
+        with explaining(self.url):
+            ready = [each for each in Broker(self._requests, queue).workers() if each.state == "ready"]
+        if ready:
+            return RequestError(
+                f"queue {queue}: no answer in {timeout:g} s though {len(ready)} worker(s) are alive: "
+                f"they are busy; wait longer (timeout), or start more"
+            )
+        return RequestError(
+            f"queue {queue}: no answer in {timeout:g} s, as no worker is ready: "
+            f"start one with {start_command(model or self.settings.model, self.url, queue)}"
+        )
 
 
 def warn(notice: str) -> None:
@@ -252,14 +264,15 @@ def needed_url(settings: Settings) -> str:
     return settings.redis_url
 
 
-def open_for_records(broker: Broker, spec: JobSpec, sink: Sink, max_errors: str) -> bool:
+def open_for_records(broker: Broker, spec: JobSpec, sink: Sink, max_errors: str, patience: Patience) -> bool:
     """Open a job that is about to be submitted; False if it is finished, so that nothing is to be done."""
     parse_max_errors(max_errors)
     workers = broker.workers()
     if finished_manifest(sink, spec) is not None and broker.state(spec.job) is JobState.COMPLETED:
         return False
     refuse_forbidden(workers, spec.output)
-    opened = open_job(broker, spec, sink, max_errors=max_errors, visible=is_visible(workers, spec.output))
+    visible = is_visible(workers, spec.output)
+    opened = open_job(broker, spec, sink, max_errors=max_errors, visible=visible, patience=patience)
     return not opened.state.ended
 
 
@@ -287,7 +300,7 @@ def make_request(
 def find_queue(broker: Broker, job: str, queue: str | None = None) -> str:
     """The queue that a job is on; `queue`: look at no other. Raises `JobUnknown`."""
     for name in broker.queues() if queue is None else (queue,):
-        if Broker(broker.client, name).knows(job):
+        if broker.of(name).knows(job):
             return name
     where = (
         "this server" if queue is None else f"queue {queue} (without --queue and EMBEDSTREAM_QUEUE all are looked at)"
@@ -312,11 +325,24 @@ def results_of(status: JobStatus, sink: Sink | None, columns: Iterable[str] | No
     return sink.read(columns)
 
 
-def still_open(status: JobStatus, timeout: float | None) -> str:
-    """Why waiting ended without an end."""
-    return (
-        f"job {status.job} is {status.state} after {timeout:g} s ({status.done} of {status.blocks} blocks): it goes on"
-    )
+class Waiting:
+    """For the end of a job: until when, and how long between two looks at it."""
+
+    def __init__(self, timeout: float | None) -> None:
+        self._timeout = timeout
+        self._pause = FIRST_POLL_SECONDS
+        self.end = None if timeout is None else time.monotonic() + timeout
+
+    def pause(self, status: JobStatus) -> float:
+        """Seconds until the next look. Raises `TimeoutError`."""
+        pause, self._pause = self._pause, min(self._pause * 1.5, LAST_POLL_SECONDS)
+        left = pause if self.end is None else self.end - time.monotonic()
+        if left <= 0:
+            raise TimeoutError(
+                f"job {status.job} is {status.state} after {self._timeout:g} s "
+                f"({status.done} of {status.blocks} blocks): it goes on"
+            )
+        return min(pause, left)
 
 
 def was_cancelled(job: str, answer: Answer) -> bool:
@@ -331,17 +357,3 @@ def start_command(model: str, url: str, queue: str) -> str:
     model = model_address(model)
     named = "" if queue_name(model) == queue else f" --queue {shlex.quote(queue)}"
     return with_redis(f"embed-worker --model {shlex.quote(model)}{named}", url)
-
-
-def unanswered(broker: Broker, timeout: float, model: str, url: str) -> RequestError:
-    """Why nothing came, as far as can be told."""
-    ready = [worker for worker in broker.workers() if worker.state == "ready"]
-    if ready:
-        return RequestError(
-            f"queue {broker.queue}: no answer in {timeout:g} s though {len(ready)} worker(s) are alive: "
-            f"they are busy; wait longer (timeout), or start more"
-        )
-    return RequestError(
-        f"queue {broker.queue}: no answer in {timeout:g} s, as no worker is ready: "
-        f"start one with {start_command(model, url, broker.queue)}"
-    )

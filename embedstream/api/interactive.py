@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Generator
-from typing import TYPE_CHECKING, Any, Literal
+import time
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
 from embedstream.errors import RequestError, UsageError
 from embedstream.jobs import check_prompting
-from embedstream.queue.plans import Action, Pause, Receive
-from embedstream.queue.steps import Answer, Code, Steps
+from embedstream.queue.broker import AsyncBroker, Broker
+from embedstream.queue.steps import Answer, Code, Step, Steps
+from embedstream.server.patience import NotYet, Patience
 from embedstream.settings import BLOCK_LIMITS, MIB
 
 if TYPE_CHECKING:
@@ -77,35 +78,76 @@ class EmbedReply(msgspec.Struct, frozen=True, kw_only=True):
     error: str = ""
 
 
-def ask(
-    steps: Steps, request: EmbedRequest, seconds: float, clock: Callable[[], float]
-) -> Generator[Action, Any, EmbedReply | None]:
-    """The plan of one request. Returns the reply; None if none came within `seconds`.
+class Asking:
+    """One request on its way: what is sent, what is received, and until when (`time.monotonic`)."""
+
+    def __init__(self, steps: Steps, request: EmbedRequest, seconds: float) -> None:
+        """Raises `UsageError` for more than a request may ask."""
+        request.check()
+        self._payload = msgspec.msgpack.encode(request)
+        refuse_long_body(self._payload)
+        self._steps = steps
+        self._name = secrets.token_hex(8)
+        self.reply_key = steps.keys.reply(self._name)
+        self.end = time.monotonic() + seconds
+
+    def step(self) -> Step[Answer]:
+        """Puts it on the queue's stream; again is harmless."""
+        left_ms = int(1000 * (self.end - time.monotonic()))
+        return self._steps.request(self._name, self._payload, max(1, left_ms), MOST_WAITING)
+
+    def sent(self, answer: Answer) -> None:
+        """Raises `NotYet` if the queue is busy."""
+        if answer.code is not Code.OK:
+            raise NotYet("the queue is busy", BUSY_SECONDS)
+
+    def slice_seconds(self) -> float:
+        """For one blocking read of the reply. Never 0, for which Redis would wait for ever."""
+        return min(SLICE_SECONDS, max(0.01, self.end - time.monotonic()))
+
+    def received(self, raw: bytes | None) -> EmbedReply:
+        """The reply. Raises `NotYet` if none came, `RequestError` if it is not one."""
+        if raw is None:
+            raise NotYet("no worker has answered", 0)
+        try:
+            return msgspec.msgpack.decode(raw, type=EmbedReply)
+        except Exception as error:  # whatever decoding raises
+            raise RequestError(f"the worker's answer cannot be read ({error}): upgrade the older side") from error
+
+
+def ask(broker: Broker, request: EmbedRequest, seconds: float) -> EmbedReply | None:
+    """The reply to a request; None if none came within `seconds`.
 
     Raises:
         UsageError: more than a request may ask.
         RequestError: the reply is not one.
+        redis.RedisError: Redis could not be used in this time, or refuses.
     """
-    request.check()
-    name, payload, end = secrets.token_hex(8), msgspec.msgpack.encode(request), clock() + seconds
-    refuse_long_body(payload)
-    while True:
-        left = end - clock()
-        if left <= 0:
-            return None
-        answer: Answer = yield steps.request(name, payload, max(1, int(left * 1000)), MOST_WAITING)
-        if answer.code is Code.OK:
-            break
-        yield Pause(min(BUSY_SECONDS, left), "the queue is busy")
-    key = steps.keys.reply(name)
-    while (left := end - clock()) > 0:
-        raw: bytes | None = yield Receive(key, min(SLICE_SECONDS, left))
-        if raw is not None:
-            try:
-                return msgspec.msgpack.decode(raw, type=EmbedReply)
-            except Exception as error:  # whatever decoding raises
-                raise RequestError(f"the worker's answer cannot be read ({error}): upgrade the older side") from error
-    return None
+    asking = Asking(broker, request, seconds)
+    patience = Patience(until=asking.end)
+    try:
+        patience(lambda: asking.sent(broker.run(asking.step())))
+        return patience(lambda: asking.received(broker.receive(asking.reply_key, asking.slice_seconds())))
+    except NotYet:
+        return None
+
+
+async def ask_on_loop(broker: AsyncBroker, request: EmbedRequest, seconds: float) -> EmbedReply | None:
+    """As `ask`."""
+    asking = Asking(broker, request, seconds)
+    patience = Patience(until=asking.end)
+
+    async def send() -> None:
+        asking.sent(await broker.run(asking.step()))
+
+    async def receive() -> EmbedReply:
+        return asking.received(await broker.receive(asking.reply_key, asking.slice_seconds()))
+
+    try:
+        await patience.hold(send)
+        return await patience.hold(receive)
+    except NotYet:
+        return None
 
 
 def refuse_long_body(body: bytes) -> None:

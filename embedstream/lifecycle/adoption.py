@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
-from embedstream.queue.plans import Plan
-from embedstream.queue.steps import Answer, Code, CommitBlock, Steps
+from embedstream.queue.broker import Broker
+from embedstream.queue.steps import Code, CommitBlock
 from embedstream.records import ShardRecord
+from embedstream.server.patience import Patience
 
 
 @dataclass
@@ -22,16 +24,15 @@ class Adopted:
     manifest will not list them."""
 
 
-def adopt_shards(steps: Steps, job: str, shards: Iterable[ShardRecord]) -> Plan[Adopted]:
-    """The plan that adopts a job's own shards, in the order given; the first one pins the space.
+def adopt_shards(broker: Broker, job: str, shards: Iterable[ShardRecord], patience: Patience) -> Adopted:
+    """Adopt a job's own shards, in the order given; the first one pins the space.
 
     `shards` is what `Sink.find_shards` gives: other jobs' shards are passed over.
     """
     adopted = Adopted()
     for record in _own(job, shards):
         blocks = [CommitBlock(b.part, b.block, bytes.fromhex(b.sum)) for b in record.blocks]
-        answer: Answer = yield steps.commit(record, blocks)
-        match answer.code:
+        match patience(partial(broker.run, broker.commit(record, blocks))).code:
             case Code.COMMITTED:
                 adopted.shards += 1
                 adopted.rows += record.rows

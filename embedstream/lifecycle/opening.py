@@ -16,18 +16,15 @@ from embedstream.dataset.sinks import canonical_output
 from embedstream.errors import BrokerError, OutputError
 from embedstream.failpoints import reach
 from embedstream.jobs import JobSpec, JobState, model_address, queue_name
-from embedstream.keys import job_keys
 from embedstream.lifecycle.adoption import Adopted, adopt_shards
 from embedstream.queue.broker import Broker
 from embedstream.queue.job_record import read_spec
-from embedstream.queue.plans import drive, silent
-from embedstream.queue.replacing import replacing
 from embedstream.queue.steps import Code
 from embedstream.queue.workers import WorkerRecord
 from embedstream.records import Manifest
 from embedstream.server.connection import mask
 from embedstream.server.foreign import leaving_out
-from embedstream.server.troubles import Notice
+from embedstream.server.patience import Patience
 
 
 class SpecSettings(TypedDict, total=False):
@@ -130,13 +127,14 @@ def open_job(
     max_errors: str = "",
     visible: bool = True,
     always_adopt: bool = False,
-    notice: Notice = silent,
+    patience: Patience | None = None,
 ) -> Opened:
     """Make the job, find it or reopen it, and adopt what lies in its output if Redis does not know it.
 
     `visible`: as `is_visible` says; a completed job whose manifest was visible and is gone is begun anew, and an ended
     one of another spec gives way if nothing of it is left.
     `always_adopt`: also for a job that goes on; for when nobody else is at work on it.
+    `patience`: for adoption, as what is broken off there would not be taken up again by calling this once more.
 
     Raises:
         SpecDiffers: the output belongs to a job with other settings.
@@ -164,7 +162,8 @@ def open_job(
     state = JobState.SUBMITTING if fresh else answer.state
     adopted = Adopted()
     if fresh or (always_adopt and state in (JobState.SUBMITTING, JobState.RUNNING)):
-        adopted = drive(adopt_shards(broker, spec.job, sink.find_shards(broker.shard_names(spec.job))), broker, notice)
+        shards = sink.find_shards(broker.shard_names(spec.job))
+        adopted = adopt_shards(broker, spec.job, shards, patience or Patience())
     if always_adopt and state is JobState.FINALIZING:
         broker.free_finalize(spec.job)
     return Opened(state, adopted, resumed=answer.code is not Code.CREATED)
@@ -198,7 +197,6 @@ def _clear_fruitless(sink: Sink, spec: JobSpec) -> None:
 def forget_job(broker: Broker, spec: JobSpec) -> None:
     """Remove an ended job from Redis."""
     job = spec.job
-    broker.client.unlink(*job_keys(broker.keys, job, len(spec.parts)), broker.keys.blocks(job))
+    broker.unlink_job(job, len(spec.parts))
     reach("forgetting.half")
-    client, recent = broker.client, broker.keys.recent
-    replacing(client, recent, "zset", lambda: client.zrem(recent, job))
+    broker.unlist([job])

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import enum
+import itertools
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+
+import redis
 
 from embedstream.errors import BrokerError, CorpusChanged
 from embedstream.queue.blocks import Block, encode_block
-from embedstream.queue.plans import NextBlock, Pause, Plan, Sums
-from embedstream.queue.steps import Answer, Code, Steps
+from embedstream.queue.broker import Broker
+from embedstream.queue.steps import Answer, Code, Step
 from embedstream.records import PartContent
+from embedstream.server.patience import NotYet, Patience
+from embedstream.server.troubles import is_out_of_memory
 
 SUMS_AT_ONCE = 4096
 """Sums fetched in one read when blocks that Redis has already are compared: 32 KiB."""
@@ -56,115 +61,113 @@ class _Stop(Exception):
 
 
 def push_job(
-    steps: Steps, job: str, parts: Sequence[Part], bound: int, jitter: Callable[[], float] = random.random
-) -> Plan[Pushed]:
-    """The plan that submits and seals every part of a job. Blocks that Redis has already are compared, not sent.
+    broker: Broker,
+    job: str,
+    parts: Mapping[int, Part],
+    bound: int,
+    patience: Patience,
+    jitter: Callable[[], float] = random.random,
+) -> Pushed:
+    """Submit and seal parts of a job, by their numbers; others may be pushed at the same time from elsewhere.
 
-    `bound` is the limit on the queue's bytes, `jitter` draws from [0, 1).
+    Blocks that Redis has already are compared, not sent. `bound` is the limit on the queue's bytes; `jitter` draws from
+    [0, 1).
 
     Raises:
         CorpusChanged: a block is not what an earlier run submitted under its number.
         InputError: from the parts; also if one must be read again and cannot.
+        redis.RedisError, Stopped: as `Patience` raises them.
     """
+    pushing = _Pushing(broker, job, bound, patience, jitter)
     try:
-        for number, part in enumerate(parts):
-            if not part.once and (yield from _has_holes(job, number)):
-                yield from _compare(job, number, part)
-        for number, part in enumerate(parts):
-            yield from _push_part(steps, job, number, part, bound, jitter)
+        for number, part in parts.items():
+            pushing.compare(number, part)
+        for number, part in parts.items():
+            pushing.push(number, part)
     except _Stop as stop:
         return stop.pushed
     return Pushed.SEALED
 
 
-def push_part(
-    steps: Steps, job: str, number: int, part: Part, bound: int, jitter: Callable[[], float] = random.random
-) -> Plan[Pushed]:
-    """The same for one part; others may be pushed at the same time from elsewhere."""
-    try:
-        if not part.once and (yield from _has_holes(job, number)):
-            yield from _compare(job, number, part)
-        yield from _push_part(steps, job, number, part, bound, jitter)
-    except _Stop as stop:
-        return stop.pushed
-    return Pushed.SEALED
+@dataclass(frozen=True)
+class _Pushing:
+    broker: Broker
+    job: str
+    bound: int
+    patience: Patience
+    jitter: Callable[[], float]
 
+    def compare(self, number: int, part: Part) -> None:
+        """Refuse a part that changed before any of it is submitted, if it has holes to be filled.
 
-def _has_holes(job: str, number: int) -> Plan[bool]:
-    """Whether blocks are known behind others that are not, as after adoption."""
-    first = 0
-    while known := (yield Sums(job, number, first, SUMS_AT_ONCE)):
-        if any(not any(known[at : at + 8]) for at in range(0, len(known), 8)):
-            return True
-        first += SUMS_AT_ONCE
-    return False
-
-
-def _compare(job: str, number: int, part: Part) -> Plan[None]:
-    """Refuse a part that changed before any of it is submitted.
-
-    Were the blocks in the holes submitted as they are now, the corpus that was there before could not come back.
-    """
-    known, first, past, count = b"", 0, False, 0
-    for block in part.blocks():
-        count = block.number + 1
-        at = (block.number - first) * 8
-        if at >= len(known) and not past:
-            first, at = block.number, 0
-            known = yield Sums(job, number, first, SUMS_AT_ONCE)
-            past = not known
-        there = known[at : at + 8]
-        if any(there) and there != block.sum:
-            raise CorpusChanged(part.source, block.number, block.span)
-    if (yield Sums(job, number, count, 1)):
-        raise CorpusChanged(part.source, count)
-
-
-def _push_part(steps: Steps, job: str, number: int, part: Part, bound: int, jitter: Callable[[], float]) -> Plan[None]:
-    have = yield NextBlock(job, number)
-    while True:
-        try:
-            count = yield from _push_blocks(steps, job, number, part, have, bound, jitter)
-            yield from _seal(steps, job, number, part, count, jitter)
+        Were the blocks in the holes submitted as they are now, the corpus that was there before could not come back.
+        """
+        if part.once or not self._has_holes(number):
             return
-        except _GoBack as back:
-            have = back.next_block
-
-
-def _push_blocks(
-    steps: Steps, job: str, number: int, part: Part, have: int, bound: int, jitter: Callable[[], float]
-) -> Plan[int]:
-    """Submit the blocks from `have` on; returns how many the part has."""
-    known, first, count = b"", 0, 0
-    blocks: Iterator[Block] = iter(part.blocks())
-    for block in blocks:
-        count = block.number + 1
-        if block.number < have:
+        known, first, past, count = b"", 0, False, 0
+        for block in part.blocks():
+            count = block.number + 1
             at = (block.number - first) * 8
-            if at >= len(known):
+            if at >= len(known) and not past:
                 first, at = block.number, 0
-                known = yield Sums(job, number, first, min(SUMS_AT_ONCE, have - first))
-                if len(known) < 8:
-                    raise _Stop(Pushed.LOST)
-            if known[at : at + 8] != block.sum:
+                known = self._sums(number, first)
+                past = not known
+            there = known[at : at + 8]
+            if any(there) and there != block.sum:
                 raise CorpusChanged(part.source, block.number, block.span)
-            continue
-        yield from _submit(steps, job, part, block, bound, jitter)
-    if count < have:
-        raise CorpusChanged(part.source, count)
-    return count
+        if self._sums(number, count, 1):
+            raise CorpusChanged(part.source, count)
 
+    def push(self, number: int, part: Part) -> None:
+        """Submit and seal the part. Raises `_Stop`."""
+        have = self.patience(lambda: self.broker.next_block(self.job, number))
+        while True:
+            try:
+                self._seal(number, part, self._submit_from(have, number, part))
+                return
+            except _GoBack as back:
+                have = back.next_block
 
-def _submit(steps: Steps, job: str, part: Part, block: Block, bound: int, jitter: Callable[[], float]) -> Plan[None]:
-    step, pause = steps.submit(job, encode_block(block), bound), SHORTEST_PAUSE
-    while True:
-        answer: Answer = yield step
+    def _has_holes(self, number: int) -> bool:
+        """Whether blocks are known behind others that are not, as after adoption."""
+        first = 0
+        while known := self._sums(number, first):
+            if any(not any(known[at : at + 8]) for at in range(0, len(known), 8)):
+                return True
+            first += SUMS_AT_ONCE
+        return False
+
+    def _sums(self, number: int, first: int, count: int = SUMS_AT_ONCE) -> bytes:
+        return self.patience(lambda: self.broker.sums(self.job, number, first, count))
+
+    def _submit_from(self, have: int, number: int, part: Part) -> int:
+        """Submit the blocks from `have` on; returns how many the part has."""
+        known, first, count = b"", 0, 0
+        blocks: Iterator[Block] = iter(part.blocks())
+        for block in blocks:
+            count = block.number + 1
+            if block.number < have:
+                at = (block.number - first) * 8
+                if at >= len(known):
+                    first, at = block.number, 0
+                    known = self._sums(number, first, min(SUMS_AT_ONCE, have - first))
+                    if len(known) < 8:
+                        raise _Stop(Pushed.LOST)
+                if known[at : at + 8] != block.sum:
+                    raise CorpusChanged(part.source, block.number, block.span)
+            else:
+                self._submit(part, block)
+        if count < have:
+            raise CorpusChanged(part.source, count)
+        return count
+
+    def _submit(self, part: Part, block: Block) -> None:
+        step = self.broker.submit(self.job, encode_block(block), self.bound)
+        pauses = (min(SHORTEST_PAUSE * 1.5**n, LONGEST_PAUSE) for n in itertools.count())
+        answer = self._run(step, "the queue is full, waiting for workers", pauses)
         match answer.code:
             case Code.OK | Code.DUPLICATE:
                 return
-            case Code.FULL:
-                yield Pause(pause * (0.5 + jitter()), "the queue is full, waiting for workers")
-                pause = min(pause * 1.5, LONGEST_PAUSE)
             case Code.GAP:
                 raise _GoBack(answer.number)
             case Code.CHANGED:
@@ -172,21 +175,34 @@ def _submit(steps: Steps, job: str, part: Part, block: Block, bound: int, jitter
             case _:
                 raise _stopped(answer)
 
-
-def _seal(steps: Steps, job: str, number: int, part: Part, count: int, jitter: Callable[[], float]) -> Plan[None]:
-    while True:
-        answer: Answer = yield steps.seal(job, number, count, part.content())
+    def _seal(self, number: int, part: Part, count: int) -> None:
+        step, pauses = self.broker.seal(self.job, number, count, part.content()), itertools.repeat(LONGEST_PAUSE)
+        answer = self._run(step, "Redis is out of memory, waiting for workers", pauses)
         match answer.code:
             case Code.OK:
                 return
-            case Code.FULL:
-                yield Pause(LONGEST_PAUSE * (0.5 + jitter()), "Redis is out of memory, waiting for workers")
             case Code.MISSING:
                 raise _GoBack(answer.number)
             case Code.CHANGED:
                 raise CorpusChanged(part.source, count)
             case _:
                 raise _stopped(answer)
+
+    def _run(self, step: Step[Answer], full: str, pauses: Iterator[float]) -> Answer:
+        """The answer, once there is room: `full` says what is waited for."""
+
+        def act() -> Answer:
+            try:
+                answer = self.broker.run(step)
+            except redis.RedisError as error:
+                if not is_out_of_memory(error):
+                    raise
+                answer = Answer(Code.FULL)
+            if answer.code is Code.FULL:
+                raise NotYet(full, next(pauses) * (0.5 + self.jitter()))
+            return answer
+
+        return self.patience(act)
 
 
 def _stopped(answer: Answer) -> Exception:

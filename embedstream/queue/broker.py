@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Awaitable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import msgspec
 import redis
@@ -16,13 +17,14 @@ from redis.exceptions import NoPermissionError, NoScriptError, ResponseError
 from embedstream.errors import BrokerError, RecordDamaged, UsageError
 from embedstream.failpoints import reach, reach_step
 from embedstream.jobs import JobState, JobStatus
-from embedstream.keys import GROUP, QUEUES, RELEASED, Keys, job_of
+from embedstream.keys import GROUP, QUEUES, RELEASED, Keys, job_keys, job_of
 from embedstream.queue import scripts
 from embedstream.queue.job_record import parse_status, reading_job
-from embedstream.queue.replacing import enlist
+from embedstream.queue.replacing import enlist, replacing
 from embedstream.queue.steps import MOST_BLOCKS, PROMPT, CommitBlock, Step, Steps
 from embedstream.queue.workers import WorkerRecord
 from embedstream.records import PartContent
+from embedstream.server.connection import REQUEST_TIMEOUT_SECONDS
 from embedstream.server.foreign import leaving_out, names, reading
 
 T = TypeVar("T")
@@ -31,6 +33,9 @@ Fields = dict[bytes, bytes]
 
 PARTS_AT_ONCE = 1000
 """Parts asked for at once."""
+
+KEYS_AT_ONCE = 500
+"""Keys looked at by one command."""
 
 SHARDS_AT_ONCE = 64
 """Records asked for at once: some hundred kilobytes."""
@@ -55,6 +60,10 @@ class Broker(Steps):
         self.client = client
         # redis-py types its replies as unions over all its configurations; ours are bytes.
         self._raw: Any = client
+
+    def of(self, queue: str) -> Broker:
+        """The broker of another queue, over the same client."""
+        return Broker(self.client, queue)
 
     def run(self, step: Step[T]) -> T:
         """Run a step.
@@ -221,6 +230,11 @@ class Broker(Steps):
             return tuple(raw.decode().split(",")) if raw else ()
         return ()
 
+    def receive(self, key: str, seconds: float) -> bytes | None:
+        """Take the first item of a list, waiting so long for one; None if none came."""
+        item = self._raw.blpop([key], timeout=seconds)
+        return None if item is None else item[1]
+
     def free_finalize(self, job: str) -> None:
         """Let a job of the outbox be taken at once: for when whoever leased it is surely gone."""
         with _leaving_out(self.keys.finalize):
@@ -255,6 +269,16 @@ class Broker(Steps):
         """Blocks of a job that are queued or in a worker's hands."""
         with reading_job(job):
             return int(self._raw.xlen(self.keys.blocks(job)))
+
+    def unclaimed(self, job: str) -> bool:
+        """Whether blocks of a job are in nobody's hands."""
+        pending = self._raw.xpending(self.keys.blocks(job), GROUP)
+        held: int = sum(owner["pending"] for owner in pending["consumers"] or () if owner["name"].decode() != RELEASED)
+        return self.backlog(job) > held
+
+    def is_awaited(self, request: str) -> bool:
+        """Whether the caller of an interactive request still waits."""
+        return bool(self._raw.exists(self.keys.caller(request)))
 
     def knows(self, job: str) -> bool:
         """Whether anything lies under the job's name, whatever it is."""
@@ -294,8 +318,30 @@ class Broker(Steps):
 
     def keys_below(self, job: str) -> list[str]:
         """All keys of a job but its hash, whatever lies under them."""
-        pattern = re.sub(r"([\\*?\[\]])", r"\\\1", f"{self.keys.job(job)}:") + "*"
+        pattern = _literal(f"{self.keys.job(job)}:") + "*"
         return names(pattern, self._raw.scan_iter(match=pattern, count=10_000))
+
+    def unlink_job(self, job: str, parts: int) -> None:
+        """Remove all that lies in Redis about a job."""
+        self._raw.unlink(*job_keys(self.keys, job, parts), self.keys.blocks(job))
+
+    def unlist(self, jobs: Sequence[str]) -> None:
+        """Take jobs off the list of ended ones."""
+        if jobs:
+            replacing(self.client, self.keys.recent, "zset", lambda: self._raw.zrem(self.keys.recent, *jobs))
+
+    def remove_orphans(self) -> int:
+        """Remove keys of jobs that have no hash any more, and that would never expire; how many there were."""
+        prefix, removed = self.keys.job(""), 0
+        for key in list(self._raw.scan_iter(match=f"{_literal(prefix)}*:*", count=KEYS_AT_ONCE)):
+            job = prefix.encode() + key.removeprefix(prefix.encode()).partition(b":")[0]
+            if self._raw.ttl(key) == -1 and not self._raw.exists(job):
+                removed += self._raw.unlink(key)
+        return removed
+
+    def empty_server(self) -> None:
+        """Remove everything from this server: for one that is all ours."""
+        self._raw.flushall()
 
     def state(self, job: str) -> JobState | None:
         """A job's state; None if there is no such job. Raises `RecordDamaged`."""
@@ -321,7 +367,7 @@ class Broker(Steps):
     def sums(self, job: str, part: int, first: int, count: int) -> bytes:
         """The 8-byte sums of `count` submitted blocks, fewer if there are not so many. Raises `RecordDamaged`."""
         with reading_job(job):
-            raw: bytes = self._raw.getrange(self.keys.sums(job, part), *_sums_range(first, count))
+            raw: bytes = self._raw.getrange(self.keys.sums(job, part), first * 8, (first + count) * 8 - 1)
             return raw
 
     def shard_records(self, job: str) -> Iterator[bytes]:
@@ -440,11 +486,11 @@ class Broker(Steps):
 
 
 class AsyncBroker(Steps):
-    """The same steps over an asyncio client."""
+    """What an interactive request needs of a broker, over an asyncio client. A reply is waited for for some seconds."""
 
     def __init__(self, client: redis.asyncio.Redis, queue: str) -> None:
         super().__init__(queue)
-        self.client = client
+        self._raw: Any = client
 
     async def run(self, step: Step[T]) -> T:
         """As `Broker.run`."""
@@ -452,32 +498,25 @@ class AsyncBroker(Steps):
         reach_step(step.script, "before")
         with _reading_keys(self.keys, step.keys):
             try:
-                raw = await self.client.evalsha(script.sha, count, *step.keys, *step.args)
+                raw = await _in_time(self._raw.evalsha(script.sha, count, *step.keys, *step.args))
             except NoScriptError:
-                raw = await self.client.eval(script.body, count, *step.keys, *step.args)
+                raw = await _in_time(self._raw.eval(script.body, count, *step.keys, *step.args))
             reach_step(step.script, "after")
             return step.parse(raw)
 
-    async def next_block(self, job: str, part: int) -> int:
-        """As `Broker.next_block`."""
-        with reading_job(job):
-            return int(await cast("Awaitable[Any]", self.client.hget(self.keys.job(job), f"next:{part}")) or 0)
+    async def receive(self, key: str, seconds: float) -> bytes | None:
+        """As `Broker.receive`."""
+        item = await _in_time(self._raw.blpop([key], timeout=seconds))
+        return None if item is None else item[1]
 
-    async def sums(self, job: str, part: int, first: int, count: int) -> bytes:
-        """As `Broker.sums`."""
-        with reading_job(job):
-            client: Any = self.client
-            raw: bytes = await client.getrange(self.keys.sums(job, part), *_sums_range(first, count))
-            return raw
 
-    async def status(self, job: str) -> JobStatus:
-        """As `Broker.status`."""
-        async with self.client.pipeline(transaction=False) as pipe:
-            pipe.hgetall(self.keys.job(job))
-            pipe.time()
-            with reading_job(job):
-                raw, (seconds, micros) = await pipe.execute()
-        return parse_status(job, raw, seconds + micros / 1e6)
+async def _in_time(reply: Awaitable[Any]) -> Any:
+    """Raises `redis.TimeoutError`."""
+    try:
+        async with asyncio.timeout(REQUEST_TIMEOUT_SECONDS):
+            return await reply
+    except TimeoutError as error:
+        raise redis.TimeoutError(f"no reply in {REQUEST_TIMEOUT_SECONDS:g} s") from error
 
 
 def _reading_keys(keys: Keys, named: Sequence[str]) -> AbstractContextManager[None]:
@@ -493,8 +532,9 @@ def _leaving_out(key: str) -> AbstractContextManager[None, bool]:
 _REMOVE = "remove this key"
 
 
-def _sums_range(first: int, count: int) -> tuple[int, int]:
-    return first * 8, (first + count) * 8 - 1
+def _literal(text: str) -> str:
+    """A text as a pattern that matches itself."""
+    return re.sub(r"([\\*?\[\]^])", r"\\\1", text)
 
 
 def block_address(fields: Mapping[bytes, bytes]) -> tuple[int, int] | None:

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 import msgspec
-import redis
 
 from embedstream.keys import COMPACTIONS, COORDINATORS, compaction, coordinator
 from embedstream.queue.broker import Broker
@@ -49,23 +48,24 @@ class Compaction(msgspec.Struct, frozen=True, kw_only=True):
         return hashlib.blake2b(self.output.encode(), digest_size=8).hexdigest()
 
 
-def heartbeat(client: redis.Redis, record: CoordinatorRecord, expire_seconds: float) -> None:
+def heartbeat(broker: Broker, record: CoordinatorRecord, expire_seconds: float) -> None:
     """Say that a coordinator lives."""
-    now = _now_ms(client)
+    client, now = broker.client, _now_ms(broker)
     client.set(coordinator(record.name), msgspec.json.encode(record), px=int(expire_seconds * 1000))
     enlist(client, COORDINATORS, record.name, now, 86_400)
     client.zremrangebyscore(COORDINATORS, "-inf", now - 3_600_000)
 
 
-def leave(client: redis.Redis, name: str) -> None:
+def leave(broker: Broker, name: str) -> None:
     """Say that a coordinator is gone."""
+    client = broker.client
     client.delete(coordinator(name))
     replacing(client, COORDINATORS, "zset", lambda: client.zrem(COORDINATORS, name))
 
 
-def coordinators(client: redis.Redis) -> list[CoordinatorRecord]:
+def coordinators(broker: Broker) -> list[CoordinatorRecord]:
     """The live coordinators of a server. A record that makes no sense is left out."""
-    ask: Any = client
+    ask: Any = broker.client
     live: list[CoordinatorRecord] = []
     with leaving_out(COORDINATORS):
         listed = [coordinator(name) for name in names(COORDINATORS, ask.zrange(COORDINATORS, 0, -1))]
@@ -78,7 +78,7 @@ def coordinators(client: redis.Redis) -> list[CoordinatorRecord]:
 
 def ask_to_ingest(broker: Broker, job: str) -> None:
     """Have the parts of a job read by a coordinator."""
-    client, key, now = broker.client, broker.keys.ingest, _now_ms(broker.client)
+    client, key, now = broker.client, broker.keys.ingest, _now_ms(broker)
     replacing(client, key, "zset", lambda: client.zadd(key, {job: now}))
 
 
@@ -115,7 +115,7 @@ Repeated = list[tuple[int, int, int]]
 def note_repeated(broker: Broker, job: str, part: int, rows: Repeated) -> None:
     """Keep what was found when the ids of a part were compared with those before."""
     key = broker.keys.repeated(job)
-    _keep(broker.client, key, str(part), msgspec.msgpack.encode(rows))
+    _keep(broker, key, str(part), msgspec.msgpack.encode(rows))
 
 
 def compared_parts(broker: Broker, job: str) -> set[int]:
@@ -137,12 +137,12 @@ def repeated_rows(broker: Broker, job: str, part: int) -> Repeated | None:
 def due_to_finalize(broker: Broker) -> list[str]:
     """Jobs of the outbox that nobody has leased at the moment."""
     ask: Any = broker.client
-    return names(broker.keys.finalize, ask.zrangebyscore(broker.keys.finalize, "-inf", _now_ms(broker.client)))
+    return names(broker.keys.finalize, ask.zrangebyscore(broker.keys.finalize, "-inf", _now_ms(broker)))
 
 
 def note_trouble(broker: Broker, job: str, what: str, why: str) -> bool:
     """Keep for `embed-status` why something cannot be done for a job. Whether that is news."""
-    return _keep(broker.client, broker.keys.troubles(job), what, why.encode())
+    return _keep(broker, broker.keys.troubles(job), what, why.encode())
 
 
 def clear_troubles(broker: Broker, job: str, whats: Sequence[str]) -> None:
@@ -161,19 +161,19 @@ def troubles(broker: Broker, job: str) -> dict[str, str]:
     return {what.decode(errors="replace"): why.decode(errors="replace") for what, why in sorted(found.items())}
 
 
-def save_compaction(client: redis.Redis, wanted: Compaction) -> None:
+def save_compaction(broker: Broker, wanted: Compaction) -> None:
     """Have a dataset's shards merged by coordinators, or keep how far that is."""
-    record = msgspec.json.encode(wanted).decode()
+    client, record = broker.client, msgspec.json.encode(wanted).decode()
     replacing(client, COMPACTIONS, "hash", lambda: client.hset(COMPACTIONS, wanted.id, record))
 
 
-def compactions(client: redis.Redis) -> list[Compaction]:
+def compactions(broker: Broker) -> list[Compaction]:
     """The datasets whose shards are to be merged. What is none is left out.
 
     Raises:
         redis.RedisError: as redis-py raises it.
     """
-    ask: Any = client
+    ask: Any = broker.client
     found: dict[bytes, bytes] = {}
     with leaving_out(COMPACTIONS):
         found = ask.hgetall(COMPACTIONS)
@@ -184,9 +184,9 @@ def compactions(client: redis.Redis) -> list[Compaction]:
     return listed
 
 
-def find_compaction(client: redis.Redis, id: str) -> Compaction | None:
+def find_compaction(broker: Broker, id: str) -> Compaction | None:
     """One of them; None if it is not wanted any more. Raises `RecordDamaged`."""
-    ask: Any = client
+    ask: Any = broker.client
     with reading(f"{COMPACTIONS}, {id}"):
         raw = ask.hget(COMPACTIONS, id)
         return None if raw is None else _compaction(id.encode(), raw)
@@ -199,18 +199,21 @@ def _compaction(id: bytes, raw: bytes) -> Compaction:
     return wanted
 
 
-def end_compaction(client: redis.Redis, wanted: Compaction) -> None:
+def end_compaction(broker: Broker, wanted: Compaction) -> None:
     """Nothing is left to be merged."""
+    client = broker.client
     replacing(client, COMPACTIONS, "hash", lambda: client.hdel(COMPACTIONS, wanted.id))
     client.unlink(compaction(wanted.id))
 
 
-def note_compacted(client: redis.Redis, wanted: Compaction, what: str, said: str) -> bool:
+def note_compacted(broker: Broker, wanted: Compaction, what: str, said: str) -> bool:
     """Keep what became of one shard to be written, or (`trouble`) what stands in the way. Whether that is news."""
-    return _keep(client, compaction(wanted.id), what, said.encode())
+    return _keep(broker, compaction(wanted.id), what, said.encode())
 
 
-def _keep(client: redis.Redis, key: str, what: str, said: bytes) -> bool:
+def _keep(broker: Broker, key: str, what: str, said: bytes) -> bool:
+    client = broker.client
+
     def write() -> bytes | None:
         with client.pipeline() as pipe:
             pipe.hget(key, what)
@@ -222,14 +225,14 @@ def _keep(client: redis.Redis, key: str, what: str, said: bytes) -> bool:
     return replacing(client, key, "hash", write) != said
 
 
-def compacted(client: redis.Redis, wanted: Compaction) -> dict[str, str]:
+def compacted(broker: Broker, wanted: Compaction) -> dict[str, str]:
     """What was kept. Raises `RecordDamaged`."""
-    ask: Any = client
+    ask: Any = broker.client
     with reading(compaction(wanted.id)):
         return {what.decode(): said.decode() for what, said in ask.hgetall(compaction(wanted.id)).items()}
 
 
-def _now_ms(client: redis.Redis) -> int:
-    ask: Any = client
+def _now_ms(broker: Broker) -> int:
+    ask: Any = broker.client
     seconds, micros = ask.time()
     return int(seconds * 1000 + micros // 1000)

@@ -6,7 +6,7 @@ import contextlib
 import os
 import shlex
 import ssl
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import SplitResult, parse_qsl, urlsplit
 
@@ -14,7 +14,7 @@ import redis
 import redis.asyncio
 import redis.exceptions
 from redis.asyncio.retry import Retry as AsyncRetry
-from redis.backoff import ExponentialWithJitterBackoff
+from redis.backoff import ExponentialWithJitterBackoff, NoBackoff
 from redis.retry import Retry
 
 from embedstream.errors import BrokerError, UsageError
@@ -30,6 +30,9 @@ REQUEST_TIMEOUT_SECONDS = 5.0
 """The same for interactive requests, whose callers wait seconds: a server that hangs costs them little more."""
 
 CLUSTER = "is a cluster node, and a queue's keys do not fit into one slot with the list of queues: use a single server"
+
+Connect = Callable[[str, int], redis.Redis]
+"""(URL, how often a command is repeated after a connection error) -> a client."""
 
 REDIS_VARIABLE = "EMBEDSTREAM_REDIS_URL"
 
@@ -52,7 +55,7 @@ def is_cut_short(parts: SplitResult) -> bool:
         return "@" not in parts.netloc and not parts.netloc.rpartition(":")[2].isdecimal()
 
 
-def _options(url: str, timeout: float) -> dict[str, Any]:
+def _options(url: str, timeout: float | None) -> dict[str, Any]:
     """Raises `UsageError` for a URL that is none, `ValueError` for one that is none to `urlsplit`."""
     parts = urlsplit(url)
     if parts.scheme not in _SCHEMES:
@@ -100,11 +103,13 @@ def connect(url: str, retries: int = 3, timeout: float = TIMEOUT_SECONDS) -> red
         raise UsageError(f"Redis URL {mask(url)!r}: {error}") from error
 
 
-def connect_async(url: str, retries: int = 3, timeout: float = TIMEOUT_SECONDS) -> redis.asyncio.Redis:
-    """The same for asyncio."""
+def connect_async(url: str) -> redis.asyncio.Redis:
+    """A client for asyncio that repeats nothing by itself, and that waits for a reply for as long as its caller does.
+
+    A time limit of redis-py's own would cost cancellations: `asyncio.wait_for` of Python 3.11 swallows some.
+    """
     try:
-        retry = AsyncRetry(ExponentialWithJitterBackoff(base=0.05, cap=1.0), retries)
-        return redis.asyncio.Redis.from_url(url, retry=retry, **_options(url, timeout))
+        return redis.asyncio.Redis.from_url(url, retry=AsyncRetry(NoBackoff(), 0), **_options(url, None))
     except ValueError as error:
         raise UsageError(f"Redis URL {mask(url)!r}: {error}") from error
 

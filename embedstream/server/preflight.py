@@ -11,8 +11,9 @@ from redis.exceptions import ResponseError
 
 from embedstream.errors import BrokerError
 from embedstream.server.connection import CLUSTER, explain, mask
+from embedstream.server.patience import Notice, Patience
 from embedstream.server.rights import missing_coordinator_rights, missing_rights
-from embedstream.server.troubles import UNREACHABLE, Notice, patiently, trouble
+from embedstream.server.troubles import UNREACHABLE, trouble
 
 log = logging.getLogger(__name__)
 
@@ -32,19 +33,11 @@ def check(client: redis.Redis, url: str, notice: Notice = _warn) -> None:
         BrokerError: with one sentence that says what is wrong and what to do.
     """
 
-    def ping() -> redis.RedisError | None:
-        try:
-            client.ping()
-        except redis.RedisError as error:
-            if trouble(error) != UNREACHABLE:
-                raise
-            return error
-        return None
+    def lasting(error: Exception) -> bool:
+        return isinstance(error, redis.RedisError) and trouble(error) not in (None, UNREACHABLE)
 
     try:
-        unreachable = patiently(ping, notice, mask(url))
-        if unreachable is not None:
-            raise unreachable
+        Patience(notice, url, lasting=lasting)(client.ping)
         unfit = _unfit(client)
     except (redis.RedisError, OSError) as error:
         raise BrokerError(explain(error, url)) from error

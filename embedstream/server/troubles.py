@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 import re
-import time
-from collections.abc import Callable
-from typing import TypeVar
 
 import redis
-from redis.backoff import ExponentialWithJitterBackoff
 from redis.exceptions import AuthenticationError, BusyLoadingError, MasterDownError, OutOfMemoryError, ReadOnlyError
 
-R = TypeVar("R")
-
-Notice = Callable[[str], None]
-"""Told once per trouble or pause what is waited for; the empty string when it goes on."""
+from embedstream.masking import mask
 
 UNREACHABLE = "cannot be reached"
 
@@ -52,53 +45,17 @@ def without_command(error: Exception) -> str:
     return re.sub(r"^Command # \d+ \(.*?\) of pipeline caused error: ", "", str(error), flags=re.DOTALL)
 
 
-def passes(error: redis.RedisError) -> bool:
+def passes(error: Exception) -> bool:
     """Whether the same command may succeed later: no connection, a restart, a failover, a full server or disk."""
-    return trouble(error) is not None
+    return isinstance(error, redis.RedisError) and trouble(error) is not None
 
 
 def waiting(clause: str, url: str) -> str:
     """What is said once while a trouble lasts."""
-    return f"Redis at {url} {clause}, waiting for it"
+    return f"Redis at {mask(url)} {clause}, waiting for it"
 
 
 def is_out_of_memory(error: redis.RedisError) -> bool:
     """Whether the server is over its `maxmemory`."""
     # Redis 7 begins the refusal of a script with its code, from which redis-py makes a type; 6.2 puts it in the middle.
     return isinstance(error, OutOfMemoryError) or OUT_OF_MEMORY in str(error)
-
-
-def patiently(
-    act: Callable[[], R],
-    notice: Notice,
-    url: str,
-    tick: Callable[[], None] = lambda: None,
-    until: float | None = None,
-) -> R:
-    """Do something with Redis, again and again while a trouble lasts that passes. `act` must be harmless when repeated.
-
-    `url` is shown, so it must be masked. `tick` is called before every try and may raise; `until` is when to give up
-    (`time.monotonic`; None: never).
-
-    Raises:
-        redis.RedisError: what does not pass, or has not passed in time.
-    """
-    backoff, failures, said = ExponentialWithJitterBackoff(base=0.1, cap=5.0), 0, ""
-    while True:
-        tick()
-        try:
-            done = act()
-        except redis.RedisError as error:
-            clause, left = trouble(error), None if until is None else until - time.monotonic()
-            if clause is None or (left is not None and left <= 0):
-                raise
-            if clause != said:
-                said = clause
-                notice(waiting(clause, url))
-            failures += 1
-            pause = backoff.compute(failures)
-            time.sleep(pause if left is None else min(pause, left))
-        else:
-            if said:
-                notice("")
-            return done

@@ -30,13 +30,13 @@ def cancel(job: str, redis_url: str | None, queue: str | None) -> None:
 
     check(connect(redis_url, retries=0), redis_url)
     with explaining(redis_url):
-        client = connect(redis_url)
-        for wanted in compactions(client):
+        nowhere = Broker(connect(redis_url), "")
+        for wanted in compactions(nowhere):
             if wanted.id == job:
-                end_compaction(client, wanted)
+                end_compaction(nowhere, wanted)
                 click.echo(f"compaction {job} is cancelled; its dataset is as it was")
                 return
-        broker = Broker(client, find_queue(Broker(client, ""), job, queue or None))
+        broker = nowhere.of(find_queue(nowhere, job, queue or None))
         if broker.is_damaged(job):
             broker.run(broker.forget(job, broker.keys_below(job)))
             click.echo(f"job {job} was damaged in Redis and is removed; the same embed-submit adopts what is written")

@@ -12,9 +12,9 @@ from embedstream.lifecycle.opening import finished_manifest, is_visible, may, op
 from embedstream.queue.broker import Broker
 from embedstream.queue.coordination import ask_to_ingest, compared_parts, coordinators, troubles, unsealed_parts
 from embedstream.records import Manifest
-from embedstream.server.connection import connect, explaining, mask, with_redis
+from embedstream.server.connection import connect, explaining, with_redis
+from embedstream.server.patience import Notice, Patience
 from embedstream.server.preflight import check
-from embedstream.server.troubles import Notice, patiently
 from embedstream_producer.corpus import STDIN, part_name
 from embedstream_producer.settling import settle_finished
 
@@ -54,10 +54,9 @@ def hand_over(url: str, spec: JobSpec, sink: Sink, max_errors: str, notice: Noti
     if manifest is not None:
         settle_finished(url, spec, sink)
         return manifest, ""
-    client = connect(url)
     check(connect(url, retries=0), url, notice)
     with explaining(url):
-        broker = Broker(client, spec.queue)
+        broker, patience = Broker(connect(url), spec.queue), Patience(notice, url)
 
         def act() -> tuple[JobStatus, str]:
             workers = broker.workers()
@@ -67,12 +66,12 @@ def hand_over(url: str, spec: JobSpec, sink: Sink, max_errors: str, notice: Noti
             visible = is_visible(workers, spec.output)
             if visible:
                 sink.check()
-            opened = open_job(broker, spec, sink, max_errors=max_errors, visible=visible, notice=notice)
+            opened = open_job(broker, spec, sink, max_errors=max_errors, visible=visible, patience=patience)
             if opened.state is JobState.SUBMITTING:
                 ask_to_ingest(broker, spec.job)
             return broker.status(spec.job), _said(spec, opened.state, url)
 
-        return patiently(act, notice, mask(url))
+        return patience(act)
 
 
 def _said(spec: JobSpec, state: JobState, url: str) -> str:
@@ -102,9 +101,10 @@ def wait_for_readers(url: str, spec: JobSpec, notice: Notice) -> None:
         return begun or not unread, found
 
     with explaining(url):
-        known = patiently(look, notice, mask(url))[1]
+        patience = Patience(notice, url)
+        known = patience(look)[1]
         while True:
-            begun, found = patiently(look, notice, mask(url))
+            begun, found = patience(look)
             over = time.monotonic() > end
             if found and (over or found != known):  # what is known from before may have been mended meanwhile
                 what, why = next(iter(found.items()))
@@ -119,7 +119,7 @@ def wait_for_readers(url: str, spec: JobSpec, notice: Notice) -> None:
 
 def _refuse_unreadable(broker: Broker, spec: JobSpec, url: str) -> None:
     """Raise `InputError` if coordinators live and none of them may read a part."""
-    if coordinators(broker.client):
+    if coordinators(broker):
         missing = without_coordinator(broker, spec, url)
         if missing:
             raise InputError(missing)
@@ -127,7 +127,7 @@ def _refuse_unreadable(broker: Broker, spec: JobSpec, url: str) -> None:
 
 def without_coordinator(broker: Broker, spec: JobSpec, url: str) -> str:
     """What to say when nobody could read the job's parts; empty if somebody can. `url`: of Redis."""
-    live = coordinators(broker.client)
+    live = coordinators(broker)
     if not live:
         return f"no coordinator runs, so nobody reads its parts: start one with {with_redis('embed-coordinator', url)}"
     roots_of = {f"coordinator {each.name}": each.input_roots for each in live}

@@ -21,9 +21,9 @@ from embedstream.queue.broker import Broker
 from embedstream.queue.coordination import is_ingested
 from embedstream.queue.queues import QueueLook, find_retries, is_retry_of, look_at_queue
 from embedstream.queue.workers import WorkerRecord
-from embedstream.server.connection import connect, explaining, mask
+from embedstream.server.connection import connect, explaining
+from embedstream.server.patience import Patience
 from embedstream.server.preflight import check
-from embedstream.server.troubles import patiently
 from embedstream.terminal import echo, echo_json, printable
 from embedstream_producer import report
 from embedstream_producer.status_coordination import fleet_lines, fleet_object, troubles_of, waits_for
@@ -71,8 +71,9 @@ def show_status(job: str | None, queue: str | None, redis_url: str, watch: bool,
 
 def look_after_look(look: Callable[[], Look], redis_url: str) -> Iterator[Look]:
     """Until nothing can change any more. While Redis cannot be used it waits, and says so."""
+    patience = Patience(_say, redis_url)
     while True:
-        seen = patiently(look, _say, mask(redis_url))
+        seen = patience(look)
         yield seen
         if seen.over:
             return
@@ -113,7 +114,7 @@ def look_at_job(nowhere: Broker, job: str, queue: str | None, url: str) -> Look:
         JobUnknown: there is none.
         BrokerError: this version cannot read it.
     """
-    broker = Broker(nowhere.client, find_queue(nowhere, job, queue))
+    broker = nowhere.of(find_queue(nowhere, job, queue))
     workers = broker.workers()
     try:
         status = broker.status(job)
@@ -146,7 +147,7 @@ def _waits(broker: Broker, status: JobStatus, workers: Sequence[WorkerRecord], u
 def look_at_all(nowhere: Broker, queue: str | None = None) -> Look:
     """All queues, or this one."""
     known = nowhere.queues()
-    looks = [_look_at_queue(Broker(nowhere.client, name)) for name in known if queue in (None, name)]
+    looks = [_look_at_queue(nowhere.of(name)) for name in known if queue in (None, name)]
     lines = [*fleet_lines(nowhere), *(line for look, jobs in looks for line in queue_lines(look, jobs))]
     if not looks:
         others = f"; there are {', '.join(known)}" if known else ""

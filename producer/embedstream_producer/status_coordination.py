@@ -30,7 +30,7 @@ def waits_for(broker: Broker, status: JobStatus, workers: Sequence[WorkerRecord]
         left = len(unsealed_parts(broker, status.job, len(status.spec.parts)))
         read = f"coordinators have read {len(status.spec.parts) - left} of {len(status.spec.parts)} parts"
         return without_coordinator(broker, status.spec, url) or read
-    if status.state is JobState.FINALIZING and not workers and not coordinators(broker.client):
+    if status.state is JobState.FINALIZING and not workers and not coordinators(broker):
         return "its manifest waits for a worker or a coordinator: start one, or run the same embed-submit again"
     return ""
 
@@ -42,23 +42,23 @@ def troubles_of(broker: Broker, status: JobStatus) -> dict[str, str]:
 
 def fleet_lines(nowhere: Broker) -> Iterator[str]:
     """Coordinators, and datasets whose shards are being merged."""
-    for coordinator in coordinators(nowhere.client):
+    for coordinator in coordinators(nowhere):
         yield f"coordinator {coordinator.name}  {coordinator.processes} process(es)"
-    for wanted in compactions(nowhere.client):
+    for wanted in compactions(nowhere):
         yield _compaction_line(wanted, _written(nowhere, wanted))
 
 
 def fleet_object(nowhere: Broker) -> dict[str, Any]:
     """The same for scripts."""
     return {
-        "coordinators": [msgspec.to_builtins(each) for each in coordinators(nowhere.client)],
-        "compactions": [_compaction_object(each, _written(nowhere, each)) for each in compactions(nowhere.client)],
+        "coordinators": [msgspec.to_builtins(each) for each in coordinators(nowhere)],
+        "compactions": [_compaction_object(each, _written(nowhere, each)) for each in compactions(nowhere)],
     }
 
 
 def _written(nowhere: Broker, wanted: Compaction) -> dict[str, str]:
     with leaving_out(f"compaction {wanted.id}"):
-        return compacted(nowhere.client, wanted)
+        return compacted(nowhere, wanted)
     return {}
 
 

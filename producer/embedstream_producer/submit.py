@@ -28,11 +28,10 @@ from embedstream.lifecycle.submission import Part, Pushed, push_job
 from embedstream.lifecycle.watching import why_ended
 from embedstream.queue.blocks import Block, Refusal
 from embedstream.queue.broker import Broker
-from embedstream.queue.plans import drive
 from embedstream.records import Manifest
-from embedstream.server.connection import connect, explaining, mask, with_redis
+from embedstream.server.connection import connect, explaining, with_redis
+from embedstream.server.patience import Patience
 from embedstream.server.preflight import check, shortcomings
-from embedstream.server.troubles import patiently
 from embedstream.settings import Settings
 from embedstream.terminal import echo, echo_json
 from embedstream_producer import report
@@ -223,19 +222,20 @@ class Run:
         return DETACHED
 
     def _fleet(self, url: str) -> int:
-        client = connect(url)
+        client, patience = connect(url), Patience(self._progress.notice, url)
         check(connect(url, retries=0), url, self._progress.notice)
         with explaining(url):
-            for shortcoming in patiently(lambda: shortcomings(client, url), self._progress.notice, mask(url)):
+            for shortcoming in patience(lambda: shortcomings(client, url)):
                 self._progress.tell(shortcoming)
             broker = Broker(client, self.spec.queue)
-            workers = patiently(broker.workers, self._progress.notice, mask(url))
+            workers = patience(broker.workers)
             refuse_forbidden(workers, self.spec.output)
             visible = is_visible(workers, self.spec.output)
             if visible or not workers:
                 self.sink.check()
             watch = Watch(url, self.spec, self._settings, self._progress, seconds=FLEET_SECONDS, embedded=False)
-            status = self._work(broker, watch, url, lambda: self._open(broker, visible=visible), watch.check)
+            patience = Patience(self._progress.notice, url, tick=watch.check)
+            status = self._work(broker, watch, patience, lambda: self._open(broker, patience, visible=visible))
         if status is None:
             self._say_detached(url)
             return 0
@@ -258,8 +258,8 @@ class Run:
                 nonlocal started
                 if not started and self.sink.missing(broker.shard_names(self.spec.job)):
                     self._progress.tell("vectors of an earlier run are gone from the output: making them again")
-                    broker.client.flushall()
-                opened = self._open(broker, visible=True, always_adopt=not started)
+                    broker.empty_server()
+                opened = self._open(broker, patience, visible=True, always_adopt=not started)
                 if not started:
                     started = True
                     embedded.start_worker(lambda: watch.done)
@@ -269,8 +269,9 @@ class Run:
                 embedded.check()
                 watch.check()
 
+            patience = Patience(self._progress.notice, embedded.url, tick=check_all)
             try:
-                status = self._work(broker, watch, embedded.url, open_and_start, check_all)
+                status = self._work(broker, watch, patience, open_and_start)
             except EmbedstreamError:
                 if self._fresh and not watch.done:
                     embedded.remove_state()
@@ -282,7 +283,7 @@ class Run:
 
     _fresh = False
 
-    def _open(self, broker: Broker, *, visible: bool, always_adopt: bool = False) -> Opened:
+    def _open(self, broker: Broker, patience: Patience, *, visible: bool, always_adopt: bool = False) -> Opened:
         # A try whose reply was lost has made the job, and has not adopted what lies in its output.
         again, self._tried = self._tried, True
         opened = open_job(
@@ -292,7 +293,7 @@ class Run:
             max_errors=self.options.max_errors,
             visible=visible,
             always_adopt=always_adopt or again,
-            notice=self._progress.notice,
+            patience=patience,
         )
         self._fresh = not opened.resumed and not opened.adopted.shards
         first, self._opened = not self._opened, True
@@ -300,29 +301,22 @@ class Run:
         return opened
 
     def _work(
-        self,
-        broker: Broker,
-        watch: Watch,
-        url: str,
-        open_it: Callable[[], Opened],
-        check_all: Callable[[], None],
+        self, broker: Broker, watch: Watch, patience: Patience, open_it: Callable[[], Opened]
     ) -> JobStatus | None:
         """Push and wait, from the beginning whenever Redis lost the job; None if detached."""
-        notice, shown = self._progress.notice, mask(url)
-        bound = patiently(lambda: broker.memory_bound(self._settings.queue_bytes), notice, shown)
+        bound = patience(lambda: broker.memory_bound(self._settings.queue_bytes))
         with DuplicateIndex() as index:
-            parts = [self._job_part(part, index) for part in self._parts]
+            parts = {number: self._job_part(part, index) for number, part in enumerate(self._parts)}
             while True:
-                opened = patiently(open_it, notice, shown, check_all)
+                opened = patience(open_it)
                 if opened.state is JobState.FINALIZING:
                     # Perhaps of a cancelled job, whose manifest is not written yet: it goes on after that.
-                    ended = watch.wait(check_all)
+                    ended = watch.wait(patience.tick)
                     if ended is None or ended.state is not JobState.COMPLETED:
-                        opened = patiently(open_it, notice, shown, check_all)
+                        opened = patience(open_it)
                 if not opened.state.ended:
                     with watch:
-                        plan = push_job(broker, self.spec.job, parts, bound)
-                        pushed = drive(plan, broker, notice, None, shown, check_all)
+                        pushed = push_job(broker, self.spec.job, parts, bound, patience)
                     if pushed is Pushed.LOST:
                         self._progress.tell("Redis does not know the job any more: submitting it again")
                         continue
@@ -330,7 +324,7 @@ class Run:
                     self._progress.tell(line)
                 if self.options.detach:
                     return None
-                status = watch.wait(check_all)
+                status = watch.wait(patience.tick)
                 if status is not None:
                     return status
                 self._progress.tell("Redis lost blocks: submitting them again")
@@ -378,7 +372,7 @@ class Run:
     def _say_detached(self, url: str) -> None:
         if self.options.json:
             broker = Broker(connect(url), self.spec.queue)
-            submitted = patiently(lambda: broker.status(self.spec.job), self._progress.notice, mask(url))
+            submitted = Patience(self._progress.notice, url)(lambda: broker.status(self.spec.job))
             self.result = report.from_status(submitted)
         else:
             self._progress.tell(

@@ -18,8 +18,8 @@ from embedstream.lifecycle.watching import look, lost_blocks
 from embedstream.queue.broker import Broker
 from embedstream.queue.queues import rate_of
 from embedstream.queue.workers import WorkerRecord, in_hand_of
-from embedstream.server.connection import connect, mask
-from embedstream.server.troubles import trouble, waiting
+from embedstream.server.connection import connect
+from embedstream.server.patience import Patience
 from embedstream.settings import Settings
 from embedstream_producer.progress import Progress
 
@@ -53,7 +53,7 @@ class Watch:
         self._thread: threading.Thread | None = None
         self._next_workers = 0.0
         self._next_finalize = 0.0
-        self._troubled = False
+        self._patience = Patience(progress.notice, url)
         self._finalize_trouble = ""
         self._without_worker = False
         self._stalled = False
@@ -122,15 +122,9 @@ class Watch:
                 self._next_workers = now + WORKERS_SECONDS
                 self._look_at_workers(status, workers)
         except redis.RedisError as error:
-            clause = trouble(error)
-            if clause is None:
-                raise
-            self._troubled = True
-            self._progress.notice(waiting(clause, mask(self._url)))
+            self._patience.met(error)
             return None
-        if self._troubled:
-            self._troubled = False
-            self._progress.notice("")
+        self._patience.over()
         self.done = status.done
         job = self._spec.job
         self._progress.update(status, in_hand_of(job, workers, status.workers), rate_of(job, workers))
@@ -190,7 +184,7 @@ def without_worker(broker: Broker, spec: JobSpec, url: str) -> str:
     others = [
         f"{queue} ({len(live)})"
         for queue in broker.queues()
-        if queue != spec.queue and (live := Broker(broker.client, queue).workers())
+        if queue != spec.queue and (live := broker.of(queue).workers())
     ]
     served = f"queues with workers: {', '.join(others)}" if others else "no queue has one"
     return (

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import redis
 import redis.asyncio
-from broker_lab import BOUND, HOUR_MS, Lab, make_entry, make_record, to_commit
+from broker_lab import HOUR_MS, Lab
 
-from embedstream.errors import BlockError, JobUnknown
+from embedstream.errors import BlockError
 from embedstream.jobs import JobState
 from embedstream.keys import GROUP
 from embedstream.queue.blocks import decode_block
@@ -210,24 +210,16 @@ def test_scripts_are_sent_again_to_a_server_that_forgot_them(real_lab: Lab) -> N
     assert real_lab.broker.backlog(job) == 2
 
 
-async def test_the_asyncio_broker_runs_the_same_steps(real_lab: Lab, redis_url: str) -> None:
-    spec, entry = real_lab.spec(), make_entry(0, 0)
+async def test_the_asyncio_broker_asks_and_hears_the_answer(real_lab: Lab, redis_url: str) -> None:
     real_lab.client.script_flush()
     async with redis.asyncio.Redis.from_url(redis_url) as client:
         broker = AsyncBroker(client, real_lab.broker.queue)
-        with pytest.raises(JobUnknown):
-            await broker.status(spec.job)
-        assert (await broker.run(broker.create(spec))).code is Code.CREATED
-        assert (await broker.run(broker.submit(spec.job, entry, BOUND))).code is Code.OK
-        assert (await broker.run(broker.seal(spec.job, 0, 1))).code is Code.OK
-        [claimed] = real_lab.claim(spec.job)
-        record = make_record(spec.job, "s", [(0, 0)])
-        assert (await broker.run(broker.commit(record, [to_commit(claimed)]))).code is Code.COMMITTED
-        lease = await broker.run(broker.take_finalize(spec.job, 0))
-        assert lease is not None
-        assert (await broker.run(broker.finalized(lease, JobState.COMPLETED, HOUR_MS))).code is Code.OK
-        status = await broker.status(spec.job)
-        assert (status.state, status.rows) == (JobState.COMPLETED, 9)
+        assert (await broker.run(broker.request("r", b"body", HOUR_MS, 10))).code is Code.OK
+        (claimed,) = real_lab.broker.claim_requests("w1", 10, 0)
+        key = broker.keys.reply("r")
+        assert await broker.receive(key, 0.01) is None
+        assert real_lab.broker.run(real_lab.broker.reply("r", claimed.entry, b"reply", HOUR_MS)).code is Code.OK
+        assert await broker.receive(key, 10) == b"reply"
 
 
 @pytest.mark.parametrize("taken", ["the group", "the stream"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
 import time
@@ -32,7 +33,7 @@ from embedstream_worker.interactive import Interactive
 from embedstream_worker.jobs import Jobs
 from embedstream_worker.lease import Leases
 from embedstream_worker.pipeline import Channel, Life, start_stage
-from embedstream_worker.troubles import Outage
+from embedstream_worker.troubles import patience
 
 
 @pytest.fixture
@@ -111,9 +112,11 @@ def test_a_sign_of_life_takes_the_place_of_what_is_no_list_of_workers(bench: Wor
 
 
 def test_a_refusal_that_names_its_command_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
-    outage = Outage("speaking")
-    for now in range(3):
-        outage.met(redis.ResponseError(f"Command # 2 (ZADD key {now} w1) of pipeline caused error: no such luck"))
+    def refused() -> None:
+        raise redis.ResponseError(f"Command # 2 (ZADD key {next(now)} w1) of pipeline caused error: no such luck")
+
+    now, speaking = itertools.count(), patience("speaking", time.sleep)
+    assert [speaking.once(refused) for _ in range(3)] == [False] * 3
     assert [record.getMessage() for record in caplog.records] == [
         "speaking: Redis refuses (no such luck), trying again (no such luck)"
     ]

@@ -8,6 +8,7 @@ import pytest
 from broker_lab import Lab
 
 from embedstream.jobs import JobState
+from embedstream.queue.broker import Broker
 from embedstream.queue.coordination import Compaction, compactions, save_compaction, troubles
 from embedstream.server.connection import connect
 from embedstream_coordinator import functions
@@ -31,7 +32,7 @@ def test_a_manifest_below_the_roots_of_other_coordinators_is_left_to_them(lab: L
 
 def test_a_compaction_below_the_roots_of_other_coordinators_is_left_to_them(redis_url: str, tmp_path: Path) -> None:
     context = Context(redis_url=redis_url, input_roots=(), output_roots=("/mine",))
-    client, wanted = connect(redis_url), Compaction(output=str(tmp_path), target_bytes=1, groups=("c0",))
-    save_compaction(client, wanted)
+    broker, wanted = Broker(connect(redis_url), ""), Compaction(output=str(tmp_path), target_bytes=1, groups=("c0",))
+    save_compaction(broker, wanted)
     assert functions.compact(context, wanted.id) == functions.merge(context, wanted.id, "c0") == ELSEWHERE
-    assert compactions(client) == [wanted]
+    assert compactions(broker) == [wanted]

@@ -82,14 +82,14 @@ CASES: dict[str, Case] = {
     "workers": (lambda lab: lab.broker.keys.workers, beat, lambda lab: lab.broker.workers(), [WORKER]),
     "coordinators": (
         lambda _: COORDINATORS,
-        lambda lab: heartbeat(lab.broker.client, COORDINATOR, 30),
-        lambda lab: coordinators(lab.broker.client),
+        lambda lab: heartbeat(lab.broker, COORDINATOR, 30),
+        lambda lab: coordinators(lab.broker),
         [COORDINATOR],
     ),
     "coordinators, left": (
         lambda _: COORDINATORS,
-        lambda lab: leave(lab.broker.client, "c"),
-        lambda lab: coordinators(lab.broker.client),
+        lambda lab: leave(lab.broker, "c"),
+        lambda lab: coordinators(lab.broker),
         [],
     ),
     "troubles": (
@@ -106,14 +106,14 @@ CASES: dict[str, Case] = {
     ),
     "compactions": (
         lambda _: COMPACTIONS,
-        lambda lab: save_compaction(lab.broker.client, MERGE),
-        lambda lab: compactions(lab.broker.client),
+        lambda lab: save_compaction(lab.broker, MERGE),
+        lambda lab: compactions(lab.broker),
         [MERGE],
     ),
     "compaction": (
         lambda _: compaction(MERGE.id),
-        lambda lab: note_compacted(lab.broker.client, MERGE, "s", "done"),
-        lambda lab: compacted(lab.broker.client, MERGE),
+        lambda lab: note_compacted(lab.broker, MERGE, "s", "done"),
+        lambda lab: compacted(lab.broker, MERGE),
         {"s": "done"},
     ),
 }

@@ -49,9 +49,9 @@ class Bench:
         self.lab.broker.announce()
         self.healthy = self._jobs("/out/a", "/out/b")
         self.read, self.ended = self._jobs(POISONED, "/out/ended")
-        save_compaction(self.client, DATASET)
+        save_compaction(self.lab.broker, DATASET)
         record = CoordinatorRecord(name="c", host="h", pid=1, processes=1, input_roots=(), output_roots=())
-        heartbeat(self.client, record, 60)
+        heartbeat(self.lab.broker, record, 60)
         self.now = 0.0
         self.context = Context(redis_url=url, input_roots=("/in",), output_roots=("/out", "redis:"))
         self.dispatcher = Dispatcher(self.context, lambda: self.now)
@@ -141,7 +141,7 @@ CASES: dict[str, Plant] = {
         COMPACTIONS, DATASET.id, msgspec.json.encode(msgspec.structs.replace(DATASET, groups=("a b",)))
     ),
     "NUL in the output of a compaction": lambda b: save_compaction(
-        b.client, Compaction(output="/x\0y", target_bytes=1)
+        b.lab.broker, Compaction(output="/x\0y", target_bytes=1)
     ),
     "a compaction under another's id": lambda b: b.client.hset(COMPACTIONS, "other", msgspec.json.encode(DATASET)),
     "a compaction that is no JSON": lambda b: b.client.hset(COMPACTIONS, "x", b"\xff"),
@@ -236,7 +236,7 @@ def look(bench: Bench, caplog: pytest.LogCaptureFixture) -> set[str]:
         assert len(caplog.records) == said, "what was said is said again"
     assert not any(record.exc_info for record in caplog.records)
     # What commands look at.
-    coordinators(bench.client)
+    coordinators(bench.lab.broker)
     troubles(bench.lab.broker, bench.read)
     return taken
 
@@ -246,7 +246,7 @@ def test_a_poisoned_record_costs_itself_alone(bench: Bench, caplog: pytest.LogCa
     CASES[case](bench)
     assert look(bench, caplog) >= bench.expected()
     assert "forgotten" in functions.expire(bench.context, bench.lab.broker.queue)
-    compactions(bench.client)
+    compactions(bench.lab.broker)
 
 
 @pytest.mark.parametrize("key", KEYS)

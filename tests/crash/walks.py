@@ -14,7 +14,7 @@ from e2e.harness import wait_until
 from crash.stage import KILLED, SOME_FAILED, Order, Process, Stage, vector
 from embedstream.dataset.sinks import open_sink
 from embedstream.lifecycle.adoption import adopt_shards
-from embedstream.queue.plans import drive
+from embedstream.server.patience import Patience
 
 QUESTION = "a question"
 
@@ -90,7 +90,7 @@ def dropper(stage: Stage, order: Order) -> None:
     pushing = held_up_producer(stage)
     stage.worker(orders="commit.before=kill").wait(KILLED)
     spec = stage.broker.status(stage.job).spec
-    adopted = drive(adopt_shards(stage.broker, stage.job, open_sink(spec.output, spec).find_shards()), stage.broker)
+    adopted = adopt_shards(stage.broker, stage.job, open_sink(spec.output, spec).find_shards(), Patience())
     assert adopted.shards
     stage.expire_leases(stage.broker.keys.blocks(stage.job))
     pushing.go_on()

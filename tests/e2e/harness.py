@@ -114,7 +114,7 @@ class Fleet:
 
         def is_there() -> bool:
             assert process.poll() is None, f"the coordinator left with {process.returncode}"
-            return any(c.pid == process.pid for c in coordinators(self.broker.client))
+            return any(c.pid == process.pid for c in coordinators(self.broker))
 
         wait_until(is_there, f"coordinator ready ({log.name})")
         return process

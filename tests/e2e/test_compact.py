@@ -133,7 +133,7 @@ def test_coordinators_merge_though_one_of_them_dies_before_it_removes_anything(w
     first.kill()
     first.wait()
     workers.start_coordinator()
-    wait_until(lambda: not compactions(workers.broker.client), "the end of the compaction", 120)
+    wait_until(lambda: not compactions(workers.broker), "the end of the compaction", 120)
     assert part_files(made.folder) == listed_files(made.folder)
     assert contents(made.folder) == rows
     assert_whole(made)
@@ -146,19 +146,19 @@ def test_several_groups_are_merged_by_several_coordinators_though_one_is_killed_
     write_lines(corpus, 8000)
     maker = make_shards(make_spec(tmp_path / "out", [corpus]), 12)
     made = Made(maker.spec, [corpus], maker.records, maker.end())
-    rows, client = contents(made.folder), workers.broker.client
+    rows, broker = contents(made.folder), workers.broker
     first = workers.start_coordinator("--processes", 1, EMBEDSTREAM_FAILPOINTS="file.renamed=pause")
     target = sum(shard.bytes for shard in made.manifest.shards) // 5
-    save_compaction(client, Compaction(output=str(made.folder), target_bytes=target))
+    save_compaction(broker, Compaction(output=str(made.folder), target_bytes=target))
     wait_until(lambda: "failpoint" in (tmp_path / "coordinator-0.log").read_text(), "a merged shard of the first one")
-    (wanted,) = compactions(client)
+    (wanted,) = compactions(broker)
     assert len(wanted.groups) >= 4
     workers.start_coordinator()
-    wait_until(lambda: len(compacted(client, wanted)) == len(wanted.groups) - 1, "all others")
+    wait_until(lambda: len(compacted(broker, wanted)) == len(wanted.groups) - 1, "all others")
     assert listed_files(made.folder) == {f"part-{record.name}.parquet" for record in maker.records}
     first.kill()
     first.wait()
-    wait_until(lambda: not compactions(client), "the end of the compaction", 120)
+    wait_until(lambda: not compactions(broker), "the end of the compaction", 120)
     assert listed_files(made.folder) == part_files(made.folder) == {f"part-{name}.parquet" for name in wanted.groups}
     assert contents(made.folder) == rows
     assert_whole(made)
@@ -184,7 +184,7 @@ def test_what_cannot_be_merged_is_told_in_one_sentence(workers: Fleet, tmp_path:
     assert "no finished dataset" in seen.stderr
     ended = run("embed-cancel", asked["id"], "--redis", workers.url)
     assert ended.returncode == 0, ended.stderr
-    assert compactions(workers.broker.client) == []
+    assert compactions(workers.broker) == []
 
 
 def test_a_dataset_in_a_bucket_is_merged_there(

@@ -95,7 +95,7 @@ def test_several_parts_are_read_by_several_coordinators_into_the_dataset_of_one_
     for process in (first, second):
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=20) == 0
-    assert coordinators(workers.broker.client) == []
+    assert coordinators(workers.broker) == []
 
 
 def test_parts_are_read_at_the_same_time(workers: Fleet, tmp_path: Path) -> None:
@@ -290,7 +290,7 @@ def test_what_no_live_coordinator_may_read_is_refused_before_there_is_a_job(work
     write_corpus(tmp_path / "c.jsonl", 10)
     command = [str(BIN / "embed-coordinator"), "--redis", workers.url, "--input-root", str(inside)]
     workers.processes.append(subprocess.Popen(command, env=environment(), cwd=inside, stderr=subprocess.DEVNULL))
-    wait_until(lambda: coordinators(workers.broker.client), "the coordinator")
+    wait_until(lambda: coordinators(workers.broker), "the coordinator")
     common = ["-o", tmp_path / "out", "--redis", workers.url, "--model", "hashing", "--server-side"]
     done = run("embed-submit", tmp_path / "c.jsonl", *common)
     assert (done.returncode, done.stdout) == (2, "")
@@ -367,7 +367,7 @@ def test_a_user_with_the_documented_rights_can_be_a_coordinator(tmp_path: Path) 
             wait_for_end(workers, job, seconds=90)
             done = run("embed-compact", tmp_path / "out", "--redis", url)
             assert done.returncode == 0, done.stderr
-            wait_until(lambda: not compactions(workers.broker.client), "the compaction")
+            wait_until(lambda: not compactions(workers.broker), "the compaction")
             process.send_signal(signal.SIGTERM)
             assert process.wait(timeout=20) == 0
         denied = {entry[b"object"] for entry in server.client().execute_command("ACL", "LOG")}

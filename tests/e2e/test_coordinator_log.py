@@ -133,7 +133,7 @@ def test_a_stop_is_no_failure_and_what_was_being_done_goes_on_at_once(
     assert "handed over, as this coordinator stops" in said[0][2]
     workers.start_coordinator()
     if doing == "merge":
-        wait_until(lambda: not compactions(workers.broker.client), "the end of the compaction", 50)
+        wait_until(lambda: not compactions(workers.broker), "the end of the compaction", 50)
         assert run("embed-verify", output).returncode == 0
     else:
         wait_until(lambda: workers.broker.state(job) is JobState.COMPLETED, "the end of the job", 50)

@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import threading
-import time
 import urllib.request
 from collections.abc import Iterator
 from functools import partial
@@ -29,7 +28,6 @@ from embedstream.metrics import exposition
 from embedstream.metrics.exposition import MOST_REQUESTS, Exposition, QueueCollector
 from embedstream.metrics.metrics import QUEUE_METRICS, WORKER_METRICS
 from embedstream.queue.broker import Broker
-from embedstream.queue.plans import drive
 from embedstream.queue.queues import GUESSED_TOKENS_PER_SECOND
 from embedstream.server.connection import connect
 
@@ -168,8 +166,7 @@ def test_time_spent_on_requests_does_not_slow_the_pace_of_a_queue(redis_server: 
         )
         wait_until(lambda: worker.life.state == "ready", "the worker")
         broker = Broker(connect(lab.url), lab.broker.queue)
-        request = ask(broker, EmbedRequest(texts=("a",)), 60, time.monotonic)
-        asking = threading.Thread(target=lambda: drive(request, broker))
+        asking = threading.Thread(target=lambda: ask(broker, EmbedRequest(texts=("a",)), 60))
         asking.start()
         wait_until(lambda: (busy() or 0) > 1, "a long request")
         gate.open.set()

@@ -69,7 +69,7 @@ def poison(workers: Fleet) -> None:
 def test_the_healthy_job_beside_many_poisoned_records_is_read_and_ended(workers: Fleet, tmp_path: Path) -> None:
     poison(workers)
     coordinator = workers.start_coordinator()
-    wait_until(lambda: coordinators(workers.broker.client), "the coordinator")
+    wait_until(lambda: coordinators(workers.broker), "the coordinator")
     ours = psutil.Process(coordinator.pid)
     wait_until(lambda: len(ours.children()) == 2, "its processes")
     processes = {child.pid for child in ours.children()}

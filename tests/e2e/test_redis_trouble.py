@@ -22,9 +22,8 @@ from embedstream.api.client import Client
 from embedstream.errors import BrokerError
 from embedstream.jobs import job_id
 from embedstream.lifecycle.submission import Part, Pushed, push_job
-from embedstream.queue.plans import drive
-from embedstream.server.troubles import is_out_of_memory, patiently, trouble
-from embedstream_worker.troubles import Outage
+from embedstream.server.patience import Patience
+from embedstream.server.troubles import is_out_of_memory, trouble
 
 TEXTS = [f"text number {i} " + "word " * (i % 7) for i in range(64)]
 BY_ID = {f"t{i}": text for i, text in enumerate(TEXTS)}
@@ -145,8 +144,8 @@ def test_a_trouble_that_passes_is_waited_for_by_workers_and_producers(
 
         def push() -> None:
             blocks = pack(TEXTS, 8)
-            plan = push_job(lab.broker, second, [Part("corpus", lambda: blocks)], BOUND)
-            pushed.append(drive(plan, lab.broker, told.append, url="HOST"))
+            patience = Patience(told.append, "HOST")
+            pushed.append(push_job(lab.broker, second, {0: Part("corpus", lambda: blocks)}, BOUND, patience))
 
         with TROUBLES[what](server):
             gate.open.set()
@@ -179,14 +178,14 @@ def test_an_outage_of_minutes_is_one_line_for_each_thing_that_a_worker_does(
     server: OwnServer, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caplog.set_level(logging.INFO)
-    tries: list[redis.RedisError] = []
-    met = Outage.met
+    tries: list[Exception] = []
+    met = Patience.met
 
-    def count(outage: Outage, error: redis.RedisError) -> None:
+    def count(patience: Patience, error: Exception) -> float:
         tries.append(error)
-        met(outage, error)
+        return met(patience, error)
 
-    monkeypatch.setattr(Outage, "met", count)
+    monkeypatch.setattr(Patience, "met", count)
     with worker_lab(server.url, tmp_path) as lab:
         worker = lab.start()
         wait_until(lambda: [w for w in lab.broker.workers() if w.state == "ready"], "the worker")
@@ -204,7 +203,7 @@ def test_an_outage_of_minutes_is_one_line_for_each_thing_that_a_worker_does(
 def test_what_does_not_pass_is_raised_at_once(server: OwnServer) -> None:
     server.client().config_set("requirepass", "secret")
     with pytest.raises(redis.AuthenticationError):
-        patiently(lambda: server.client().get("x"), lambda _: None, "HOST")
+        Patience()(lambda: server.client().get("x"))
 
 
 def test_a_server_that_runs_somebodys_script_is_called_busy(server: OwnServer) -> None:

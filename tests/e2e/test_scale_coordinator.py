@@ -77,7 +77,7 @@ def measure(folder: Path, rows: int) -> Peaks:
         peaks.ingesting = watch(process.pid, lambda: workers.broker.state(job) is JobState.COMPLETED)
         before = len(read_manifest(output)["shards"])
         assert run("embed-compact", output, "--redis", workers.url, "--shard-mib", 64).returncode == 0
-        peaks.merging = watch(process.pid, lambda: not compactions(workers.broker.client))
+        peaks.merging = watch(process.pid, lambda: not compactions(workers.broker))
         print(
             f"\n{rows:,} rows: {before} shards merged to {len(read_manifest(output)['shards'])}, peaks in MiB {peaks}"
         )

@@ -35,10 +35,9 @@ class CountingBroker(Broker):
 
 
 def test_an_outage_during_a_trial_is_told_once_and_the_note_is_made_after_it(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level("INFO")
-    monkeypatch.setattr(suspects, "WAIT_SECONDS", 0.01)
     with own_server() as server:
         broker = CountingBroker(connect(server.url, retries=0), "hashing")
         spec = JobSpec(queue="hashing", output="/data/out", model="hashing", parts=("records",))

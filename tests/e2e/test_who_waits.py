@@ -116,7 +116,7 @@ async def test_the_asyncio_client_does_the_same(broker: Broker, redis_server: Re
         change(broker, job.id, output=str(victim))
         with pytest.raises(RecordDamaged):
             await job.wait(30)
-        client._files.hset(broker.keys.job(job.id), "state", "completed")
+        broker.client.hset(broker.keys.job(job.id), "state", "completed")
         with pytest.raises(UsageError, match="output="):
             _ = [batch async for batch in (await client.job(job.id)).results()]
     assert list(victim.iterdir()) == []

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import shutil
 import threading
-import time
 from typing import Any
 
 import msgspec
@@ -21,7 +20,6 @@ from embedstream.jobs import JobState
 from embedstream.metrics.metrics import DEVICE_BUSY
 from embedstream.queue import scripts
 from embedstream.queue.broker import Broker
-from embedstream.queue.plans import drive
 from embedstream.queue.steps import PROVEN
 from embedstream.queue.workers import WorkerRecord
 from embedstream.server.connection import connect
@@ -325,7 +323,7 @@ def test_an_interactive_request_is_answered_before_the_next_batch_of_a_job(lab: 
 
     def call() -> None:
         broker = Broker(connect(lab.url), lab.broker.queue)
-        answers.append(drive(ask(broker, EmbedRequest(texts=("now",)), 30, time.monotonic), broker))
+        answers.append(ask(broker, EmbedRequest(texts=("now",)), 30))
 
     caller = threading.Thread(target=call)
     caller.start()

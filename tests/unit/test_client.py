@@ -422,6 +422,46 @@ async def test_the_asyncio_client_takes_an_asynchronous_stream(redis_server: Red
                 await client.submit(broken(), output=str(tmp_path / "broken"))
 
 
+async def test_a_hundred_requests_wait_on_one_loop_and_leave_it_at_once(redis_server: RedisServer) -> None:
+    queue = f"client-{uuid.uuid4().hex[:8]}"
+    async with AsyncClient(redis_server.url, queue) as client:
+        threads = threading.active_count()
+        asking = [asyncio.create_task(client.embed(["a"], timeout=300)) for _ in range(100)]
+        with Client(redis_server.url, queue) as other:
+            waiting: Any = broker_of(other).client
+            while waiting.xlen(broker_of(other).keys.interactive) < 100:
+                await asyncio.sleep(0.01)
+        assert threading.active_count() == threads
+        for each in asking:
+            each.cancel()
+        left = await asyncio.wait_for(asyncio.gather(*asking, return_exceptions=True), 10)
+        assert {type(each) for each in left} == {asyncio.CancelledError}
+        with MiniWorker(redis_server.url, queue):
+            answers = await asyncio.gather(*(client.embed([f"{n}"]) for n in range(100)))
+        assert [answer.tolist() for answer in answers] == [[vector(f"{n}")] for n in range(100)]
+
+
+async def test_a_cancelled_submission_draws_no_more_records(redis_server: RedisServer, tmp_path: Path) -> None:
+    drawn = 0
+
+    def records() -> Iterator[str]:
+        nonlocal drawn
+        while True:
+            drawn += 1
+            yield f"text {drawn}"
+
+    async with AsyncClient(redis_server.url, f"client-{uuid.uuid4().hex[:8]}") as client:
+        submitting = asyncio.create_task(client.submit(records(), output=str(tmp_path / "out")))
+        while drawn < 2000:
+            await asyncio.sleep(0.01)
+        (thread,) = [thread for thread in threading.enumerate() if thread.name.startswith("embedstream")]
+        submitting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await submitting
+        await asyncio.to_thread(thread.join, 30)
+        assert not thread.is_alive()
+
+
 def test_the_package_is_light() -> None:
     heavy = "torch|transformers|numpy|pyarrow|redis|click|rich"
     code = f"import sys, embedstream; print([m for m in '{heavy}'.split('|') if m in sys.modules])"

@@ -16,12 +16,13 @@ import msgspec
 import pytest
 
 from embedstream.errors import OutputBusy, ServerError
+from embedstream.server.connection import connect
 from embedstream_producer.embedded import OutputLock, PrivateFolder, PrivateServer, state_folder
 from embedstream_producer.embedded import state as server_state
 from embedstream_producer.embedded.private import open_state
 from embedstream_producer.embedded.processes import Process, end, identify, is_running, wait_ended
 from embedstream_producer.embedded.programs import Program, fake_program, find_program
-from embedstream_producer.embedded.state import ServerRecord, connect, read_record
+from embedstream_producer.embedded.state import ServerRecord, read_record
 
 HOLDER = """
 import signal, sys

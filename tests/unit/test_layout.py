@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
+import redis
+
 ROOT = Path(__file__).parents[2]
 PACKAGES = {
     "embedstream": ROOT / "embedstream",
@@ -53,3 +55,38 @@ def test_no_file_imports_itself_by_way_of_others() -> None:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
         raise AssertionError(" <- ".join(error.args[1])) from None
+
+
+MAY_TALK_TO_REDIS = (
+    "embedstream.server",
+    "embedstream.queue",
+    "embedstream.dataset.redis_hashes",  # an output, on a server of its own
+    "embedstream_coordinator.rq_types",  # RQ's queue and keys
+    "embedstream_coordinator.rq_keys",
+)
+
+
+def talk_to_redis(path: Path) -> Iterator[str]:
+    """Where a file uses a client of Redis: redis-py for more than its exceptions, or the client of a broker."""
+
+    def is_exception(name: str) -> bool:
+        kind = getattr(redis, name, None)
+        return name == "exceptions" or (isinstance(kind, type) and issubclass(kind, redis.RedisError))
+
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        match node:
+            case ast.Attribute(value=ast.Name(id="redis"), attr=name) if not is_exception(name):
+                yield f"redis.{name}"
+            case ast.Attribute(attr="client"):
+                yield ast.unparse(node)
+            case ast.ImportFrom(module=str(module)) if module.split(".")[0] == "redis" and module != "redis.exceptions":
+                yield f"from {module}"
+            case ast.Import(names=names):
+                yield from (each.name for each in names if each.name.startswith("redis."))
+
+
+def test_only_the_queue_and_what_connects_use_a_client_of_redis() -> None:
+    found = {name: found for name, path in modules().items() if (found := sorted({*talk_to_redis(path)}))}
+    assert {name for name in found if name.startswith("embedstream.queue")}
+    strangers = {name: uses for name, uses in found.items() if not name.startswith(MAY_TALK_TO_REDIS)}
+    assert strangers == {}

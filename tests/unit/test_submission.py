@@ -3,14 +3,16 @@ from typing import Any
 
 import msgspec
 import pytest
+import redis
 
 from embedstream.errors import CorpusChanged, InputError
 from embedstream.lifecycle.submission import Part, Pushed, push_job
 from embedstream.queue.blocks import Block
+from embedstream.queue.broker import Broker
 from embedstream.queue.packing import Packer
-from embedstream.queue.plans import Action, NextBlock, Pause, Plan, Sums
 from embedstream.queue.steps import Answer, Code, Step, Steps
 from embedstream.records import PartContent
+from embedstream.server.patience import Patience
 from embedstream.settings import BlockLimits
 
 JOB = "0123456789abcdef"
@@ -26,51 +28,40 @@ def part_of(blocks: list[Block]) -> Part:
     return Part("corpus.jsonl", lambda: iter(blocks))
 
 
-class Server:
-    """Answers a plan as Redis would, save where a script says otherwise; keeps what was asked."""
+class Server(Broker):
+    """Answers as Redis would, save where a test says otherwise; keeps what was asked."""
 
     def __init__(self, blocks: Iterable[Block] = ()) -> None:
-        self.sums: dict[int, list[bytes]] = {}
+        Steps.__init__(self, "queue")
+        self.known: dict[int, list[bytes]] = {}
         for block in blocks:
-            self.sums.setdefault(block.part, []).append(block.sum)
+            self.known.setdefault(block.part, []).append(block.sum)
         self.adopted: dict[int, list[bytes]] = {}
         self.sealed: dict[int, int] = {}
-        self.contents: dict[int, bytes | str] = {}
+        self.sealed_with: dict[int, bytes | str] = {}
         self.sent: list[tuple[int, int]] = []
         self.pauses: list[float] = []
+        self.said: list[str] = []
         self.odd: list[Callable[[str], Answer | None]] = []
 
-    def run(self, plan: Plan[Pushed]) -> Pushed:
-        answer: Any = None
-        while True:
-            try:
-                action = plan.send(answer)
-            except StopIteration as end:
-                return Pushed(end.value)
-            answer = self.answer(action)
+    def next_block(self, job: str, part: int) -> int:  # noqa: ARG002
+        return len(self.known.get(part, []))
 
-    def answer(self, action: Action) -> Any:
-        match action:
-            case Pause(seconds):
-                self.pauses.append(seconds)
-                return None
-            case NextBlock(_, part):
-                return len(self.sums.get(part, []))
-            case Sums(_, part, first, count):
-                known = self.sums.get(part, [])
-                return b"".join([*known, *self.adopted.get(part, [])[len(known) :]][first : first + count])
-            case Step(script=script, args=args):
-                for odd in self.odd:
-                    said = odd(script)
-                    if said is not None:
-                        return said
-                values: tuple[Any, ...] = args
-                return self.submit(*values) if script == "submit" else self.seal(*values)
-        raise AssertionError(action)
+    def sums(self, job: str, part: int, first: int, count: int) -> bytes:  # noqa: ARG002
+        known = self.known.get(part, [])
+        return b"".join([*known, *self.adopted.get(part, [])[len(known) :]][first : first + count])
 
-    def submit(self, part: int, block: int, *rest: Any) -> Answer:
+    def run(self, step: Step[Any]) -> Any:
+        for odd in self.odd:
+            said = odd(step.script)
+            if said is not None:
+                return said
+        values: tuple[Any, ...] = step.args
+        return self.take(*values) if step.script == "submit" else self.close(*values)
+
+    def take(self, part: int, block: int, *rest: Any) -> Answer:
         self.sent.append((part, block))
-        sums = self.sums.setdefault(part, [])
+        sums = self.known.setdefault(part, [])
         if block > len(sums):
             return Answer(Code.GAP, number=len(sums))
         if block == len(sums):
@@ -78,11 +69,11 @@ class Server:
             return Answer(Code.OK)
         return Answer(Code.DUPLICATE)
 
-    def seal(self, _: str, part: int, blocks: int, content: bytes | str) -> Answer:
-        if len(self.sums.get(part, [])) < blocks:
-            return Answer(Code.MISSING, number=len(self.sums.get(part, [])))
+    def close(self, _: str, part: int, blocks: int, content: bytes | str) -> Answer:
+        if len(self.known.get(part, [])) < blocks:
+            return Answer(Code.MISSING, number=len(self.known.get(part, [])))
         self.sealed[part] = blocks
-        self.contents[part] = content
+        self.sealed_with[part] = content
         return Answer(Code.OK)
 
 
@@ -91,15 +82,17 @@ def once(script: str, answer: Answer, act: Callable[[], None] = lambda: None) ->
 
     def odd(asked: str) -> Answer | None:
         if asked == script and left:
+            said = left.pop()
             act()
-            return left.pop()
+            return said
         return None
 
     return odd
 
 
 def push(server: Server, *parts: Part) -> Pushed:
-    return server.run(push_job(Steps("queue"), JOB, parts, 1 << 20, jitter=lambda: 0.5))
+    patience = Patience(server.said.append, "HOST", wait=server.pauses.append)
+    return push_job(server, JOB, dict(enumerate(parts)), 1 << 20, patience, jitter=lambda: 0.5)
 
 
 def test_every_block_of_every_part_is_submitted_and_sealed() -> None:
@@ -111,10 +104,10 @@ def test_every_block_of_every_part_is_submitted_and_sealed() -> None:
 
 def test_a_part_is_sealed_with_what_its_last_whole_reading_read() -> None:
     server, read = Server(), [PartContent(9, "0" * 64), PartContent(10, "1" * 64)]
-    server.odd.append(once("seal", Answer(Code.MISSING, number=2), lambda: server.sums[0].__delitem__(slice(2, None))))
+    server.odd.append(once("seal", Answer(Code.MISSING, number=2), lambda: server.known[0].__delitem__(slice(2, None))))
     part = Part("corpus.jsonl", lambda: iter(blocks_of(3)), content=lambda: read.pop(0))
     assert push(server, part, part_of(blocks_of(1, part=1))) is Pushed.SEALED
-    assert server.contents == {0: msgspec.json.encode(PartContent(10, "1" * 64)), 1: ""}
+    assert server.sealed_with == {0: msgspec.json.encode(PartContent(10, "1" * 64)), 1: ""}
 
 
 def test_blocks_that_redis_has_are_not_sent_again() -> None:
@@ -162,7 +155,7 @@ def test_a_gap_sends_the_producer_back_to_the_block_that_redis_lost() -> None:
     server = Server()
 
     def lose_all_but_one() -> None:
-        del server.sums[0][1:]
+        del server.known[0][1:]
 
     def lossy() -> Iterator[Block]:
         for block in blocks:
@@ -171,14 +164,14 @@ def test_a_gap_sends_the_producer_back_to_the_block_that_redis_lost() -> None:
             yield block
 
     assert push(server, Part("corpus.jsonl", lossy)) is Pushed.SEALED
-    assert server.sums[0] == [block.sum for block in blocks]
+    assert server.known[0] == [block.sum for block in blocks]
     assert server.sent == [(0, 0), (0, 1), (0, 2), (0, 3), (0, 1), (0, 2), (0, 3), (0, 4)]
 
 
 def test_blocks_lost_before_the_seal_are_submitted_again() -> None:
     blocks = blocks_of(4)
     server = Server()
-    server.odd.append(once("seal", Answer(Code.MISSING, number=2), lambda: server.sums[0].__delitem__(slice(2, None))))
+    server.odd.append(once("seal", Answer(Code.MISSING, number=2), lambda: server.known[0].__delitem__(slice(2, None))))
     assert push(server, part_of(blocks)) is Pushed.SEALED
     assert server.sent[4:] == [(0, 2), (0, 3)]
     assert server.sealed == {0: 4}
@@ -207,6 +200,42 @@ def test_a_full_queue_is_waited_for_with_growing_pauses() -> None:
     assert server.pauses == sorted(server.pauses)
     assert server.pauses[0] == pytest.approx(0.02)
     assert server.pauses[-1] == pytest.approx(0.2)
+    assert server.said == ["the queue is full, waiting for workers", ""]
+
+
+@pytest.mark.parametrize(
+    ("script", "says"),
+    [
+        ("submit", "the queue is full, waiting for workers"),
+        ("seal", "Redis is out of memory, waiting for workers"),
+    ],
+)
+def test_a_server_without_memory_is_waited_for_as_a_full_queue(script: str, says: str) -> None:
+    server = Server()
+
+    def refuse() -> None:
+        raise redis.exceptions.OutOfMemoryError("command not allowed when used memory > 'maxmemory'.")
+
+    server.odd += [once(script, Answer(Code.OK), refuse) for _ in range(3)]
+    assert push(server, part_of(blocks_of(1))) is Pushed.SEALED
+    assert server.said == [says, ""]
+    assert max(server.pauses) <= 0.2
+
+
+def test_a_full_queue_and_a_trouble_are_each_said_once_and_their_end_once() -> None:
+    server = Server()
+
+    def lose() -> None:
+        raise redis.ConnectionError("cut")
+
+    server.odd += [once("submit", Answer(Code.FULL)) for _ in range(2)]
+    server.odd += [once("submit", Answer(Code.OK), lose) for _ in range(2)]
+    assert push(server, part_of(blocks_of(2))) is Pushed.SEALED
+    assert server.said == [
+        "the queue is full, waiting for workers",
+        "Redis at HOST cannot be reached, waiting for it",
+        "",
+    ]
 
 
 def test_pushing_stops_when_the_job_was_ended_elsewhere() -> None:
@@ -226,13 +255,11 @@ def test_a_job_that_redis_forgot_is_reported_as_lost(script: str) -> None:
 def test_a_job_forgotten_while_its_sums_are_compared_is_lost() -> None:
     blocks = blocks_of(3)
     server = Server(blocks)
-    plan = push_job(Steps("queue"), JOB, [part_of(blocks)], 1 << 20)
-    assert server.answer(plan.send(None)) == b"".join(block.sum for block in blocks)
-    assert isinstance(plan.send(b""), NextBlock)
-    assert isinstance(plan.send(3), Sums)
-    with pytest.raises(StopIteration) as end:
-        plan.send(b"")
-    assert end.value.value is Pushed.LOST
+    server.odd.append(once("submit", Answer(Code.OK)))
+    asked = iter([b"".join(block.sum for block in blocks), b"", b""])
+    server.sums = lambda *_: next(asked)  # type: ignore[method-assign]
+    assert push(server, part_of(blocks)) is Pushed.LOST
+    assert server.sent == []
 
 
 def test_a_block_that_another_run_changed_is_refused() -> None:

@@ -14,9 +14,9 @@ import pyarrow as pa
 
 from embedstream.queue.blocks import Block
 from embedstream.queue.broker import Broker
+from embedstream.server.patience import Refused
 from embedstream_worker.engines.base import Tokens
 from embedstream_worker.jobs import OpenJob
-from embedstream_worker.troubles import Refused
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from embedstream.jobs import JobSpec
 from embedstream.lifecycle.finalizing import finalize_job
 from embedstream.queue.broker import Broker
 from embedstream.queue.job_record import reading_job
-from embedstream_worker.troubles import Outage, Refused
+from embedstream_worker.troubles import patience
 
 log = logging.getLogger(__name__)
 
@@ -35,16 +35,15 @@ class Housekeeping:
 
     def run(self, stopping: Callable[[float], bool]) -> None:
         """`stopping(seconds)` waits and says whether the worker stops."""
-        outage = Outage("housekeeping")
+        patient = patience("housekeeping", stopping)
         while not stopping(FINALIZE_SECONDS * random.uniform(0.5, 1.5)):
             self._round += 1
-            try:
-                self.finalize()
-                if self._round % RETIRE_ROUNDS == 0:
-                    self._retire()
-                outage.over()
-            except Refused as error:
-                outage.met(error)
+            patient.once(self._do)
+
+    def _do(self) -> None:
+        self.finalize()
+        if self._round % RETIRE_ROUNDS == 0:
+            self._retire()
 
     def hopeless(self) -> frozenset[str]:
         """Jobs of the outbox that this worker could not finalize when it last tried, or may not."""

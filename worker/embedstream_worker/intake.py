@@ -7,18 +7,18 @@ import math
 import random
 import time
 from collections.abc import Callable, Container, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
-from redis.backoff import ExponentialWithJitterBackoff
 
 from embedstream.cli.logs import about
 from embedstream.errors import BlockError, RecordDamaged
 from embedstream.jobs import JobState
 from embedstream.queue.blocks import Block, decode_block
 from embedstream.queue.broker import Claimed, entry_size
+from embedstream.server.patience import Refused, Stopped
 from embedstream.settings import BLOCK_LIMITS
 from embedstream_worker.ahead import Ahead
 from embedstream_worker.held import HeldBlock, Window, hand_back, release
@@ -26,7 +26,7 @@ from embedstream_worker.jobs import LOOK_AGAIN_SECONDS, Jobs, OpenJob
 from embedstream_worker.pipeline import Channel, Closed
 from embedstream_worker.shared import Shared
 from embedstream_worker.suspects import ALONE, BY_CHUNK
-from embedstream_worker.troubles import Outage, Refused, may_pass
+from embedstream_worker.troubles import may_pass, patience
 
 log = logging.getLogger(__name__)
 
@@ -95,19 +95,11 @@ class Intake:
 
     def run(self) -> None:
         """Until told to stop, or in burst mode until no unfinished job is left for this worker."""
-        backoff, failures, outage = ExponentialWithJitterBackoff(base=0.1, cap=5.0), 0, Outage("claiming blocks")
-        while not self._life.stopping.is_set():
-            try:
-                if self._step():
+        claiming = patience("claiming blocks", self._life.stopping.wait)
+        with suppress(Stopped):
+            while not self._life.stopping.is_set():
+                if claiming(self._step):
                     self._life.stop()
-                failures = 0
-                outage.over()
-            except Refused as error:
-                if not may_pass(error):
-                    raise
-                failures += 1
-                outage.met(error)
-                self._life.stopping.wait(backoff.compute(failures))
 
     def _step(self) -> bool:
         """One window, or one look for work. Whether a burst worker is done."""

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import suppress
 
 import msgspec
 import numpy as np
-from redis.backoff import ExponentialWithJitterBackoff
 
 from embedstream.api.interactive import EmbedReply, EmbedRequest, refuse_long_body
 from embedstream.dataset.input_hash import model_inputs
 from embedstream.errors import ModelError, UsageError
 from embedstream.queue.broker import Claimed
+from embedstream.server.patience import Refused, Stopped
 from embedstream_worker.batching import join_tokens
 from embedstream_worker.engines.base import Engine, TextTokenizer
 from embedstream_worker.held import TokenizedGroup, hand_back
 from embedstream_worker.infer import Urgent
 from embedstream_worker.pipeline import Channel, Closed
 from embedstream_worker.shared import Shared
-from embedstream_worker.troubles import Outage, Refused, may_pass
+from embedstream_worker.troubles import patience
 
 log = logging.getLogger(__name__)
 
@@ -52,32 +53,28 @@ class Interactive:
         self._tokenizer = tokenizer
         self._infer = infer
         self._output = next(iter(engine.info.outputs))
+        self._unsure = False  # whether something may be claimed and not answered
 
     def run(self) -> None:
         """Until the worker stops; requests that it has not answered then go back."""
-        backoff, failures, outage = ExponentialWithJitterBackoff(base=0.1, cap=5.0), 0, Outage("answering requests")
-        while not self._life.stopping.is_set():
-            try:
-                if failures:
-                    self._hand_all_back()
-                for request in self._claim():
-                    self._serve(request)
-                failures = 0
-                outage.over()
-            except Closed:
-                break
-            except Refused as error:
-                if not may_pass(error):
-                    raise
-                failures += 1
-                outage.met(error)
-                self._life.stopping.wait(backoff.compute(failures))
+        answering = patience("answering requests", self._life.stopping.wait)
+        with suppress(Closed, Stopped):
+            while not self._life.stopping.is_set():
+                answering(self._round)
         if self._life.failure is not None:
             return  # perhaps a request was the cause: it must not be the next worker's at once
         try:
             self._hand_all_back()
         except Refused as error:
             log.warning("could not hand requests back (%s): their lease will expire", error)
+
+    def _round(self) -> None:
+        if self._unsure:
+            self._hand_all_back()
+        self._unsure = True
+        for request in self._claim():
+            self._serve(request)
+        self._unsure = False
 
     def _claim(self) -> list[Claimed]:
         begun = time.monotonic()
@@ -98,7 +95,7 @@ class Interactive:
         reply = EmbedReply(error="its caller has left")
         if claimed.deliveries > MOST_DELIVERIES:
             reply = EmbedReply(error=f"{claimed.deliveries - 1} workers died of this request, or while they had it")
-        elif self._broker.client.exists(self._broker.keys.caller(name)):
+        elif self._broker.is_awaited(name):
             reply = self._answer(claimed.fields.get(b"body", b""))
         payload = msgspec.msgpack.encode(reply)
         self._broker.run(self._broker.reply(name, claimed.entry, payload, REPLY_KEEP_MS))

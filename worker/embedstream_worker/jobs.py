@@ -22,9 +22,9 @@ from embedstream.lifecycle.opening import is_here
 from embedstream.masking import mask
 from embedstream.queue.broker import Broker
 from embedstream.queue.job_record import reading_job
+from embedstream.server.patience import Refused
 from embedstream_worker.engines import EngineOptions
 from embedstream_worker.engines.base import Engine, EngineInfo
-from embedstream_worker.troubles import Refused
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from embedstream.queue.workers import WorkerRecord
 from embedstream_worker.held import ENTRIES_PER_STEP
 from embedstream_worker.shared import Shared
-from embedstream_worker.troubles import Outage, Refused
+from embedstream_worker.troubles import patience
 
 log = logging.getLogger(__name__)
 
@@ -22,21 +22,21 @@ class Leases:
         self._broker = shared.broker(0)
         self._record = record
         self._stalled = False
-        self._renewing = Outage("renewing leases")
-        self._speaking = Outage("giving a sign of life")
 
     def run(self, gone: Callable[[float], bool]) -> None:
         """`gone(seconds)` waits and says whether the worker has ended."""
+        renewing = patience("renewing leases", gone)
+        speaking = patience("giving a sign of life", gone)
         next_renewal = next_heartbeat = 0.0
         said: WorkerRecord | None = None
         while True:
             now = time.monotonic()
             # Renewal first, and apart: a full server refuses the heartbeat, which is a write, but not the renewal.
-            if now >= next_renewal and self._try(self.renew, self._renewing):
+            if now >= next_renewal and renewing.once(self.renew):
                 next_renewal = now + self._shared.settings.lease_seconds / 4
             record = self._record()
             due = now >= next_heartbeat or said is None or said.state != record.state
-            if due and self._try(self.say_alive, self._speaking):
+            if due and speaking.once(self.say_alive):
                 next_heartbeat, said = now + self._shared.settings.heartbeat_seconds, record
             if gone(min(1.0, self._shared.settings.lease_seconds / 8)):
                 return
@@ -64,12 +64,3 @@ class Leases:
                 lost = self._broker.run(self._broker.renew(stream, self._shared.consumer, some))
                 # Committing does not ask who owns an entry: work on lost ones goes on, and counts if it is first.
                 self._shared.held.remove(stream, lost)
-
-    def _try(self, step: Callable[[], None], outage: Outage) -> bool:
-        try:
-            step()
-        except Refused as error:
-            outage.met(error)
-            return False
-        outage.over()
-        return True

@@ -6,13 +6,11 @@ import time
 import uuid
 from collections.abc import Container
 from dataclasses import dataclass, field
-from typing import Any
 
 import redis
 
 from embedstream.errors import RecordDamaged
 from embedstream.jobs import JobState
-from embedstream.keys import GROUP, RELEASED
 from embedstream.queue.broker import Broker
 from embedstream.queue.workers import InHand
 from embedstream.records import ShardRecord
@@ -129,16 +127,9 @@ class OpenShards:
                     case JobState.SUBMITTING:
                         return now - shard.grown >= IDLE_SECONDS
                     case JobState.RUNNING:
-                        return not self._is_unclaimed(shard.job.id)
+                        return not self._broker.unclaimed(shard.job.id)
         except redis.RedisError:
             return False
         except RecordDamaged:
             pass  # the commit will say what becomes of it
         return True
-
-    def _is_unclaimed(self, job: str) -> bool:
-        """Whether blocks of a job are in nobody's hands."""
-        client: Any = self._broker.client
-        pending = client.xpending(self._broker.keys.blocks(job), GROUP)
-        held: int = sum(owner["pending"] for owner in pending["consumers"] or () if owner["name"].decode() != RELEASED)
-        return self._broker.backlog(job) > held

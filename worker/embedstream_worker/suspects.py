@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import redis
+from collections.abc import Callable
+from typing import TypeVar
 
 from embedstream.cli.logs import about
 from embedstream.errors import RecordDamaged
 from embedstream.queue.broker import Broker
-from embedstream.queue.steps import Code
+from embedstream.queue.steps import Answer, Code
+from embedstream.server.patience import Stopped
 from embedstream.server.troubles import passes
 from embedstream_worker.held import Held, HeldBlock, RowErrors
 from embedstream_worker.pipeline import Life
-from embedstream_worker.troubles import Outage
+from embedstream_worker.troubles import patience
+
+R = TypeVar("R")
 
 ALONE = 2
 """From this delivery on a block has the whole worker to itself, so that the next death counts against it only."""
 
 BY_CHUNK = 3
 """From this delivery on its chunks are tried one by one: it has killed while nothing else was there."""
-
-WAIT_SECONDS = 1.0
-"""How long Redis is left in peace before a note is tried again."""
 
 
 class NotOurs(Exception):
@@ -37,9 +38,9 @@ class Trial:
     def __init__(self, broker: Broker, held: Held, life: Life, block: HeldBlock) -> None:
         self._broker = broker
         self._held = held
-        self._life = life
         self._block = block
-        self._outage = Outage("a chunk that may be poison waits to be noted", about(block.job.id))
+        waits, job = "a chunk that may be poison waits to be noted", about(block.job.id)
+        self._patience = patience(waits, life.stopping.wait, job, passes)
         self._guilty = self._ask()
 
     @property
@@ -58,35 +59,22 @@ class Trial:
         block = self._block.block
         chunks = self._guilty if row is None else (*self._guilty, row)
         step = self._broker.suspect(self._block.job.id, block.part, block.number, chunks)
-        while True:
+
+        def act() -> Answer:
             if self._block.entry not in self._held.entries(self._block.stream):
                 raise NotOurs
-            try:
-                answer = self._broker.run(step)
-            except RecordDamaged as error:
-                raise NotOurs from error  # the intake refuses its job
-            except redis.RedisError as error:
-                self._wait(error)
-            else:
-                self._outage.over()
-                if answer.code is not Code.OK:
-                    raise NotOurs
-                return
+            return self._broker.run(step)
+
+        if self._patiently(act).code is not Code.OK:
+            raise NotOurs
 
     def _ask(self) -> tuple[int, ...]:
         block = self._block.block
-        while True:
-            try:
-                known = self._broker.suspected(self._block.job.id, block.part, block.number)
-            except redis.RedisError as error:
-                self._wait(error)
-            else:
-                self._outage.over()
-                return tuple(chunk for chunk in known if 0 <= chunk < block.rows.num_rows)
+        known = self._patiently(lambda: self._broker.suspected(self._block.job.id, block.part, block.number))
+        return tuple(chunk for chunk in known if 0 <= chunk < block.rows.num_rows)
 
-    def _wait(self, error: redis.RedisError) -> None:
-        if not passes(error):
-            raise error
-        self._outage.met(error)
-        if self._life.stopping.wait(WAIT_SECONDS):
-            raise NotOurs from error
+    def _patiently(self, act: Callable[[], R]) -> R:
+        try:
+            return self._patience(act)
+        except (Stopped, RecordDamaged) as error:
+            raise NotOurs from error  # a damaged record is the intake's to refuse

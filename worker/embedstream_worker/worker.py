@@ -18,7 +18,7 @@ from embedstream.errors import ModelError
 from embedstream.masking import mask
 from embedstream.queue.broker import Broker
 from embedstream.queue.workers import WorkerRecord
-from embedstream.server.connection import connect
+from embedstream.server.connection import Connect, connect
 from embedstream.server.foreign import leaving_out
 from embedstream.server.preflight import check
 from embedstream.settings import WorkerSettings
@@ -45,8 +45,6 @@ from embedstream_worker.write import Write
 
 log = logging.getLogger(__name__)
 
-Connect = Callable[[str, int], redis.Redis]
-"""(URL, how often a command is repeated after a connection error) -> a client."""
 
 SIGNAL_SECONDS = 0.5
 """A signal that the system gave to another thread (it does so after SIGCONT) is seen when the main thread wakes."""

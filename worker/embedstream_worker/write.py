@@ -7,12 +7,12 @@ import time
 from dataclasses import dataclass, field
 
 import redis
-from redis.backoff import ExponentialWithJitterBackoff
 
 from embedstream.cli.logs import about
 from embedstream.errors import OutputError
 from embedstream.queue.workers import InHand
 from embedstream.records import ShardRecord
+from embedstream.server.patience import backoff
 from embedstream.server.troubles import trouble
 from embedstream_worker.commit import Commits
 from embedstream_worker.engines.base import EngineInfo
@@ -22,7 +22,7 @@ from embedstream_worker.jobs import LOOK_AGAIN_SECONDS, Jobs
 from embedstream_worker.pipeline import Channel, Closed
 from embedstream_worker.shards import OpenShards, Shard
 from embedstream_worker.shared import RETRIES, Shared
-from embedstream_worker.troubles import Outage
+from embedstream_worker.troubles import patience
 
 log = logging.getLogger(__name__)
 
@@ -36,9 +36,6 @@ MOST_WAITING_JOBS = 64
 MOST_WAITING_SHARDS = 4
 """Beyond so many jobs, or the memory of so many full shards, what cannot be written is handed back at once. One job
 alone may wait with all that this worker has of it."""
-
-_OUTPUT_BACKOFF = ExponentialWithJitterBackoff(base=0.5, cap=15.0)
-_REDIS_BACKOFF = ExponentialWithJitterBackoff(base=0.1, cap=5.0)
 
 
 @dataclass(eq=False)
@@ -81,7 +78,7 @@ class Write:
         self._open = OpenShards(shared, self._broker)
         self._commits = Commits(shared, self._broker, jobs, info)
         self._closing: dict[str, Closing] = {}
-        self._outage = Outage("a shard waits to be committed")
+        self._committing = patience("a shard waits to be committed", self._life.stopping.wait)
 
     def run(self) -> None:
         """Until the source closes; then every shard is tried once more, and handed back if that fails."""
@@ -143,7 +140,7 @@ class Write:
             except (OutputError, redis.RedisError) as error:
                 self._put_off(job, closing, error, begun)
                 return
-            self._outage.over()
+            self._committing.over()
             self._activity.progress()
             closing.failures = 0
             self._count(closing.shards.pop(0), record)
@@ -157,18 +154,17 @@ class Write:
             closing.since = begun
         closing.output = isinstance(error, OutputError)
         if isinstance(error, OutputError):
-            why, backoff = str(error), _OUTPUT_BACKOFF
+            why, pause = str(error), backoff(closing.failures, base=0.5, cap=15.0)
             if why != closing.why:
                 rows = sum(shard.rows for shard in closing.shards)
                 log.error("%s; %d rows wait for it, trying again", why, rows, extra=about(job))
         else:
-            why, backoff = f"its shards wait to be committed: Redis {trouble(error)}", _REDIS_BACKOFF
-            self._outage.met(error)
+            why, pause = f"its shards wait to be committed: Redis {trouble(error)}", self._committing.met(error)
         if why != closing.why:
             closing.why = why
             self._jobs.stuck(job, why)
         # What fails slowly leaves at least half of the time to others.
-        closing.due = now + max(backoff.compute(closing.failures), now - begun)
+        closing.due = now + max(pause, now - begun)
 
     def _try_again(self) -> None:
         for job, closing in [*self._closing.items()]:

@@ -21,6 +21,7 @@ import redis
 from embedstream.cli.starting import environment
 from embedstream.errors import ServerError
 from embedstream.masking import mask
+from embedstream.server.connection import connect
 from embedstream_producer.embedded.lock import OutputLock
 from embedstream_producer.embedded.private import PrivateFolder
 from embedstream_producer.embedded.processes import identify, is_running
@@ -33,7 +34,6 @@ from embedstream_producer.embedded.state import (
     Say,
     ServerRecord,
     claim_folder,
-    connect,
     end_survivors,
     make_readable,
     put_aside,
@@ -223,7 +223,7 @@ class PrivateServer:
         """None once the server answers; its exit status if it ended instead."""
         assert self._process is not None
         deadline = time.monotonic() + START_SECONDS
-        with connect(self.url) as client:
+        with connect(self.url, retries=0, timeout=5.0) as client:
             while True:
                 code = self._process.poll()
                 if code is not None:

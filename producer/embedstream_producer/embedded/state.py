@@ -17,10 +17,9 @@ from urllib.parse import quote
 
 import msgspec
 import redis
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
 from embedstream.errors import ServerError
+from embedstream.server.connection import connect
 from embedstream_producer.embedded.private import PrivateFolder, is_own_folder
 from embedstream_producer.embedded.processes import Process, end, is_running, wait_ended
 from embedstream_producer.embedded.programs import Program
@@ -64,11 +63,6 @@ class ServerRecord(msgspec.Struct, frozen=True, kw_only=True):
     """None: stopped, or killed before its pid could be noted."""
     children: tuple[Process, ...] = ()
     """Workers of the run."""
-
-
-def connect(url: str) -> redis.Redis:
-    """A client that tries once, for servers that may be gone."""
-    return redis.Redis.from_url(url, socket_timeout=5, socket_connect_timeout=5, retry=Retry(NoBackoff(), 0))
 
 
 def read_record(state: PrivateFolder) -> ServerRecord | None:
@@ -149,7 +143,7 @@ def _shut_down(path: str) -> bool:
     """
     if not _is_socket_folder(Path(path)) or not Path(path).is_socket():
         return False
-    with connect(f"unix://{quote(path)}") as client:
+    with connect(f"unix://{quote(path)}", retries=0, timeout=5.0) as client:
         try:
             client.shutdown()
         except redis.RedisError:
