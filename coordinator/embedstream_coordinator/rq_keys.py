@@ -50,7 +50,7 @@ def remove_foreign_types(client: redis.Redis) -> list[str]:
     """
     ask: Any = client
     wrong = _remove_others(client, _TYPES)
-    workers = [raw.decode(errors="replace") for raw in ask.srandmember(WORKERS, AT_ONCE)]
+    workers = [raw.decode(errors="replace") for raw in ask.smembers(WORKERS)]
     return wrong + _remove_others(client, {key: b"hash" for key in workers if key.startswith("rq:worker:")})
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pyarrow.parquet as pq
+from forked import can_fork, run_forked
 from hashing_reference import reference_vector
 
 from embedstream.queue.broker import Broker
@@ -59,9 +60,12 @@ def start_submit(*args: object, **env: str) -> subprocess.Popen[str]:
 
 def run(command: str, *args: object, timeout: float = 120, **env: str) -> subprocess.CompletedProcess[str]:
     """One of the commands, to its end."""
+    argv, own = [str(BIN / command), *map(str, args)], environment(**env)
+    if can_fork(command, own):
+        return run_forked(argv, own, timeout)
     return subprocess.run(
-        [str(BIN / command), *map(str, args)],
-        env=environment(**env),
+        argv,
+        env=own,
         capture_output=True,
         text=True,
         timeout=timeout,
