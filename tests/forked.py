@@ -57,8 +57,8 @@ def _run(argv: list[str], environment: dict[str, str], folder: str, out: str, er
         os.dup2(descriptor, stream)
         os.close(descriptor)
     sys.stdin, sys.stdout, sys.stderr = (
-        open(number, mode, encoding="utf-8", buffering=1, closefd=False)
-        for number, mode in enumerate("rww")  # noqa: SIM115
+        open(number, mode, encoding="utf-8", buffering=1, closefd=False)  # noqa: SIM115
+        for number, mode in enumerate("rww")
     )
     sys.argv = list(argv)
     module = COMMANDS[Path(argv[0]).name.removeprefix("embed-")].partition(":")[0]
