@@ -87,7 +87,7 @@ def page() -> str:
 
 
 def _section(name: str, command: click.Command) -> str:
-    with click.Context(command, info_name=name) as context:
+    with click.Context(command, info_name=name, **command.context_settings) as context:
         rows = [_option(option, context) for option in shown_options(command)]
         usage = " ".join([name, *filter(None, command.collect_usage_pieces(context))])
     help_text = " ".join(inspect.cleandoc(command.help or "").split("\n"))

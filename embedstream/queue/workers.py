@@ -48,7 +48,8 @@ class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):
     state: str
     """starting, ready or draining."""
     phase: str = ""
-    """What it is doing while it starts, and for how long."""
+    """What it is doing while it starts, such as `loading its model`; empty once it is ready."""
+    phase_seconds: Quantity = 0.0
     started: Quantity
     warm_up_seconds: Quantity = 0.0
     rows: Count = 0

@@ -141,7 +141,7 @@ class Progress:
         if status.sealed:
             return status.submitted
         read = sum(self._read.values())
-        if not self._total_bytes or read < self._total_bytes / 100:
+        if not self._total_bytes or not status.submitted or read < self._total_bytes / 100:
             return None
         return status.submitted * max(1.0, self._total_bytes / read)
 

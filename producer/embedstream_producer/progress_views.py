@@ -106,7 +106,7 @@ class PlainView(View):
 
     def figures(self, figures: Figures) -> None:
         now = time.monotonic()
-        if now - self._printed >= PLAIN_SECONDS:
+        if figures.rows_per_second and now - self._printed >= PLAIN_SECONDS:
             self._printed = now
             self.say(in_words(figures))
 

@@ -128,12 +128,13 @@ def _times(spent: Spent | None) -> str:
     if spent is None:
         return ""
     whole = f" in {duration(spent.seconds)}"
-    if spent.start_seconds is None or (left := spent.seconds - spent.start_seconds) < SHORTEST_SECONDS:
+    if spent.start_seconds is None:
         return whole
-    return (
-        f"{whole}: {duration(spent.start_seconds)} to start, {duration(left)} to embed "
-        f"({spent.rows / left:,.0f} rows/s, {spent.tokens / left:,.0f} tokens/s)"
+    left = spent.seconds - spent.start_seconds
+    rate = (
+        f" ({spent.rows / left:,.0f} rows/s, {spent.tokens / left:,.0f} tokens/s)" if left >= SHORTEST_SECONDS else ""
     )
+    return f"{whole}: {duration(spent.start_seconds)} to start, {duration(left)} to embed{rate}"
 
 
 def _kinds(sink: Sink) -> str:

@@ -154,7 +154,8 @@ def worker_line(worker: WorkerRecord) -> str:
     """One worker."""
     rate = sum(worker.rates.values(), Rate())
     if worker.phase or not worker.engine:
-        return f"worker {worker.name}  {worker.state}: {worker.phase or 'not yet loaded'}"
+        since = f"{worker.phase} for {worker.phase_seconds:.0f} s" if worker.phase else "not yet loaded"
+        return f"worker {worker.name}  {worker.state}: {since}"
     return (
         f"worker {worker.name}  {worker.state}  {worker.engine} {worker.dtype} on {worker.device}  "
         f"{_speed(rate)}{worker.rows:,} rows, {worker.tokens:,} tokens committed"

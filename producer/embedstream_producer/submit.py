@@ -38,7 +38,7 @@ from embedstream_producer import report
 from embedstream_producer.corpus import STDIN, CorpusPart, check_sources, total_bytes
 from embedstream_producer.embedded import OutputLock
 from embedstream_producer.embedded_run import Embedded, check_installed, made_folders
-from embedstream_producer.progress import LogHandler, Progress
+from embedstream_producer.progress import LogHandler, Progress, ProgressFormat
 from embedstream_producer.refusals import Refusals
 from embedstream_producer.retry_failed import FailedRows
 from embedstream_producer.server_side import hand_over, part_names, wait_for_readers, without_coordinator
@@ -69,6 +69,7 @@ class Options:
     server_side: bool = False
     json: bool = False
     quiet: bool = False
+    progress: ProgressFormat = "auto"
 
 
 def submit(options: Options) -> int:
@@ -105,7 +106,7 @@ def submit(options: Options) -> int:
 
 def _submit_server_side(options: Options, spec: JobSpec, sink: Sink) -> int:
     assert options.redis_url is not None, "checked by submit"
-    with Progress(options.quiet, None) as progress:
+    with Progress(options.quiet, None, format=options.progress) as progress:
         stands, said = hand_over(options.redis_url, spec, sink, options.max_errors, progress.notice)
         progress.tell(said)
         if isinstance(stands, JobStatus) and stands.state is JobState.SUBMITTING:
@@ -125,7 +126,7 @@ def _submit_server_side(options: Options, spec: JobSpec, sink: Sink) -> int:
 
 
 def _submit(options: Options, spec: JobSpec, sink: Sink, parts: list[CorpusPart], failed: FailedRows | None) -> int:
-    with Progress(options.quiet, total_bytes(parts)) as progress:
+    with Progress(options.quiet, total_bytes(parts), format=options.progress) as progress:
         handler = LogHandler(progress)
         logging.getLogger("embedstream").addHandler(handler)
         run = Run(options, spec, sink, parts, progress, failed)
@@ -246,6 +247,7 @@ class Run:
         with contextlib.ExitStack() as stack:
             lock = stack.enter_context(OutputLock(self.spec.output))
             self.sink.check()
+            self._progress.phase("starting a private Redis")
             embedded = stack.enter_context(Embedded(self.spec, lock, self._progress.tell))
             stack.enter_context(explaining(embedded.url))
             broker = Broker(connect(embedded.url), self.spec.queue)
@@ -263,6 +265,7 @@ class Run:
                 if not started:
                     started = True
                     embedded.start_worker(lambda: watch.done)
+                    self._progress.phase("starting the worker")
                 return opened
 
             def check_all() -> None:

@@ -60,6 +60,12 @@ from embedstream.jobs import DEFAULT_MODEL
     help="Have the files read by coordinators (embed-coordinator); leave when they have begun.",
 )
 @click.option("--json", "as_json", is_flag=True, envvar="EMBEDSTREAM_JSON", help="One JSON object on standard output.")
+@click.option(
+    "--progress",
+    type=click.Choice(["auto", "json"]),
+    default="auto",
+    help="On standard error. auto: bars on a terminal, else lines; json: one object a line.",
+)
 @click.option("--quiet", is_flag=True, help="No progress.")
 @click.version_option(package_name="embedstream")
 def embed_submit(
@@ -85,6 +91,7 @@ def embed_submit(
     detach: bool,
     server_side: bool,
     as_json: bool,
+    progress: Literal["auto", "json"],
     quiet: bool,
 ) -> None:
     """Embed a corpus. Each CORPUS is a file or s3://bucket/key, of Parquet or of JSON lines (plain, .gz, .zst); or -
@@ -125,6 +132,7 @@ def embed_submit(
         server_side=server_side,
         json=as_json,
         quiet=quiet,
+        progress=progress,
     )
     sys.exit(submit(options))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -126,6 +126,8 @@ class Watch:
             return None
         self._patience.over()
         self.done = status.done
+        if workers and not status.state.ended:
+            self._progress.phase(starting(workers))
         job = self._spec.job
         self._progress.update(status, in_hand_of(job, workers, status.workers), rate_of(job, workers))
         return status
@@ -177,6 +179,13 @@ class Watch:
         if lost or self._lost:
             self._progress.notice(lost)
         self._lost = bool(lost)
+
+
+def starting(workers: Sequence[WorkerRecord]) -> str:
+    """What is waited for while no worker is ready; empty if one is."""
+    if any(worker.state != "starting" for worker in workers):
+        return ""
+    return f"the worker is {workers[0].phase or 'starting'}"
 
 
 def without_worker(broker: Broker, spec: JobSpec, url: str) -> str:

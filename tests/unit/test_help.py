@@ -54,7 +54,9 @@ def test_the_one_command_has_all_others_and_says_what_each_does() -> None:
     for name, command in ALL.items():
         short = name.removeprefix("embedstream ").removeprefix("embed-")
         assert f"  {short} " in shown
-        loaded = main.embedstream.get_command(click.Context(main.embedstream), short)
+        loaded = main.embedstream.get_command(
+            click.Context(main.embedstream, **main.embedstream.context_settings), short
+        )
         assert loaded is command
     assert {name.removeprefix("embedstream ").removeprefix("embed-") for name in ALL} == set(main.COMMANDS)
 

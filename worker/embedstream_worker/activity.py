@@ -19,11 +19,15 @@ class Activity:
     @contextlib.contextmanager
     def starting(self, phase: str) -> Iterator[None]:
         """The worker is not ready yet, and this is what it is doing."""
-        self._starting = (phase, time.monotonic())
+        self.enter(phase)
         try:
             yield
         finally:
             self._starting = None
+
+    def enter(self, phase: str) -> None:
+        """Something else begins before the worker is ready."""
+        self._starting = (phase, time.monotonic())
 
     def start_phase(self) -> tuple[str, float]:
         """What the worker does before it is ready, and for how many seconds already; "" and 0 otherwise."""

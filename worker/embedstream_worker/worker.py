@@ -26,6 +26,7 @@ from embedstream_worker import known_models
 from embedstream_worker.ahead import Ahead
 from embedstream_worker.engines import EngineOptions
 from embedstream_worker.engines.base import Engine, EngineInfo, OutOfMemory
+from embedstream_worker.engines.phases import listening
 from embedstream_worker.engines.precision import tokenizer_threads
 from embedstream_worker.held import EmbeddedGroup, TokenizedGroup, Window, hand_back
 from embedstream_worker.housekeeping import Housekeeping
@@ -115,7 +116,7 @@ class Worker:
 
     def _live(self) -> None:
         """Load the model, warm it up, run the stages, unless told to stop meanwhile."""
-        with self._shared.activity.starting(LOADING):
+        with self._shared.activity.starting(LOADING), listening(self._shared.activity.enter):
             engine = self._load()
         with closing(engine):
             info, model = engine.info, self._plan.engine.model
@@ -196,6 +197,7 @@ class Worker:
 
     def _record(self) -> WorkerRecord:
         info, jobs, progress = self._info, self._jobs, self._shared.ledger.look(time.monotonic())
+        phase, phase_seconds = self._shared.activity.start_phase()
         return WorkerRecord(
             name=self.name,
             host=socket.gethostname(),
@@ -207,7 +209,8 @@ class Worker:
             dtype=info.dtype if info else "",
             roots=tuple(map(mask, self._plan.roots)),
             state=self.life.state,
-            phase="{} for {:.0f} s".format(*phase) if (phase := self._shared.activity.start_phase())[0] else "",
+            phase=phase,
+            phase_seconds=phase_seconds,
             started=self._started,
             warm_up_seconds=self._warm_up_seconds,
             rows=progress.total.rows,

@@ -27,6 +27,7 @@ from embedstream_worker.engines.base import (
 from embedstream_worker.engines.calibration import calibration_hash, calibration_texts
 from embedstream_worker.engines.checking import Agreement, Vectors, check_batches, compare, require
 from embedstream_worker.engines.openvino_cache import Cache, Conversion, Entry
+from embedstream_worker.engines.phases import CHECKING, phase
 from embedstream_worker.engines.precision import Precision, cpu_cores, streams_for
 from embedstream_worker.engines.text_engine import TextEngine, ran_out_of_memory
 from embedstream_worker.engines.text_input import TextInput, TextModel
@@ -80,6 +81,7 @@ class OpenVinoEngine(TextEngine):
             parts = key_of(fingerprint, "int8", (*CONVERTERS, *CALIBRATORS))
             entry = cache.entry(parts, self._folder.name, lambda into: _quantize(entry, into))
         self._compile(entry, precision)
+        phase(CHECKING)
         agreement = self._check(entry.conversion, precision)
         log.info(
             "openvino in %s: cosine to float32 on the check's texts at least %.5f, on average %.5f",

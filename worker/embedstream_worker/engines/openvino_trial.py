@@ -17,6 +17,7 @@ from embedstream.errors import ModelError
 from embedstream_worker.engines.checking import CheckFailed
 from embedstream_worker.engines.openvino_cache import Cache, NotConvertible
 from embedstream_worker.engines.openvino_engine import CALIBRATORS, CONVERTERS, OpenVinoEngine, key_of
+from embedstream_worker.engines.phases import CONVERTING, phase
 from embedstream_worker.engines.precision import Dtype, Precision, cpu_has_bfloat16, cpu_name
 from embedstream_worker.model_folder import Trust
 from embedstream_worker.models import ModelFolder
@@ -104,6 +105,7 @@ def run_trial(folder: ModelFolder, precision: Precision, fingerprint: str, cache
     Raises:
         ModelError: the model cannot be loaded by any engine.
     """
+    phase(CONVERTING)
     log.info("model %s: converting for openvino, once", folder.name)
     trial = Trial(str(folder.path), folder.name, folder.needs, precision, fingerprint, str(cache))
     ended = subprocess.run(
