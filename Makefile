@@ -10,10 +10,11 @@ export Q
 
 QUESTIONS := "how do I parse a date?" "read a file that is compressed" "wait for several threads to finish"
 
-.PHONY: help .venv demo test check mutants scale chaos bench bench-pipeline bench-latency bench-scale bench-gpu clean
+.PHONY: help .venv demo quick test check mutants scale chaos bench bench-pipeline bench-latency bench-scale bench-gpu clean
 
 help:
 	@echo 'make demo [Q="a question"]   embed the standard library'"'"'s docstrings, then search them'
+	@echo 'make quick                   unit and broker tests: under a minute'
 	@echo 'make test [TEST_ARGS=...]    every test but those of scale'
 	@echo 'make check                   lint, format, types, import rules'
 	@echo 'make mutants [MUTANTS="a b"]  breaks the code in many ways; the tests must notice each'
@@ -56,6 +57,10 @@ check: .venv/.installed
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Tests without processes, models and waiting: on every save.
+quick: .venv/.installed
+	$(BIN)/pytest -m "not scale and not slow" -n 2 --dist loadfile -q tests/unit tests/broker $(TEST_ARGS)
 
 mutants: .venv/.installed
 	PYTHONPATH=tests $(BIN)/python -m mutants.run $(MUTANTS)

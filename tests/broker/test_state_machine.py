@@ -11,6 +11,7 @@ from collections import Counter
 from typing import ClassVar
 
 import msgspec
+import pytest
 import redis
 from broker_lab import BOUND, HOUR_MS, make_entry, to_commit
 from broker_machine import BrokerSteps
@@ -29,7 +30,7 @@ from embedstream.queue.broker import Claimed
 from embedstream.queue.steps import Code, CommitBlock
 from embedstream.records import ShardRecord
 
-RUNS, STEPS = 600, 70
+STEPS = 70
 
 BLOCKS = 5  # in a part, unless more are adopted
 
@@ -301,7 +302,9 @@ class BrokerMachine(BrokerSteps):
         assert job.ended
 
 
-def test_any_order_of_steps_keeps_the_promises(real_client: redis.Redis) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("runs", [250, pytest.param(2500, marks=pytest.mark.scale)])
+def test_any_order_of_steps_keeps_the_promises(real_client: redis.Redis, runs: int) -> None:
     number = int(os.environ.get("EMBEDSTREAM_TEST_SEED") or random.randrange(2**32))
     print(f"EMBEDSTREAM_TEST_SEED={number}")
 
@@ -312,7 +315,7 @@ def test_any_order_of_steps_keeps_the_promises(real_client: redis.Redis) -> None
     run_state_machine_as_test(
         seed(number)(Machine),
         settings=settings(
-            max_examples=RUNS,
+            max_examples=runs,
             stateful_step_count=STEPS,
             deadline=None,
             print_blob=True,

@@ -187,6 +187,7 @@ def test_a_text_counts_as_many_tokens_in_a_window_as_the_model_takes_of_it(bench
     assert sizes[2] >= 4, sizes
 
 
+@pytest.mark.slow
 def test_blocks_without_a_text_do_not_make_windows_without_end(bench: WorkerLab) -> None:
     bench.job([refusal(i) for i in range(3000)], rows_per_block=1)
     most = 32

@@ -1,4 +1,5 @@
-"""Break the code on purpose and see the tests turn red: `make mutants`, or some by a word of their names.
+"""Break the code on purpose and see the tests turn red: `make mutants`, or some by a word of their names; those of the
+files that the last commit changed by `--changed`.
 
 Each mutant lives in a copy of the tree and runs its own tests alone. Exit code 1 if one survives.
 """
@@ -25,6 +26,8 @@ TEST_SECONDS = 60
 COPIED = ("embedstream", "producer", "worker", "coordinator", "tests", "examples", "pyproject.toml")
 
 KILLED = "killed"
+
+CHANGED = "--changed"
 
 GREEN, RED = 0, 1
 """pytest's exit codes for passed and failed; any other says that the tests did not run."""
@@ -66,8 +69,23 @@ def judge(mutant: Mutant) -> tuple[str, float, str]:
     return "SURVIVED" if code == GREEN else "NOT RUN", seconds, words
 
 
+def changed_files() -> set[str]:
+    """The files that the last commit changed, and those that are changed since; none where git does not know."""
+    done = subprocess.run(
+        ["git", "diff", "--name-only", "HEAD~1"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return set(done.stdout.split())
+
+
 def main(wanted: Sequence[str]) -> int:
-    chosen = [mutant for mutant in MUTANTS if not wanted or any(word in mutant.name for word in wanted)]
+    if wanted == [CHANGED]:
+        files = changed_files()
+        chosen = [mutant for mutant in MUTANTS if any(edit.path in files for edit in mutant.edits)]
+        if not chosen:
+            print("no mutant is of a file that the last commit changed")
+            return 0
+    else:
+        chosen = [mutant for mutant in MUTANTS if not wanted or any(word in mutant.name for word in wanted)]
     if not chosen:
         print("no mutant has any of these words in its name")
         return 2

@@ -61,6 +61,7 @@ def merge(sink: FolderSink) -> None:
         write_group(sink, manifest, Group("merged", {shard.name: shard.blocks}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use", [find, verify, read, merge])
 def test_one_long_text_that_all_rows_name(use: Callable[[FolderSink], None], tmp_path: Path) -> None:
     spec = write_dataset(tmp_path / "out", long_texts)
@@ -70,6 +71,7 @@ def test_one_long_text_that_all_rows_name(use: Callable[[FolderSink], None], tmp
         use(FolderSink(spec.output, spec))
 
 
+@pytest.mark.slow
 def test_a_vector_of_thirty_million_numbers_is_refused_unread(tmp_path: Path) -> None:
     spec = write_dataset(tmp_path / "out", one_long_vector)
     sink = FolderSink(spec.output, spec)

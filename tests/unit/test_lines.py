@@ -288,6 +288,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, *lengths)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compress", [lambda data: gzip.compress(data, 1), zstd], ids=["gzip", "zstd"])
 def test_an_archive_that_unpacks_to_one_endless_line_takes_the_memory_of_the_bound(
     compress: Callable[[bytes], bytes], tmp_path: Path

@@ -45,6 +45,7 @@ print(len(groups[0].blocks), write_group(sink, manifest, groups[0]).name, pa.def
 """In a process of its own, which counts what Arrow takes from its start on."""
 
 
+@pytest.mark.slow
 def test_merging_holds_the_rows_of_its_own_blocks_and_not_those_beside_them(
     interleaved: tuple[FolderSink, Manifest],
 ) -> None:

@@ -179,6 +179,7 @@ def long_texts_among_short_ones(path: Path) -> None:
     pq.write_table(data, path, use_dictionary=False, compression="zstd", write_batch_size=4, data_page_size=100_000)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [shared_value, shared_beginning, long_texts_among_short_ones])
 @pytest.mark.parametrize("where", ["folder", "bucket"])
 def test_a_few_kilobytes_that_decode_to_much_more_take_the_memory_of_the_bound(

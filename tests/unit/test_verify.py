@@ -83,6 +83,7 @@ def test_every_way_of_reading_a_corpus_compares_equal(tmp_path: Path, changed: d
     assert check(made, corpus=True).findings == {}
 
 
+@pytest.mark.slow
 def test_a_flipped_byte_is_found_wherever_it_is(made: Made) -> None:
     path = made.part(1)
     good = path.read_bytes()
@@ -411,6 +412,7 @@ def test_a_manifest_that_contradicts_itself_or_the_footers_is_found(
     assert says in found.first[0].message
 
 
+@pytest.mark.slow
 def test_whatever_a_file_holds_it_is_told_and_never_raised(made: Made) -> None:
     random = np.random.default_rng(11)
     for path in (made.part(0), made.errors(), made.folder / "_manifest.json"):
