@@ -58,7 +58,7 @@ def test_an_example_that_is_not_filled_in_is_refused(tmp_path: Path) -> None:
     assert "copy .env.example to .env" in compose("config", env_file=tmp_path / "env").stderr
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/operations.md", "docker-compose.yml", ".env.example"])
+@pytest.mark.parametrize("page", ["README.md", "docs/deploy.md", "docker-compose.yml", ".env.example"])
 def test_pages_name_services_and_profiles_that_exist(page: str, env_file: Path) -> None:
     running = services(env_file)
     text = (REPOSITORY / page).read_text()

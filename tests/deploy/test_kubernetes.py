@@ -117,7 +117,7 @@ def test_a_field_that_nobody_knows_is_found() -> None:
 
 
 def test_the_kustomization_of_the_docs_makes_a_fleet_of_ones_own(tmp_path: Path) -> None:
-    page = (REPOSITORY / "docs" / "operations.md").read_text()
+    page = (REPOSITORY / "docs" / "deploy.md").read_text()
     (block,) = re.findall(r"```yaml\n(# kustomization.yaml\n.*?)```", page, flags=re.DOTALL)
     (tmp_path / "kustomization.yaml").write_text(block)
     shutil.copytree(KUBERNETES, tmp_path / "embedstream" / "deploy" / "kubernetes")
