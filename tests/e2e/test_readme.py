@@ -12,6 +12,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+from reference_page import commands
 
 import embedstream.testing
 from e2e.harness import BIN, environment, read_manifest
@@ -117,6 +118,17 @@ def test_shell_blocks_of_every_page_can_be_parsed(number: int) -> None:
     for block in re.findall(r"^```sh\n(.*?)^```$", PAGES[number], re.M | re.S):
         done = subprocess.run(["bash", "-n", "-c", block], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("number", range(len(PAGES)))
+def test_flags_in_shell_blocks_are_those_of_their_commands(number: int) -> None:
+    known = {name: {opt for param in command.params for opt in param.opts} for name, command in commands().items()}
+    for block in re.findall(r"^```sh\n(.*?)^```$", PAGES[number], re.M | re.S):
+        for name, rest in re.findall(
+            r"(?:embed-|embedstream )(submit|status|verify|worker|coordinator|compact|search)\b(.*)", block
+        ):
+            used = set(re.findall(r"(?<!\S)--?[a-z][\w-]*", rest.partition(" #")[0].partition(" && ")[0]))
+            assert used <= known[f"embed-{name}"], rest
 
 
 def headings(page: str) -> set[str]:
