@@ -29,14 +29,14 @@ def compact(output: str, redis_url: str | None, shard_mib: int) -> None:
     from embedstream.queue.coordination import Compaction, coordinators, save_compaction
     from embedstream.server.connection import connect, explaining, mask, with_redis
     from embedstream.server.preflight import check
-    from embedstream.terminal import echo
+    from embedstream.terminal import counted, echo
     from embedstream_coordinator.compaction import compact as compact_here
     from embedstream_coordinator.compaction import open_finished
 
     address = canonical_output(output)
     if redis_url is None:
         before, after = compact_here(address, shard_mib * MIB)
-        echo(f"{mask(address)}: {before:,} shards before, {after:,} now")
+        echo(f"{mask(address)}: {counted(before, 'shard')} before, {after:,} now")
         return
     broker = Broker(connect(redis_url), "")
     check(connect(redis_url, retries=0), redis_url)

@@ -18,6 +18,7 @@ from embedstream.jobs import JobState, JobStatus, MaxErrors
 from embedstream.queue.refusals import FOR_GOOD
 from embedstream.records import Manifest
 from embedstream.server.connection import mask
+from embedstream.terminal import counted
 
 SOME_ROWS_FAILED = 3
 
@@ -109,11 +110,11 @@ class Spent(msgspec.Struct, frozen=True, kw_only=True):
 
 def lines(report: Report, sink: Sink, reason: str = "", spent: Spent | None = None) -> list[str]:
     """For people: what was written, how fast, what failed, and what to do next. `spent`: None if nothing was done."""
-    said = [f"{report.state}: {count(report.rows, 'row')}{_times(spent)}" + (f" ({reason})" if reason else "")]
+    said = [f"{report.state}: {counted(report.rows, 'row')}{_times(spent)}" + (f" ({reason})" if reason else "")]
     if report.failed:
-        said.append(f"errors:  {count(report.failed, 'row')}{_kinds(sink)}, listed in {errors_of(report.output)}")
+        said.append(f"errors:  {counted(report.failed, 'row')}{_kinds(sink)}, listed in {errors_of(report.output)}")
     if report.truncated:
-        said.append(f"truncated: {count(report.truncated, 'text')} longer than the model takes")
+        said.append(f"truncated: {counted(report.truncated, 'text')} longer than the model takes")
     if report.rows:
         output = shlex.quote(report.output)
         said.append(f"vectors: {report.output}" + (f" ({report.dim} dimensions)" if report.dim else ""))
@@ -146,11 +147,6 @@ def _kinds(sink: Sink) -> str:
     kinds = ", ".join(f"{number:,} {code}" for code, number in codes.most_common())
     again = "; --retry-failed tries again those that failed in a worker" if set(codes) - FOR_GOOD else ""
     return f" ({kinds}{again})" if kinds else ""
-
-
-def count(number: int, what: str) -> str:
-    """A number of things: `1 row`, `2 rows`."""
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def errors_of(output: str) -> str:

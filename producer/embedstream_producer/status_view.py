@@ -14,6 +14,7 @@ from embedstream.lifecycle.watching import why_ended
 from embedstream.queue.queues import QueueLook, is_stalled, rate_of, seconds_left
 from embedstream.queue.workers import InHand, Rate, WorkerRecord, in_hand_of
 from embedstream.server.connection import mask
+from embedstream.terminal import counted
 from embedstream_producer.report import duration, errors_of
 
 
@@ -142,7 +143,7 @@ def queue_lines(look: QueueLook, jobs: Sequence[JobLook]) -> Iterator[str]:
     states = Counter(worker.state for worker in look.workers)
     others = "".join(f", {states[state]} {state}" for state in ("starting", "draining") if states[state])
     queued = _queued(look) if look.blocks else "nothing queued"
-    yield f"queue {look.queue}: {len(look.workers)} worker(s){others}, {queued}"
+    yield f"queue {look.queue}: {counted(len(look.workers), 'worker')}{others}, {queued}"
     yield from (f"  {worker_line(worker)}" for worker in look.workers)
     for job in jobs:
         yield f"  {job_line(job)}"

@@ -33,7 +33,7 @@ from embedstream.server.connection import connect, explaining, with_redis
 from embedstream.server.patience import Patience
 from embedstream.server.preflight import check, shortcomings
 from embedstream.settings import Settings
-from embedstream.terminal import echo, echo_json
+from embedstream.terminal import counted, echo, echo_json
 from embedstream_producer import report
 from embedstream_producer.corpus import STDIN, CorpusPart, check_sources, total_bytes
 from embedstream_producer.embedded import OutputLock
@@ -370,7 +370,9 @@ class Run:
         if adopted.rows:
             self._progress.tell(f"adopted {adopted.rows:,} rows that lay in the output already")
         if adopted.refused:
-            self._progress.tell(f"{adopted.refused} shards in the output overlap others and will not be listed")
+            self._progress.tell(
+                f"{counted(adopted.refused, 'shard')} in the output not listed, because of overlaps with others"
+            )
 
     def _say_detached(self, url: str) -> None:
         if self.options.json:

@@ -18,7 +18,7 @@ from embedstream.jobs import JobSpec
 from embedstream.queue.blocks import Block
 from embedstream.records import Manifest
 from embedstream.server.connection import mask
-from embedstream.terminal import echo, echo_json, printable
+from embedstream.terminal import counted, echo, echo_json, printable
 from embedstream.verify.corpus_rows import CorpusCheck
 from embedstream.verify.findings import Finding, Findings, Kind
 from embedstream.verify.folder_output import FolderCheck
@@ -181,7 +181,10 @@ def verdict_lines(verdict: Verdict) -> Iterator[str]:
         yield f"not listed by the manifest, so harmless: {named}"
     if verdict.partial:
         yield f"partial: the job is {verdict.state}, blocks are missing; what is there was verified"
-    what = f"{verdict.rows:,} rows, {verdict.failed:,} errors, {verdict.shards:,} shards, {verdict.dim} dimensions"
+    what = (
+        f"{counted(verdict.rows, 'row')}, {counted(verdict.failed, 'error')}, {counted(verdict.shards, 'shard')}, "
+        f"{verdict.dim} dimensions"
+    )
     if verdict.compared is not None:
         what += f", compared with {verdict.compared:,} rows of the corpus"
     pace = f"{verdict.seconds:.1f} s"

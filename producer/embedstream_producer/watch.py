@@ -21,6 +21,7 @@ from embedstream.queue.workers import WorkerRecord, in_hand_of
 from embedstream.server.connection import connect
 from embedstream.server.patience import Patience
 from embedstream.settings import Settings
+from embedstream.terminal import counted
 from embedstream_producer.progress import Progress
 
 WORKERS_SECONDS = 2.0
@@ -163,7 +164,7 @@ class Watch:
         elif self._without_worker:
             self._without_worker = False
             self._progress.notice("")
-            self._progress.tell(f"{len(workers)} worker(s) on queue {self._spec.queue}")
+            self._progress.tell(f"{counted(len(workers), 'worker')} on queue {self._spec.queue}")
         self._look_for_lost_blocks(status, workers)
         if status.stalled != self._stalled:
             self._stalled = status.stalled

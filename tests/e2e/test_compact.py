@@ -87,7 +87,7 @@ def test_small_shards_become_one_in_the_order_of_the_corpus(tmp_path: Path) -> N
     places = list(zip(table["part"].to_pylist(), table["row"].to_pylist(), strict=True))
     assert places == sorted(places)
     again = run("embed-compact", made.folder)
-    assert "1 shards before, 1 now" in again.stdout
+    assert "1 shard before, 1 now" in again.stdout
     assert read_manifest(made.folder) == after
 
 

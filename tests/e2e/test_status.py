@@ -74,7 +74,7 @@ def test_a_job_shows_progress_rates_and_what_is_left_while_it_runs(workers: Flee
     assert (queue["queue"], queue["blocks"], queue["claimed_blocks"]) == ("hashing", 8, 8)
     assert queue["drain_seconds"] is None, "nothing is committed yet, so nobody knows"
     listing = lines(workers)
-    assert re.search(r"queue hashing: 1 worker\(s\), 8 blocks queued \(8 in workers' hands\), the oldest for", listing)
+    assert re.search(r"queue hashing: 1 worker, 8 blocks queued \(8 in workers' hands\), the oldest for", listing)
     assert re.search(rf"worker .*-{worker.pid}-\w+  ready  hashing .*  \d+ rows/s", listing)
 
 
@@ -173,7 +173,7 @@ def test_watching_all_queues_ends_with_ctrl_c(workers: Fleet) -> None:
     command = [str(BIN / "embed-status"), "--redis", workers.url, "--watch"]
     watching = subprocess.Popen(command, stdout=theirs, stderr=theirs, env=environment(TERM="xterm", COLUMNS="200"))
     os.close(theirs)
-    read_until(ours, b"queue hashing: 1 worker(s), nothing queued")
+    read_until(ours, b"queue hashing: 1 worker, nothing queued")
     watching.send_signal(signal.SIGINT)
     assert watching.wait(30) == 130
     shown = read_until(ours, b"\x1b[?25h")  # the cursor is back

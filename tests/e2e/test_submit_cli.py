@@ -365,7 +365,7 @@ def test_status_shows_jobs_queues_and_workers(tmp_path: Path, url: str, queue: s
         job = job_id(queue, str(tmp_path / "out"))
         listing = run("embed-status", "--redis", url)
         assert listing.returncode == 0, listing.stderr
-        assert f"queue {queue}: 1 worker(s)" in listing.stdout
+        assert f"queue {queue}: 1 worker" in listing.stdout
         assert worker.record.name in listing.stdout
         assert job in listing.stdout
         one = run("embed-status", job, "--redis", url, "--watch")
