@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
+from collections.abc import Iterator
 from typing import Any
 
 import boto3
@@ -25,10 +30,12 @@ class S3Server:
             probe.bind(("127.0.0.1", 0))
             self.port: int = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
+        self._records = tempfile.TemporaryDirectory(prefix="es-s3-")
         self._process = subprocess.Popen(
             [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
+            env={**os.environ, "MOTO_RECORDER_FILEPATH": f"{self._records.name}/requests"},
         )
 
     def __enter__(self) -> S3Server:
@@ -46,6 +53,7 @@ class S3Server:
     def __exit__(self, *_: object) -> None:
         self._process.kill()
         self._process.wait()
+        self._records.cleanup()
 
     @property
     def environment(self) -> dict[str, str]:
@@ -88,7 +96,20 @@ class S3Server:
 
     def check_permissions(self, check: bool) -> None:
         """Whether the server looks at who asks."""
-        before = b"0" if check else b"inf"
+        self._order("reset-auth", b"0" if check else b"inf")
+
+    @contextlib.contextmanager
+    def requests(self) -> Iterator[list[str]]:
+        """The methods of what is asked of objects meanwhile, once it is over."""
+        methods: list[str] = []
+        self._order("recorder/reset-recording")
+        self._order("recorder/start-recording")
+        yield methods
+        self._order("recorder/stop-recording")
+        with urllib.request.urlopen(f"{self.url}/moto-api/recorder/download-recording") as recording:
+            methods += [json.loads(line)["method"] for line in recording.read().splitlines()]
+
+    def _order(self, what: str, data: bytes = b"") -> None:
         headers = {"Content-Type": "text/plain"}
-        request = urllib.request.Request(f"{self.url}/moto-api/reset-auth", before, headers, method="POST")
+        request = urllib.request.Request(f"{self.url}/moto-api/{what}", data, headers, method="POST")
         urllib.request.urlopen(request).close()

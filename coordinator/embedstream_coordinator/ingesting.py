@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from embedstream.corpus.duplicates import DuplicateIndex, Position
 from embedstream.errors import EmbedstreamError, InputError
 from embedstream.jobs import JobSpec, JobState
-from embedstream.lifecycle.submission import Part, Pushed, push_job
-from embedstream.queue.blocks import Block
+from embedstream.lifecycle.submission import Pushed, push_job
 from embedstream.queue.broker import Broker
 from embedstream.queue.coordination import Repeated, note_repeated, repeated_rows, unsealed_parts
 from embedstream.server.patience import Patience
 from embedstream.settings import Settings
 from embedstream_coordinator.context import Context
-from embedstream_producer.corpus import CorpusPart, open_part
+from embedstream_producer.corpus import open_part
+from embedstream_producer.sources import SourcePart
 
 MOST_REPEATED = 1_000_000
 """Rows with ids of earlier parts, over all parts: so that Redis stays small."""
@@ -47,12 +48,10 @@ def ingest_part(context: Context, broker: Broker, job: str, part: int) -> str:
         return "waits until its ids are compared with those of earlier parts"
     with EarlierIds(repeated) as index:
         mine = _open(context, spec, part)
-
-        def blocks() -> Iterator[Block]:
-            return mine.blocks(spec, index)
-
-        parts = {part: Part(mine.label, blocks, content=lambda: mine.content)}
-        pushed = push_job(broker, job, parts, bound, Patience(tick=still_wanted))
+        if mine.empty and len(spec.parts) == 1:
+            raise InputError(f"{mine.label}: has no records")
+        patience = Patience(tick=still_wanted)
+        pushed = push_job(broker, job, [mine], lambda part: part.blocks(spec, index), bound, patience)
     return {Pushed.SEALED: "read", Pushed.ENDED: "the job ended", Pushed.LOST: "Redis does not know the job"}[pushed]
 
 
@@ -102,7 +101,7 @@ def _wanted_by(parent: int) -> Callable[[], None]:
     return check
 
 
-def _open(context: Context, spec: JobSpec, part: int) -> CorpusPart:
+def _open(context: Context, spec: JobSpec, part: int) -> SourcePart[Any]:
     source = spec.parts[part]
     context.check_input(source)
     return open_part(part, source, opener=context.open_input)

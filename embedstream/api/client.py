@@ -172,13 +172,13 @@ class Client:
         """What `submit` does with its spec. Raises `Stopped` as `patience` does."""
         broker, sink = Broker(self._redis, spec.queue), open_sink(spec.output, spec, self.url)
         with explaining(self.url), DuplicateIndex() as index:
-            part = records_part(records, spec, index)
+            part = records_part(records)
             bound = patience(lambda: broker.memory_bound(self.settings.queue_bytes))
             pushed = Pushed.LOST
             while pushed is Pushed.LOST and patience(
                 lambda: open_for_records(broker, spec, sink, max_errors, patience)
             ):
-                pushed = push_job(broker, spec.job, {0: part}, bound, patience)
+                pushed = push_job(broker, spec.job, [part], lambda part: part.blocks(spec, index), bound, patience)
         return Job(spec.job, broker, self.url, self.settings, sink, spec)
 
     def make_spec(self, output: str, model: str | None, revision: str | None, settings: SpecSettings) -> JobSpec:

@@ -8,12 +8,10 @@ from typing import TypeAlias
 
 import pyarrow as pa
 
-from embedstream.corpus.cutting import cut_part
-from embedstream.corpus.duplicates import DuplicateIndex
+from embedstream.corpus.parts import Part
 from embedstream.corpus.records import Outcome, RecordReader
 from embedstream.errors import InputError, UsageError
 from embedstream.jobs import JobSpec
-from embedstream.lifecycle.submission import Part
 
 RECORDS = "records"
 """The name of a part that is no file."""
@@ -24,17 +22,21 @@ AT_ONCE = 256
 Records: TypeAlias = "Iterable[Mapping[str, object] | str] | pa.Table | pa.RecordBatch | pa.RecordBatchReader"
 
 
-def records_part(records: Records, spec: JobSpec, index: DuplicateIndex) -> Part:
+def records_part(records: Records) -> Part:
     """The one part of a job over Python records. An iterator can be read only once; anything else again and again."""
-    source = _source(records)
-    return Part(RECORDS, lambda: cut_part(0, _judged(source(), spec), spec, index), isinstance(source, _Once))
+    return _RecordsPart(_source(records))
 
 
-def _judged(records: Iterable[object], spec: JobSpec) -> Iterator[list[Outcome]]:
-    reader = RecordReader(spec)
-    outcomes = (reader.record(row, record) for row, record in enumerate(records))
-    while batch := list(islice(outcomes, AT_ONCE)):
-        yield batch
+class _RecordsPart(Part):
+    def __init__(self, source: Callable[[], Iterable[object]]) -> None:
+        super().__init__(0, RECORDS, RECORDS, once=isinstance(source, _Once))
+        self._source = source
+
+    def outcomes(self, spec: JobSpec, on_position: Callable[[int], None] | None = None) -> Iterator[list[Outcome]]:  # noqa: ARG002
+        reader = RecordReader(spec)
+        outcomes = (reader.record(row, record) for row, record in enumerate(self._source()))
+        while batch := list(islice(outcomes, AT_ONCE)):
+            yield batch
 
 
 def _source(records: Records) -> Callable[[], Iterable[object]]:

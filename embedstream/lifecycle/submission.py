@@ -5,16 +5,16 @@ from __future__ import annotations
 import enum
 import itertools
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import redis
 
+from embedstream.corpus.parts import Part
 from embedstream.errors import BrokerError, CorpusChanged
 from embedstream.queue.blocks import Block, encode_block
 from embedstream.queue.broker import Broker
 from embedstream.queue.steps import Answer, Code, Step
-from embedstream.records import PartContent
 from embedstream.server.patience import NotYet, Patience
 from embedstream.server.troubles import is_out_of_memory
 
@@ -34,20 +34,6 @@ class Pushed(enum.Enum):
     LOST = enum.auto()  # Redis does not know the job any more: create it again, adopt its shards, push again
 
 
-@dataclass(frozen=True)
-class Part:
-    """One part of a corpus as blocks."""
-
-    source: str
-    blocks: Callable[[], Iterable[Block]]
-    """Reads the part from its beginning each time it is called. A source that can be read only once raises
-    `InputError` at the second call."""
-    once: bool = False
-    """Whether it is such a source."""
-    content: Callable[[], PartContent | None] = lambda: None
-    """What `blocks` read when it last came to its end; None for what are no bytes that others can read."""
-
-
 class _GoBack(Exception):
     """Redis lacks blocks that it had acknowledged."""
 
@@ -63,27 +49,28 @@ class _Stop(Exception):
 def push_job(
     broker: Broker,
     job: str,
-    parts: Mapping[int, Part],
+    parts: Sequence[Part],
+    read: Callable[[Part], Iterator[Block]],
     bound: int,
     patience: Patience,
     jitter: Callable[[], float] = random.random,
 ) -> Pushed:
-    """Submit and seal parts of a job, by their numbers; others may be pushed at the same time from elsewhere.
+    """Submit and seal parts of a job; others may be pushed at the same time from elsewhere.
 
-    Blocks that Redis has already are compared, not sent. `bound` is the limit on the queue's bytes; `jitter` draws from
-    [0, 1).
+    Blocks that Redis has already are compared, not sent. `read` gives a part's blocks, each time from the
+    first on. `bound` is the limit on the queue's bytes; `jitter` draws from [0, 1).
 
     Raises:
         CorpusChanged: a block is not what an earlier run submitted under its number.
         InputError: from the parts; also if one must be read again and cannot.
         redis.RedisError, Stopped: as `Patience` raises them.
     """
-    pushing = _Pushing(broker, job, bound, patience, jitter)
+    pushing = _Pushing(broker, job, read, bound, patience, jitter)
     try:
-        for number, part in parts.items():
-            pushing.compare(number, part)
-        for number, part in parts.items():
-            pushing.push(number, part)
+        for part in parts:
+            pushing.compare(part)
+        for part in parts:
+            pushing.push(part)
     except _Stop as stop:
         return stop.pushed
     return Pushed.SEALED
@@ -93,37 +80,38 @@ def push_job(
 class _Pushing:
     broker: Broker
     job: str
+    read: Callable[[Part], Iterator[Block]]
     bound: int
     patience: Patience
     jitter: Callable[[], float]
 
-    def compare(self, number: int, part: Part) -> None:
+    def compare(self, part: Part) -> None:
         """Refuse a part that changed before any of it is submitted, if it has holes to be filled.
 
         Were the blocks in the holes submitted as they are now, the corpus that was there before could not come back.
         """
-        if part.once or not self._has_holes(number):
+        if part.once or not self._has_holes(part.index):
             return
         known, first, past, count = b"", 0, False, 0
-        for block in part.blocks():
+        for block in self.read(part):
             count = block.number + 1
             at = (block.number - first) * 8
             if at >= len(known) and not past:
                 first, at = block.number, 0
-                known = self._sums(number, first)
+                known = self._sums(part.index, first)
                 past = not known
             there = known[at : at + 8]
             if any(there) and there != block.sum:
-                raise CorpusChanged(part.source, block.number, block.span)
-        if self._sums(number, count, 1):
-            raise CorpusChanged(part.source, count)
+                raise CorpusChanged(part.label, block.number, block.span)
+        if self._sums(part.index, count, 1):
+            raise CorpusChanged(part.label, count)
 
-    def push(self, number: int, part: Part) -> None:
+    def push(self, part: Part) -> None:
         """Submit and seal the part. Raises `_Stop`."""
-        have = self.patience(lambda: self.broker.next_block(self.job, number))
+        have = self.patience(lambda: self.broker.next_block(self.job, part.index))
         while True:
             try:
-                self._seal(number, part, self._submit_from(have, number, part))
+                self._seal(part, self._submit_from(have, part))
                 return
             except _GoBack as back:
                 have = back.next_block
@@ -140,25 +128,24 @@ class _Pushing:
     def _sums(self, number: int, first: int, count: int = SUMS_AT_ONCE) -> bytes:
         return self.patience(lambda: self.broker.sums(self.job, number, first, count))
 
-    def _submit_from(self, have: int, number: int, part: Part) -> int:
+    def _submit_from(self, have: int, part: Part) -> int:
         """Submit the blocks from `have` on; returns how many the part has."""
         known, first, count = b"", 0, 0
-        blocks: Iterator[Block] = iter(part.blocks())
-        for block in blocks:
+        for block in self.read(part):
             count = block.number + 1
             if block.number < have:
                 at = (block.number - first) * 8
                 if at >= len(known):
                     first, at = block.number, 0
-                    known = self._sums(number, first, min(SUMS_AT_ONCE, have - first))
+                    known = self._sums(part.index, first, min(SUMS_AT_ONCE, have - first))
                     if len(known) < 8:
                         raise _Stop(Pushed.LOST)
                 if known[at : at + 8] != block.sum:
-                    raise CorpusChanged(part.source, block.number, block.span)
+                    raise CorpusChanged(part.label, block.number, block.span)
             else:
                 self._submit(part, block)
         if count < have:
-            raise CorpusChanged(part.source, count)
+            raise CorpusChanged(part.label, count)
         return count
 
     def _submit(self, part: Part, block: Block) -> None:
@@ -171,12 +158,12 @@ class _Pushing:
             case Code.GAP:
                 raise _GoBack(answer.number)
             case Code.CHANGED:
-                raise CorpusChanged(part.source, block.number, block.span)
+                raise CorpusChanged(part.label, block.number, block.span)
             case _:
                 raise _stopped(answer)
 
-    def _seal(self, number: int, part: Part, count: int) -> None:
-        step, pauses = self.broker.seal(self.job, number, count, part.content()), itertools.repeat(LONGEST_PAUSE)
+    def _seal(self, part: Part, count: int) -> None:
+        step, pauses = self.broker.seal(self.job, part.index, count, part.content), itertools.repeat(LONGEST_PAUSE)
         answer = self._run(step, "Redis is out of memory, waiting for workers", pauses)
         match answer.code:
             case Code.OK:
@@ -184,7 +171,7 @@ class _Pushing:
             case Code.MISSING:
                 raise _GoBack(answer.number)
             case Code.CHANGED:
-                raise CorpusChanged(part.source, count)
+                raise CorpusChanged(part.label, count)
             case _:
                 raise _stopped(answer)
 

@@ -1,91 +1,75 @@
-"""Objects in S3 as input: read as a stream, in large pieces, and found to be the same from beginning to end."""
+"""Objects in S3 as input: read in large pieces, and found to be the same from beginning to end."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import pyarrow as pa
 
 from embedstream.dataset.objects import ObjectAddress, explain_object, file_system
 from embedstream.errors import InputError
-
-if TYPE_CHECKING:
-    import pyarrow as pa
-    from pyarrow.fs import S3FileSystem
+from embedstream_producer.sources import MAGIC, Source
 
 READ_BYTES = 8 * 1024 * 1024
 """Asked for at once: each request costs tens of milliseconds."""
 
+FIRST_BYTES = 256 * 1024
+"""Asked for to see what an object is; those that have no more are read by that."""
 
-class ObjectSource:
-    """One object."""
+
+class ObjectSource(Source):
+    """An object that is open: one request tells its size and version, another one brings its first bytes."""
 
     piece_bytes = READ_BYTES
     quick = False
+    size: int
 
     def __init__(self, address: ObjectAddress, label: str) -> None:
         """Raises `InputError`: it is not there, or cannot be read."""
+        super().__init__(label, self)
         self._address = address
-        self._label = label
-        self._version = self._look()
-        self.size = self._version[0]
-
-    def stream(self) -> ObjectStream:
-        """From the beginning. Raises `InputError`."""
         try:
-            opened = self._system.open_input_stream(self._address.path, compression=None, buffer_size=READ_BYTES)
+            self._file = self._look()
+            self._version = self._file.metadata()
+            self._first = self._file.read_at(FIRST_BYTES, 0)
         except OSError as error:
             raise self.cannot_read(error) from error
-        return ObjectStream(self, opened)
+        self.size = self._file.size()
+        self.identity = address.url
+        self.is_parquet = self._first.startswith(MAGIC)
+        self._file.seek(len(self._first))
+        self._rest = pa.BufferedInputStream(self._file, READ_BYTES)
+        self._checked = False
 
     def file(self) -> pa.NativeFile:
-        """For reading at any place; what fails in reading it is an `OSError` for `cannot_read`. Raises `InputError`."""
-        try:
-            return self._system.open_input_file(self._address.path)
-        except OSError as error:
-            raise self.cannot_read(error) from error
+        return pa.BufferReader(self._first) if self.size == len(self._first) else self._file
+
+    def read(self, size: int, /) -> bytes:
+        """The next bytes, from the beginning. Raises `InputError`, also at the end of an object that was replaced."""
+        data, self._first = self._first[:size], self._first[size:]
+        if not data:
+            try:
+                data = self._rest.read(size)
+            except OSError as error:
+                raise self.cannot_read(error) from error
+        if not data and not self._checked:
+            self.check_unchanged()
+            self._checked = True
+        return data
 
     def check_unchanged(self) -> None:
         """Raise `InputError` if another object lies there now: its pieces do not fit those read before."""
-        if self._look() != self._version:
-            raise InputError(f"{self._label}: was replaced while it was read: run the same command again")
-
-    def cannot_read(self, error: OSError) -> InputError:
-        """One sentence about what could not be read."""
-        return InputError(f"{self._label}: cannot be read: {explain_object(self._address, error)}")
-
-    def _look(self) -> tuple[int, int | None]:
-        """Size, and when it was written."""
-        # Not at the top: see `embedstream.dataset.objects`.
-        from pyarrow.fs import FileType
-
         try:
-            info = self._system.get_file_info(self._address.path)
+            with self._look() as now:
+                unchanged = now.metadata() == self._version
         except OSError as error:
             raise self.cannot_read(error) from error
-        if info.type != FileType.File:
-            missing = FileNotFoundError(self._address.path)
-            raise self.cannot_read(missing) from missing
-        return info.size, info.mtime_ns
+        if not unchanged:
+            raise InputError(f"{self.label}: was replaced while it was read: run the same command again")
 
-    @property
-    def _system(self) -> S3FileSystem:
-        return file_system(self._address)
-
-
-class ObjectStream:
-    """The bytes of an object, one after the other."""
-
-    def __init__(self, source: ObjectSource, opened: pa.NativeFile) -> None:
-        self._source = source
-        self._opened = opened
-
-    def read(self, size: int, /) -> bytes:
-        try:
-            data = self._opened.read(size)
-        except OSError as error:
-            raise self._source.cannot_read(error) from error
-        if not data:
-            self._source.check_unchanged()
-        return data
+    def cannot_read(self, error: OSError) -> InputError:
+        return InputError(f"{self.label}: cannot be read: {explain_object(self._address, error)}")
 
     def close(self) -> None:
-        self._opened.close()
+        self._file.close()
+
+    def _look(self) -> pa.NativeFile:
+        return file_system(self._address).open_input_file(self._address.path)

@@ -5,103 +5,73 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embedstream.corpus.columns import ColumnReader
-from embedstream.corpus.cutting import cut_part, enter_ids
-from embedstream.corpus.duplicates import DuplicateIndex, Position
 from embedstream.corpus.records import Outcome
 from embedstream.dataset.parquet_rows import RowsRefused, rows_at_once
 from embedstream.errors import InputError
 from embedstream.jobs import JobSpec
-from embedstream.queue.blocks import Block, Refusal
 from embedstream.records import PartContent
-
-MAGIC = b"PAR1"
+from embedstream_producer.sources import Source, SourcePart
 
 BATCH_ROWS = 1024
 BATCH_BYTES = 8 * 1024 * 1024
 """Most rows judged at once, and about how many bytes of them."""
 
 
-class RandomAccess(Protocol):
-    """A file on a disk or in a bucket."""
+class _OpenFile:
+    """A Parquet file whose footer is read."""
 
-    piece_bytes: int
-    """What is well read at once."""
-    quick: bool
-    """Whether small reads cost next to nothing."""
-
-    def file(self) -> pa.NativeFile: ...
-    def check_unchanged(self) -> None: ...
-    def cannot_read(self, error: OSError) -> InputError: ...
-
-
-class ParquetPart:
-    """A Parquet file. A row's number in the file is its place in the part."""
-
-    def __init__(self, index: int, source: str, name: str, size: int, identity: object, opens: RandomAccess) -> None:
-        """Raises `InputError`: it cannot be read, or has no rows."""
-        self.index = index
+    def __init__(self, source: Source) -> None:
         self.source = source
-        self.name = name
-        self.label = source
-        self.size: int | None = size
-        self.identity = identity
-        self.content: PartContent | None = None
-        self._opens = opens
-        with self._opened() as (file, _):
-            if not file.metadata.num_rows:
-                raise InputError(f"{self.label}: has no records")
+        self.bytes = source.file()
+        # A piece of each column and nothing ahead: memory does not depend on the size of row groups.
+        self.parquet = pq.ParquetFile(self.bytes, buffer_size=source.piece_bytes, pre_buffer=False)
 
-    def blocks(
-        self,
-        spec: JobSpec,
-        duplicates: DuplicateIndex,
-        on_refusal: Callable[[Refusal], None] | None = None,
-        on_position: Callable[[int], None] | None = None,
-    ) -> Iterator[Block]:
-        """As `FilePart.blocks`; the row groups of the file do not show in them."""
-        with self._opened() as (file, source):
-            reader = ColumnReader(spec, file.schema_arrow, self.label)
-            outcomes = self._judged(file, source, reader, on_position)
-            yield from cut_part(self.index, outcomes, spec, duplicates, on_refusal)
-            self.content = _content(source, self._opens.piece_bytes)
-        self._opens.check_unchanged()
+    def close(self) -> None:
+        self.parquet.close()
+        self.bytes.close()
+        self.source.close()
 
-    def ids(self, spec: JobSpec, duplicates: DuplicateIndex) -> Iterator[list[tuple[int, Position]]]:
-        """As `FilePart.ids`."""
-        with self._opened() as (file, source):
-            reader = ColumnReader(spec, file.schema_arrow, self.label)
-            yield from enter_ids(self.index, self._judged(file, source, reader, None), duplicates)
-        self._opens.check_unchanged()
+
+class ParquetPart(SourcePart[_OpenFile]):
+    """A Parquet file. A row's number in the file is its place in the part; row groups do not show in blocks."""
+
+    @property
+    def empty(self) -> bool:
+        return self._open().parquet.metadata.num_rows == 0
+
+    def outcomes(self, spec: JobSpec, on_position: Callable[[int], None] | None = None) -> Iterator[Sequence[Outcome]]:
+        opened = self._take()
+        with contextlib.closing(opened), self._explained(opened.source):
+            if opened.parquet.metadata.num_rows:
+                reader = ColumnReader(spec, opened.parquet.schema_arrow, self.label)
+                yield from self._judged(opened, reader, on_position)
+            content = _content(opened.bytes, opened.source.piece_bytes)
+        opened.source.check_unchanged()
+        self.content = content
 
     def hint(self, spec: JobSpec) -> str | None:
-        """A sentence of advice: the job keeps fields that are no columns.
-
-        Raises:
-            InputError: columns that the job needs are not there, or of a type that cannot be used.
-        """
-        with self._opened() as (file, _):
-            absent = ColumnReader(spec, file.schema_arrow, self.label).absent
+        opened = self._open()
+        if self.empty:
+            return None
+        with self._explained(opened.source):
+            absent = ColumnReader(spec, opened.parquet.schema_arrow, self.label).absent
         if not absent:
             return None
         return f"{self.label}: has no column {' or '.join(absent)}, which --keep names"
 
     def _judged(
-        self,
-        file: pq.ParquetFile,
-        source: pa.NativeFile,
-        reader: ColumnReader,
-        on_position: Callable[[int], None] | None,
+        self, opened: _OpenFile, reader: ColumnReader, on_position: Callable[[int], None] | None
     ) -> Iterator[Sequence[Outcome]]:
+        file, source = opened.parquet, opened.source
         row, total = 0, file.metadata.num_rows
         for group in range(file.metadata.num_row_groups):
-            piece = None if self._opens.quick else self._opens.piece_bytes
-            rows = rows_at_once(file, source, group, reader.columns, BATCH_ROWS, BATCH_BYTES, piece)
+            piece = None if source.quick else source.piece_bytes
+            rows = rows_at_once(file, opened.bytes, group, reader.columns, BATCH_ROWS, BATCH_BYTES, piece)
             # Threads take longer to share out a batch than to decode it.
             batches = file.iter_batches(batch_size=rows, row_groups=[group], columns=reader.columns, use_threads=False)
             for batch in _gathered(batches):
@@ -110,15 +80,18 @@ class ParquetPart:
                 if on_position is not None and self.size is not None:
                     on_position(self.size * row // total)
 
-    @contextlib.contextmanager
-    def _opened(self) -> Iterator[tuple[pq.ParquetFile, pa.NativeFile]]:
+    def _begin(self, source: Source) -> _OpenFile:
         try:
-            with (
-                self._opens.file() as source,
-                # A piece of each column and nothing ahead: memory does not depend on the size of row groups.
-                pq.ParquetFile(source, buffer_size=self._opens.piece_bytes, pre_buffer=False) as file,
-            ):
-                yield file, source
+            with self._explained(source):
+                return _OpenFile(source)
+        except InputError:
+            source.close()
+            raise
+
+    @contextlib.contextmanager
+    def _explained(self, source: Source) -> Iterator[None]:
+        try:
+            yield
         except RowsRefused as error:
             raise InputError(f"{self.label}: {error}") from error
         except (pa.ArrowException, UnicodeDecodeError) as error:
@@ -127,7 +100,7 @@ class ParquetPart:
                 f"{self.label}: is damaged or no Parquet file ({first}): make or fetch it again"
             ) from error
         except OSError as error:
-            raise self._opens.cannot_read(error) from error
+            raise source.cannot_read(error) from error
 
 
 def _content(source: pa.NativeFile, piece_bytes: int) -> PartContent:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 
 from embedstream.corpus.duplicates import DuplicateIndex
+from embedstream.corpus.parts import Part
 from embedstream.dataset.objects import is_object, parse_object
 from embedstream.dataset.sink import Sink
 from embedstream.dataset.sinks import open_sink
@@ -24,7 +27,7 @@ from embedstream.lifecycle.opening import (
     open_job,
     refuse_forbidden,
 )
-from embedstream.lifecycle.submission import Part, Pushed, push_job
+from embedstream.lifecycle.submission import Pushed, push_job
 from embedstream.lifecycle.watching import why_ended
 from embedstream.queue.blocks import Block, Refusal
 from embedstream.queue.broker import Broker
@@ -35,7 +38,7 @@ from embedstream.server.preflight import check, shortcomings
 from embedstream.settings import Settings
 from embedstream.terminal import counted, echo, echo_json
 from embedstream_producer import report
-from embedstream_producer.corpus import STDIN, CorpusPart, check_sources, total_bytes
+from embedstream_producer.corpus import STDIN, check_sources, part_name, total_bytes
 from embedstream_producer.embedded import OutputLock
 from embedstream_producer.embedded_run import Embedded, check_installed, made_folders
 from embedstream_producer.progress import LogHandler, Progress, ProgressFormat
@@ -43,6 +46,7 @@ from embedstream_producer.refusals import Refusals
 from embedstream_producer.retry_failed import FailedRows
 from embedstream_producer.server_side import hand_over, part_names, wait_for_readers, without_coordinator
 from embedstream_producer.settling import settle_finished
+from embedstream_producer.sources import SourcePart
 from embedstream_producer.watch import Watch
 
 DETACHED = 130
@@ -84,18 +88,18 @@ def submit(options: Options) -> int:
     if options.redis_url is not None:
         connect(options.redis_url)  # refuses what is no URL, also where nobody is asked because all is finished
     output = resolve_output(options)
-    parts = [] if options.server_side else check_sources(options.corpus, notice=_tell(options))
     spec = make_spec(
         queue=options.queue,
         output=output,
         model=options.model,
         revision=options.revision,
-        parts=part_names(options.corpus) if options.server_side else [part.name for part in parts],
+        parts=part_names(options.corpus) if options.server_side else [part_name(source) for source in options.corpus],
         settings=options.settings,
     )
     sink = open_sink(spec.output, spec, options.redis_url)
     if options.server_side:
         return _submit_server_side(options, spec, sink)
+    parts = check_sources(options.corpus, notice=_tell(options), spec=spec)
     with contextlib.ExitStack() as stack:
         failed = None
         if options.retry_failed:
@@ -125,7 +129,9 @@ def _submit_server_side(options: Options, spec: JobSpec, sink: Sink) -> int:
     return report.exit_code(result, parse_max_errors(options.max_errors)) if isinstance(stands, Manifest) else 0
 
 
-def _submit(options: Options, spec: JobSpec, sink: Sink, parts: list[CorpusPart], failed: FailedRows | None) -> int:
+def _submit(
+    options: Options, spec: JobSpec, sink: Sink, parts: Sequence[SourcePart[Any]], failed: FailedRows | None
+) -> int:
     with Progress(options.quiet, total_bytes(parts), format=options.progress) as progress:
         handler = LogHandler(progress)
         logging.getLogger("embedstream").addHandler(handler)
@@ -166,7 +172,7 @@ class Run:
         options: Options,
         spec: JobSpec,
         sink: Sink,
-        parts: list[CorpusPart],
+        parts: Sequence[SourcePart[Any]],
         progress: Progress,
         failed: FailedRows | None = None,
     ) -> None:
@@ -202,9 +208,7 @@ class Run:
         if self._failed is not None:
             self._progress.tell(f"running {len(self._failed):,} failed rows again")
         for part in self._parts:
-            hint = part.hint(self.spec)
-            if hint is not None:
-                self._progress.tell(hint)
+            self._progress.tell(part.advice or "")
         if self.options.redis_url is None:
             return self._embedded()
         with made_folders(self.spec.output):
@@ -309,7 +313,7 @@ class Run:
         """Push and wait, from the beginning whenever Redis lost the job; None if detached."""
         bound = patience(lambda: broker.memory_bound(self._settings.queue_bytes))
         with DuplicateIndex() as index:
-            parts = {number: self._job_part(part, index) for number, part in enumerate(self._parts)}
+            read = functools.partial(self._blocks, index)
             while True:
                 opened = patience(open_it)
                 if opened.state is JobState.FINALIZING:
@@ -319,7 +323,7 @@ class Run:
                         opened = patience(open_it)
                 if not opened.state.ended:
                     with watch:
-                        pushed = push_job(broker, self.spec.job, parts, bound, patience)
+                        pushed = push_job(broker, self.spec.job, self._parts, read, bound, patience)
                     if pushed is Pushed.LOST:
                         self._progress.tell("Redis does not know the job any more: submitting it again")
                         continue
@@ -332,16 +336,13 @@ class Run:
                     return status
                 self._progress.tell("Redis lost blocks: submitting them again")
 
-    def _job_part(self, part: CorpusPart, index: DuplicateIndex) -> Part:
+    def _blocks(self, index: DuplicateIndex, part: Part) -> Iterator[Block]:
         def refused(refusal: Refusal) -> None:
             if self._failed is None:
                 self._refusals.add(part.index, part.label, refusal)
 
-        def blocks() -> Iterator[Block]:
-            whole = part.blocks(self.spec, index, refused, lambda read: self._progress.position(part.index, read))
-            return whole if self._failed is None else self._failed.blocks(part.index, part.label, whole)
-
-        return Part(part.label, blocks, part.size is None, lambda: part.content)
+        whole = part.blocks(self.spec, index, refused, lambda read: self._progress.position(part.index, read))
+        return whole if self._failed is None else self._failed.blocks(part.index, part.label, whole)
 
     def _end(self, status: JobStatus) -> int:
         self.spent = self._progress.spent()

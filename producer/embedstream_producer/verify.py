@@ -9,6 +9,7 @@ from typing import NamedTuple
 import msgspec
 
 from embedstream.corpus.duplicates import DuplicateIndex
+from embedstream.corpus.parts import Part
 from embedstream.dataset.folder import FolderSink
 from embedstream.dataset.manifest import manifest_spec
 from embedstream.dataset.redis_hashes import RedisSink
@@ -24,7 +25,7 @@ from embedstream.verify.findings import Finding, Findings, Kind
 from embedstream.verify.folder_output import FolderCheck
 from embedstream.verify.manifest_sums import check_manifest
 from embedstream.verify.redis_output import HashCheck
-from embedstream_producer.corpus import CorpusPart, check_sources, part_name
+from embedstream_producer.corpus import check_sources, part_name
 
 MOST_NAMED = 10
 """Unlisted files that are named; of all others only the number."""
@@ -122,7 +123,7 @@ class _Read(NamedTuple):
     unlisted_count: int
 
 
-def _verify_files(sink: FolderSink, manifest: Manifest, parts: Sequence[CorpusPart], findings: Findings) -> _Read:
+def _verify_files(sink: FolderSink, manifest: Manifest, parts: Sequence[Part], findings: Findings) -> _Read:
     check = FolderCheck(sink, manifest, findings, compare=bool(parts))
     check.run()
     compared = None
@@ -137,7 +138,7 @@ def _verify_files(sink: FolderSink, manifest: Manifest, parts: Sequence[CorpusPa
     return _Read(check.bytes, compared, unlisted, len(unlisted))
 
 
-def _verify_hashes(sink: RedisSink, manifest: Manifest, parts: Sequence[CorpusPart], findings: Findings) -> _Read:
+def _verify_hashes(sink: RedisSink, manifest: Manifest, parts: Sequence[Part], findings: Findings) -> _Read:
     check = HashCheck(sink, manifest, findings)
     with DuplicateIndex() as index:
         for block, label in _blocks(parts, check.spec, index):
@@ -146,7 +147,7 @@ def _verify_hashes(sink: RedisSink, manifest: Manifest, parts: Sequence[CorpusPa
     return _Read(check.bytes, check.compared, check.foreign, check.foreign_count)
 
 
-def _blocks(parts: Sequence[CorpusPart], spec: JobSpec, index: DuplicateIndex) -> Iterator[tuple[Block, str]]:
+def _blocks(parts: Sequence[Part], spec: JobSpec, index: DuplicateIndex) -> Iterator[tuple[Block, str]]:
     for part in parts:
         for block in part.blocks(spec, index):
             yield block, part.label
@@ -156,7 +157,7 @@ def _told_of(findings: Findings) -> dict[str, KindFound]:
     return {kind.value: KindFound(count, findings.first.get(kind, [])) for kind, count in findings.counts.items()}
 
 
-def _parts(spec: JobSpec, corpus: Sequence[str]) -> list[CorpusPart]:
+def _parts(spec: JobSpec, corpus: Sequence[str]) -> Sequence[Part]:
     """The corpus as parts in the job's order: by their paths if these are the job's own, else as they are given."""
     if not corpus:
         return []

@@ -72,7 +72,7 @@ def test_another_setting_into_the_same_output_is_refused(tmp_path: Path) -> None
     ("wrong", "code", "says"),
     [
         (["--prompt-name", "nosuch"], 2, "Error: --prompt-name nosuch: the hashing engine has no prompts"),
-        (["--text-field", "body"], 1, "every row failed"),
+        (["--text-field", "body"], 2, 'no field "body"'),
     ],
 )
 def test_a_job_that_failed_without_a_row_makes_way_for_the_right_command(

@@ -19,9 +19,10 @@ from worker_lab import BOUND, Gate, ScriptedEngine, pack, worker_lab
 
 from e2e.harness import assert_exact, assert_no_leftovers, fleet, start_submit, wait_until, write_corpus
 from embedstream.api.client import Client
+from embedstream.api.record_blocks import records_part
 from embedstream.errors import BrokerError
 from embedstream.jobs import job_id
-from embedstream.lifecycle.submission import Part, Pushed, push_job
+from embedstream.lifecycle.submission import Pushed, push_job
 from embedstream.server.patience import Patience
 from embedstream.server.troubles import is_out_of_memory, trouble
 
@@ -143,9 +144,9 @@ def test_a_trouble_that_passes_is_waited_for_by_workers_and_producers(
         pushed: list[Pushed] = []
 
         def push() -> None:
-            blocks = pack(TEXTS, 8)
+            part, blocks = records_part([]), pack(TEXTS, 8)
             patience = Patience(told.append, "HOST")
-            pushed.append(push_job(lab.broker, second, {0: Part("corpus", lambda: blocks)}, BOUND, patience))
+            pushed.append(push_job(lab.broker, second, [part], lambda _: iter(blocks), BOUND, patience))
 
         with TROUBLES[what](server):
             gate.open.set()

@@ -69,6 +69,9 @@ def test_defaults_and_exit_codes_are_in_the_help() -> None:
         ([], "CORPUS"),
         (["none.jsonl"], "none.jsonl"),
         (["empty.jsonl"], "empty.jsonl"),
+        (["c.csv"], "c.csv: the first 2 rows are all refused: line 1: "),
+        (["c.csv", "empty.jsonl", "-o", "out"], "a corpus has one JSON object per line: nothing was started"),
+        (["c.jsonl", "--text-field", "body"], 'no field "body"'),
         (["c.jsonl", "c.jsonl", "-o", "out"], "twice"),
         (["c.jsonl", "d.jsonl"], "-o"),
         (["-"], "-o"),
@@ -94,6 +97,7 @@ def test_what_cannot_be_done_is_refused_in_one_sentence_and_leaves_nothing(
     corpus(tmp_path)
     corpus(tmp_path, name="d.jsonl")
     (tmp_path / "empty.jsonl").write_text("\n\n")
+    (tmp_path / "c.csv").write_text("id,text\n1,hello\n")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("mine")
     before = sorted(str(path) for path in tmp_path.rglob("*"))
@@ -138,8 +142,6 @@ def test_the_report_is_one_json_object(tmp_path: Path, url: str, queue: str) -> 
         (2, 5, ["--max-errors", "1"], 1, "failed"),
         (2, 5, ["--max-errors", "50%"], 0, "completed"),
         (2, 5, ["--max-errors", "10%"], 1, "failed"),
-        (2, 0, [], 1, "failed"),
-        (2, 0, ["--max-errors", "100%"], 1, "failed"),
     ],
 )
 def test_exit_codes_say_how_the_job_ended_and_the_same_command_says_it_again(

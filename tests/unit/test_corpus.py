@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from embedstream.corpus.cutting import cut_part
 from embedstream.corpus.duplicates import DuplicateIndex
+from embedstream.corpus.parts import Part
 from embedstream.corpus.records import LONGEST_LINE_BYTES, Outcome, RecordReader
 from embedstream.errors import InputError, UsageError
 from embedstream.jobs import JobSpec
@@ -25,10 +26,10 @@ from embedstream.queue.blocks import Block, Refusal, decode_block, encode_block
 from embedstream.queue.refusals import Code
 from embedstream.records import PartContent
 from embedstream.settings import BLOCK_LIMITS
-from embedstream_producer.corpus import CorpusPart, check_sources, total_bytes
+from embedstream_producer.corpus import check_sources, total_bytes
 
 
-def make_spec(parts: Sequence[CorpusPart], **changed: Any) -> JobSpec:
+def make_spec(parts: Sequence[Part], **changed: Any) -> JobSpec:
     return JobSpec(queue="q", output="/out", model="m", parts=tuple(part.name for part in parts), **changed)
 
 
@@ -291,22 +292,26 @@ def test_a_part_is_named_by_its_absolute_path(tmp_path: Path, monkeypatch: pytes
     path = write(tmp_path / "c.jsonl", {"id": 1, "text": "x"})
     monkeypatch.chdir(tmp_path)
     [part] = check_sources(["./c.jsonl"])
-    assert (part.name, part.source) == (path, "./c.jsonl")
+    assert (part.name, part.label) == (path, "./c.jsonl")
 
 
-def test_a_file_of_other_fields_gets_a_hint_before_the_job(tmp_path: Path) -> None:
+def test_a_file_of_other_fields_is_refused_before_the_job(tmp_path: Path) -> None:
     path = write(tmp_path / "c.jsonl", *({"id": i, "body": "some text"} for i in range(300)))
     parts = check_sources([path])
-    hint = parts[0].hint(make_spec(parts))
-    assert hint == (
-        f'{path}: the first 100 rows are all refused: line 1: no field "text" (found: id, body); use --text-field body'
+    with pytest.raises(InputError) as refused:
+        check_sources([path], spec=make_spec(parts))
+    assert str(refused.value) == (
+        f'{path}: the first 100 rows are all refused: line 1: no field "text" (found: id, body); '
+        f"use --text-field body: nothing was started"
     )
     assert parts[0].hint(make_spec(parts, text_field="body")) is None
 
 
-def test_a_file_that_is_no_json_gets_a_hint(tmp_path: Path) -> None:
-    parts = check_sources([write(tmp_path / "c.csv", "id,text", "1,hello")])
-    assert "a corpus has one JSON object per line" in str(parts[0].hint(make_spec(parts)))
+def test_among_good_files_one_of_other_fields_gets_a_hint(tmp_path: Path) -> None:
+    sources = [write(tmp_path / "c.csv", "id,text", "1,hello"), write(tmp_path / "d.jsonl", {"id": 1, "text": "x"})]
+    bad, good = check_sources(sources, spec=make_spec(check_sources(sources)))
+    assert "a corpus has one JSON object per line" in str(bad.advice)
+    assert good.advice is None
 
 
 def test_one_good_row_is_enough_for_no_hint(tmp_path: Path) -> None:

@@ -17,15 +17,16 @@ from arrow_memory import arrow_memory
 from s3_server import S3Server
 
 from embedstream.corpus.duplicates import DuplicateIndex
+from embedstream.corpus.parts import Part
 from embedstream.dataset.parquet_rows import COLUMN_BYTES
 from embedstream.errors import InputError, UsageError
 from embedstream.jobs import JobSpec
 from embedstream.queue.blocks import Block, Refusal
 from embedstream.records import PartContent
-from embedstream_producer.corpus import CorpusPart, check_sources, total_bytes
+from embedstream_producer.corpus import check_sources, total_bytes
 
 
-def make_spec(parts: Iterable[CorpusPart], **changed: Any) -> JobSpec:
+def make_spec(parts: Iterable[Part], **changed: Any) -> JobSpec:
     return JobSpec(queue="q", output="/out", model="m", parts=tuple(part.name for part in parts), **changed)
 
 

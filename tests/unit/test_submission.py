@@ -1,12 +1,14 @@
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, cast
 
 import msgspec
 import pytest
 import redis
 
+from embedstream.corpus.parts import Part
+from embedstream.corpus.records import Outcome
 from embedstream.errors import CorpusChanged, InputError
-from embedstream.lifecycle.submission import Part, Pushed, push_job
+from embedstream.lifecycle.submission import Pushed, push_job
 from embedstream.queue.blocks import Block
 from embedstream.queue.broker import Broker
 from embedstream.queue.packing import Packer
@@ -24,8 +26,23 @@ def blocks_of(count: int, part: int = 0, text: str = "text") -> list[Block]:
     return [block for block in cut if block is not None]
 
 
-def part_of(blocks: list[Block]) -> Part:
-    return Part("corpus.jsonl", lambda: iter(blocks))
+class Given(Part):
+    """A part whose blocks are cut already."""
+
+    def __init__(self, read: Callable[[], Iterable[Block]], *contents: PartContent) -> None:
+        super().__init__(0, "/corpus.jsonl", "corpus.jsonl")
+        self._read, self._contents = read, iter(contents)
+
+    def read(self) -> Iterator[Block]:
+        yield from self._read()
+        self.content = next(self._contents, None)
+
+    def outcomes(self, *_: object) -> Iterator[Sequence[Outcome]]:
+        raise AssertionError("there are blocks already")
+
+
+def part_of(blocks: list[Block]) -> Given:
+    return Given(lambda: blocks)
 
 
 class Server(Broker):
@@ -90,9 +107,11 @@ def once(script: str, answer: Answer, act: Callable[[], None] = lambda: None) ->
     return odd
 
 
-def push(server: Server, *parts: Part) -> Pushed:
+def push(server: Server, *parts: Given) -> Pushed:
+    for number, part in enumerate(parts):
+        part.index = number
     patience = Patience(server.said.append, "HOST", wait=server.pauses.append)
-    return push_job(server, JOB, dict(enumerate(parts)), 1 << 20, patience, jitter=lambda: 0.5)
+    return push_job(server, JOB, parts, lambda part: cast("Given", part).read(), 1 << 20, patience, jitter=lambda: 0.5)
 
 
 def test_every_block_of_every_part_is_submitted_and_sealed() -> None:
@@ -103,9 +122,9 @@ def test_every_block_of_every_part_is_submitted_and_sealed() -> None:
 
 
 def test_a_part_is_sealed_with_what_its_last_whole_reading_read() -> None:
-    server, read = Server(), [PartContent(9, "0" * 64), PartContent(10, "1" * 64)]
+    server = Server()
     server.odd.append(once("seal", Answer(Code.MISSING, number=2), lambda: server.known[0].__delitem__(slice(2, None))))
-    part = Part("corpus.jsonl", lambda: iter(blocks_of(3)), content=lambda: read.pop(0))
+    part = Given(lambda: blocks_of(3), PartContent(9, "0" * 64), PartContent(10, "1" * 64))
     assert push(server, part, part_of(blocks_of(1, part=1))) is Pushed.SEALED
     assert server.sealed_with == {0: msgspec.json.encode(PartContent(10, "1" * 64)), 1: ""}
 
@@ -163,7 +182,7 @@ def test_a_gap_sends_the_producer_back_to_the_block_that_redis_lost() -> None:
                 lose_all_but_one()
             yield block
 
-    assert push(server, Part("corpus.jsonl", lossy)) is Pushed.SEALED
+    assert push(server, Given(lossy)) is Pushed.SEALED
     assert server.known[0] == [block.sum for block in blocks]
     assert server.sent == [(0, 0), (0, 1), (0, 2), (0, 3), (0, 1), (0, 2), (0, 3), (0, 4)]
 
@@ -189,7 +208,7 @@ def test_a_source_that_can_be_read_once_says_so_when_it_must_be_read_again() -> 
     server = Server()
     server.odd.append(once("submit", Answer(Code.GAP, number=0)))
     with pytest.raises(InputError, match="cannot be read again"):
-        push(server, Part("-", source))
+        push(server, Given(source))
 
 
 def test_a_full_queue_is_waited_for_with_growing_pauses() -> None:

@@ -1,0 +1,155 @@
+"""Sources that are open: files, pipes and objects, looked into once and handed on to their first reading."""
+
+from __future__ import annotations
+
+import os
+import stat
+from abc import abstractmethod
+from collections.abc import Callable
+from io import IOBase
+from typing import Generic, Protocol, TypeVar, cast
+
+import pyarrow as pa
+
+from embedstream.corpus.parts import Part
+from embedstream.errors import InputError
+from embedstream.jobs import JobSpec
+from embedstream_producer.lines import ByteStream
+
+MAGIC = b"PAR1"
+
+Opener = Callable[[str, int], int]
+"""As `open` takes it: from a path and flags to a descriptor."""
+
+
+class Source:
+    """A source that is open, at its beginning. This one is a stream of the caller's."""
+
+    piece_bytes = 1024 * 1024
+    """What is well read at once."""
+    quick = True
+    """Whether small reads cost next to nothing."""
+    size: int | None = None
+    """Bytes of the file, None for a stream."""
+    identity: object = None
+    """What two names of one file have in common; None for a stream."""
+    is_parquet = False
+
+    def __init__(self, label: str, stream: ByteStream) -> None:
+        self.label = label
+        self.stream = stream
+
+    def file(self) -> pa.NativeFile:
+        """For reading at any place; what fails in reading it is an `OSError` for `cannot_read`."""
+        return pa.PythonFile(cast("IOBase", self.stream), "r")
+
+    def check_unchanged(self) -> None:
+        """Nothing: an open file stays what it is when its name is given to another."""
+
+    def cannot_read(self, error: OSError) -> InputError:
+        """One sentence about what could not be read."""
+        if error.strerror:
+            return InputError(f"{self.label}: cannot be read ({error.strerror})")
+        why = str(error).partition("\n")[0]  # Arrow's own, of what it found in the file
+        return InputError(f"{self.label}: cannot be read ({why}): make or fetch the file again")
+
+    def close(self) -> None:
+        """Nothing: who opened the stream may go on with it."""
+
+
+class FileSource(Source):
+    """A file on a disk, or a pipe that has a name."""
+
+    def __init__(self, path: str, label: str, opener: Opener | None) -> None:
+        """Raises `InputError`."""
+        self.label = label
+        try:
+            # Not by `Path`, which knows no opener.
+            raw = open(path, "rb", buffering=0, opener=opener)  # noqa: SIM115
+        except FileNotFoundError:
+            raise InputError(f"{label}: no such file") from None
+        except IsADirectoryError:
+            raise InputError(f"{label}: is a folder: name the files in it ({label.rstrip('/')}/*)") from None
+        except OSError as error:
+            raise self.cannot_read(error) from error
+        except ValueError as error:
+            raise InputError(f"{label}: cannot be read ({error})") from error
+        super().__init__(label, raw)
+        state = os.fstat(raw.fileno())
+        if stat.S_ISREG(state.st_mode):
+            self.size = state.st_size
+            self.identity = state.st_dev, state.st_ino
+            try:
+                self.is_parquet = os.pread(raw.fileno(), len(MAGIC), 0) == MAGIC
+            except OSError as error:
+                raw.close()
+                raise self.cannot_read(error) from error
+
+    def close(self) -> None:
+        self.stream.close()
+
+
+class NothingUsable(InputError):
+    """The first rows of a part are all refused because fields or format are not the expected ones."""
+
+
+class _Closes(Protocol):
+    def close(self) -> None: ...
+
+
+Begun = TypeVar("Begun", bound=_Closes)
+
+
+class SourcePart(Part, Generic[Begun]):
+    """A part that is opened once: to be checked, for advice, and for its first reading. `Begun`: what is open then."""
+
+    advice: str | None = None
+    """What the user should know before the job is made."""
+
+    def __init__(self, index: int, name: str, source: Source, again: Callable[[], Source]) -> None:
+        """Look into `source`. `again` opens it anew, unless it is a stream.
+
+        Raises:
+            InputError: it cannot be read.
+        """
+        super().__init__(index, name, source.label, source.size, once=source.size is None)
+        self.identity = source.identity
+        self._again = again
+        self._begun: Begun | None = self._begin(source)
+
+    @property
+    @abstractmethod
+    def empty(self) -> bool:
+        """Whether it has no records."""
+
+    @abstractmethod
+    def hint(self, spec: JobSpec) -> str | None:
+        """A sentence of advice from how the part begins.
+
+        Raises:
+            NothingUsable: all that was looked at is refused.
+            InputError: columns that the job needs are not there, or of a type that cannot be used.
+        """
+
+    def release(self) -> None:
+        """Close what is open until it is needed, if it can be opened again."""
+        if self._begun is not None and not self.once:
+            self._begun.close()
+            self._begun = None
+
+    @abstractmethod
+    def _begin(self, source: Source) -> Begun:
+        """Closes the source if it raises."""
+
+    def _open(self) -> Begun:
+        """What is open, at its beginning. It stays for `_take`."""
+        if self._begun is None:
+            if self.once:
+                raise InputError(f"{self.label}: cannot be read a second time: save it in a file and submit that")
+            self._begun = self._begin(self._again())
+        return self._begun
+
+    def _take(self) -> Begun:
+        """The same for who reads and closes it."""
+        begun, self._begun = self._open(), None
+        return begun
