@@ -7,6 +7,7 @@ import logging
 from typing import Any
 
 import click
+import msgspec
 
 from embedstream.masking import mask_text
 
@@ -34,10 +35,20 @@ def echo(text: str, err: bool = False) -> None:
     click.echo(printable_lines(text), err=err)
 
 
-def echo_json(data: bytes) -> None:
-    """Print JSON; what JSON itself lets pass and a terminal might obey is escaped."""
-    text = data.decode()
+def echo_json(value: object) -> None:
+    """Print a value as JSON; what JSON itself lets pass and a terminal might obey is escaped, as are names that are not
+    UTF-8: as halves of surrogate pairs, from which `os.fsencode` makes the name again.
+    """
+    try:
+        text = msgspec.json.encode(value).decode()
+    except UnicodeEncodeError:
+        text = json.dumps(msgspec.to_builtins(value))
     click.echo(text if text.isprintable() else json.dumps(json.loads(text), separators=(",", ":")))
+
+
+def is_utf8(name: str) -> bool:
+    """Whether a name that the system gave us can be written down."""
+    return not any("\ud800" <= c <= "\udfff" for c in name)
 
 
 class PrintableFormatter(logging.Formatter):

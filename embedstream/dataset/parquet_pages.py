@@ -15,9 +15,10 @@ import pyarrow.parquet as pq
 LARGEST_PAGE_BYTES = 512 * 1024 * 1024
 """pyarrow writes the texts of 1,024 rows into a page, however long they are: books fit, bombs do not."""
 
-_FIRST_READ = 1024
-_LONGEST_HEADER = 16 * 1024 * 1024
+LONGEST_HEADER_BYTES = 16 * 1024 * 1024
 """As Arrow has it: statistics repeat values."""
+
+_FIRST_READ = 1024
 
 _DEEPEST = 4
 """Structs in structs; statistics are the third."""
@@ -44,6 +45,8 @@ class Page(NamedTuple):
     """Its bytes there."""
     levels: int = -1
     """Of a data page of the second kind, bytes of the repetition levels with which it begins, never compressed."""
+    header: int = 0
+    """Bytes of its header."""
 
 
 def read_pages(read: Callable[[int, int], bytes], chunk: pq.ColumnChunkMetaData) -> Iterator[Page]:
@@ -67,7 +70,7 @@ def read_pages(read: Callable[[int, int], bytes], chunk: pq.ColumnChunkMetaData)
             values = max(0, data.get(_VALUES, 0))
             shared = data.get(_ENCODING[kind]) == _DELTA_BYTE_ARRAY
             levels = data.get(_LEVELS, 0) if kind == _DATA_V2 else -1
-        yield Page(values, held, shared, at + size, stored, levels)
+        yield Page(values, held, shared, at + size, stored, levels, size)
         left -= values
         at += size + stored
 
@@ -111,7 +114,7 @@ def _header(read: Callable[[int, int], bytes], at: int, end: int) -> tuple[_Fiel
         try:
             return _struct(data, 0)
         except IndexError:
-            if len(data) < size or size == end - at or size > _LONGEST_HEADER:
+            if len(data) < size or size == end - at or size > LONGEST_HEADER_BYTES:
                 raise ValueError("a page without a whole header") from None
             size *= 16
 

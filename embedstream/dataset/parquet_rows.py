@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embedstream.dataset.parquet_lists import longest_row, longest_value
-from embedstream.dataset.parquet_pages import LARGEST_PAGE_BYTES, Page, read_pages, values_at_once
+from embedstream.dataset.parquet_pages import LARGEST_PAGE_BYTES, LONGEST_HEADER_BYTES, Page, read_pages, values_at_once
 from embedstream.settings import MIB
 from embedstream.terminal import printable
 
@@ -138,6 +138,12 @@ class _Column:
         """All of them, or only the dictionary. Raises `RowsRefused` for one that is too large, `ValueError`."""
         pages = []
         for page in islice(read_pages(self._read, self._chunk), int(self._chunk.has_dictionary_page) if few else None):
+            if page.header > LONGEST_HEADER_BYTES:
+                raise RowsRefused(
+                    f"column {self.name} has a page header of {page.header:,} bytes, more than the "
+                    f"{LONGEST_HEADER_BYTES:,} that Arrow reads, as statistics repeat long values: write the file "
+                    f"again without statistics of pages, or shorten the values"
+                )
             if page.bytes > LARGEST_PAGE_BYTES:
                 raise RowsRefused(
                     f"column {self.name} has a page of {page.bytes:,} bytes, more than the {LARGEST_PAGE_BYTES:,} that "

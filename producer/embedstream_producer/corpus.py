@@ -9,18 +9,18 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain, islice
+from itertools import islice
 from typing import Any
 
 from embedstream.corpus.parts import Part
-from embedstream.corpus.records import Outcome, Record, RecordReader
+from embedstream.corpus.records import LONGEST_LINE_BYTES, Outcome, Record, RecordReader
 from embedstream.dataset.objects import is_object, parse_object
 from embedstream.errors import InputError, UsageError
 from embedstream.jobs import JobSpec
 from embedstream.queue.blocks import Refusal
 from embedstream.queue.refusals import Code
 from embedstream.records import PartContent
-from embedstream.terminal import printable
+from embedstream.terminal import is_utf8, printable
 from embedstream_producer.lines import ByteStream, LineStream
 from embedstream_producer.objects import ObjectSource
 from embedstream_producer.parquet_part import ParquetPart
@@ -43,6 +43,9 @@ MOST_OPEN = 16
 """Parts that stay open between their check and their first reading; each may hold 8 MiB of a long line. Those that
 follow are opened again when it is their turn."""
 
+MOST_HELD_BYTES = LONGEST_LINE_BYTES
+"""Looked at in search of a row that the job can use, beyond the lines that come first."""
+
 _HOPELESS = frozenset({Code.INVALID_JSON, Code.NOT_UTF8, Code.NOT_AN_OBJECT, Code.MISSING_ID, Code.MISSING_FIELD})
 
 
@@ -53,7 +56,7 @@ class FilePart(SourcePart["_Head"]):
 
     @property
     def empty(self) -> bool:
-        return not self._open().lines
+        return not self._open().held
 
     def outcomes(self, spec: JobSpec, on_position: Callable[[int], None] | None = None) -> Iterator[Sequence[Outcome]]:
         with contextlib.closing(self._take()) as head:
@@ -69,9 +72,12 @@ class FilePart(SourcePart["_Head"]):
                 log.warning("%s: %s", self.label, head.stream.warning)
 
     def hint(self, spec: JobSpec) -> str | None:
-        head = self._open()
-        outcomes = list(islice(_judge(RecordReader(spec), head.row, head.lines), SAMPLE_ROWS))
-        refusals = [outcome for outcome in outcomes if isinstance(outcome, Refusal) and outcome.code in _HOPELESS]
+        reader, outcomes, refusals = RecordReader(spec), list[Outcome](), list[Refusal]()
+        for row, lines in self._open().looked_at():
+            outcomes += islice(_judge(reader, row, lines), SAMPLE_ROWS - len(outcomes))
+            refusals = [outcome for outcome in outcomes if isinstance(outcome, Refusal) and outcome.code in _HOPELESS]
+            if len(refusals) < len(outcomes) or len(outcomes) == SAMPLE_ROWS:
+                break
         if len(refusals) < len(outcomes) or not refusals:
             return self._keep_hint(spec, [outcome for outcome in outcomes if isinstance(outcome, Record)])
         code, _ = Counter(refusal.code for refusal in refusals).most_common(1)[0]
@@ -102,10 +108,8 @@ def part_name(source: str) -> str:
     if is_object(source):
         return parse_object(source, "corpus").url
     path = os.path.abspath(source)  # noqa: PTH100  (keeps symbolic links)
-    try:
-        path.encode()
-    except UnicodeEncodeError as error:
-        raise UsageError(f"{printable(path)}: its name is not UTF-8: rename it, or name a link to it") from error
+    if not is_utf8(path):
+        raise UsageError(f"{printable(path)}: its name is not UTF-8: rename it, or name a link to it")
     return path
 
 
@@ -170,7 +174,8 @@ def check_sources(
             part.advice = f"{empty[-1]}: it counts as a part of 0 rows"
         elif spec is not None:
             try:
-                part.advice = part.hint(spec)
+                with _telling(source, notice):
+                    part.advice = part.hint(spec)
             except NothingUsable as error:
                 unusable.append(error)
                 part.advice = str(error)
@@ -211,23 +216,35 @@ class _Head:
         """Raises `InputError`, with the source closed."""
         self._source = source
         self.stream = LineStream(source.stream, source.label)
-        self.row = 0
-        """Of the first of `lines`; nothing but blank lines came before."""
-        self.lines: list[bytes] = []
-        """None of them: there are no records."""
+        self.held: list[tuple[int, list[bytes]]] = []
+        """Lines that were looked at, with the place of the first; none: there are no records."""
         self._rest = self.stream.batches()
         try:
             for row, lines in self._rest:
                 if not all(map(_is_blank, lines)):
-                    self.row, self.lines = row, lines
+                    self.held.append((row, lines))
                     break
         except InputError:
             source.close()
             raise
 
+    def looked_at(self) -> Iterator[tuple[int, list[bytes]]]:
+        """The lines from the first record on, as many as are asked for but for a bound; they stay for `batches`.
+
+        Raises:
+            InputError: more of them cannot be read.
+        """
+        yield from tuple(self.held)
+        size = 0
+        while size < MOST_HELD_BYTES and (more := next(self._rest, None)) is not None:
+            self.held.append(more)
+            size += sum(map(len, more[1]))
+            yield more
+
     def batches(self) -> Iterator[tuple[int, list[bytes]]]:
-        first, self.lines = self.lines, []
-        return chain([(self.row, first)], self._rest)
+        while self.held:
+            yield self.held.pop(0)
+        yield from self._rest
 
     def close(self) -> None:
         self._source.close()

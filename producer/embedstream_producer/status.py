@@ -83,7 +83,7 @@ def look_after_look(look: Callable[[], Look], redis_url: str) -> Iterator[Look]:
 def show(look: Look, as_json: bool) -> None:
     """Once."""
     if as_json:
-        echo_json(msgspec.json.encode(look.value))
+        echo_json(look.value)
     else:
         echo("\n".join(look.lines))
 

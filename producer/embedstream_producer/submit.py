@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
-
 from embedstream.corpus.duplicates import DuplicateIndex
 from embedstream.corpus.parts import Part
 from embedstream.dataset.objects import is_object, parse_object
@@ -121,7 +119,7 @@ def _submit_server_side(options: Options, spec: JobSpec, sink: Sink) -> int:
                 wait_for_readers(options.redis_url, spec, progress.notice)
     result = report.from_manifest(stands) if isinstance(stands, Manifest) else report.from_status(stands)
     if options.json:
-        echo_json(msgspec.json.encode(result))
+        echo_json(result)
     elif isinstance(stands, Manifest):
         echo(f"{result.output} is finished already; nothing was done")
         for line in report.lines(result, sink):
@@ -391,7 +389,7 @@ def show(options: Options, run: Run) -> None:
     """The last words: one object on standard output, or lines for people."""
     assert run.result is not None
     if options.json:
-        echo_json(msgspec.json.encode(run.result))
+        echo_json(run.result)
         if run.reason:
             echo(run.reason, err=True)
         return

@@ -70,7 +70,7 @@ def show_verdict(output: str, corpus: Sequence[str], redis_url: str | None, as_j
     """
     verdict = verify(output, corpus, redis_url)
     if as_json:
-        echo_json(msgspec.json.encode(verdict))
+        echo_json(verdict)
     else:
         for line in verdict_lines(verdict):
             echo(line)

@@ -329,3 +329,28 @@ def test_a_kept_field_that_no_row_has_gets_a_hint(tmp_path: Path) -> None:
     assert str(alone[0].hint(make_spec(alone, keep=("lang",)))).endswith(
         "the first row does not have lang, which --keep names"
     )
+
+
+class Slow(io.RawIOBase):
+    """A pipe into which a line at a time is written."""
+
+    def __init__(self, *lines: bytes) -> None:
+        self._lines = list(lines)
+
+    def read(self, size: int = -1, /) -> bytes:  # noqa: ARG002
+        return self._lines.pop(0) if self._lines else b""
+
+
+def test_bad_rows_at_the_beginning_of_a_pipe_cost_only_themselves(index: DuplicateIndex) -> None:
+    spec = JobSpec(queue="q", output="/o", model="m", parts=("-",))
+    lines = [b"oops\n", b"x" * 600_000 + b"\n", *([b"oops\n"] * 90), b'{"id": 1, "text": "x"}\n', b"oops\n"]
+    [part] = check_sources(["-"], Slow(*lines), spec=spec)
+    assert part.advice is None
+    [block] = part.blocks(spec, index)
+    assert (ids([block]), [row for row, _ in refusals([block])]) == (["1"], [*range(92), 93])
+
+
+def test_what_is_no_json_to_its_end_is_refused_however_short_it_is() -> None:
+    spec = JobSpec(queue="q", output="/o", model="m", parts=("-",))
+    with pytest.raises(InputError, match=r"standard input: the first 2 rows are all refused: .*: nothing was started$"):
+        check_sources(["-"], Slow(b"id,text\n", b"1,hello\n"), spec=spec)

@@ -10,12 +10,14 @@ import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from embedstream.corpus.duplicates import DuplicateIndex
+from embedstream.dataset.parquet_pages import read_pages
 from embedstream.errors import InputError, UsageError
 from embedstream.jobs import JobSpec
 from embedstream_producer.corpus import check_sources, part_name
@@ -113,9 +115,7 @@ def test_python_zstandard_157_a_long_window_is_read_within_a_bound_and_else_said
     assert read(path) == ALL
     for data in (zstd_frame(LINES, window_log=28), zstd(LINES) + zstd_frame(LINES, window_log=31)):
         path.write_bytes(data)
-        with pytest.raises(
-            InputError, match=r"needs more than 128 MiB to be decompressed .*\(zstd -d --long=31\)"
-        ):
+        with pytest.raises(InputError, match=r"needs more than 128 MiB to be decompressed .*\(zstd -d --long=31\)"):
             read(path)
 
 
@@ -290,3 +290,38 @@ def test_a_csv_is_one_sentence(tmp_path: Path) -> None:
         read(path)
     assert str(refused.value).startswith(f"{path}: the first 3 rows are all refused: line ")
     assert str(refused.value).endswith("; a corpus has one JSON object per line: nothing was started")
+
+
+def with_page_statistics(path: Path, texts: list[str]) -> None:
+    """A file of one page a row, in whose headers other writers would repeat the text as least and greatest value."""
+    table = pa.table({"id": [f"r{row}" for row in range(len(texts))], "text": texts})
+    plain: dict[str, Any] = {"use_dictionary": False, "compression": "none", "write_statistics": False}
+    pq.write_table(table, path, **plain, write_batch_size=1, data_page_size=1)
+    whole, column = path.read_bytes(), pq.read_metadata(path).row_group(0).column(1)
+    at = column.data_page_offset
+    end, pages = at + column.total_compressed_size, b""
+    sizes = column.total_uncompressed_size, column.total_compressed_size
+    for page, text in zip(read_pages(lambda at, size: whole[at : at + size], column), texts, strict=True):
+        header, value = whole[at : page.at], varint(len(text)) + text.encode()
+        statistics = b"\x1c\x58" + value + b"\x18" + value + b"\0"  # field 5 of the page's, of which 5 and 6
+        at = page.at + page.stored
+        pages += header.removesuffix(b"\0\0") + statistics + b"\0\0" + whole[page.at : at]
+    more = len(pages) - column.total_compressed_size
+    before, after = (b"".join(b"\x16" + varint(2 * (size + more)) for size in sizes) for more in (0, more))
+    footer = whole[end:-8]
+    assert footer.count(before) == 1
+    footer = footer.replace(before, after)
+    path.write_bytes(whole[: column.data_page_offset] + pages + footer + len(footer).to_bytes(4, "little") + b"PAR1")
+
+
+def varint(number: int) -> bytes:
+    return bytes([number & 127 | 128]) + varint(number >> 7) if number > 127 else bytes([number])
+
+
+def test_arrow_46404_statistics_that_arrow_cannot_read_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "c.parquet"
+    with_page_statistics(path, ["a", "x" * 7_000_000, "b"])
+    assert read(path) == (["r0", "r2"], 1), "the long row alone"
+    with_page_statistics(path, ["a", "x" * 9_000_000, "b"])
+    with pytest.raises(InputError, match=r"column text has a page header of 18,0.* write the file again without stat"):
+        read(path)

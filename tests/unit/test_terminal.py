@@ -3,8 +3,8 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 
-import msgspec
 import pytest
 
 from embedstream.terminal import PrintableFormatter, echo, echo_json, printable, printable_lines
@@ -27,7 +27,7 @@ def test_lines_stay_lines() -> None:
 def test_what_is_printed_has_no_control_character(capsys: pytest.CaptureFixture[str]) -> None:
     echo(TRICKS)
     echo(TRICKS, err=True)
-    echo_json(msgspec.json.encode({"id": TRICKS, "smile": "☺"}))
+    echo_json({"id": TRICKS, "smile": "☺"})
     shown = capsys.readouterr()
     lines = [*shown.out.splitlines(), *shown.err.splitlines()]
     assert len(lines) == 3
@@ -36,7 +36,7 @@ def test_what_is_printed_has_no_control_character(capsys: pytest.CaptureFixture[
 
 
 def test_json_that_a_terminal_does_not_mind_is_printed_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
-    echo_json(msgspec.json.encode({"smile": "☺"}))
+    echo_json({"smile": "☺"})
     assert capsys.readouterr().out == '{"smile":"☺"}\n'
 
 
@@ -56,3 +56,11 @@ def test_a_log_record_cannot_forge_another() -> None:
     assert lines[1] == "ERROR it failed"
     assert all(line.isprintable() for line in lines)
     assert "Traceback" in lines[2]
+
+
+def test_json_names_what_is_no_utf_8_so_that_it_can_be_found_again(capsys: pytest.CaptureFixture[str]) -> None:
+    name = b"f\xff\xe2\x98\xba"
+    echo_json({"folder": os.fsdecode(name), "dim": 2})
+    said = json.loads(capsys.readouterr().out)
+    assert os.fsencode(said["folder"]) == name
+    assert said["dim"] == 2

@@ -22,6 +22,7 @@ from embedstream.cli.starting import environment
 from embedstream.errors import ServerError
 from embedstream.masking import mask
 from embedstream.server.connection import connect
+from embedstream.terminal import is_utf8
 from embedstream_producer.embedded.lock import OutputLock
 from embedstream_producer.embedded.private import PrivateFolder
 from embedstream_producer.embedded.processes import identify, is_running
@@ -263,7 +264,7 @@ def _short_folder() -> Path:
     goes on.
     """
     tried = dict.fromkeys([tempfile.gettempdir(), "/tmp", os.environ.get("XDG_RUNTIME_DIR", "")])
-    for base in tried:
+    for base in filter(is_utf8, tried):
         if len(os.fsencode(base)) + len(f"/{SOCKET_FOLDER}12345678/{SOCKET}") > LONGEST_SOCKET_PATH or not base:
             continue
         try:
@@ -272,5 +273,5 @@ def _short_folder() -> Path:
             continue
     raise ServerError(
         f"no folder for a socket: none of {', '.join(filter(None, tried))} can be written and has a path of at most "
-        f"{LONGEST_SOCKET_PATH - 33} bytes: set TMPDIR to one that has"
+        f"{LONGEST_SOCKET_PATH - 33} bytes in UTF-8: set TMPDIR to one that has"
     )
