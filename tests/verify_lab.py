@@ -181,7 +181,7 @@ def run_again(made: Made, fail_every: int = 10**9) -> tuple[JobStatus, list[Shar
         blocks = [
             block
             for part in check_sources(made.spec.parts)
-            for block in failed.blocks(part.index, part.source, part.blocks(made.spec, index))
+            for block in failed.blocks(part.index, part.label, part.blocks(made.spec, index))
         ]
         maker.write(blocks)
     return make_status(failed.spec, len(blocks)), maker.records

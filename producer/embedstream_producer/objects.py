@@ -29,13 +29,12 @@ class ObjectSource(Source):
         try:
             self._file = self._look()
             self._version = self._file.metadata()
-            self._first = self._file.read_at(FIRST_BYTES, 0)
+            self._first = self._file.read(FIRST_BYTES)
         except OSError as error:
             raise self.cannot_read(error) from error
         self.size = self._file.size()
         self.identity = address.url
         self.is_parquet = self._first.startswith(MAGIC)
-        self._file.seek(len(self._first))
         self._rest = pa.BufferedInputStream(self._file, READ_BYTES)
         self._checked = False
 
