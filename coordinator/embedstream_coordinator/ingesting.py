@@ -39,7 +39,8 @@ def ingest_part(context: Context, broker: Broker, job: str, part: int) -> str:
         redis.RedisError: as redis-py raises it.
     """
     status = broker.status(job)
-    if status.state is not JobState.SUBMITTING or part not in unsealed_parts(broker, job, len(status.spec.parts)):
+    unsealed = unsealed_parts(broker, job, len(status.spec.parts))
+    if status.state is not JobState.SUBMITTING or part not in unsealed:
         return "was read already, or is no longer wanted"
     spec, still_wanted = status.spec, _wanted_by(os.getppid())
     bound = broker.memory_bound(Settings.from_environment().queue_bytes)
@@ -48,8 +49,8 @@ def ingest_part(context: Context, broker: Broker, job: str, part: int) -> str:
         return "waits until its ids are compared with those of earlier parts"
     with EarlierIds(repeated) as index:
         mine = _open(context, spec, part)
-        if mine.empty and len(spec.parts) == 1:
-            raise InputError(f"{mine.label}: has no records")
+        if mine.empty and len(unsealed) == 1 and not status.blocks:
+            raise InputError(f"{mine.label}: has no records, nor has any other part")
         patience = Patience(tick=still_wanted)
         pushed = push_job(broker, job, [mine], lambda part: part.blocks(spec, index), bound, patience)
     return {Pushed.SEALED: "read", Pushed.ENDED: "the job ended", Pushed.LOST: "Redis does not know the job"}[pushed]

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 from broker_lab import Lab
 
+from embedstream.errors import InputError
 from embedstream.jobs import JobState
 from embedstream.queue.broker import Broker
-from embedstream.queue.coordination import Compaction, compactions, save_compaction, troubles
+from embedstream.queue.coordination import Compaction, compactions, note_repeated, save_compaction, troubles
 from embedstream.server.connection import connect
 from embedstream_coordinator import functions
 from embedstream_coordinator.context import ELSEWHERE, Context
+from embedstream_coordinator.ingesting import ingest_part
 
 
 @pytest.fixture
@@ -36,3 +39,23 @@ def test_a_compaction_below_the_roots_of_other_coordinators_is_left_to_them(redi
     save_compaction(broker, wanted)
     assert functions.compact(context, wanted.id) == functions.merge(context, wanted.id, "c0") == ELSEWHERE
     assert compactions(broker) == [wanted]
+
+
+@pytest.mark.parametrize("last", ["", '{"id": 1, "text": "x"}'], ids=["all", "among others"])
+def test_doris_1594_empty_parts_are_parts_of_no_rows_unless_all_are_empty(
+    lab: Lab, redis_url: str, tmp_path: Path, last: str
+) -> None:
+    context = Context(redis_url=redis_url, input_roots=(str(tmp_path),), output_roots=())
+    paths = [tmp_path / f"{part}.jsonl" for part in range(2)]
+    for path, content in zip(paths, ("", last), strict=True):
+        path.write_text(content)
+    spec = msgspec.structs.replace(lab.spec(), parts=tuple(map(str, paths)))
+    lab.broker.run(lab.broker.create(spec))
+    note_repeated(lab.broker, spec.job, 1, [])
+    assert ingest_part(context, lab.broker, spec.job, 0) == "read"
+    if last:
+        assert ingest_part(context, lab.broker, spec.job, 1) == "read"
+        assert lab.broker.state(spec.job) == JobState.RUNNING
+    else:
+        with pytest.raises(InputError, match=r"1\.jsonl: has no records, nor has any other part"):
+            ingest_part(context, lab.broker, spec.job, 1)

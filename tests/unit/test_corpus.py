@@ -354,3 +354,12 @@ def test_what_is_no_json_to_its_end_is_refused_however_short_it_is() -> None:
     spec = JobSpec(queue="q", output="/o", model="m", parts=("-",))
     with pytest.raises(InputError, match=r"standard input: the first 2 rows are all refused: .*: nothing was started$"):
         check_sources(["-"], Slow(b"id,text\n", b"1,hello\n"), spec=spec)
+
+
+def test_two_named_pipes_are_two_parts(tmp_path: Path, index: DuplicateIndex) -> None:
+    paths = [tmp_path / name for name in ("one", "two")]
+    for id, path in enumerate(paths):
+        os.mkfifo(path)
+        threading.Thread(target=path.write_bytes, args=(b'{"id": %d, "text": "x"}\n' % id,)).start()
+    parts = check_sources([str(path) for path in paths])
+    assert ids(block for part in parts for block in part.blocks(make_spec(parts), index)) == ["0", "1"]
