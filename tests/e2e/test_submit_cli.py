@@ -447,3 +447,18 @@ def test_without_model_libraries_the_command_says_what_to_install(tmp_path: Path
     assert done.returncode == 2
     assert "pip install 'embedstream[local]'" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["c.jsonl"]
+
+
+def test_doris_1594_an_empty_file_among_others_is_said_once_and_verified(tmp_path: Path, url: str, queue: str) -> None:
+    empty = tmp_path / "_SUCCESS.jsonl"
+    empty.write_bytes(b"")
+    command = [empty, corpus(tmp_path), "-o", tmp_path / "out", *fleet_args(url, queue)]
+    with MiniWorker(url, queue):
+        done = run("embed-submit", *command)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("has no records: it counts as a part of 0 rows") == 1
+    assert [part["bytes"] for part in read_manifest(tmp_path / "out")["parts"]] == [
+        0,
+        (tmp_path / "c.jsonl").stat().st_size,
+    ]
+    assert "finished already" in run("embed-submit", *command).stdout
