@@ -8,7 +8,7 @@ kilobytes can ask for gigabytes. pyarrow shows no pages and takes no bound, henc
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import pyarrow.parquet as pq
 
@@ -27,7 +27,13 @@ _BYTES, _STORED, _DATA, _DICTIONARY, _DATA_V2 = 2, 3, 5, 7, 8  # fields of PageH
 _VALUES = 1  # field of the headers of both kinds of data pages
 _LEVELS = 6  # field of that of the second kind
 _ENCODING = {_DATA: 2, _DATA_V2: 4}  # field of each of them
+_STATISTICS = {_DATA: 5, _DATA_V2: 8}  # the same
+_INDEX_HEADER_BYTES = 15
 _DELTA_BYTE_ARRAY = 7  # of Encoding: each value begins with a piece of the one before
+
+
+Patches: TypeAlias = tuple[tuple[int, bytes], ...]
+"""Offsets in a file, and what is to stand there."""
 
 
 class Page(NamedTuple):
@@ -47,6 +53,8 @@ class Page(NamedTuple):
     """Of a data page of the second kind, bytes of the repetition levels with which it begins, never compressed."""
     header: int = 0
     """Bytes of its header."""
+    patches: Patches = ()
+    """Of a header that Arrow does not read: what must stand where in the file, so that it reads the page."""
 
 
 def read_pages(read: Callable[[int, int], bytes], chunk: pq.ColumnChunkMetaData) -> Iterator[Page]:
@@ -70,7 +78,8 @@ def read_pages(read: Callable[[int, int], bytes], chunk: pq.ColumnChunkMetaData)
             values = max(0, data.get(_VALUES, 0))
             shared = data.get(_ENCODING[kind]) == _DELTA_BYTE_ARRAY
             levels = data.get(_LEVELS, 0) if kind == _DATA_V2 else -1
-        yield Page(values, held, shared, at + size, stored, levels, size)
+        patches = _without_statistics(read, at, size, header) if size > LONGEST_HEADER_BYTES else ()
+        yield Page(values, held, shared, at + size, stored, levels, size, patches)
         left -= values
         at += size + stored
 
@@ -103,6 +112,8 @@ class _Fields(NamedTuple):
 
     numbers: dict[int, int]
     structs: dict[int, _Fields]
+    spans: dict[int, tuple[int, int]]
+    """Where structs begin, with the byte that says so, and where they end."""
 
 
 def _header(read: Callable[[int, int], bytes], at: int, end: int) -> tuple[_Fields, int]:
@@ -121,7 +132,7 @@ def _header(read: Callable[[int, int], bytes], at: int, end: int) -> tuple[_Fiel
 
 def _struct(data: bytes, at: int, depth: int = 0) -> tuple[_Fields, int]:
     """A struct, and where it ends. Raises `IndexError` if that is not in the data."""
-    found, field = _Fields({}, {}), 0
+    found, field = _Fields({}, {}, {}), 0
     while (head := data[at]) != 0:
         at += 1
         if head >> 4:
@@ -141,10 +152,30 @@ def _struct(data: bytes, at: int, depth: int = 0) -> tuple[_Fields, int]:
                 size, at = _varint(data, at)
                 at += size
             case 12 if depth < _DEEPEST:
+                begin = at - 1
                 found.structs[field], at = _struct(data, at, depth + 1)
+                found.spans[field] = begin, at
             case kind:
                 raise ValueError(f"a field of type {kind} in a page's header")
     return found, at + 1
+
+
+def _without_statistics(read: Callable[[int, int], bytes], at: int, size: int, header: _Fields) -> Patches:
+    """A page of an index, which readers pass over, in place of most of the header; behind it what is needed of it.
+
+    Statistics are the last field of what tells of data, so that no field's number depends on them.
+    """
+    for kind in _STATISTICS.keys() & header.structs.keys():
+        span = header.structs[kind].spans.get(_STATISTICS[kind])
+        if span is not None:
+            whole = read(at, size)
+            short = whole[: span[0]] + whole[span[1] :]
+            gap = size - len(short) - _INDEX_HEADER_BYTES
+            index = (
+                b"\x15\x02" + 2 * (b"\x15" + bytes(gap * 2 >> 7 * i & 127 | 128 * (i < 4) for i in range(5))) + b"\0"
+            )
+            return (at, index), (at + size - len(short), short)
+    return ()
 
 
 def _number(data: bytes, at: int) -> tuple[int, int]:

@@ -49,11 +49,13 @@ def rows_at_once(
     most_rows: int,
     most_bytes: int,
     quick_piece: int | None,
+    patch: Callable[[int, bytes], None] | None = None,
 ) -> int:
     """How many rows of row group `at` can be decoded at once, at most `most_rows`, and about `most_bytes` of them.
 
     `columns`: those that are read; None: all. `quick_piece`: bytes that are well read at once where each read costs a
-    request; None where small reads cost next to nothing.
+    request; None where small reads cost next to nothing. `patch`: makes the file give these bytes at this offset, in
+    place of headers that Arrow does not read; None: they are refused.
 
     Raises:
         RowsRefused: a page, or a list of one row, is too large; or there is no sense in them.
@@ -67,7 +69,7 @@ def rows_at_once(
     list(file.reader.iter_batches(0, row_groups=[at], column_indices=leaves, use_threads=False))
     bound = min(COLUMN_BYTES, ROWS_BYTES // max(1, len(leaves)))
     for leaf in leaves:
-        column = _Column(source, file.schema.column(leaf), group.column(leaf), quick_piece)
+        column = _Column(source, file.schema.column(leaf), group.column(leaf), quick_piece, patch)
         try:
             rows = min(rows, column.rows_at_once(rows, group.num_rows, bound))
         except ValueError as error:
@@ -85,10 +87,18 @@ def _is_in(path: str, columns: Sequence[str]) -> bool:
 class _Column:
     """A column of a row group."""
 
-    def __init__(self, source: Any, schema: Any, chunk: pq.ColumnChunkMetaData, quick_piece: int | None) -> None:
+    def __init__(
+        self,
+        source: Any,
+        schema: Any,
+        chunk: pq.ColumnChunkMetaData,
+        quick_piece: int | None,
+        patch: Callable[[int, bytes], None] | None,
+    ) -> None:
         self.name = printable(chunk.path_in_schema, _NAME_CHARACTERS)
         self._highest: int = schema.max_repetition_level
         self._chunk = chunk
+        self._patch = patch
         self._width = _VALUE_BYTES.get(chunk.physical_type, _OTHER_VALUE_BYTES)
         held = max(chunk.total_uncompressed_size, self._width * chunk.num_values if self._highest else 0)
         usual = held <= USUAL_RATIO * chunk.total_compressed_size
@@ -138,7 +148,10 @@ class _Column:
         """All of them, or only the dictionary. Raises `RowsRefused` for one that is too large, `ValueError`."""
         pages = []
         for page in islice(read_pages(self._read, self._chunk), int(self._chunk.has_dictionary_page) if few else None):
-            if page.header > LONGEST_HEADER_BYTES:
+            if page.patches and self._patch is not None:
+                for place, data in page.patches:
+                    self._patch(place, data)
+            elif page.header > LONGEST_HEADER_BYTES:
                 raise RowsRefused(
                     f"column {self.name} has a page header of {page.header:,} bytes, more than the "
                     f"{LONGEST_HEADER_BYTES:,} that Arrow reads, as statistics repeat long values: write the file "

@@ -71,7 +71,7 @@ class ParquetPart(SourcePart[_OpenFile]):
         row, total = 0, file.metadata.num_rows
         for group in range(file.metadata.num_row_groups):
             piece = None if source.quick else source.piece_bytes
-            rows = rows_at_once(file, opened.bytes, group, reader.columns, BATCH_ROWS, BATCH_BYTES, piece)
+            rows = rows_at_once(file, opened.bytes, group, reader.columns, BATCH_ROWS, BATCH_BYTES, piece, source.patch)
             # Threads take longer to share out a batch than to decode it.
             batches = file.iter_batches(batch_size=rows, row_groups=[group], columns=reader.columns, use_threads=False)
             for batch in _gathered(batches):

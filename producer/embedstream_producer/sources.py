@@ -6,7 +6,7 @@ import os
 import stat
 from abc import abstractmethod
 from collections.abc import Callable
-from io import IOBase
+from io import FileIO, IOBase
 from typing import Generic, Protocol, TypeVar, cast
 
 import pyarrow as pa
@@ -34,6 +34,8 @@ class Source:
     identity: object = None
     """What two names of one file have in common; None for a stream."""
     is_parquet = False
+    patch: Callable[[int, bytes], None] | None = None
+    """Makes `file` give these bytes at this offset; None: it cannot."""
 
     def __init__(self, label: str, stream: ByteStream) -> None:
         self.label = label
@@ -57,6 +59,23 @@ class Source:
         """Nothing: who opened the stream may go on with it."""
 
 
+class _Patched(FileIO):
+    """A file, but for a few bytes in it."""
+
+    def __init__(self, path: str, opener: Opener | None) -> None:
+        super().__init__(path, "rb", opener=opener)
+        self.patches: dict[int, bytes] = {}
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        begin = self.tell() if self.patches else 0
+        data = super().read(size)
+        for place, patch in self.patches.items():
+            at, past = max(begin, place), min(begin + len(data), place + len(patch))
+            if at < past:
+                data = data[: at - begin] + patch[at - place : past - place] + data[past - begin :]
+        return data
+
+
 class FileSource(Source):
     """A file on a disk, or a pipe that has a name."""
 
@@ -65,7 +84,7 @@ class FileSource(Source):
         self.label = label
         try:
             # Not by `Path`, which knows no opener.
-            raw = open(path, "rb", buffering=0, opener=opener)  # noqa: SIM115
+            raw = _Patched(path, opener)
         except FileNotFoundError:
             raise InputError(f"{label}: no such file") from None
         except IsADirectoryError:
@@ -75,6 +94,7 @@ class FileSource(Source):
         except ValueError as error:
             raise InputError(f"{label}: cannot be read ({error})") from error
         super().__init__(label, raw)
+        self.patch = raw.patches.__setitem__
         state = os.fstat(raw.fileno())
         if stat.S_ISREG(state.st_mode):
             self.size = state.st_size
