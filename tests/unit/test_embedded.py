@@ -380,3 +380,13 @@ def _written(output: str) -> Path:
     """The append-only file that holds the commands written since the last rewrite."""
     state = state_folder(output)
     return next(state.glob("appendonly*/*.incr.aof"), state / "appendonly.aof")
+
+
+def test_llama_index_10369_a_temporary_folder_that_is_not_utf_8_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    odd = tmp_path / os.fsdecode(b"f\xff")
+    odd.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(odd))
+    with OutputLock(str(tmp_path / "out")) as lock, PrivateServer.start(lock) as server:
+        assert connect(server.url).ping()
