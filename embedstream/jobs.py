@@ -71,6 +71,8 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
     max_length: int | None = None
     """Tokens, special tokens included; None: the model's own."""
     id_field: str | None = None
+    number_rows: bool = False
+    """Whether a row's id is the number of its part, a dash and its number there, both from 0."""
     text_field: str | None = None
     title_field: str | None = None
     title_sep: str = " "
@@ -104,6 +106,8 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
         named = ("queue", "output", "model", "revision", "id_field", "text_field", "title_field", "title_sep")
         for name in named:
             check_setting(f"--{name.replace('_', '-')}", getattr(self, name))
+        if self.number_rows and self.id_field is not None:
+            raise UsageError("--number-rows and --id-field exclude each other")
         check_prompting(self.prompt, self.prompt_name, self.max_length)
         taken = RESERVED_COLUMNS | {output.name for output in self.outputs}
         for name in self.keep:

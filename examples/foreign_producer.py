@@ -49,6 +49,7 @@ def spec_of(queue: str, model: str, corpus: str, output: str) -> bytes:
         "prompt_name": None,
         "max_length": None,
         "id_field": None,
+        "number_rows": False,
         "text_field": None,
         "title_field": None,
         "title_sep": " ",

@@ -12,7 +12,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute
 
+from embedstream.corpus.advice import unknown
 from embedstream.corpus.records import (
+    INVISIBLE,
     LONGEST_ID_BYTES,
     LONGEST_KEPT_BYTES,
     Outcome,
@@ -33,6 +35,8 @@ Column = Any
 pc: Any = pyarrow.compute
 """Untyped, as the stubs know only the simplest form of each function."""
 
+_VISIBLE = f"[^{INVISIBLE}]"
+
 NAMED_COLUMNS = 50
 NAME_CHARACTERS = 60
 """How many column names, and how much of each, a message repeats."""
@@ -41,40 +45,47 @@ NAME_CHARACTERS = 60
 class ColumnReader:
     """Judges the rows of one job in batches of one schema."""
 
-    def __init__(self, spec: JobSpec, schema: pa.Schema, label: str) -> None:
-        """`label` names the input in messages.
+    def __init__(self, spec: JobSpec, schema: pa.Schema, label: str, part: int = 0) -> None:
+        """`label` names the input in messages; `part` is its number.
 
         Raises:
             InputError: no column for id or text, or one of a type that cannot be used; tells the columns there are.
         """
-        self._rows = RecordReader(spec)
+        self._rows = RecordReader(spec, part)
         self._spec = spec
         self._schema = schema
         self._label = label
-        self._id = self._one_of(self._rows.ids, "id", "--id-field")
-        self._text = self._one_of(self._rows.texts, "text", "--text-field")
+        self._ids = [] if spec.number_rows else self._usable(self._rows.ids, "id", "--number-rows, or --id-field")
+        self._texts = self._usable(self._rows.texts, "text", "--text-field")
         title = self._rows.title
-        self._title = title if title is not None and title in schema.names else None
-        if title is not None and spec.title_field is not None and self._title is None:
-            raise self._missing(f"column {_named(spec.title_field)}", "--title-field")
-        self._check_type(self._id, _is_id, "an id must be a string or a whole number; --id-field takes another")
-        self._check_type(self._text, _is_text, "a text must be a string; --text-field takes another")
-        if self._title is not None:
-            self._check_type(self._title, _is_title, "a title must be a string; --title-field takes another")
-        self.absent = tuple(name for name in spec.keep if name not in schema.names)
-        """Fields that the job keeps and no row has."""
-        kept = [name for name in spec.keep if name not in self.absent]
-        wanted = [self._id, self._text, *([] if self._title is None else [self._title]), *kept]
+        self._title = title if title != self._texts[0] and _type(schema, title) is not None else None
+        if spec.title_field and _type(schema, title) is None:
+            raise self._missing(f"column {_named(title)}", "--title-field")
+        if self._title is not None and not _is_title(_type(schema, title)):
+            raise self._not_usable(title, "a title must be a string; --title-field takes another")
+        self._absent = [name for name in spec.keep if _type(schema, name) is None]
+        kept = [name for name in spec.keep if name not in self._absent]
+        wanted = [*self._ids, *self._texts, *([] if self._title is None else [self._title]), *kept]
         self.columns = list(dict.fromkeys(wanted))
-        """The columns to read."""
+        """The columns to read; those of a struct with dots (`body.input`)."""
         for name in self.columns:
-            if schema.names.count(name) > 1:
-                raise InputError(f"{label}: has {schema.names.count(name)} columns called {_named(name)}: rename one")
+            head = name if name in schema.names else name.partition(".")[0]
+            if schema.names.count(head) > 1:
+                raise InputError(f"{label}: has {schema.names.count(head)} columns called {_named(head)}: rename one")
+
+    @property
+    def lacking(self) -> str:
+        """A sentence on fields that the job keeps and no row has, if there are any."""
+        if not self._absent:
+            return ""
+        return f"{self._label}: has no column {' or '.join(self._absent)} (--keep): " + unknown(
+            self._absent, self._schema.names
+        )
 
     def judge(self, row: int, batch: pa.RecordBatch) -> Sequence[Outcome]:
         """How the rows end. `batch` has `columns`; `row` is the position of its first row in the part."""
         plain, broken = self._plain(batch)
-        ids, texts, sizes, clean = self._texts(plain)
+        ids, texts, sizes, clean = self._judged(row, plain)
         kept, clean = self._kept(plain, clean)
         sources = map(_Row, repeat(plain), range(batch.num_rows))
         rows = range(row, row + batch.num_rows)
@@ -89,17 +100,20 @@ class ColumnReader:
             outcomes[at] = refusal(row + at, None, Code.NOT_UTF8, message, _Row(plain, at))
         return outcomes
 
-    def _texts(self, batch: pa.RecordBatch) -> tuple[Column, Column, Column, Column]:
+    def _judged(self, row: int, batch: pa.RecordBatch) -> tuple[Column, Column, Column, Column]:
         """Ids, texts with their titles in front, their bytes of UTF-8, and in which rows nothing is unusual so far."""
-        id_column: Column = batch.column(self._id)
-        ids = id_column if pa.types.is_string(id_column.type) else id_column.cast(pa.string())
-        texts: Column = batch.column(self._text)
+        if self._rows.numbered is None:
+            id_column: Column = batch.column(self._ids[0])
+            ids = id_column if pa.types.is_string(id_column.type) else id_column.cast(pa.string())
+        else:
+            ids = pa.array([f"{self._rows.numbered}{at}" for at in range(row, row + batch.num_rows)], pa.string())
+        texts: Column = batch.column(self._texts[0])
         clean = pc.and_(ids.is_valid(), texts.is_valid())
         title: Column = None if self._title is None else batch.column(self._title)
         if title is not None and pa.types.is_string(title.type):
             titled = pc.greater(pc.binary_length(title), 0).fill_null(False)
             empty = pc.equal(pc.binary_length(texts), 0).fill_null(True)
-            blank = pc.utf8_is_space(title).fill_null(False)
+            blank = pc.invert(pc.match_substring_regex(title, _VISIBLE)).fill_null(False)
             clean = pc.and_not(clean, pc.and_(titled, pc.or_(empty, blank)))
             joined = pc.binary_join_element_wise(title, texts, self._rows.title_sep)
             texts = pc.if_else(titled, joined, texts)
@@ -109,7 +123,7 @@ class ColumnReader:
             pc.and_(pc.greater(sizes, 0), pc.less_equal(sizes, BLOCK_LIMITS.longest_text_bytes)),
             pc.and_(pc.greater(id_sizes, 0), pc.less_equal(id_sizes, LONGEST_ID_BYTES)),
             pc.invert(pc.or_(pc.match_substring(texts, "\0"), pc.match_substring(ids, "\0"))),
-            pc.invert(pc.utf8_is_space(texts)),
+            pc.match_substring_regex(texts, _VISIBLE),
         ):
             clean = pc.and_(clean, within.fill_null(False))
         return ids, texts, sizes, clean
@@ -120,7 +134,7 @@ class ColumnReader:
             return repeat((), batch.num_rows), clean
         columns, total = [], pa.repeat(pa.scalar(0, pa.int64()), batch.num_rows)
         for name in self._spec.keep:
-            if name in self.absent:
+            if name in self._absent:
                 columns.append([None] * batch.num_rows)
                 continue
             values, readable = _as_strings(batch.column(name))
@@ -135,9 +149,16 @@ class ColumnReader:
         columns: list[Column] = []
         broken: dict[int, str] = {}
         for name in self.columns:
-            column: Column = batch.column(name)
+            column = _column(batch, name)
             if pa.types.is_dictionary(column.type):
-                column = column.dictionary_decode()
+                values = column.dictionary
+                if pa.types.is_string_view(values.type) or pa.types.is_binary_view(values.type):
+                    values = values.cast(pa.binary())  # views cannot be decoded
+                column = pa.DictionaryArray.from_arrays(column.indices, values).dictionary_decode()
+            if isinstance(column.type, pa.UuidType):
+                column = pa.array([None if value is None else str(value) for value in column.to_pylist()], pa.string())
+            elif isinstance(column.type, pa.JsonType):
+                column = column.storage
             if _is_string(column.type):
                 column, rows = _checked(column)
                 broken |= dict.fromkeys(rows, name)
@@ -147,12 +168,18 @@ class ColumnReader:
             columns.append(column)
         return pa.RecordBatch.from_arrays(columns, names=self.columns), broken
 
-    def _one_of(self, names: tuple[str, ...], usual: str, flag: str) -> str:
-        name = next((name for name in names if name in self._schema.names), None)
-        if name is None:
+    def _usable(self, names: tuple[str, ...], usual: str, flag: str) -> list[str]:
+        """Those of the columns, at least one, that can be an id or a text; the first of them is, unless it is null."""
+        there = [name for name in names if _type(self._schema, name) is not None]
+        if not there:
             what = f"column {_named(names[0])}" if len(names) == 1 else f"{usual} column ({', '.join(names)})"
             raise self._missing(what, flag)
-        return name
+        fits = _is_id if usual == "id" else _is_text
+        usable = [name for name in there if fits(_type(self._schema, name))]
+        if not usable:
+            rule = "an id must be a string or a whole number" if usual == "id" else "a text must be a string"
+            raise self._not_usable(there[0], f"{rule}; --{usual}-field takes another")
+        return usable
 
     def _missing(self, what: str, flag: str) -> InputError:
         names = [_named(name) for name in self._schema.names[:NAMED_COLUMNS]]
@@ -160,11 +187,9 @@ class ColumnReader:
         there = ", ".join(names) + (f" and {more} more" if more else "")
         return InputError(f"{self._label}: has no {what} (there are: {there or 'none'}): name one ({flag})")
 
-    def _check_type(self, name: str, fits: Any, rule: str) -> None:
-        type = self._schema.types[self._schema.names.index(name)]
-        type = type.value_type if pa.types.is_dictionary(type) else type
-        if not fits(type):
-            raise InputError(f"{self._label}: column {_named(name)} is {printable(str(type), NAME_CHARACTERS)}; {rule}")
+    def _not_usable(self, name: str, rule: str) -> InputError:
+        type = printable(str(_type(self._schema, name)), NAME_CHARACTERS)
+        return InputError(f"{self._label}: column {_named(name)} is {type}; {rule}")
 
 
 class _Row(Mapping[str, object]):
@@ -216,7 +241,9 @@ def _python(scalar: Any) -> object:
 
 def _checked(column: Column) -> tuple[Column, list[int]]:
     """The strings with null for those that are no UTF-8, and where these are: Parquet's readers do not look."""
-    column = column.cast(pa.string())
+    if pa.types.is_fixed_size_binary(column.type):
+        column = column.cast(pa.binary())
+    column = column.cast(pa.string(), safe=False)
     try:
         column.validate(full=True)
     except pa.ArrowInvalid:
@@ -232,20 +259,50 @@ def _checked(column: Column) -> tuple[Column, list[int]]:
     return column, []
 
 
+def _type(schema: pa.Schema, name: str) -> Any:
+    """The type of a column, or of a field of a struct (`body.input`), without its coding; None if there is none."""
+    if name in schema.names:
+        type = schema.types[schema.names.index(name)]
+        return type.value_type if pa.types.is_dictionary(type) else type
+    head, dot, rest = name.partition(".")
+    inside = _type(schema, head) if dot else None
+    return _type(pa.schema(list(inside)), rest) if inside is not None and pa.types.is_struct(inside) else None
+
+
+def _column(batch: Any, name: str) -> Column:
+    """A column, or a field of a struct, null where the struct is."""
+    if name in batch.schema.names:
+        return batch.column(name)
+    head, _, rest = name.partition(".")
+    struct = batch.column(head)
+    fields = pa.RecordBatch.from_arrays(struct.flatten(), [field.name for field in struct.type])
+    return _column(fields, rest)
+
+
 def _is_string(type: pa.DataType) -> bool:
-    return pa.types.is_string(type) or pa.types.is_large_string(type) or pa.types.is_string_view(type)
+    """Also where a column of bytes was not said to be of characters, as by Spark and Impala: UTF-8, as far as it is."""
+    return (
+        pa.types.is_string(type)
+        or pa.types.is_large_string(type)
+        or pa.types.is_string_view(type)
+        or pa.types.is_binary(type)
+        or pa.types.is_large_binary(type)
+        or pa.types.is_binary_view(type)
+        or pa.types.is_fixed_size_binary(type)
+    )
 
 
 def _is_text(type: pa.DataType) -> bool:
-    return _is_string(type)
+    return _is_string(type) or isinstance(type, pa.JsonType)
 
 
 def _is_title(type: pa.DataType) -> bool:
-    return _is_string(type) or pa.types.is_null(type)
+    return _is_text(type) or pa.types.is_null(type)
 
 
 def _is_id(type: pa.DataType) -> bool:
-    return _is_string(type) or pa.types.is_integer(type)
+    whole = pa.types.is_integer(type) or (pa.types.is_decimal(type) and type.scale == 0)
+    return _is_string(type) or whole or isinstance(type, pa.UuidType)
 
 
 def _named(name: str) -> str:

@@ -6,13 +6,15 @@ judges: a row ends as a `Record`, a `Refusal`, or None when the job skips empty 
 
 from __future__ import annotations
 
+import base64
+import decimal
 import functools
 import json
 import math
 import numbers
 import re
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias, cast
 
 import msgspec
@@ -24,7 +26,8 @@ from embedstream.settings import BLOCK_LIMITS, MIB
 from embedstream.terminal import printable
 
 ID_FIELDS = ("_id", "id", "custom_id", "docid")
-TEXT_FIELDS = ("text", "content")
+TEXT_FIELDS = ("text", "content", "body.input", "_source.text")
+"""The latter two: lines of OpenAI's batches, and of Elasticsearch's dumps."""
 TITLE_FIELD = "title"
 
 LONGEST_LINE_BYTES = 8 * MIB
@@ -33,9 +36,20 @@ LONGEST_ID_BYTES = BLOCK_LIMITS.longest_id_bytes
 LONGEST_KEPT_BYTES = MIB
 """All kept fields of a row together: a block must stay a small stream entry."""
 
+NAME = "NAME"
+"""What a message ends with where a field is to be named; which one, no row can tell alone (see `corpus.advice`)."""
 NAMED_FIELDS = 10
 NAME_CHARACTERS = 60
 """How much of a row's field names a message repeats."""
+
+INVISIBLE = (
+    "\x01-\x20\x7f-\xa0\xad\u034f\u061c\u115f\u1160\u1680\u17b4\u17b5\u180b-\u180f\u2000-\u200f\u2028-\u202f\u205f-\u206f"
+    "\u3000\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff"
+)
+"""White space, control characters, and Unicode's Default_Ignorable_Code_Point, for a [] of a regular expression.
+What is made of nothing else is empty."""
+is_blank = re.compile(f"[{INVISIBLE}]*").fullmatch
+"""Whether a text has nothing that can be seen."""
 
 Source: TypeAlias = object
 """Where a row came from: a line, or a Python record."""
@@ -77,7 +91,16 @@ class _Found(msgspec.Struct, frozen=True):
 _NULL = _Found("null")
 _STRING, _NUMBER, _NOT_FINITE, _OF_TYPE = "a string", "a number", "not a finite number", "of type "
 _KINDS = {"{": "an object", "[": "a list", "t": "a boolean", "f": "a boolean", "n": "null", '"': _STRING}
-_SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
+_EXTENDED = frozenset({"$oid", "$uuid", "$numberInt", "$numberLong", "$numberDouble", "$numberDecimal"})
+"""MongoDB's extended JSON writes `{"$oid": "…"}` for a value that JSON has no type for."""
+_UUID = re.compile(
+    r'\s*{\s*"\$binary"\s*:\s*{\s*"base64"\s*:\s*"([\w+/]{22}==)"\s*,\s*"subType"\s*:\s*"04"\s*}\s*}\s*', re.ASCII
+)
+"""How it writes a UUID."""
+ABSENT = object()
+"""What `look_up` finds of a field that is not there."""
+_CONSTANT = msgspec.Raw(b"null")
+"""Stands for NaN and Infinity, which are no JSON; as a part of a kept value they are null, as in Python records."""
 _strings = msgspec.json.Decoder(str)
 _raw_objects = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
@@ -89,21 +112,30 @@ class RecordReader:
     joined in front, by `title_sep`, if any.
     """
 
-    def __init__(self, spec: JobSpec) -> None:
+    def __init__(self, spec: JobSpec, part: int = 0) -> None:
+        """`part`: where the rows are, which numbers them if the job says so."""
         self.ids = (spec.id_field,) if spec.id_field is not None else ID_FIELDS
-        self.texts = (spec.text_field,) if spec.text_field is not None else TEXT_FIELDS
-        title = TITLE_FIELD if spec.title_field is None else spec.title_field
-        self.title = None if title == spec.text_field else title
+        self.title = TITLE_FIELD if spec.title_field is None else spec.title_field
+        # Named as the title, a field is a text only if there is no other.
+        usual = tuple(sorted(TEXT_FIELDS, key=lambda name: name == self.title))
+        self.texts = (spec.text_field,) if spec.text_field is not None else usual
         self.title_sep = spec.title_sep
+        self.numbered = f"{part}-" if spec.number_rows else None
+        """What the number of a row follows, as its id."""
         self._keep = spec.keep
         self._skip_empty = spec.empty == "skip"
-        names = dict.fromkeys([*self.ids, *self.texts, *([] if self.title is None else [self.title])])
-        self._fast = _field_decoder(tuple(names), tuple(name for name in spec.keep if name not in names))
-        at = {name: i for i, name in enumerate([*names, *(name for name in spec.keep if name not in names)])}
-        self._id_at = [at[name] for name in self.ids]
-        self._text_at = [at[name] for name in self.texts]
-        self._title_at = -1 if self.title is None else at[self.title]
-        self._keep_at = [at[name] for name in spec.keep]
+        named = (spec.id_field, spec.text_field, spec.title_field, *spec.keep)
+        self._wanted = tuple(dict.fromkeys((*self.ids, *self.texts, self.title, *spec.keep)))
+        names = [name for name in self._wanted if "." not in name]
+        at = {name: i for i, name in enumerate(names)}
+        raw = [name for name in spec.keep if name not in (*self.ids, *self.texts, self.title)]
+        dotted = any(name is not None and "." in name for name in named)
+        # Fields of fields are looked for with care. The kept ones, which come last, are read as they are written.
+        self._fast = None if dotted else _field_decoder(names[: len(names) - len(raw)], raw)
+        self._id_at = [at[name] for name in self.ids if name in at]
+        self._text_at = [at[name] for name in self.texts if name in at]
+        self._title_at = at.get(self.title, -1)
+        self._keep_at = [at.get(name, -1) for name in spec.keep]
 
     def line(self, row: int, line: bytes) -> Outcome:
         """Judge a line of JSON. Of an over-long line, more than `LONGEST_LINE_BYTES` of it are enough."""
@@ -119,44 +151,42 @@ class RecordReader:
     def record(self, row: int, record: object) -> Outcome:
         """Judge a Python record: a mapping, or a string that is the text itself, with the row's number as id."""
         if isinstance(record, str):
-            fields: dict[str, _Found] = {self.ids[0]: _Found(_STRING, str(row)), self.texts[0]: _found(record)}
-        elif isinstance(record, Mapping):
-            wanted = {*self.ids, *self.texts, self.title, *self._keep}
-            others = _Found("")  # named if a field is missing, never read
-            fields = {
-                name: _found(value) if name in wanted or isinstance(value, str) else others
-                for name, value in cast("Mapping[object, object]", record).items()
-                if isinstance(name, str)
-            }
-        else:
-            message = f"a record must be a mapping or a string, not {type(record).__name__}"
-            return refusal(row, None, Code.NOT_AN_OBJECT, message, record)
-        return self._judge(row, fields, record)
+            named = {self.ids[0]: _Found(_STRING, str(row)), self.texts[0]: _found(record)}
+            return self._judge(row, named, (), record)
+        if isinstance(record, Mapping):
+            return self._fields(row, cast("Mapping[object, object]", record), record)
+        message = f"a record must be a mapping or a string, not {type(record).__name__}"
+        return refusal(row, None, Code.NOT_AN_OBJECT, message, record)
 
     def _clean(self, row: int, line: bytes, values: tuple[Any, ...]) -> Record | None:
         """The record of a row in which nothing is unusual; None for any other."""
         unset = msgspec.UNSET
         id: object = unset
-        for at in self._id_at:
-            if (id := values[at]) is not unset:
-                break
+        if self.numbered is not None:
+            id = f"{self.numbered}{row}"
+        else:
+            for at in self._id_at:
+                if (id := values[at]) is not unset:
+                    break
         if type(id) is int and id:  # 0 may be written -0
             id = str(id)
         text: object = unset
         for at in self._text_at:
             if (text := values[at]) is not unset:
                 break
+        else:
+            return None
         if type(id) is not str or type(text) is not str:
             return None
-        if self._title_at >= 0 and (title := values[self._title_at]) is not unset:
+        if at != self._title_at and (title := values[self._title_at]) is not unset:
             if type(title) is not str:
                 return None
             if title:
-                if not text or title.isspace():
+                if not text or is_blank(title):
                     return None
                 text = f"{title}{self.title_sep}{text}"
         text_bytes = len(text) if text.isascii() else len(text.encode())
-        if not 0 < text_bytes <= BLOCK_LIMITS.longest_text_bytes or text.isspace() or "\0" in text:
+        if not 0 < text_bytes <= BLOCK_LIMITS.longest_text_bytes or is_blank(text) or "\0" in text:
             return None
         if not 0 < len(id) <= LONGEST_ID_BYTES // 4 or "\0" in id:
             return None
@@ -172,9 +202,14 @@ class RecordReader:
             message = f"line is longer than {LONGEST_LINE_BYTES:,} bytes; split the record"
             return refusal(row, None, Code.LINE_TOO_LONG, message, line)
         try:
-            line.decode()
-            raw = _raw_objects.decode(line)
-            return self._judge(row, {name: _found_in_json(value) for name, value in raw.items()}, line)
+            text = line.decode()
+            try:
+                return self._fields(row, _raw_objects.decode(line), line)
+            except msgspec.DecodeError:
+                fields = _leniently(text)
+                if fields is None:
+                    raise
+                return self._fields(row, fields, line)
         except UnicodeDecodeError as error:
             message = f"byte {error.start + 1} of the line (0x{line[error.start]:02x}) is not UTF-8; convert the file"
             return refusal(row, None, Code.NOT_UTF8, message, line)
@@ -182,19 +217,22 @@ class RecordReader:
             message = f"a line must be a JSON object; {str(error)[:1].lower()}{str(error)[1:]}"
             return refusal(row, None, Code.NOT_AN_OBJECT, message, line)
         except msgspec.DecodeError as error:
-            if _SURROGATE_ESCAPE.search(line) and _is_json_but_for_surrogates(line):
-                message = "half of a UTF-16 surrogate pair (\\ud800 to \\udfff) is no character; repair the record"
-                return refusal(row, None, Code.LONE_SURROGATE, message, line)
             return refusal(row, None, Code.INVALID_JSON, str(error), line)
         except RecursionError:
             return refusal(row, None, Code.INVALID_JSON, "JSON is nested too deeply", line)
 
-    def _judge(self, row: int, fields: Mapping[str, _Found], source: Source) -> Outcome:
+    def _fields(self, row: int, fields: Mapping[Any, object], source: Source) -> Outcome:
+        found = ((name, look_up(fields, name)) for name in self._wanted)
+        named = {name: _found(value) for name, value in found if value is not ABSENT}
+        return self._judge(row, named, fields, source)
+
+    def _judge(self, row: int, found: Mapping[str, _Found], there: Iterable[object], source: Source) -> Outcome:
+        """`found`: what is wanted of the row; `there`: all of its fields."""
         id: str | None = None
         try:
-            id = self._judge_id(fields)
-            text = self._judge_text(fields)
-            if not text or text.isspace():
+            id = self._judge_id(row, found, there)
+            text = self._judge_text(found, there)
+            if is_blank(text):
                 if self._skip_empty:
                     return None
                 raise RowRefused(Code.EMPTY_TEXT, "text is empty; --empty skip leaves such rows out")
@@ -202,44 +240,41 @@ class RecordReader:
             if size > BLOCK_LIMITS.longest_text_bytes:
                 most = BLOCK_LIMITS.longest_text_bytes
                 raise RowRefused(Code.TEXT_TOO_LONG, f"text has {size:,} bytes, at most {most:,} are allowed; split it")
-            kept = tuple(self._judge_kept(fields))
+            kept = tuple(self._judge_kept(found))
         except RowRefused as refused:
             return refusal(row, id, refused.code, str(refused), source)
         return Record(row, id, text, size, kept, source)
 
-    def _judge_id(self, fields: Mapping[str, _Found]) -> str:
-        name = next((name for name in self.ids if name in fields), None)
-        if name is None:
-            hint = _likely_id(fields)
-            raise RowRefused(Code.MISSING_ID, _missing(self.ids, "id", fields, f"--id-field {hint}"))
-        found = fields[name]
-        if found.kind not in (_STRING, _NUMBER):
-            raise RowRefused(Code.BAD_ID, f"{_field(name)} is {found.kind}; an id must be a string or a number")
-        if not found.text:
-            raise RowRefused(Code.BAD_ID, f"{_field(name)} is empty; every row needs an id")
-        size = _check_characters(_field(name), found.text)
-        if size > LONGEST_ID_BYTES:
-            message = f"{_field(name)} has {size:,} bytes, at most {LONGEST_ID_BYTES:,} are allowed for an id"
-            raise RowRefused(Code.ID_TOO_LONG, message)
-        return found.text
+    def _judge_id(self, row: int, fields: Mapping[str, _Found], there: Iterable[object]) -> str:
+        if self.numbered is not None:
+            return f"{self.numbered}{row}"
+        trouble: RowRefused | None = None
+        for name in self.ids:
+            if name in fields:
+                try:
+                    return _usable_id(_field(name), fields[name])
+                except RowRefused as refused:
+                    trouble = trouble or refused
+        if trouble is None:
+            use = f"--number-rows, or --id-field {NAME}"
+            trouble = RowRefused(Code.MISSING_ID, _missing(self.ids, "id", there, use))
+        raise trouble
 
-    def _judge_text(self, fields: Mapping[str, _Found]) -> str:
-        name = next((name for name in self.texts if name in fields), None)
-        if name is None:
-            hint = _likely_text(fields, self.ids)
-            raise RowRefused(Code.MISSING_FIELD, _missing(self.texts, "text", fields, f"--text-field {hint}"))
+    def _judge_text(self, fields: Mapping[str, _Found], there: Iterable[object]) -> str:
+        names = [name for name in self.texts if name in fields]
+        if not names:
+            raise RowRefused(Code.MISSING_FIELD, _missing(self.texts, "text", there, f"--text-field {NAME}"))
+        name = next((name for name in names if fields[name].kind == _STRING), names[0])
         found = fields[name]
         if found.kind != _STRING:
             raise RowRefused(Code.TEXT_NOT_STRING, f"{_field(name)} is {found.kind}; a text must be a string")
-        title = _NULL if self.title is None else fields.get(self.title, _NULL)
-        if title is _NULL or title.kind == "null":
+        title = _NULL if self.title == name else fields.get(self.title, _NULL)
+        if title.kind == "null":
             return found.text
         if title.kind != _STRING:
-            message = (
-                f"{_field(str(self.title))} is {title.kind}; a title must be a string; --title-field takes another"
-            )
+            message = f"{_field(self.title)} is {title.kind}; a title must be a string; --title-field takes another"
             raise RowRefused(Code.TEXT_NOT_STRING, message)
-        if not title.text or title.text.isspace():
+        if is_blank(title.text):
             return found.text
         return f"{title.text}{self.title_sep}{found.text}" if found.text else title.text
 
@@ -274,7 +309,19 @@ def duplicate_refusal(record: Record, where: str) -> Refusal:
     return refusal(record.row, record.id, Code.DUPLICATE_ID, message, record.source)
 
 
-def _field_decoder(names: tuple[str, ...], raw_names: tuple[str, ...]) -> msgspec.json.Decoder[Any] | None:
+def look_up(fields: Mapping[Any, object], name: str) -> object:
+    """What a row has under a name: a field, else a field of a field (`body.input`); `ABSENT` if it has neither."""
+    if name in fields:
+        return fields[name]
+    head, dot, rest = name.partition(".")
+    inside = fields.get(head) if dot else None
+    if isinstance(inside, msgspec.Raw):
+        data = bytes(inside)
+        inside = _raw_objects.decode(data) if data[:1] == b"{" else None
+    return look_up(inside, rest) if isinstance(inside, Mapping) else ABSENT
+
+
+def _field_decoder(names: Sequence[str], raw_names: Sequence[str]) -> msgspec.json.Decoder[Any] | None:
     """Decodes just these fields of an object, the latter ones as raw JSON; None if msgspec cannot take the names."""
     types = [Any] * len(names) + [msgspec.Raw] * len(raw_names)
     attributes = [f"f{i}" for i in range(len(types))]
@@ -282,7 +329,7 @@ def _field_decoder(names: tuple[str, ...], raw_names: tuple[str, ...]) -> msgspe
         struct = msgspec.defstruct(
             "Fields",
             [(attribute, type, msgspec.UNSET) for attribute, type in zip(attributes, types, strict=True)],
-            rename=dict(zip(attributes, names + raw_names, strict=True)),
+            rename=dict(zip(attributes, (*names, *raw_names), strict=True)),
             gc=False,
         )
     except ValueError:  # quotes and control characters
@@ -298,15 +345,19 @@ def _is_utf8(line: bytes) -> bool:
     return True
 
 
-def _is_json_but_for_surrogates(line: bytes) -> bool:
-    def refuse(constant: str) -> None:
-        raise ValueError(constant)
+def _leniently(line: str) -> dict[str, object] | None:
+    """The fields of an object that is JSON but for NaN, Infinity and halves of surrogate pairs, which Python and others
+    write; numbers as they are written. None if it is not. Raises `RecursionError`.
+    """
+
+    def as_written(number: str) -> msgspec.Raw:
+        return msgspec.Raw(number.encode())
 
     try:
-        json.loads(line, parse_constant=refuse)
-    except (ValueError, RecursionError):
-        return False
-    return True
+        value = json.loads(line, parse_int=as_written, parse_float=as_written, parse_constant=lambda _: _CONSTANT)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def _kept_in_json(value: Any) -> str | None:
@@ -337,7 +388,9 @@ def kept_value(value: object) -> str | None:
 
 
 def _found(value: object) -> _Found:
-    """The same for a Python value. Numbers of other libraries count as numbers, UUIDs as strings."""
+    """The same for a value of a row. Numbers of other libraries count as numbers, UUIDs as strings."""
+    if isinstance(value, msgspec.Raw):
+        return _Found(_NOT_FINITE) if value is _CONSTANT else _found_in_json(value)
     if isinstance(value, str):
         return _Found(_STRING, str(value))
     if value is None:
@@ -355,6 +408,8 @@ def _found(value: object) -> _Found:
         if isinstance(value, numbers.Real):
             number = float(value)
             return _Found(_NUMBER, repr(number)) if math.isfinite(number) else _Found(_NOT_FINITE)
+        if isinstance(value, decimal.Decimal):
+            return _Found(_NUMBER, str(value)) if value.is_finite() else _Found(_NOT_FINITE)
         if isinstance(value, bytes | bytearray | memoryview):
             return _Found(of_type)
         encoded = msgspec.json.encode(dict(value) if isinstance(value, Mapping) else value)
@@ -380,23 +435,29 @@ def _field(name: str) -> str:
     return f'field "{printable(name, NAME_CHARACTERS)}"'
 
 
-def _missing(names: tuple[str, ...], usual: str, fields: Mapping[str, _Found], use: str) -> str:
+def _usable_id(what: str, found: _Found) -> str:
+    if found.kind == _KINDS["{"]:
+        written = _raw_objects.decode(found.text)
+        if len(written) == 1 and written.keys() <= _EXTENDED:
+            found = _found_in_json(*written.values())
+        elif (binary := _UUID.fullmatch(found.text)) is not None:
+            found = _Found(_STRING, str(uuid.UUID(bytes=base64.b64decode(binary[1]))))
+    text = found.text
+    if found.kind not in (_STRING, _NUMBER):
+        raise RowRefused(Code.BAD_ID, f"{what} is {found.kind}; an id must be a string or a number")
+    if not text:
+        raise RowRefused(Code.BAD_ID, f"{what} is empty; every row needs an id")
+    size = _check_characters(what, text)
+    if size > LONGEST_ID_BYTES:
+        message = f"{what} has {size:,} bytes, at most {LONGEST_ID_BYTES:,} are allowed for an id"
+        raise RowRefused(Code.ID_TOO_LONG, message)
+    return text
+
+
+def _missing(names: tuple[str, ...], usual: str, there: Iterable[object], use: str) -> str:
     name = names[0] if len(names) == 1 else usual
-    found = ", ".join(printable(field, NAME_CHARACTERS) for field in list(fields)[:NAMED_FIELDS])
+    fields = [printable(field, NAME_CHARACTERS) for field in there if isinstance(field, str)]
+    found = ", ".join(fields[:NAMED_FIELDS])
     if len(fields) > NAMED_FIELDS:
         found += f" and {len(fields) - NAMED_FIELDS} more"
     return f"no {_field(name)} (found: {found or 'nothing'}); use {use}"
-
-
-def _likely_id(fields: Mapping[str, _Found]) -> str:
-    """The field that looks most like an id."""
-    for name, found in fields.items():
-        if found.kind in (_STRING, _NUMBER, "") and name.lower().endswith(("id", "key", "url", "doi")):
-            return printable(name, NAME_CHARACTERS)
-    return "NAME"
-
-
-def _likely_text(fields: Mapping[str, _Found], ids: tuple[str, ...]) -> str:
-    """The field with the longest string."""
-    strings = {name: len(found.text) for name, found in fields.items() if found.kind == _STRING and name not in ids}
-    return printable(max(strings, key=strings.__getitem__), NAME_CHARACTERS) if strings else "NAME"

@@ -35,6 +35,7 @@ class SpecSettings(TypedDict, total=False):
     prompt_name: str | None
     max_length: int | None
     id_field: str | None
+    number_rows: bool
     text_field: str | None
     title_field: str | None
     title_sep: str

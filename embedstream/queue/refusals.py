@@ -20,12 +20,12 @@ class Code(enum.StrEnum):
     LINE_TOO_LONG = "line_too_long"  # longer than LONGEST_LINE_BYTES
     NOT_AN_OBJECT = "not_an_object"  # JSON, but no object; or a Python record that is neither mapping nor string
     MISSING_ID = "missing_id"  # none of the id fields, or not the one the spec names
-    BAD_ID = "bad_id"  # a list, object, boolean, null, empty string, or a number that is not finite
+    BAD_ID = "bad_id"  # a list, boolean, null, empty, not finite, or an object but of extended JSON
     ID_TOO_LONG = "id_too_long"  # more than LONGEST_ID_BYTES
     DUPLICATE_ID = "duplicate_id"  # an earlier row of the corpus has this id
     MISSING_FIELD = "missing_field"  # none of the text fields, or not the one the spec names
     TEXT_NOT_STRING = "text_not_string"  # text or title is not a string
-    EMPTY_TEXT = "empty_text"  # nothing but white space once the title is joined
+    EMPTY_TEXT = "empty_text"  # nothing that can be seen once the title is joined
     TEXT_TOO_LONG = "text_too_long"  # more than BLOCK_LIMITS.longest_text_bytes
     NUL_IN_TEXT = "nul_in_text"  # U+0000 in id, text or a kept string: most stores cannot hold it
     LONE_SURROGATE = "lone_surrogate"  # half of a UTF-16 pair, which no encoding can hold

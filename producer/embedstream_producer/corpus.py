@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
+from embedstream.corpus.advice import SAMPLE_ROWS, Sample
 from embedstream.corpus.parts import Part
-from embedstream.corpus.records import LONGEST_LINE_BYTES, Outcome, Record, RecordReader
+from embedstream.corpus.records import LONGEST_LINE_BYTES, Outcome, RecordReader
 from embedstream.dataset.objects import is_object, parse_object
 from embedstream.errors import InputError, UsageError
 from embedstream.jobs import JobSpec
@@ -36,9 +37,6 @@ ROWS_AT_ONCE = 1024
 PATIENCE_SECONDS = 1.0
 """How long a source's first record may take before somebody is told that it is waited for."""
 
-SAMPLE_ROWS = 100
-"""First rows by which `FilePart.hint` judges a file."""
-
 MOST_OPEN = 16
 """Parts that stay open between their check and their first reading; each may hold 8 MiB of a long line. Those that
 follow are opened again when it is their turn."""
@@ -60,7 +58,7 @@ class FilePart(SourcePart["_Head"]):
 
     def outcomes(self, spec: JobSpec, on_position: Callable[[int], None] | None = None) -> Iterator[Sequence[Outcome]]:
         with contextlib.closing(self._take()) as head:
-            reader = RecordReader(spec)
+            reader = RecordReader(spec, self.index)
             for row, lines in head.batches():
                 for start in range(0, len(lines), ROWS_AT_ONCE):
                     yield list(_judge(reader, row + start, lines[start : start + ROWS_AT_ONCE]))
@@ -72,26 +70,29 @@ class FilePart(SourcePart["_Head"]):
                 log.warning("%s: %s", self.label, head.stream.warning)
 
     def hint(self, spec: JobSpec) -> str | None:
-        reader, outcomes, refusals = RecordReader(spec), list[Outcome](), list[Refusal]()
+        reader, outcomes, refusals = RecordReader(spec, self.index), list[Outcome](), list[Refusal]()
+        rows: list[bytes] = []
         for row, lines in self._open().looked_at():
+            rows += islice((line for line in lines if not _is_blank(line)), SAMPLE_ROWS - len(rows))
             outcomes += islice(_judge(reader, row, lines), SAMPLE_ROWS - len(outcomes))
             refusals = [outcome for outcome in outcomes if isinstance(outcome, Refusal) and outcome.code in _HOPELESS]
             if len(refusals) < len(outcomes) or len(outcomes) == SAMPLE_ROWS:
                 break
         if len(refusals) < len(outcomes) or not refusals:
-            return self._keep_hint(spec, [outcome for outcome in outcomes if isinstance(outcome, Record)])
+            return self._lacking(spec, Sample(rows))
         code, _ = Counter(refusal.code for refusal in refusals).most_common(1)[0]
         first = next(refusal for refusal in refusals if refusal.code == code)
         which = f"the first {len(refusals)} rows are all" if len(refusals) > 1 else "the first row is"
         more = "" if code in (Code.MISSING_ID, Code.MISSING_FIELD) else "; a corpus has one JSON object per line"
-        raise NothingUsable(f"{self.label}: {which} refused: line {first.row + 1}: {first.message}{more}")
+        told = Sample(rows).advised(first, reader.ids)
+        raise NothingUsable(f"{self.label}: {which} refused: line {first.row + 1}: {told}{more}")
 
-    def _keep_hint(self, spec: JobSpec, records: Sequence[Record]) -> str | None:
-        absent = [name for at, name in enumerate(spec.keep) if all(record.kept[at] is None for record in records)]
-        if not absent or not records:
-            return None
-        which = f"none of the first {len(records)} rows has" if len(records) > 1 else "the first row does not have"
-        return f"{self.label}: {which} {' or '.join(absent)}, which --keep names"
+    def _lacking(self, spec: JobSpec, sample: Sample) -> str | None:
+        lacking = sample.lacking(spec)
+        told = f"{self.label}: {lacking}"
+        if lacking and self.index == 0 and not self.once:  # of a stream, only what has come by now is known
+            raise InputError(told)
+        return told if lacking else None
 
     def _begin(self, source: Source) -> _Head:
         return _Head(source)

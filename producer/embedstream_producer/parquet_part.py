@@ -48,7 +48,7 @@ class ParquetPart(SourcePart[_OpenFile]):
         opened = self._take()
         with contextlib.closing(opened), self._explained(opened.source):
             if opened.parquet.metadata.num_rows:
-                reader = ColumnReader(spec, opened.parquet.schema_arrow, self.label)
+                reader = ColumnReader(spec, opened.parquet.schema_arrow, self.label, self.index)
                 yield from self._judged(opened, reader, on_position)
             content = _content(opened.bytes, opened.source.piece_bytes)
         opened.source.check_unchanged()
@@ -59,10 +59,10 @@ class ParquetPart(SourcePart[_OpenFile]):
         if self.empty:
             return None
         with self._explained(opened.source):
-            absent = ColumnReader(spec, opened.parquet.schema_arrow, self.label).absent
-        if not absent:
-            return None
-        return f"{self.label}: has no column {' or '.join(absent)}, which --keep names"
+            lacking = ColumnReader(spec, opened.parquet.schema_arrow, self.label).lacking
+        if lacking and self.index == 0:
+            raise InputError(lacking)
+        return lacking or None
 
     def _judged(
         self, opened: _OpenFile, reader: ColumnReader, on_position: Callable[[int], None] | None

@@ -148,7 +148,8 @@ class SourcePart(Part, Generic[Begun]):
 
         Raises:
             NothingUsable: all that was looked at is refused.
-            InputError: columns that the job needs are not there, or of a type that cannot be used.
+            InputError: columns that the job needs are not there, or of a type that cannot be used; or no row of the
+                first part has a field that the job names.
         """
 
     def release(self) -> None:

@@ -18,7 +18,16 @@ from embedstream.jobs import DEFAULT_MODEL
     groups={
         "Where": ["output", "redis_url", "queue", "detach", "server_side"],
         "Model": ["model", "revision", "role", "prompt", "prompt_name", "max_length"],
-        "Rows of the corpus": ["id_field", "text_field", "title_field", "title_sep", "keep", "no_text", "empty"],
+        "Rows of the corpus": [
+            "id_field",
+            "number_rows",
+            "text_field",
+            "title_field",
+            "title_sep",
+            "keep",
+            "no_text",
+            "empty",
+        ],
         "Failed rows": ["max_errors", "retry_failed"],
     },
     examples=[
@@ -42,8 +51,11 @@ from embedstream.jobs import DEFAULT_MODEL
 @click.option("--revision", help="Commit, tag or branch of a Hugging Face id.")
 @click.option("--role", type=click.Choice(["document", "query"]), default="document", help="What the texts are.")
 @click.option("--id-field", metavar="FIELD", help="[default: _id, id, custom_id or docid]")
-@click.option("--text-field", metavar="FIELD", help="[default: text or content]")
-@click.option("--title-field", metavar="FIELD", help="Joined in front of the text.  [default: title]")
+@click.option("--number-rows", is_flag=True, help="An id is the numbers of file and row, as 0-17; none is read.")
+@click.option(
+    "--text-field", metavar="FIELD", help="[default: text, content, body.input or _source.text; dots lead into objects]"
+)
+@click.option("--title-field", metavar="FIELD", help="Joined in front of the text; '' for none.  [default: title]")
 @click.option("--title-sep", default=" ", show_default="a space", help="Between title and text.")
 @click.option("--keep", multiple=True, metavar="FIELD", help="Carry a field into the dataset; repeatable.")
 @click.option("--no-text", is_flag=True, help="Leave the text column out of the dataset.")
@@ -77,6 +89,7 @@ def embed_submit(
     revision: str | None,
     role: Literal["document", "query"],
     id_field: str | None,
+    number_rows: bool,
     text_field: str | None,
     title_field: str | None,
     title_sep: str,
@@ -120,6 +133,7 @@ def embed_submit(
             "prompt_name": prompt_name,
             "max_length": max_length,
             "id_field": id_field,
+            "number_rows": number_rows,
             "text_field": text_field,
             "title_field": title_field,
             "title_sep": title_sep,

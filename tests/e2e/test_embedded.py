@@ -73,6 +73,7 @@ def test_another_setting_into_the_same_output_is_refused(tmp_path: Path) -> None
     [
         (["--prompt-name", "nosuch"], 2, "Error: --prompt-name nosuch: the hashing engine has no prompts"),
         (["--text-field", "body"], 2, 'no field "body"'),
+        (["--keep", "textt"], 2, "none of the first 100 rows has textt (--keep): did you mean text?"),
     ],
 )
 def test_a_job_that_failed_without_a_row_makes_way_for_the_right_command(

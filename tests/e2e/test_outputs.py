@@ -102,7 +102,7 @@ def test_what_workers_wrote_is_verified_against_its_corpus(workers: Fleet, tmp_p
     path.write_text("".join(json.dumps(line) + "\n\n" for line in lines))
     workers.start_worker()
     workers.start_worker()
-    settings = ["--redis", workers.url, "--model", "hashing", "--title-field", "none", "--keep", "year"]
+    settings = ["--redis", workers.url, "--model", "hashing", "--title-field", "", "--keep", "year"]
     for output in (str(tmp_path / "out"), "redis:?prefix=v:"):
         job = ["--prompt", "passage: ", *settings, "--max-errors", "50"]
         done = run("embed-submit", path, "-o", output, *job)

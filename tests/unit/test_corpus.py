@@ -296,7 +296,7 @@ def test_a_part_is_named_by_its_absolute_path(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_file_of_other_fields_is_refused_before_the_job(tmp_path: Path) -> None:
-    path = write(tmp_path / "c.jsonl", *({"id": i, "body": "some text"} for i in range(300)))
+    path = write(tmp_path / "c.jsonl", *({"id": i, "body": f"some text {i}"} for i in range(300)))
     parts = check_sources([path])
     with pytest.raises(InputError) as refused:
         check_sources([path], spec=make_spec(parts))
@@ -319,15 +319,25 @@ def test_one_good_row_is_enough_for_no_hint(tmp_path: Path) -> None:
     assert parts[0].hint(make_spec(parts)) is None
 
 
-def test_a_kept_field_that_no_row_has_gets_a_hint(tmp_path: Path) -> None:
-    path = write(tmp_path / "c.jsonl", *({"id": i, "text": "x", "lang": "en", "null": None} for i in range(300)))
-    parts = check_sources([path])
-    hint = parts[0].hint(make_spec(parts, keep=("lang", "land", "null")))
-    assert hint == f"{path}: none of the first 100 rows has land or null, which --keep names"
-    assert parts[0].hint(make_spec(parts, keep=("lang",))) is None
-    alone = check_sources([write(tmp_path / "one.jsonl", {"id": 1, "text": "x"})])
-    assert str(alone[0].hint(make_spec(alone, keep=("lang",)))).endswith(
-        "the first row does not have lang, which --keep names"
+@pytest.mark.parametrize("wrong", [{"keep": ("lang", "land", "meta.id")}, {"title_field": "land"}])
+def test_a_named_field_that_no_row_has_is_refused_with_those_near_it(tmp_path: Path, wrong: dict[str, Any]) -> None:
+    rows = [{"id": i, "text": "x", "lang": "en", "null": None, "meta": {"id": i}} for i in range(300)]
+    path, other = write(tmp_path / "c.jsonl", *rows), write(tmp_path / "d.jsonl", {"id": "d", "text": "x"})
+    parts = check_sources([path, other])
+    flag = "--title-field, '' for none" if "title_field" in wrong else "--keep"
+    with pytest.raises(InputError) as error:
+        parts[0].hint(make_spec(parts, **wrong))
+    assert str(error.value) == f"{path}: none of the first 100 rows has land ({flag}): did you mean lang?"
+    right = make_spec(parts, keep=("lang", "null", "meta.id"))
+    assert parts[0].hint(right) is None
+    # Another file may lack it.
+    assert str(parts[1].hint(right)).startswith(f"{other}: the first row does not have lang (--keep) or null (--keep)")
+
+
+def test_a_stream_of_which_one_row_has_come_is_not_refused_for_a_kept_field() -> None:
+    [part] = check_sources(["-"], io.BytesIO(b'{"id": 1, "text": "x"}'))
+    assert part.hint(make_spec([part], keep=("lang",))) == (
+        "standard input: the first row does not have lang (--keep): found: id, text"
     )
 
 

@@ -141,14 +141,15 @@ def test_an_id_that_is_no_string_or_number_is_refused(written: str, kind: str) -
 
 def test_a_missing_text_names_the_fields_found_and_what_to_do() -> None:
     refusal = refused(judge('{"id": "a", "body": "some text", "lang": "en"}'), Code.MISSING_FIELD)
-    assert refusal.message == 'no field "text" (found: id, body, lang); use --text-field body'
+    assert refusal.message == 'no field "text" (found: id, body, lang); use --text-field NAME'
     assert refusal.id == "a"
 
 
 def test_a_missing_id_names_the_fields_found_and_what_to_do() -> None:
     refusal = refused(judge('{"text": "a", "article_id": 7}'), Code.MISSING_ID)
-    assert refusal.message == 'no field "id" (found: text, article_id); use --id-field article_id'
-    assert refused(judge("{}"), Code.MISSING_ID).message == 'no field "id" (found: nothing); use --id-field NAME'
+    use = "use --number-rows, or --id-field NAME"
+    assert refusal.message == f'no field "id" (found: text, article_id); {use}'
+    assert refused(judge("{}"), Code.MISSING_ID).message == f'no field "id" (found: nothing); {use}'
 
 
 def test_field_names_cannot_play_tricks_on_a_terminal() -> None:
@@ -204,10 +205,13 @@ def test_a_nul_is_refused_wherever_it_would_be_stored(line: str) -> None:
 
 @pytest.mark.parametrize("half", ["\\ud800", "\\udc00", "\\ud83dx", "\\uD83D\\u0041"])
 @pytest.mark.parametrize("field", ["id", "text", "title", "unused"])
-def test_a_lone_surrogate_is_refused(field: str, half: str) -> None:
+def test_a_lone_surrogate_is_refused_where_it_would_be_stored(field: str, half: str) -> None:
     values = {"id": "a", "text": "x", field: half}
     line = "{" + ", ".join(f'"{name}": "{value}"' for name, value in values.items()) + "}"
-    assert half in refused(judge(line), Code.LONE_SURROGATE).original
+    if field == "unused":
+        assert accepted(judge(line)).text == "x"
+    else:
+        assert half in refused(judge(line), Code.LONE_SURROGATE).original
 
 
 def test_a_surrogate_pair_is_a_character() -> None:
@@ -222,7 +226,7 @@ def test_bytes_that_are_not_utf8_are_refused(line: bytes) -> None:
 
 @pytest.mark.parametrize(
     "line",
-    ["x", "{", '{"id": 1', '{"id": 1} x', '{"id": NaN, "text": "x"}', '{"id": 1, "text": "x", "z": Infinity}'],
+    ["x", "{", '{"id": 1', '{"id": 1} x', '{"id": 1, "text": "x", "z": nan}', '{"id": 1, "text": "x", "z": NaN} x'],
 )
 def test_what_is_not_json_is_refused(line: str) -> None:
     assert refused(judge(line), Code.INVALID_JSON).original == line
@@ -382,8 +386,6 @@ def test_a_dict_is_judged_like_its_line(record: dict[str, Any], spec: JobSpec) -
 
     line = json.dumps(record).encode()
     reader = RecordReader(spec)
-    if "\\ud8" in line.decode():  # refused as a line even in fields that nobody reads
-        return
     assert verdict(reader.line(3, line)) == verdict(reader.record(3, record))
 
 
