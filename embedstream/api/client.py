@@ -154,15 +154,17 @@ class Client:
         """Submit records as one job and return when all are with the workers; they are read as a stream.
 
         `records`: mappings with `id` and `text` (as in files, see `RecordReader`), strings (their positions are their
-        ids), or an Arrow table, batch or reader. A bad record becomes a row of `_errors.jsonl`. `output`: a folder or a
-        Redis URL, as workers see it. The same records into the same output again: what is done is not done again.
+        ids), or a table: of pyarrow, a data frame of pandas or polars, or anything else with Arrow's interface. A bad
+        record becomes a row of `_errors.jsonl`. `output`: a folder or a Redis URL, as workers see it. The same records
+        into the same output again: what is done is not done again.
 
         Raises:
             UsageError: settings that cannot be used.
             SpecDiffers: the output holds a job with other settings.
             CorpusChanged: the unfinished job in this output began with other records.
             OutputError: no live worker may write there.
-            InputError: Redis lost blocks and the records cannot be read again.
+            InputError: a table lacks a column that is named or needed; or Redis lost blocks and the records cannot be
+                read again.
             BrokerError: Redis refuses.
         """
         spec = self.make_spec(output, model, revision, settings)
@@ -172,7 +174,7 @@ class Client:
         """What `submit` does with its spec. Raises `Stopped` as `patience` does."""
         broker, sink = Broker(self._redis, spec.queue), open_sink(spec.output, spec, self.url)
         with explaining(self.url), DuplicateIndex() as index:
-            part = records_part(records)
+            part = records_part(records, spec)
             bound = patience(lambda: broker.memory_bound(self.settings.queue_bytes))
             pushed = Pushed.LOST
             while pushed is Pushed.LOST and patience(

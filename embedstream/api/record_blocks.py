@@ -1,13 +1,16 @@
-"""Python records as blocks of one part: mappings, strings, or Arrow tables, as a stream."""
+"""Python records as blocks of one part: mappings, strings, or the rows of a table or data frame, as a stream."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import pyarrow as pa
 
+from embedstream.corpus.advice import Sample
+from embedstream.corpus.columns import ColumnReader
 from embedstream.corpus.parts import Part
 from embedstream.corpus.records import Outcome, RecordReader
 from embedstream.errors import InputError, UsageError
@@ -19,58 +22,112 @@ RECORDS = "records"
 AT_ONCE = 256
 """Records whose ids are looked up together."""
 
-Records: TypeAlias = "Iterable[Mapping[str, object] | str] | pa.Table | pa.RecordBatch | pa.RecordBatchReader"
+
+class ArrowStream(Protocol):
+    """Has Arrow's own interface: a table, batch or reader of pyarrow, a data frame of pandas or polars, and others."""
+
+    def __arrow_c_stream__(self, requested_schema: Any = None) -> Any: ...
 
 
-def records_part(records: Records) -> Part:
-    """The one part of a job over Python records. An iterator can be read only once; anything else again and again."""
-    return _RecordsPart(_source(records))
+Records: TypeAlias = "Iterable[Mapping[str, object] | str] | ArrowStream"
 
 
-class _RecordsPart(Part):
-    def __init__(self, source: Callable[[], Iterable[object]]) -> None:
-        super().__init__(0, RECORDS, RECORDS, once=isinstance(source, _Once))
-        self._source = source
+def records_part(records: Records, spec: JobSpec) -> Part:
+    """The one part of a job over Python records. An iterator can be read only once; anything else again and again.
 
-    def outcomes(self, spec: JobSpec, on_position: Callable[[int], None] | None = None) -> Iterator[list[Outcome]]:  # noqa: ARG002
-        reader = RecordReader(spec)
-        outcomes = (reader.record(row, record) for row, record in enumerate(self._source()))
-        while batch := list(islice(outcomes, AT_ONCE)):
-            yield batch
-
-
-def _source(records: Records) -> Callable[[], Iterable[object]]:
+    Raises:
+        UsageError: these are no records.
+        InputError: no row has a field that the job names; or a table lacks the columns that it needs.
+    """
     if isinstance(records, (str, bytes, Mapping)):
-        raise UsageError("records: give a list or another iterable of records, not one record")
-    if isinstance(records, pa.Table):
-        return lambda: _rows(records.to_batches())
-    if isinstance(records, pa.RecordBatch):
-        return lambda: _rows([records])
-    stream: Iterable[object] = _rows(records) if isinstance(records, pa.RecordBatchReader) else records
-    try:
-        once = iter(stream) is stream
-    except TypeError as error:
-        raise UsageError(f"records: {type(records).__name__} is not iterable") from error
-    return _Once(stream) if once else lambda: stream
+        raise UsageError("records: give a list or another iterable of records, or a table, not one record")
+    part = _Columns(records) if _is_table(records) else _Rows(records)
+    if lacking := part.lacking(spec):
+        raise InputError(lacking)
+    return part
 
 
-def _rows(batches: Iterable[pa.RecordBatch]) -> Iterator[object]:
-    for batch in batches:
-        for start in range(0, batch.num_rows, AT_ONCE):
-            yield from batch.slice(start, AT_ONCE).to_pylist()
+class _Records(Part):
+    def __init__(self, records: Any) -> None:
+        super().__init__(0, RECORDS, RECORDS, once=isinstance(records, Iterator))
+        self._records = records
+        self._taken = False
 
+    @abstractmethod
+    def lacking(self, spec: JobSpec) -> str:
+        """A sentence on fields that the job names and no row has, if there are any."""
 
-class _Once:
-    """An iterator that can be taken once."""
+    @abstractmethod
+    def judged(self, spec: JobSpec) -> Iterator[Sequence[Outcome]]: ...
 
-    def __init__(self, stream: Iterable[object]) -> None:
-        self._stream: Iterable[object] | None = stream
-
-    def __call__(self) -> Iterable[object]:
-        if self._stream is None:
+    def outcomes(self, spec: JobSpec, on_position: Callable[[int], None] | None = None) -> Iterator[Sequence[Outcome]]:  # noqa: ARG002
+        if self.once and self._taken:
             raise InputError(
                 "Redis lost blocks, and the records came from an iterator that cannot be read again: "
                 "submit them once more into the same output"
             )
-        stream, self._stream = self._stream, None
-        return stream
+        self._taken = True
+        return self.judged(spec)
+
+
+class _Rows(_Records):
+    def __init__(self, records: Any) -> None:
+        try:
+            iter(records)
+        except TypeError as error:
+            raise UsageError(f"records: {type(records).__name__} is not iterable") from error
+        super().__init__(records.to_pylist() if isinstance(records, pa.Array | pa.ChunkedArray) else records)
+
+    def lacking(self, spec: JobSpec) -> str:
+        lacking = "" if self.once else Sample(self._records).lacking(spec)
+        return lacking and f"{RECORDS}: {lacking}"
+
+    def judged(self, spec: JobSpec) -> Iterator[Sequence[Outcome]]:
+        reader = RecordReader(spec)
+        outcomes = (reader.record(row, record) for row, record in enumerate(self._records))
+        while batch := list(islice(outcomes, AT_ONCE)):
+            yield batch
+
+
+class _Columns(_Records):
+    def __init__(self, records: Any) -> None:
+        super().__init__(records)
+        self._opened: list[pa.RecordBatchReader] = [_stream(records)]
+        self._schema = self._opened[0].schema
+        self._empty = hasattr(records, "__len__") and not len(records)  # no row tells a column's type
+
+    def lacking(self, spec: JobSpec) -> str:
+        return "" if self._empty else ColumnReader(spec, self._schema, RECORDS).lacking
+
+    def judged(self, spec: JobSpec) -> Iterator[Sequence[Outcome]]:
+        if self._empty:
+            return
+        columns, row = ColumnReader(spec, self._schema, RECORDS), 0
+        for batch in self._opened.pop() if self._opened else _stream(self._records):
+            for start in range(0, batch.num_rows, AT_ONCE):
+                rows = batch.slice(start, AT_ONCE)
+                yield columns.judge(row, rows)
+                row += rows.num_rows
+
+
+def _is_table(records: object) -> bool:
+    """Whether its rows are to be had as Arrow columns; not those of a series, which are its values."""
+    if hasattr(records, "__arrow_c_stream__"):
+        return hasattr(records, "columns") or not (hasattr(records, "to_list") or isinstance(records, pa.ChunkedArray))
+    if hasattr(type(records), "columns"):  # what it gives when iterated over are the names of these
+        raise UsageError(
+            f"records: {type(records).__name__} has columns, and no interface to Arrow: give a list of mappings, or "
+            f"collect it into a pyarrow table or a data frame of pandas or polars"
+        )
+    return False
+
+
+def _stream(records: Any) -> pa.RecordBatchReader:
+    try:
+        return pa.RecordBatchReader.from_stream(records)
+    except (pa.ArrowException, TypeError, ValueError) as error:
+        why = str(error).partition("\n")[0]
+        raise UsageError(
+            f"records: {type(records).__name__} cannot be had as Arrow data ({why}): "
+            f"give each column a name and a type of its own"
+        ) from error
