@@ -65,6 +65,8 @@ class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Jobs that it will never work on, and why."""
     waits: dict[str, str] = {}
     """Jobs that it cannot work on at present, and why."""
+    remarks: dict[str, str] = {}
+    """What is to be known of its jobs, by job: which prompt is in front of their texts, or that there should be one."""
 
 
 def in_hand_of(job: str, workers: Iterable[WorkerRecord], written: Mapping[str, int]) -> InHand:

@@ -61,6 +61,7 @@ class Watch:
         self._lost = False
         self._refusals: set[str] = set()
         self._waits: set[str] = set()
+        self._remarks: set[str] = set()
         self.done = 0
         """Blocks committed at the last look."""
         self.failure: Exception | None = None
@@ -130,6 +131,10 @@ class Watch:
         if workers and not status.state.ended:
             self._progress.phase(starting(workers))
         job = self._spec.job
+        remarks = {worker.remarks[job] for worker in workers if job in worker.remarks}
+        for remark in sorted(remarks - self._remarks):
+            self._progress.tell(remark)
+        self._remarks |= remarks
         self._progress.update(status, in_hand_of(job, workers, status.workers), rate_of(job, workers))
         return status
 

@@ -80,7 +80,8 @@ def test_prompts_are_picked_as_sentence_transformers_picks_them(prompted: Path, 
     engine, reference, some = started(prompted), load_reference(prompted), texts[:40]
     cases: list[tuple[Vectors, npt.NDArray[np.float32]]] = [
         (embed(engine, some, "query"), reference.encode_query(some)),
-        (embed(engine, some, "document"), reference.encode_document(some)),
+        # Its own `encode_document` stops at a `document` that it has added, and that is empty.
+        (embed(engine, some, "document"), reference.encode(some, prompt_name="passage")),
         (embed(engine, some, "document", prompt_name="topic"), reference.encode_document(some, prompt_name="topic")),
         (embed(engine, some, "query", prompt_name="topic"), reference.encode(some, prompt="cluster by topic: ")),
         (embed(engine, some, "query", prompt="say: "), reference.encode_query(some, prompt="say: ")),

@@ -6,14 +6,23 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import tokenizers
 from hub_server import COMMIT, hub_of
 from huggingface_hub import constants, hf_hub_download, snapshot_download
+from sentence_transformers import SentenceTransformer
+from tokenizers.models import WordLevel
 
 from embedstream.errors import ModelError
+from embedstream_worker.engines.base import Role
+from embedstream_worker.engines.text_input import InputKind, TextInput, TextModel
+from embedstream_worker.families import card_prompts
 from embedstream_worker.model_folder import Trust
 from embedstream_worker.models import resolve_model
+from embedstream_worker.tokenizing import Limits
 
 NAME = "someone/model"
 
@@ -128,3 +137,68 @@ def test_a_git_lfs_pointer_in_the_place_of_weights_says_what_to_run(minilm: Path
     (minilm / "model.safetensors").write_text(pointer)
     with pytest.raises(ModelError, match=r"a Git LFS pointer, not the weights; run `git lfs pull`"):
         resolve_model(str(minilm))
+
+
+def of_names(**prompts: str) -> TextModel:
+    source = TextInput(InputKind.FLAT, tokenizers.Tokenizer(WordLevel({"a": 0}, unk_token="a")), Limits(9, 1), 9)
+    return TextModel("m", source, prompts, None, {"document": 2, "query": 2}, True, False)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "document", "query"),
+    [
+        ({"query": "Q ", "passage": "P ", "document": ""}, "P ", "Q "),  # as sentence-transformers loads the first two
+        ({"query": "Q ", "document": "D ", "passage": "P "}, "D ", "Q "),
+        ({"query": "", "document": "", "search_query": "Q ", "search_document": "P "}, "P ", "Q "),
+        ({"query": "", "document": "", "Retrieval-query": "Q ", "retrieval.passage": "P "}, "P ", "Q "),
+        ({"question": "Q ", "doc": "P "}, "P ", "Q "),
+        ({"query": "Q ", "text": "P "}, "P ", "Q "),
+        ({"query": "Q ", "document": "", "classification": "C "}, "", "Q "),
+    ],
+)
+def test_fastembed_251_each_role_takes_its_sides_prompt_under_any_of_the_names_in_use(
+    prompts: dict[str, str], document: str, query: str
+) -> None:
+    model = of_names(**prompts)
+    assert (model.prompt("document", None, None), model.prompt("query", None, None)) == (document, query)
+
+
+@pytest.mark.parametrize("prompts", [{"query": "Q "}, {"query": "Q ", "document": "D "}, {}])
+def test_sentence_transformers_own_names_give_what_it_puts_in_front(prompts: dict[str, str], minilm: Path) -> None:
+    (minilm / "config_sentence_transformers.json").write_text(json.dumps({"prompts": prompts}))
+    theirs = SentenceTransformer(str(minilm), device="cpu")
+    ours = of_names(**theirs.prompts)
+    sides: list[tuple[Any, Role]] = [(theirs.encode_query, "query"), (theirs.encode_document, "document")]
+    for encode, role in sides:
+        np.testing.assert_array_equal(encode(["x"]), theirs.encode(["x"], prompt=ours.prompt(role, None, None)))
+
+
+@pytest.mark.parametrize(
+    ("name", "model_type", "document", "query"),
+    [
+        ("intfloat/e5-base-v2", "bert", "passage: ", "query: "),
+        ("intfloat/multilingual-e5-small", "xlm-roberta", "passage: ", "query: "),
+        ("intfloat/multilingual-e5-large-instruct", "xlm-roberta", None, "Instruct: "),
+        ("nomic-ai/nomic-embed-text-v1.5", "nomic_bert", "search_document: ", "search_query: "),
+        ("BAAI/bge-small-en-v1.5", "bert", None, "Represent this sentence"),
+        ("BAAI/bge-small-zh-v1.5", "bert", None, "为这个句子"),
+        ("BAAI/bge-m3", "xlm-roberta", None, None),
+        ("Qwen/Qwen3-Embedding-0.6B", "qwen3", None, "Instruct: "),
+        ("Alibaba-NLP/gte-Qwen2-1.5B-instruct", "qwen2", None, "Instruct: "),
+        ("thenlper/gte-base", "bert", None, None),
+        ("Snowflake/snowflake-arctic-embed-l-v2.0", "xlm-roberta", None, "query: "),
+        ("sentence-transformers/all-MiniLM-L6-v2", "bert", None, None),
+        ("someone/e5-basement", "bert", None, None),
+        ("someone/e5-base-v2", "llama", None, None),  # of the name alone
+    ],
+)
+def test_uv_scripts_a_family_is_known_by_name_and_config(
+    tmp_path: Path, name: str, model_type: str, document: str | None, query: str | None
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    cached = tmp_path / f"models--{name.replace('/', '--')}" / "snapshots" / "0123"
+    cached.mkdir(parents=True)
+    (cached / "config.json").write_text(json.dumps({"model_type": model_type}))
+    for found in card_prompts(name, tmp_path), card_prompts(str(cached), cached):
+        assert found.get("document") == document
+        assert (found.get("query") or "").startswith(query or "\0") or query is None is found.get("query")

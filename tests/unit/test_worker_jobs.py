@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ class Bench:
         self.broker = Broker(fakeredis.FakeRedis(server=fakeredis.FakeServer()), "q")
         self.jobs = self.worker()
 
-    def worker(self, model: str = "hashing", revision: str | None = None) -> Jobs:
+    def worker(self, model: str = "hashing", revision: str | None = None, **given: Any) -> Jobs:
         tokenizer = self.engine.tokenizer()
         return Jobs(
             self.broker,
@@ -37,6 +38,7 @@ class Bench:
             (str(self.root),),
             lambda _job, _spec, prompt, max_length: tokenizer.prompt_length(prompt, max_length),
             lambda: self.now,
+            **given,
         )
 
     def create(self, **changed: Any) -> str:
@@ -206,3 +208,31 @@ def test_a_look_that_redis_cuts_short_leaves_no_job_behind(bench: Bench, monkeyp
     bench.create(output=str(bench.root / "a"), prompt="another life: ")
     (opened,) = bench.jobs.takeable()
     assert opened.prompt == "another life: "
+
+
+CARD = "this model's card wants one in front of every text: give it with --prompt 'passage: '"
+
+
+@pytest.mark.parametrize(
+    ("own", "given", "says"),
+    [
+        ("", {}, CARD),
+        ("", {"prompt": ""}, None),
+        ("", {"prompt": "passage: "}, None),
+        ("", {"role": "query"}, None),
+        ("P: ", {}, 'the model\'s own prompt for the role document is in front of every text: "P: "'),
+        ("P: ", {"prompt_name": "passage"}, None),
+    ],
+)
+def test_fastembed_251_and_uv_scripts_what_is_in_force_or_missing_is_told_before_a_block_is_taken(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, own: str, given: dict[str, str], says: str | None
+) -> None:
+    monkeypatch.setattr(bench.engine, "_info", replace(bench.engine.info, card_prompts={"document": "passage: "}))
+    monkeypatch.setattr(bench.engine, "prompt", lambda _role, prompt, _name: own if prompt is None else prompt)
+    told: list[dict[str, str]] = []
+    bench.jobs = bench.worker(speak=lambda: told.append(bench.jobs.remarks()))
+    job = bench.create(**given)
+    assert bench.taken() == [job]
+    assert bench.jobs.remarks() == (told[0] if told else {})
+    assert (says or "") in bench.jobs.remarks().get(job, "")
+    assert bool(told) == bool(says)

@@ -25,6 +25,7 @@ from embedstream.queue.job_record import reading_job
 from embedstream.server.patience import Refused
 from embedstream_worker.engines import EngineOptions
 from embedstream_worker.engines.base import Engine, EngineInfo
+from embedstream_worker.families import remark
 
 log = logging.getLogger(__name__)
 
@@ -77,8 +78,9 @@ class Jobs:
         roots: tuple[str, ...],
         prompt_length: Callable[[str, JobSpec, str, int], int],
         clock: Callable[[], float] = time.monotonic,
+        speak: Callable[[], None] = lambda: None,
     ) -> None:
-        """`prompt_length` of job, spec, prompt and max length: see `Prompts.length`."""
+        """`prompt_length` of job, spec, prompt and max length: see `Prompts.length`. `speak`: there is a new remark."""
         self._broker = broker
         self._redis_url = redis_url
         self._engine = engine
@@ -87,6 +89,7 @@ class Jobs:
         self._roots = roots
         self._prompt_length = prompt_length
         self._clock = clock
+        self._speak = speak
         self._lives: dict[str, float] = {}
         self._open: dict[str, OpenJob] = {}
         self._refused: dict[str, _Refused] = {}
@@ -129,6 +132,12 @@ class Jobs:
         with self._lock:
             again = {job: refused.why for job, refused in self._refused.items() if refused.until != FOR_GOOD}
             return self._stuck | again
+
+    def remarks(self) -> dict[str, str]:
+        """What is to be known of the jobs that this worker works on."""
+        with self._lock:
+            said = {id: remark(self._engine.info, job.spec, job.prompt) for id, job in self._open.items()}
+        return {job: each for job, each in said.items() if each}
 
     def stuck(self, job: str, why: str) -> None:
         """A shard of the job cannot be written, and that is tried again: no more of it is taken until then.
@@ -184,6 +193,9 @@ class Jobs:
                 self._open[job] = opened
                 if self._refused.pop(job, None) is not None:
                     log.info("job %s can be worked on now", job, extra=about(job))
+            if said := remark(self._engine.info, opened.spec, opened.prompt):
+                log.warning("job %s: %s", job, said, extra=about(job))
+                self._speak()  # before a block is taken: whoever waits for a small job reads it, too
 
     def _openable(self, job: str) -> OpenJob:
         """Without the length of its prompt. Raises `NotForThisWorker`, and whatever reading the job may raise."""

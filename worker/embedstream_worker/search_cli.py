@@ -21,11 +21,22 @@ from embedstream_worker.model_folder import ALLOW_PICKLE, TRUST_REMOTE_CODE, Tru
     allow_from_autoenv=False,  # that variable says what to embed with, not what made a dataset
     help="The dataset's model, if it lies elsewhere now or you never used it here. [default: the dataset's own name]",
 )
+@click.option(
+    "--prompt",
+    allow_from_autoenv=False,  # that variable is for documents
+    help="Put in front of the query.  [default: the model's own for queries]",
+)
 @click.option("--trust-remote-code", is_flag=True, help=TRUST_REMOTE_CODE)
 @click.option("--allow-pickle", is_flag=True, help=ALLOW_PICKLE)
 @click.version_option(package_name="embedstream")
 def search_command(
-    folder: str, query: str, k: int, model: str | None, trust_remote_code: bool, allow_pickle: bool
+    folder: str,
+    query: str,
+    k: int,
+    model: str | None,
+    prompt: str | None,
+    trust_remote_code: bool,
+    allow_pickle: bool,
 ) -> None:
     """Find the texts nearest to QUERY in the dataset in DIR.
 
@@ -34,7 +45,7 @@ def search_command(
     # Not at the top: loading it takes a while, in which Ctrl-C shall end this command as at any other time.
     from embedstream_worker.searching import show_nearest
 
-    show_nearest(folder, query, k, model, Trust(code=trust_remote_code, pickle=allow_pickle))
+    show_nearest(folder, query, k, model, Trust(code=trust_remote_code, pickle=allow_pickle), prompt)
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ from embedstream_worker import known_models
 from embedstream_worker.engines import HASHING_MODEL, EngineOptions, load_engine
 from embedstream_worker.engines.base import TokenBatch
 from embedstream_worker.engines.precision import Dtype
+from embedstream_worker.families import missing
 from embedstream_worker.jobs import space_id
 from embedstream_worker.model_folder import NOTHING, Trust
 from embedstream_worker.models import is_carried, resolve_model
@@ -27,10 +28,13 @@ TEXT_WIDTH = 200
 """Characters of a text that are shown."""
 
 
-def show_nearest(folder: str, query: str, k: int, model: str | None = None, trust: Trust = NOTHING) -> None:
+def show_nearest(
+    folder: str, query: str, k: int, model: str | None = None, trust: Trust = NOTHING, prompt: str | None = None
+) -> None:
     """Print the `k` chunks of the dataset in `folder` that are nearest to the query.
 
-    `model`: as the user names it, where the dataset's own name for it does not do.
+    `model`: as the user names it, where the dataset's own name for it does not do. `prompt`: in front of the query; if
+    None, the model's own.
 
     Raises:
         OutputError: no finished dataset lies there, or it is empty.
@@ -42,7 +46,7 @@ def show_nearest(folder: str, query: str, k: int, model: str | None = None, trus
         raise OutputError(f"{folder}: no manifest: not a dataset, or its job has not ended yet")
     if not manifest.rows:
         raise OutputError(f"{folder}: the dataset is empty")
-    vector = embed_query(query, manifest, manifest_spec(manifest), model, trust)
+    vector = embed_query(query, manifest, manifest_spec(manifest), model, trust, prompt)
     for hit in search(folder, vector, k):
         click.echo(f"{hit.score:.3f}  {printable(hit.id)}")
         if hit.text is not None:
@@ -50,7 +54,12 @@ def show_nearest(folder: str, query: str, k: int, model: str | None = None, trus
 
 
 def embed_query(
-    query: str, manifest: Manifest, spec: JobSpec, model: str | None = None, trust: Trust = NOTHING
+    query: str,
+    manifest: Manifest,
+    spec: JobSpec,
+    model: str | None = None,
+    trust: Trust = NOTHING,
+    prompt: str | None = None,
 ) -> npt.NDArray[np.float32]:
     """The query's vector [dim], by the dataset's own model and settings, in the role of a query.
 
@@ -63,14 +72,16 @@ def embed_query(
     engine = load_engine(EngineOptions(chosen, revision, name, dtype=dtype, trust=trust))
     info = engine.info
     max_length = spec.max_length or info.max_length
-    if space_id(info, spec, engine.prompt(spec.role, spec.prompt, spec.prompt_name), max_length) != manifest.space:
+    if space_id(info, spec, manifest.prompt, max_length) != manifest.space:
         raise ModelError(
             f"{model or spec.model} is not the model that made this dataset ({spec.model}, as it was then): its "
             f"vectors cannot be compared; give that model with --model"
         )
     if model is not None:
         known_models.remember(model_address(model), info.fingerprint)
-    prompt = engine.prompt("query", None, None)
+    given, prompt = prompt, engine.prompt("query", prompt, None)
+    if given is None and not prompt and (warning := missing(info, "query")):
+        click.echo(warning, err=True)
     tokenizer = engine.tokenizer()
     tokens = tokenizer.encode([prompt + query], max_length)
     prompt_length = tokenizer.prompt_length(prompt, max_length) if prompt else 0

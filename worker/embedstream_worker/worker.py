@@ -159,7 +159,9 @@ class Worker:
         tokenized: Channel[list[TokenizedGroup] | Urgent] = Channel(1)
         embedded: Channel[list[EmbeddedGroup]] = Channel(1)
         prompts = Prompts(shared, engine.tokenizer(), tokenized, plan.alone)
-        jobs = self._jobs = Jobs(self._broker(), plan.redis_url, engine, plan.engine, plan.roots, prompts.length)
+        jobs = self._jobs = Jobs(
+            self._broker(), plan.redis_url, engine, plan.engine, plan.roots, prompts.length, speak=self._speak
+        )
         housekeeping = Housekeeping(self._broker(), plan.redis_url, plan.roots)
         if plan.alone:
             self._inherit()
@@ -171,7 +173,7 @@ class Worker:
         write = Write(shared, jobs, engine.info, embedded)
         interactive = Interactive(shared, engine, engine.tokenizer(), tokenized)
         life.serving = True
-        self._say_ready()
+        self._speak()
         log.info("ready after %.1f s (warm-up %.1f s)", time.time() - self._started, self._warm_up_seconds)
         stages = [
             start_stage("intake", life, intake.run, [windows]),
@@ -189,11 +191,11 @@ class Worker:
         for stage in beside:
             stage.join(LEAVE_SECONDS)
 
-    def _say_ready(self) -> None:
+    def _speak(self) -> None:
         try:
             self._broker(0).heartbeat(self._record(), self._plan.settings.expire_seconds)
         except redis.RedisError as error:
-            log.warning("could not say that this worker is ready (%s), trying again", error)
+            log.warning("could not give a sign of life (%s), trying again", error)
 
     def _record(self) -> WorkerRecord:
         info, jobs, progress = self._info, self._jobs, self._shared.ledger.look(time.monotonic())
@@ -221,6 +223,7 @@ class Worker:
             rates=progress.rates,
             refused=jobs.refused_for_good() if jobs else {},
             waits=jobs.waits() if jobs else {},
+            remarks=jobs.remarks() if jobs else {},
         )
 
     def _leave(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, Protocol
 
@@ -67,6 +67,7 @@ class EngineInfo:
     padded: bool  # whether a batch costs longest x n (True) or the sum of its tokens
     batch_tokens: int  # a good token budget per batch on this device
     outputs: dict[str, OutputInfo]
+    card_prompts: dict[Role, str] = field(default_factory=dict)  # what its card wants in front of texts
 
 
 class TextTokenizer(Protocol):

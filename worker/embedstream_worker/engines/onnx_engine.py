@@ -26,6 +26,7 @@ from embedstream_worker.engines.openvino_cache import Cache, Conversion, Entry, 
 from embedstream_worker.engines.precision import Dtype, cpu_cores, streams_for
 from embedstream_worker.engines.text_engine import TextEngine, ran_out_of_memory
 from embedstream_worker.engines.text_input import TextModel
+from embedstream_worker.families import card_prompts
 from embedstream_worker.fingerprint import file_sha256
 from embedstream_worker.models import ModelFolder
 
@@ -110,6 +111,7 @@ class OnnxEngine(TextEngine):
             padded=True,
             batch_tokens=CPU_BATCH_TOKENS if kind == "cpu" else GPU_BATCH_TOKENS,
             outputs={"embedding": OutputInfo(kind="dense", dim=model.dim, normalized=model.normalized)},
+            card_prompts=card_prompts(folder.name, folder.path),
         )
 
     @property

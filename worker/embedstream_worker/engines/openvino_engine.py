@@ -31,6 +31,7 @@ from embedstream_worker.engines.phases import CHECKING, phase
 from embedstream_worker.engines.precision import Precision, cpu_cores, streams_for
 from embedstream_worker.engines.text_engine import TextEngine, ran_out_of_memory
 from embedstream_worker.engines.text_input import TextInput, TextModel
+from embedstream_worker.families import card_prompts
 from embedstream_worker.models import ModelFolder
 
 log = logging.getLogger(__name__)
@@ -97,6 +98,7 @@ class OpenVinoEngine(TextEngine):
             padded=True,
             batch_tokens=BATCH_TOKENS,
             outputs={"embedding": OutputInfo(kind="dense", dim=model.dim, normalized=model.normalized)},
+            card_prompts=card_prompts(folder.name, folder.path),
         )
 
     def embed(self, batch: TokenBatch) -> dict[str, npt.NDArray[np.float32]]:

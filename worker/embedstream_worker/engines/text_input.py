@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,12 +18,13 @@ from embedstream_worker.tokenizing import FastTokenizer, Limits, PythonTokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_RETRIEVAL = ("search_", "retrieval_", "s2p_")
 ROLE_PROMPTS: dict[Role, tuple[str, ...]] = {
-    "document": ("document", "passage", "corpus"),
-    "query": ("query",),
+    "document": ("document", "passage", "corpus", "doc", "text"),
+    "query": ("query", "question"),
 }
-"""Names under which `encode_document` and `encode_query` look for their prompt, in their order."""
-
+"""Names that models give to a role's prompt: those of `encode_document` and `encode_query` first, in their order; then
+the same behind `_RETRIEVAL`, in any spelling."""
 
 _WARM_ROW_TOKENS = 64  # a usual short text: many rows at once
 
@@ -98,7 +100,8 @@ class TextModel:
     def prompt(self, role: Role, prompt: str | None, prompt_name: str | None) -> str:
         """The prompt as sentence-transformers picks it; an explicit empty one is none.
 
-        Order: `prompt`, `prompt_name`, the role's own, the model's default.
+        Order: `prompt`, `prompt_name`, the role's own, the model's default. Names that stand for no prompt give way to
+        those that have one: sentence-transformers adds an empty `document` and `query` to every model.
 
         Raises:
             ModelError: the model has no prompt of that name, or does not serve the role.
@@ -112,10 +115,11 @@ class TextModel:
                 known = ", ".join(sorted(self.prompts)) or "none"
                 raise ModelError(f"model {self.name} has no prompt {prompt_name!r} (it has: {known})")
             return self.prompts[prompt_name]
-        for name in (*ROLE_PROMPTS[role], self.default_prompt_name):
-            if name in self.prompts:
-                return self.prompts[name]
-        return ""
+        named = {re.sub(r"[^a-z0-9]+", "_", name.casefold()): own for name, own in self.prompts.items()}
+        names = [before + name for before in ("", *_RETRIEVAL) for name in ROLE_PROMPTS[role]]
+        if found := [named[name] for name in names if name in named]:
+            return next(filter(None, found), "")
+        return self.prompts.get(self.default_prompt_name or "", "")
 
 
 def warm_up_batches(model: TextModel, batch_tokens: int) -> list[TokenBatch]:

@@ -43,6 +43,7 @@ from embedstream_worker.engines.torch_features import (
     vocabulary_size,
 )
 from embedstream_worker.engines.torch_loading import excludes_prompt, is_normalized, load_model, read_input
+from embedstream_worker.families import card_prompts
 from embedstream_worker.models import ModelFolder
 
 log = logging.getLogger(__name__)
@@ -107,6 +108,7 @@ class TorchEngine(TextEngine):
             padded=model.input.kind is InputKind.PADDED and not self._packed,
             batch_tokens=self._batch_tokens(place),
             outputs={"embedding": OutputInfo(kind="dense", dim=model.dim, normalized=model.normalized)},
+            card_prompts=card_prompts(folder.name, folder.path),
         )
         if place.type == "cuda":
             how = "padded" if self.info.padded else "packed without padding"
