@@ -24,7 +24,7 @@ from embedstream.queue.broker import Broker
 from embedstream.queue.job_record import reading_job
 from embedstream.server.patience import Refused
 from embedstream_worker.engines import EngineOptions
-from embedstream_worker.engines.base import Engine, EngineInfo
+from embedstream_worker.engines.base import HARMLESS, Engine, EngineInfo
 from embedstream_worker.families import remark
 
 log = logging.getLogger(__name__)
@@ -225,7 +225,7 @@ class Jobs:
         spec, info = status.spec, self._engine.info
         prompt = self._engine.prompt(spec.role, spec.prompt, spec.prompt_name)
         max_length = spec.max_length or info.max_length
-        self._tokenizer.encode(["a"], max_length)  # proves that the length is possible
+        self._tokenizer.encode([HARMLESS], max_length)  # proves that the length is possible
         return OpenJob(
             id=job,
             spec=spec,

@@ -6,7 +6,7 @@ from embedstream.errors import JobUnknown, ModelError, RecordDamaged
 from embedstream.jobs import JobSpec
 from embedstream.queue.steps import PROVEN, Code
 from embedstream.server.foreign import reading
-from embedstream_worker.engines.base import TextTokenizer
+from embedstream_worker.engines.base import HARMLESS, TextTokenizer
 from embedstream_worker.held import TokenizedGroup
 from embedstream_worker.infer import Urgent
 from embedstream_worker.jobs import PromptBeingTried
@@ -15,9 +15,6 @@ from embedstream_worker.shared import RETRIES, Shared
 
 MOST_DEATHS = 3
 """So many workers a prompt may cost, as a text does."""
-
-HARMLESS = "a"
-"""The text behind the prompt: a prompt alone may have no token, where a text has some."""
 
 
 class Prompts:
@@ -61,7 +58,7 @@ class Prompts:
             raise PromptBeingTried
         if len(died) >= MOST_DEATHS:
             raise ModelError(
-                f"{len(died)} workers died while they ran its prompt with nothing but a letter behind it: use another "
+                f"{len(died)} workers died while they ran its prompt with nothing but a digit behind it: use another "
                 f"prompt, or run this one by itself to see why"
             )
         self._note(job, *died, self._consumer)
@@ -72,6 +69,7 @@ class Prompts:
     def _run(self, job: str, spec: JobSpec, prompt: str, max_length: int) -> int:
         try:
             with reading(f"the prompt of job {job}"), self._activity.computing():
+                # A prompt alone may have no token, where a text has some.
                 tokens = self._tokenizer.encode([prompt + HARMLESS], max_length)
                 length = self._tokenizer.prompt_length(prompt, max_length)
         except RecordDamaged as error:
@@ -82,8 +80,8 @@ class Prompts:
         if urgent.vectors is None:
             raise Closed
         for code, message in urgent.errors.values():
-            if code != "not_finite":  # that may be the letter's fault
-                raise ModelError(f"its prompt fails with nothing but a letter behind it: {code}: {message}")
+            if code not in ("not_finite", "zero_vector"):  # that may be the fault of the digit
+                raise ModelError(f"its prompt fails with nothing but a digit behind it: {code}: {message}")
         return length
 
     def _note(self, job: str, *names: str) -> None:

@@ -23,6 +23,7 @@ from embedstream_worker.jobs import space_id
 from embedstream_worker.model_folder import NOTHING, Trust
 from embedstream_worker.models import is_carried, resolve_model
 from embedstream_worker.search import search
+from embedstream_worker.tokenizing import encode_each
 
 TEXT_WIDTH = 200
 """Characters of a text that are shown."""
@@ -83,7 +84,9 @@ def embed_query(
     if given is None and not prompt and (warning := missing(info, "query")):
         click.echo(warning, err=True)
     tokenizer = engine.tokenizer()
-    tokens = tokenizer.encode([prompt + query], max_length)
+    tokens, errors = encode_each(tokenizer, [prompt + query], max_length)
+    if errors:
+        raise ModelError(f"the query cannot be embedded: {': '.join(errors[0])}")
     prompt_length = tokenizer.prompt_length(prompt, max_length) if prompt else 0
     batch = TokenBatch(tokens.ids, tokens.offsets, len(tokens.ids), prompt_length, "query")
     vector: npt.NDArray[np.float32] = next(iter(engine.embed(batch).values()))[0]

@@ -19,9 +19,9 @@ from embedstream_worker.jobs import OpenJob
 from embedstream_worker.pipeline import Channel
 from embedstream_worker.shared import RETRIES, Shared
 from embedstream_worker.suspects import BY_CHUNK, NotOurs, Trial
+from embedstream_worker.tokenizing import NO_TOKENS, encode_each
 
 _NONE = Tokens(np.empty(0, np.int32), np.zeros(1, np.int64), np.empty(0, np.bool_))
-_NO_TOKENS = Tokens(np.empty(0, np.int32), np.zeros(2, np.int64), np.zeros(1, np.bool_))
 
 Encoded = tuple[Tokens, RowErrors]
 """Tokens of some texts, and those of them that have none."""
@@ -94,7 +94,7 @@ class Tokenize:
         try:
             for row, text in enumerate(texts):
                 if row in errors:
-                    pieces.append(_NO_TOKENS)
+                    pieces.append(NO_TOKENS)
                     continue
                 trial.note(row)
                 with self._activity.computing():
@@ -123,22 +123,7 @@ def encode_rows(tokenizer: TextTokenizer, texts: Sequence[str], prompt: str, max
     Raises:
         Exception: what the tokenizer raises for any text at all.
     """
-    return _joined([_encode_some(tokenizer, inputs, max_length) for inputs in model_inputs(texts, prompt)])
-
-
-def _encode_some(tokenizer: TextTokenizer, inputs: Sequence[str], max_length: int) -> Encoded:
-    try:
-        return tokenizer.encode(inputs, max_length), {}
-    except Exception:  # noqa: BLE001 - whatever it raises, it is the fault of some text, or of the tokenizer
-        tokenizer.encode(["a"], max_length)
-    pieces, errors = [], RowErrors()
-    for row, text in enumerate(inputs):
-        try:
-            pieces.append(tokenizer.encode([text], max_length))
-        except Exception as error:  # noqa: BLE001
-            pieces.append(_NO_TOKENS)
-            errors[row] = ("tokenizer_error", f"{type(error).__name__}: {error}")
-    return join_tokens(pieces), errors
+    return _joined([encode_each(tokenizer, inputs, max_length) for inputs in model_inputs(texts, prompt)])
 
 
 def _joined(pieces: Sequence[Encoded]) -> Encoded:

@@ -12,8 +12,10 @@ import numpy as np
 import tokenizers
 
 from embedstream.errors import ModelError
-from embedstream_worker.engines.base import TextTokenizer, Tokens
+from embedstream_worker.batching import join_tokens
+from embedstream_worker.engines.base import HARMLESS, TextTokenizer, Tokens
 from embedstream_worker.inputs import cut_characters
+from embedstream_worker.panics import panics_are_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,6 +26,10 @@ UNLIMITED = 1 << 20
 _CHARACTERS_PER_TOKEN = 8  # English has 4 to 5: a text cut there still overflows its limit
 _CHARACTERS_MORE = 512
 _ENOUGH_OVERFLOW = 32  # tokens past the limit that show that the cut did not touch those before it
+
+
+NO_TOKENS = Tokens(np.empty(0, np.int32), np.zeros(2, np.int64), np.zeros(1, np.bool_))
+"""Those of one text that has none."""
 
 
 @dataclass(frozen=True)
@@ -87,9 +93,10 @@ class FastTokenizer:
         return _prompt_length(self.encode([prompt], max_length), self._special_ids)
 
     def _encode(self, texts: list[str]) -> list[tokenizers.Encoding]:
-        encodings: list[tokenizers.Encoding] = self._backend.encode_batch_fast(
-            texts, add_special_tokens=self._add_special_tokens
-        )
+        with panics_are_errors():
+            encodings: list[tokenizers.Encoding] = self._backend.encode_batch_fast(
+                texts, add_special_tokens=self._add_special_tokens
+            )
         return encodings
 
     def _set_max_length(self, max_length: int) -> None:
@@ -131,6 +138,28 @@ class PythonTokenizer:
         encoded = self._tokenizer(texts, padding=False, return_attention_mask=False, verbose=False, **how)
         ids: list[list[int]] = encoded["input_ids"]
         return ids
+
+
+def encode_each(
+    tokenizer: TextTokenizer, texts: Sequence[str], max_length: int
+) -> tuple[Tokens, dict[int, tuple[str, str]]]:
+    """Token ids of each text; one that the tokenizer cannot bear has none, and an error: row -> (code, message).
+
+    Raises:
+        Exception: what the tokenizer raises for any text at all.
+    """
+    try:
+        return tokenizer.encode(texts, max_length), {}
+    except Exception:  # noqa: BLE001 - whatever it raises, it is the fault of some text, or of the tokenizer
+        tokenizer.encode([HARMLESS], max_length)
+    pieces, errors = [], {}
+    for row, text in enumerate(texts):
+        try:
+            pieces.append(tokenizer.encode([text], max_length))
+        except Exception as error:  # noqa: BLE001
+            pieces.append(NO_TOKENS)
+            errors[row] = ("tokenizer_error", f"{type(error).__name__}: {error}")
+    return join_tokens(pieces), errors
 
 
 def make_tokenizer(tokenizer: PreTrainedTokenizerBase, limits: Limits) -> TextTokenizer:

@@ -12,6 +12,9 @@ import numpy.typing as npt
 
 Role = Literal["document", "query"]
 
+HARMLESS = "1"
+"""A text that shows whether anything can be embedded: one token in every vocabulary, and part of few added tokens."""
+
 
 @dataclass(frozen=True)
 class Tokens:

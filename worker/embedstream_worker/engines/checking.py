@@ -8,10 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from embedstream_worker.engines.base import Role, TokenBatch
+from embedstream_worker.batching import join_tokens
+from embedstream_worker.engines.base import HARMLESS, Role, TokenBatch, Tokens
 from embedstream_worker.engines.calibration import calibration_texts
 from embedstream_worker.engines.precision import Precision
 from embedstream_worker.engines.text_input import TextModel
+from embedstream_worker.tokenizing import encode_each
 
 Vectors = npt.NDArray[np.float32]
 
@@ -45,8 +47,10 @@ def check_batches(model: TextModel) -> list[TokenBatch]:
     limit = min(model.input.max_length, _LONGEST_CHECK_TOKENS)
     texts = calibration_texts()[:: len(calibration_texts()) // _CHECK_TEXTS][:_CHECK_TEXTS]
     tokenizer = model.input.tokenizer()
-    uneven = tokenizer.encode([*texts, "a", " ".join(texts)], limit)
-    alone = tokenizer.encode([texts[0]], limit)
+    short, _ = encode_each(tokenizer, [*texts, HARMLESS], limit)
+    long = short.ids[:limit]  # not from a text that is cut: no tokenizer can be told to bear any end of a text
+    uneven = join_tokens([short, Tokens(long, np.array([0, len(long)]), np.zeros(1, np.bool_))])
+    alone, _ = encode_each(tokenizer, [texts[0]], limit)
     prompts = (0, _PROMPT_TOKENS) if model.excludes_prompt else (0,)
     batches = []
     for role in model.roles:

@@ -21,6 +21,7 @@ from embedstream_worker.cache import cache_folder
 from embedstream_worker.engines.base import Role
 from embedstream_worker.engines.checking import Vectors
 from embedstream_worker.engines.text_input import InputKind, TextInput, TextModel
+from embedstream_worker.panics import panics_are_errors
 from embedstream_worker.tokenizing import Limits
 
 log = logging.getLogger(__name__)
@@ -177,7 +178,8 @@ def _read(folder: Path, model_name: str) -> Conversion | None:
     if description is None:
         return None
     try:
-        source = tokenizers.Tokenizer.from_file(str(folder / _TOKENIZER))
+        with panics_are_errors():
+            source = tokenizers.Tokenizer.from_file(str(folder / _TOKENIZER))
         with np.load(folder / _REFERENCES, allow_pickle=False) as arrays:
             references = [arrays[str(place)] for place in range(len(arrays.files))]
     except Exception as error:  # noqa: BLE001 - the tokenizer's loader raises bare Exceptions

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import tokenizers
 
 from embedstream.errors import ModelError
-from embedstream_worker.engines.base import Role, TextTokenizer, TokenBatch
+from embedstream_worker.engines.base import HARMLESS, Role, TextTokenizer, TokenBatch
 from embedstream_worker.tokenizing import FastTokenizer, Limits, PythonTokenizer
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class TextInput:
 
     def sample(self, rows: int, tokens: int, role: Role) -> TokenBatch:
         """Equal rows of about so many tokens, special tokens included: at least one text token each."""
-        text = self.tokenizer().encode(["a"], self.max_length).ids
+        text = self.tokenizer().encode([HARMLESS], self.max_length).ids
         tokens = max(tokens, len(text), 1)
         row = np.resize(text, tokens) if len(text) else np.zeros(tokens, np.int32)
         return TokenBatch(np.tile(row, rows), np.arange(rows + 1, dtype=np.int64) * tokens, tokens, 0, role)

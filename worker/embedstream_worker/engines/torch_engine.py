@@ -16,6 +16,7 @@ from sentence_transformers import SentenceTransformer
 from embedstream.errors import ModelError
 from embedstream_worker.engines.attention_check import check_attention
 from embedstream_worker.engines.base import (
+    HARMLESS,
     EngineInfo,
     OutOfMemory,
     OutputInfo,
@@ -359,7 +360,7 @@ def _wait_for(device: torch.device) -> None:
 def _few_texts(model: TextModel, role: Role) -> TokenBatch:
     """Texts of different tokens and lengths."""
     limit = min(model.input.max_length, 24)
-    tokens = model.input.tokenizer().encode(["one two three four five", "a", "seven, eight and nine"], limit)
+    tokens = model.input.tokenizer().encode(["one two three four five six", HARMLESS, "seven, eight and ten"], limit)
     return TokenBatch(tokens.ids, tokens.offsets, int(tokens.lengths.max()), 0, role)
 
 

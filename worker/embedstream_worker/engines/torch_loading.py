@@ -17,8 +17,10 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from embedstream.errors import ModelError
+from embedstream_worker.engines.base import HARMLESS
 from embedstream_worker.engines.text_input import InputKind, TextInput
 from embedstream_worker.models import ModelFolder
+from embedstream_worker.panics import panics_are_errors
 from embedstream_worker.tokenizing import UNLIMITED, Limits
 
 _MISSING = re.compile(r"^(?:\x1b\[[0-9;]*m)*([\w.{}, \-]+?)\s*\|\s*(?:\x1b\[[0-9;]*m)*MISSING", re.MULTILINE)
@@ -32,18 +34,19 @@ def load_model(folder: ModelFolder, device: torch.device) -> SentenceTransformer
     """
     with quiet() as reports:
         try:  # whatever loading raises, the user gets one sentence
-            model = SentenceTransformer(
-                str(folder.path),
-                device=str(device),
-                local_files_only=True,
-                trust_remote_code=folder.needs.code,
-                # These come after what the folder's own settings say.
-                model_kwargs={
-                    "dtype": torch.float32,
-                    "use_safetensors": None if folder.needs.pickle else True,
-                    "weights_only": True,
-                },
-            )
+            with panics_are_errors():
+                model = SentenceTransformer(
+                    str(folder.path),
+                    device=str(device),
+                    local_files_only=True,
+                    trust_remote_code=folder.needs.code,
+                    # These come after what the folder's own settings say.
+                    model_kwargs={
+                        "dtype": torch.float32,
+                        "use_safetensors": None if folder.needs.pickle else True,
+                        "weights_only": True,
+                    },
+                )
         except Exception as error:
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise ModelError(f"{folder.path}: model cannot be loaded: {reason[0]}") from error
@@ -63,7 +66,8 @@ def read_input(model: SentenceTransformer, name: str) -> TextInput:
     first = next(model.children())
     modules = [next(route.children()) for route in first.sub_modules.values()] if isinstance(first, Router) else [first]
     try:
-        inputs = [_read_module(module, name) for module in modules]
+        with panics_are_errors():
+            inputs = [_read_module(module, name) for module in modules]
     except ModelError:
         raise
     except Exception as error:  # its settings may hold values of any type
@@ -111,7 +115,7 @@ def _read_module(module: torch.nn.Module, name: str) -> TextInput:
     max_length = int(text_options.pop("max_length", None) or module.max_seq_length or UNLIMITED)
     if options or text_options:
         raise ModelError(f"model {name} sets processing options ({sorted({*options, *text_options})}) not supported")
-    probe = tokenizer("a")
+    probe = tokenizer(HARMLESS)
     token_types = "token_type_ids" in tokenizer.model_input_names
     if token_types and any(probe.get("token_type_ids", ())):
         raise ModelError(f"model {name} marks its tokens with types, which is not supported")
