@@ -23,6 +23,9 @@ from embedstream_worker.models import ModelFolder
 from embedstream_worker.panics import panics_are_errors
 from embedstream_worker.tokenizing import UNLIMITED, Limits
 
+_OTHER_TABLES = ("wpe", "embed_positions", "position_embedding", "pos_embedding")
+"""Tables of positions, with or without more rows than there are positions: their `config.json` says how many."""
+
 _MISSING = re.compile(r"^(?:\x1b\[[0-9;]*m)*([\w.{}, \-]+?)\s*\|\s*(?:\x1b\[[0-9;]*m)*MISSING", re.MULTILINE)
 
 
@@ -119,7 +122,7 @@ def _read_module(module: torch.nn.Module, name: str) -> TextInput:
     token_types = "token_type_ids" in tokenizer.model_input_names
     if token_types and any(probe.get("token_type_ids", ())):
         raise ModelError(f"model {name} marks its tokens with types, which is not supported")
-    longest = min(_positions(module), UNLIMITED)
+    longest = min(_positions(module, max_length), UNLIMITED)
     return TextInput(
         kind=InputKind.PADDED,
         source=tokenizer.backend_tokenizer if tokenizer.is_fast else tokenizer,
@@ -133,16 +136,21 @@ def _read_module(module: torch.nn.Module, name: str) -> TextInput:
     )
 
 
-def _positions(module: Transformer) -> int:
-    """Most tokens that the model can place."""
+def _positions(module: Transformer, max_length: int) -> int:
+    """Most tokens that the model can place: by its table, if it has one; if not, the folder's `max_length` counts."""
+    tables = False
     for part in module.model.modules():
         table = getattr(part, "position_embeddings", None)
         if isinstance(table, torch.nn.Embedding):
             # RoBERTa and its kin begin counting after the padding's own row.
             padding = getattr(part, "padding_idx", None)
             return table.num_embeddings - (padding + 1 if isinstance(padding, int) else 0)
+        tables = tables or any(isinstance(getattr(part, name, None), torch.nn.Embedding) for name in _OTHER_TABLES)
     positions = getattr(module.config, "max_position_embeddings", None)
-    return positions if isinstance(positions, int) and positions > 0 else UNLIMITED
+    if not isinstance(positions, int) or positions <= 0:
+        return UNLIMITED
+    # Relative and rotary positions go on: what the folder sets, sentence-transformers takes.
+    return positions if tables or max_length >= UNLIMITED else max(positions, max_length)
 
 
 def _differ(one: TextInput, other: TextInput) -> bool:
