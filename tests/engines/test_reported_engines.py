@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 import signal
 import subprocess
@@ -10,10 +12,16 @@ from pathlib import Path
 
 import pytest
 import tokenizers
+import torch
+import transformers
 from e2e.harness import environment
+from engines.embedding import embed, lowest_cosine
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Transformer
+from sentence_transformers.sentence_transformer.modules import Pooling
 
 from embedstream.errors import ModelError
-from embedstream_worker.engines import torch_loading
+from embedstream_worker.engines import precision, torch_device, torch_loading
 from embedstream_worker.engines.torch_engine import TorchEngine
 from embedstream_worker.models import resolve_model
 from embedstream_worker.tokenize import encode_rows
@@ -60,3 +68,73 @@ tokenizer.encode(["a\u0300" * 50], 256)
 """
     ended = subprocess.run([sys.executable, "-c", program], env=environment(), capture_output=True, check=False)
     assert ended.returncode == -signal.SIGABRT
+
+
+def deberta(folder: Path, max_seq_length: int) -> SentenceTransformer:
+    """Relative positions, and 64 of them in its configuration."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(resolve_model("all-MiniLM-L6-v2").path)
+    config = transformers.DebertaV2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=64,
+        relative_attention=True,
+        position_biased_input=False,
+        pos_att_type=["p2c", "c2p"],
+    )
+    transformers.DebertaV2Model(config).save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    model = SentenceTransformer(modules=[Transformer(str(folder / "base")), Pooling(32, "mean")], device="cpu")
+    model.save(str(folder / "model"), create_model_card=False)
+    (folder / "model" / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": max_seq_length}))
+    return SentenceTransformer(str(folder / "model"), device="cpu")
+
+
+@pytest.mark.parametrize("max_seq_length", [40, 200])
+def test_transformers_16998_relative_positions_are_cut_where_sentence_transformers_cuts(
+    tmp_path: Path, max_seq_length: int
+) -> None:
+    reference = deberta(tmp_path, max_seq_length)
+    text = "one two three " * 50
+    engine = TorchEngine(resolve_model(str(tmp_path / "model")), "cpu", "float32")
+    assert engine.tokenizer().encode([text], engine.info.max_length).lengths.tolist() == [min(max_seq_length, 152)]
+    assert lowest_cosine(embed(engine, [text]), reference.encode([text])) >= 0.99999
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "cores"),
+    [
+        ("0::/\n", {"cpu.max": "150000 100000\n"}, 2),
+        ("0::/\n", {"cpu.max": "max 100000\n"}, 8),
+        ("0::/\n", {"cpu.max": "1000 100000\n"}, 1),
+        ("0::/a/b\n", {"a/cpu.max": "300000 100000\n", "a/b/cpu.max": "max 100000\n"}, 3),
+        ("0::/../..\n", {"cpu.max": "200000 100000\n"}, 2),
+        ("4:cpu,cpuacct:/docker/x\n", {"cpu/cpu.cfs_quota_us": "250000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 3),
+        ("4:cpu:/\n", {"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 8),
+        ("4:memory:/\n", {"cpu.max": "damaged"}, 8),
+        ("no groups", {}, 8),
+    ],
+)
+def test_openvino_37838_threads_are_as_many_as_a_containers_quota_pays_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, groups: str, files: dict[str, str], cores: int
+) -> None:
+    for name, content in {"self/cgroup": groups, **files}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    monkeypatch.setattr(precision, "_PROC", tmp_path)
+    monkeypatch.setattr(precision, "_CGROUPS", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    assert precision.cpu_cores() == cores
+
+
+def test_openvino_37838_torch_takes_no_more_threads_than_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    monkeypatch.setattr(torch_device, "cpu_cores", lambda: 1)
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    try:
+        torch_device.share_cores(torch.device("cpu"))
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)

@@ -17,6 +17,7 @@ from embedstream.metrics.exposition import Exposition, QueueCollector
 from embedstream.server.connection import connect, explaining
 from embedstream.server.preflight import check, refuse_few_rights, shortcomings
 from embedstream_worker.engines import load_engine
+from embedstream_worker.engines.precision import cpu_cores
 from embedstream_worker.pipeline import Life
 from embedstream_worker.worker import Worker, WorkerPlan
 
@@ -51,6 +52,7 @@ def serve(plan: WorkerPlan) -> None:
                 log.warning(shortcoming)
     # Arrow's own allocators keep what a shard needed and are no faster here: a third more memory for nothing.
     pa.set_memory_pool(pa.system_memory_pool())
+    pa.set_cpu_count(cpu_cores())
     try:
         with explaining(redis_url):
             worker.run()

@@ -38,8 +38,9 @@ def share_cores(device: torch.device) -> None:
     """Let tokenizing leave the processor what the device needs of it. Before any text is tokenized.
 
     Beside a model on the CPU, tokenizing takes its own thread alone; beside a GPU, all cores but those of the threads
-    that feed it. A user's own choice stands.
+    that feed it. A user's own choice stands, as far as there are so many cores.
     """
+    torch.set_num_threads(min(torch.get_num_threads(), cpu_cores()))  # it does not know of quotas
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false" if device.type == "cpu" else "true")
     if device.type == "cuda":
         os.environ.setdefault("RAYON_NUM_THREADS", str(max(1, cpu_cores() - _OTHER_THREADS)))
