@@ -215,6 +215,18 @@ def test_a_worker_whose_device_hangs_says_so_and_leaves_to_be_started_again(
     assert errors_of(tmp_path / "out") == {"t300": "poison"}
 
 
+def test_marveen_783_a_batch_that_takes_longer_than_stall_seconds_by_the_models_own_pace_is_waited_for(
+    workers: Fleet, tmp_path: Path
+) -> None:
+    texts = corpus(tmp_path / "c.jsonl", 30, {})
+    detach(workers, tmp_path)
+    worker = workers.start_worker("--burst", "--stall-seconds", 1, "--batch-tokens", 200, wait=False, **paced(70))
+    assert worker.wait(60) == 0
+    assert_exact(tmp_path / "out", texts)
+    assert errors_of(tmp_path / "out") == {}
+    assert "a batch is slow: it takes more than 1 s (--stall-seconds)" in (tmp_path / "worker-0.log").read_text()
+
+
 def test_a_worker_whose_device_hangs_in_its_warm_up_is_seen_and_leaves_to_be_started_again(
     workers: Fleet, tmp_path: Path
 ) -> None:

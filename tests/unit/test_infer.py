@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -48,6 +49,7 @@ class FakeEngine:
         self.costs: list[int] = []
         self.nan: set[int] = set()
         self.nan_in_float32: set[int] = set()
+        self.zero: set[int] = set()
         self.exact_calls: list[int] = []
         self.exact_errors: dict[int, Exception] = {}
         self.alive = True
@@ -60,6 +62,7 @@ class FakeEngine:
         self._before(first.tolist())
         vectors = np.stack([first, batch.lengths], axis=1).astype(np.float32)
         vectors[[int(row) in self.nan for row in first]] = np.nan
+        vectors[[int(row) in self.zero for row in first]] = 0
         return {"embedding": vectors}
 
     def embed_exact(self, batch: TokenBatch) -> dict[str, npt.NDArray[np.float32]]:
@@ -243,6 +246,21 @@ def test_a_vector_that_is_not_finite_in_float32_either_is_an_error_and_its_neigh
     assert {row: code for row, (code, _) in result.errors.items()} == {2: "not_finite"}
     assert_rows(result, [3] * 4)
     assert engine.exact_calls == [1, 2]
+
+
+def test_model2vec_114_a_vector_of_zeros_is_an_error_and_its_neighbours_are_not() -> None:
+    engine = FakeEngine()
+    engine.zero = {1, 3}
+    result = run(engine, [3] * 5)
+    assert {row: code for row, (code, _) in result.errors.items()} == {1: "zero_vector", 3: "zero_vector"}
+    assert_rows(result, [3] * 5)
+
+
+def test_model2vec_114_a_vector_that_is_not_of_length_1_as_the_model_says_is_an_error() -> None:
+    engine = FakeEngine()
+    engine.info = replace(engine.info, outputs={"embedding": OutputInfo("dense", DIM, True)})
+    result = run(engine, [1, 3])  # (0, 1) and (1, 3)
+    assert {row: code for row, (code, _) in result.errors.items()} == {1: "not_normalized"}
 
 
 @pytest.mark.parametrize("error", [OutOfMemory("none left"), RuntimeError("none left")])

@@ -13,7 +13,7 @@ class Activity:
 
     def __init__(self) -> None:
         self._progressed = time.monotonic()
-        self._computing: dict[int, float] = {}  # thread -> since when
+        self._computing: dict[int, tuple[float, float]] = {}  # thread -> since when, and seconds that it may take
         self._starting: tuple[str, float] | None = None  # what is done, and since when
 
     @contextlib.contextmanager
@@ -35,18 +35,26 @@ class Activity:
         return phase, time.monotonic() - since
 
     @contextlib.contextmanager
-    def computing(self) -> Iterator[None]:
-        """This thread is in the model or the tokenizer, from where it may never come back."""
+    def computing(self, allowed: float = 0.0) -> Iterator[None]:
+        """This thread is in the model or the tokenizer, from where it may never come back.
+
+        `allowed`: seconds that this much work may take, where that is known.
+        """
         me = threading.get_ident()
-        self._computing[me] = time.monotonic()
+        self._computing[me] = time.monotonic(), allowed
         try:
             yield
         finally:
             del self._computing[me]
 
-    def computing_seconds(self) -> float:
-        """How long the oldest computation has been going on; 0 if there is none."""
-        return time.monotonic() - min(self._computing.copy().values(), default=time.monotonic())
+    def longest(self, least: float) -> tuple[float, float]:
+        """How long the computation that is nearest to its bound has been going on, and that bound in seconds.
+
+        A bound is what a computation is allowed, and `least` seconds at least.
+        """
+        now = time.monotonic()
+        running = [(now - since, max(least, allowed)) for since, allowed in self._computing.copy().values()]
+        return max(running, key=lambda each: each[0] - each[1], default=(0.0, least))
 
     def progress(self) -> None:
         """Some stage has finished a piece of work."""

@@ -31,6 +31,13 @@ log = logging.getLogger(__name__)
 LOOK_SECONDS = 0.05
 """How often a stage that waits for a slow writer, or for a slow batch, looks for more to do."""
 
+SLOWEST = 20.0
+"""A batch may be so many times slower than those before it: a long text costs many times more a token than short ones,
+and other programs want the processor, too."""
+
+FIRST = 10
+"""So many times --stall-seconds where no batch has shown the pace yet, as for the warm-up that is left out then."""
+
 WINDOWS = 2
 """Windows in this stage: the one whose last batches run, and the one that follows."""
 
@@ -89,6 +96,7 @@ class Infer:
         self._out = out
         self._ahead = ahead
         ahead.told_by(lambda: self._left)
+        self._stall_seconds = shared.settings.stall_seconds
         self._name, self._output = next(iter(engine.info.outputs.items()))
         self._padded = engine.info.padded
         self._windows: deque[_Window] = deque()
@@ -180,13 +188,18 @@ class Infer:
         if work.note is not None:
             work.note(int(taken.rows[0]))
         run = self._engine.embed_exact if taken.exact else self._engine.embed
-        with self._activity.computing(), self._meter.batch(len(taken.batch.ids)):
+        with self._activity.computing(self._allowed(taken)), self._meter.batch(len(taken.batch.ids)):
             return run(taken.batch)[self._name]
+
+    def _allowed(self, taken: Taken) -> float:
+        """Seconds that a batch may take before the device counts as hung, by the pace of those before it."""
+        pace = self._ahead.tokens_per_second
+        return SLOWEST * len(taken.batch.ids) / pace if pace else FIRST * self._stall_seconds
 
     def _begin(self, group: TokenizedGroup) -> Work:
         job = group.job
         work = Work(
-            group.tokens, job.prompt_length, job.spec.role, self._output.dim, self._padded, group.errors, group.note
+            group.tokens, job.prompt_length, job.spec.role, self._output, self._padded, group.errors, group.note
         )
         work.cut(self._budget)
         if self._life.stopping.is_set():
@@ -195,7 +208,7 @@ class Infer:
         return work
 
     def _begin_urgent(self, request: Urgent) -> None:
-        work = Work(request.tokens, request.prompt_length, request.role, self._output.dim, self._padded, {})
+        work = Work(request.tokens, request.prompt_length, request.role, self._output, self._padded, {})
         work.cut(self._budget)
         self._urgent.append((request, work))
         self._answer()  # at once if it has no text

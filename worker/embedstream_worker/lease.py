@@ -52,9 +52,10 @@ class Leases:
             redis.RedisError: some leases could not be renewed.
         """
         held = self._shared.held.snapshot()
-        stalled = bool(held) and self._shared.activity.idle_seconds() > self._shared.settings.stall_seconds
+        _, bound = self._shared.activity.longest(self._shared.settings.stall_seconds)
+        stalled = bool(held) and self._shared.activity.idle_seconds() > bound
         if stalled and not self._stalled:
-            log.error("nothing has moved for %d s: leases are no longer renewed", self._shared.settings.stall_seconds)
+            log.error("nothing has moved for %d s: leases are no longer renewed", bound)
         self._stalled = stalled
         if stalled:
             return

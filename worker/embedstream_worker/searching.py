@@ -90,6 +90,8 @@ def embed_query(
     prompt_length = tokenizer.prompt_length(prompt, max_length) if prompt else 0
     batch = TokenBatch(tokens.ids, tokens.offsets, len(tokens.ids), prompt_length, "query")
     vector: npt.NDArray[np.float32] = next(iter(engine.embed(batch).values()))[0]
+    if not vector.any():
+        raise ModelError("the query cannot be compared: the model gave a vector of zeros, it knows no part of the text")
     return vector
 
 

@@ -32,16 +32,28 @@ class Watchdog:
         self._life, self._activity, self._settings = shared.life, shared.activity, shared.settings
         self._leave = leave
         self._said = SLOW_START_SECONDS / 2
+        self._slow = False
 
     def run(self, gone: Callable[[float], bool]) -> None:
         """`gone(seconds)` waits and says whether the worker has ended."""
         while not gone(LOOK_SECONDS):
             self._look_at_start()
-            if self._activity.computing_seconds() > self._settings.stall_seconds:
+            least = self._settings.stall_seconds
+            seconds, bound = self._activity.longest(least)
+            if least < seconds <= bound and not self._slow:
+                log.warning(
+                    "a batch is slow: it takes more than %g s (--stall-seconds), and by the model's pace so far may "
+                    "take %.0f s",
+                    least,
+                    bound,
+                )
+            self._slow = least < seconds <= bound
+            if seconds > bound:
                 log.error(
-                    "no batch came back for %g s (--stall-seconds): the device hangs; the worker leaves with exit code "
-                    "%d, and what it held goes to others",
-                    self._settings.stall_seconds,
+                    "no batch came back for %g s (%s): the device hangs; the worker leaves with exit code %d, and what "
+                    "it held goes to others",
+                    bound,
+                    "--stall-seconds" if bound == least else "many times what it should take",
                     STALLED,
                 )
                 self._life.fail(TimeoutError("the device hangs"))

@@ -10,11 +10,16 @@ import numpy as np
 import numpy.typing as npt
 
 from embedstream.queue.workers import InHand
+from embedstream.verify.findings import Kind
+from embedstream.verify.rows import bad_vectors
 from embedstream_worker.batching import batch_cost, cut_batches, gather_batch
-from embedstream_worker.engines.base import Role, TokenBatch, Tokens
+from embedstream_worker.engines.base import OutputInfo, Role, TokenBatch, Tokens
 from embedstream_worker.held import RowErrors
 
 Rows = npt.NDArray[np.int64]
+
+_ZERO = ("zero_vector", "the model gave a vector of zeros: it knows no part of the text")
+_NORM = ("not_normalized", "the model gave a vector that cannot be brought to length 1")
 
 
 class Taken(NamedTuple):
@@ -34,7 +39,7 @@ class Work:
         tokens: Tokens,
         prompt_length: int,
         role: Role,
-        dim: int,
+        output: OutputInfo,
         padded: bool,
         errors: RowErrors,
         note: Callable[[int | None], None] | None = None,
@@ -45,7 +50,7 @@ class Work:
         """
         lengths = tokens.lengths
         self.tokens = tokens
-        self.vectors: npt.NDArray[np.float32] = np.zeros((len(lengths), dim), np.float32)
+        self.vectors: npt.NDArray[np.float32] = np.zeros((len(lengths), output.dim), np.float32)
         self.computed: npt.NDArray[np.int64] = lengths.copy()
         """Tokens that the model computed for a row, padding included, [n]."""
         self.done: npt.NDArray[np.bool_] = np.zeros(len(lengths), np.bool_)
@@ -53,6 +58,7 @@ class Work:
         self._prompt_length = prompt_length
         self._role = role
         self._padded = padded
+        self._normalized = output.normalized
         self.note = note
         self._lengths = lengths
         self._todo: deque[Rows] = deque()
@@ -74,9 +80,10 @@ class Work:
         return Taken(rows, gather_batch(self.tokens, rows, self._prompt_length, self._role), exact)
 
     def land(self, taken: Taken, vectors: npt.NDArray[np.float32]) -> None:
-        """A batch came back, [n, dim]. A vector that is not finite is computed again, and is then an error."""
+        """A batch came back, [n, dim]. What embed-verify would refuse is an error; if not finite, at a second try."""
         rows = taken.rows
-        finite = np.isfinite(vectors).all(axis=1)
+        bad = bad_vectors(vectors, self._normalized)
+        finite = ~bad[Kind.NOT_FINITE]
         if taken.exact:
             self.computed[rows] += self._lengths[rows]
         elif self._padded:
@@ -89,6 +96,8 @@ class Work:
             else:
                 self._not_finite.extend(rows[~finite].tolist())
                 rows = rows[finite]
+        self.errors |= dict.fromkeys(taken.rows[bad[Kind.ZERO]].tolist(), _ZERO)
+        self.errors |= dict.fromkeys(taken.rows[bad[Kind.NORM]].tolist(), _NORM)
         self.done[rows] = True
 
     def again(self, pieces: Iterable[Rows]) -> None:

@@ -141,9 +141,7 @@ class Worker:
         while True:
             try:
                 engine.warm_up(batch_tokens)
-                if given is not None:
-                    return Trial(batch_tokens, 0.0)
-                others = (batch_tokens // 2, batch_tokens * 2) if info.device == "cpu" else ()
+                others = (batch_tokens // 2, batch_tokens * 2) if info.device == "cpu" and given is None else ()
                 return try_budgets(engine, (batch_tokens, *others))
             except OutOfMemory as error:
                 if batch_tokens == 1:
