@@ -118,7 +118,7 @@ def usable_device(name: str) -> str:
     "--stall-seconds",
     type=Seconds(min=0, min_open=True),
     default=DEFAULTS.stall_seconds,
-    help="Leave with exit code 75, to be started again, when no batch comes back for so long.",
+    help="Leave with exit code 75, to be started again, when a batch takes longer than this and than its work can need.",
 )
 @click.option(
     "--drain-seconds",
