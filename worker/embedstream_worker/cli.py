@@ -118,7 +118,7 @@ def usable_device(name: str) -> str:
     "--stall-seconds",
     type=Seconds(min=0, min_open=True),
     default=DEFAULTS.stall_seconds,
-    help="Leave with exit code 75, to be started again, when a batch takes longer than this and than its work can need.",
+    help="Leave with exit code 75, to be started again, if a batch takes longer than this, and than its work can need.",
 )
 @click.option(
     "--drain-seconds",

@@ -55,6 +55,7 @@ def _quotas() -> Iterator[float]:
         lines = (_PROC / "self/cgroup").read_text(errors="surrogateescape").splitlines()
     except OSError:
         return
+    files: tuple[str, ...]
     for _, controllers, name in (line.split(":", 2) for line in lines if line.count(":") >= 2):
         if not controllers:
             root, files = _CGROUPS, ("cpu.max",)
