@@ -167,7 +167,7 @@ def test_fastembed_251_each_role_takes_its_sides_prompt_under_any_of_the_names_i
 def test_sentence_transformers_own_names_give_what_it_puts_in_front(prompts: dict[str, str], minilm: Path) -> None:
     (minilm / "config_sentence_transformers.json").write_text(json.dumps({"prompts": prompts}))
     theirs = SentenceTransformer(str(minilm), device="cpu")
-    ours = of_names(**theirs.prompts)
+    ours = of_names(**{name: prompt or "" for name, prompt in theirs.prompts.items()})
     sides: list[tuple[Any, Role]] = [(theirs.encode_query, "query"), (theirs.encode_document, "document")]
     for encode, role in sides:
         np.testing.assert_array_equal(encode(["x"]), theirs.encode(["x"], prompt=ours.prompt(role, None, None)))
