@@ -15,7 +15,7 @@ import pytest
 
 if TYPE_CHECKING:
     import redis
-    from s3_server import S3Server
+    from lab.s3 import S3Server
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def serve_redis() -> Iterator[RedisServer]:
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[S3Server]:
     """Started on first use: use buckets of your own."""
-    from s3_server import S3Server
+    from lab.s3 import S3Server
 
     with S3Server() as server:
         yield server

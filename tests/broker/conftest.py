@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import fakeredis
 import pytest
 import redis
-from broker_lab import Lab
 from conftest import RedisServer
+from lab.broker import Lab
 
 
 @pytest.fixture(scope="session")

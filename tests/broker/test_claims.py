@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import redis
 import redis.asyncio
-from broker_lab import HOUR_MS, Lab
+from lab.broker import HOUR_MS, Lab
 
 from embedstream.errors import BlockError
 from embedstream.jobs import JobState

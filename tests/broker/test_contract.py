@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 import redis
-from broker_lab import Lab, make_entry, make_record, to_commit
+from lab.broker import Lab, make_entry, make_record, to_commit
 
 from embedstream.errors import BrokerError, JobUnknown
 from embedstream.jobs import JobState, decode_spec
@@ -238,6 +238,7 @@ def test_sealing_with_fewer_blocks_than_known_is_changed(lab: Lab) -> None:
     assert lab.seal(job, 0, 2).code is Code.CHANGED
 
 
+@pytest.mark.holds("Daft#7373")
 def test_a_shortened_corpus_does_not_complete_a_reopened_job(lab: Lab) -> None:
     job = lab.create()
     lab.fill(job, 4)
@@ -418,6 +419,7 @@ def test_commit_to_a_reopened_job_counts_and_its_new_entry_is_never_worked_on(la
     assert (lab.queued_bytes(), lab.broker.backlog(job)) == (100, 1)
 
 
+@pytest.mark.holds("One space")
 def test_commit_of_another_space_is_refused(lab: Lab) -> None:
     job = lab.create()
     lab.fill(job, 2)

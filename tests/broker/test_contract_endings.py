@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from broker_lab import HOUR_MS, Lab
+from lab.broker import HOUR_MS, Lab
 
 from embedstream.dataset.sinks import open_sink
 from embedstream.errors import BrokerError
@@ -47,6 +47,7 @@ def test_cancel_is_too_late_from_finalizing_on(lab: Lab) -> None:
 # take_finalize and finalized
 
 
+@pytest.mark.holds("taskiq-redis#131")
 def test_a_job_of_the_outbox_is_leased_to_one(lab: Lab) -> None:
     job = lab.sealed_job(0)
     lease = lab.broker.run(lab.broker.take_finalize(job, HOUR_MS))

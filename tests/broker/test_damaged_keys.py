@@ -7,8 +7,8 @@ from functools import partial
 from typing import Any
 
 import pytest
-from broker_lab import BOUND, HOUR_MS, Lab, make_entry, make_record, to_commit
-from foreign_records import put_type
+from lab.broker import BOUND, HOUR_MS, Lab, make_entry, make_record, to_commit
+from lab.foreign_records import put_type
 from redis.exceptions import ResponseError
 
 from embedstream.errors import RecordDamaged

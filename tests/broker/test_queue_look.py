@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from broker_lab import HOUR_MS, Lab, make_record, to_commit
+from lab.broker import HOUR_MS, Lab, make_record, to_commit
 
 from embedstream.jobs import FORMAT_VERSION
 from embedstream.keys import QUEUES

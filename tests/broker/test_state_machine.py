@@ -13,8 +13,6 @@ from typing import ClassVar
 import msgspec
 import pytest
 import redis
-from broker_lab import BOUND, HOUR_MS, make_entry, to_commit
-from broker_machine import BrokerSteps
 from hypothesis import HealthCheck, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -23,6 +21,8 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from lab.broker import BOUND, HOUR_MS, make_entry, to_commit
+from lab.broker_machine import BrokerSteps
 
 from embedstream.jobs import JobState
 from embedstream.keys import RELEASED
@@ -302,6 +302,7 @@ class BrokerMachine(BrokerSteps):
         assert job.ended
 
 
+@pytest.mark.holds("Complete")
 @pytest.mark.slow
 @pytest.mark.parametrize("runs", [250, pytest.param(2500, marks=pytest.mark.scale)])
 def test_any_order_of_steps_keeps_the_promises(real_client: redis.Redis, runs: int) -> None:

@@ -14,8 +14,8 @@ import msgspec
 import pytest
 import redis
 from conftest import RedisServer
+from lab.worker import SETTINGS, WorkerLab, pack, refusal, share, worker_lab
 from msgspec import msgpack
-from worker_lab import SETTINGS, WorkerLab, pack, refusal, share, worker_lab
 
 from embedstream.api.interactive import EmbedReply, EmbedRequest
 from embedstream.jobs import JobState
@@ -74,6 +74,7 @@ class NoMemory(Broker):
         raise redis.exceptions.OutOfMemoryError("command not allowed when used memory > 'maxmemory'.")
 
 
+@pytest.mark.holds("celery#5935")
 def test_every_held_entry_is_renewed_however_many_there_are(bench: WorkerLab) -> None:
     job, held = bench.job([f"{i}" for i in range(1200)], rows_per_block=1), Held()
     assert len(claim_all(bench, job, held)) == 1200

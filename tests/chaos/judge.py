@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import redis
-from hashing_reference import reference_vector
+from lab.hashing_reference import reference_vector
 
 from chaos.corpora import BLAMED, Expected
 

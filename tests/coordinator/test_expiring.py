@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from broker_lab import Lab
+from lab.broker import Lab
 
 from embedstream.dataset.sink import Sink
 from embedstream.errors import OutputError

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from broker_lab import Lab
+from lab.broker import Lab
 
 from embedstream.errors import InputError
 from embedstream.jobs import JobState

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from broker_lab import Lab
+from lab.broker import Lab
 
 from embedstream.keys import COMPACTIONS, COORDINATORS, QUEUES, compaction
 from embedstream.queue.coordination import (

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from broker_lab import Lab
+from lab.broker import Lab
 from rq import Queue
 from rq.serializers import JSONSerializer
 

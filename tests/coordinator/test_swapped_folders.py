@@ -15,7 +15,7 @@ import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from broker_lab import Lab
+from lab.broker import Lab
 
 from embedstream.dataset.beneath import open_beneath
 from embedstream.dataset.storage import Folder

@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from broker_lab import Lab
 from e2e.harness import assert_vectors, environment, read_errors, read_manifest, read_rows, wait_until
-from hashing_reference import reference_vector
+from lab.broker import Lab
+from lab.hashing_reference import reference_vector
 
 from embedstream.failpoints import VARIABLE
 from embedstream.jobs import job_id

@@ -49,6 +49,7 @@ def outcomes(
     zygote.close()
 
 
+@pytest.mark.holds("Complete", "Durable before acknowledged")
 @pytest.mark.parametrize("walk", WALKS, ids=str)
 def test_each_row_comes_out_once_whoever_breaks(walk: Walk, outcomes: Outcomes) -> None:
     outcomes[walk].result()

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from e2e.harness import environment, wait_until
-from redis_lab import free_port
+from lab.redis_servers import free_port
 
 from deploy.images import Dockerfile, services
 from embedstream.queue.broker import Broker

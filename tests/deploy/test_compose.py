@@ -13,8 +13,8 @@ import pytest
 import redis
 import redis.exceptions
 from e2e.harness import assert_exact, wait_until, write_corpus
+from lab.s3 import S3Server
 from lab_engines import faulty
-from s3_server import S3Server
 
 from deploy.compose_lab import Container, Stack, seconds, stack, write_env
 from deploy.images import REPOSITORY, compose, services

@@ -20,7 +20,7 @@ import redis
 import redis.exceptions
 import yaml
 from e2e.harness import wait_until
-from redis_lab import free_port
+from lab.redis_servers import free_port
 
 from deploy.images import REPOSITORY, Dockerfile, tool
 from embedstream.jobs import DEFAULT_MODEL, queue_name

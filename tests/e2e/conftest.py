@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from worker_lab import WorkerLab, worker_lab
+from lab.worker import WorkerLab, worker_lab
 
 if TYPE_CHECKING:
     from conftest import RedisServer

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import psutil
 import pyarrow.parquet as pq
-from forked import can_fork, run_forked
-from hashing_reference import reference_vector
+from lab.forked import can_fork, run_forked
+from lab.hashing_reference import reference_vector
 
 from embedstream.queue.broker import Broker
 from embedstream.queue.coordination import coordinators

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from mini_worker import MiniWorker
+from lab.mini_worker import MiniWorker
 
 from e2e.harness import read_manifest, read_rows, run
 from embedstream.jobs import job_id

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 from conftest import RedisServer
-from worker_lab import Gate, ScriptedEngine, WorkerLab, pack, worker_lab
+from lab.worker import Gate, ScriptedEngine, WorkerLab, pack, worker_lab
 
 from e2e.harness import assert_exact, wait_until
 from embedstream.jobs import JobState
@@ -52,6 +52,7 @@ def bomb() -> bytes:
     return sink.getvalue().to_pybytes()
 
 
+@pytest.mark.holds("Closed")
 def test_a_decompression_bomb_ends_its_job_and_neither_the_worker_nor_another_job(lab: WorkerLab) -> None:
     hostile = lab.job(TEXTS, rows_per_block=2)
     smuggle(lab, hostile, rows=b"1", body=bomb())
@@ -86,6 +87,7 @@ def test_a_failed_job_goes_on_with_the_same_command_once_its_producer_is_well(la
     assert_exact(lab.folder / "out", BY_ID)
 
 
+@pytest.mark.holds("Closed")
 def test_a_spec_that_names_a_place_outside_of_the_roots_is_refused(lab: WorkerLab, tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     for output in (str(outside), str(lab.folder / ".." / "outside"), "/etc/embedstream"):

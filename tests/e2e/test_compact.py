@@ -11,8 +11,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from s3_server import S3Server
-from verify_lab import Made, Maker, make_dataset, make_spec, read_rows, write_lines
+from lab.s3 import S3Server
+from lab.verify import Made, Maker, make_dataset, make_spec, read_rows, write_lines
 
 from e2e.harness import (
     Fleet,

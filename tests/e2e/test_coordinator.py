@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from redis_lab import own_server
+from lab.redis_servers import own_server
 from rq import Queue
 from rq.job import Job
 from rq.serializers import JSONSerializer

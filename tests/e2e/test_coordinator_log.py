@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from redis_lab import own_server
+from lab.redis_servers import own_server
+from lab.verify import make_dataset
 from rq.job import Job, JobStatus
 from rq.serializers import JSONSerializer
-from verify_lab import make_dataset
 
 from e2e.harness import Fleet, assert_exact, fleet, run, wait_until, write_corpus
 from embedstream.jobs import JobState, job_id

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from redis_lab import OwnServer, own_server
+from lab.redis_servers import OwnServer, own_server
 
 from e2e.harness import run
 from embedstream.server.connection import connect

@@ -48,6 +48,7 @@ def test_one_command_gives_vectors_and_leaves_nothing_running(tmp_path: Path) ->
     assert not processes_mentioning(str(tmp_path))
 
 
+@pytest.mark.holds("Repeatable")
 def test_the_same_command_again_says_that_it_is_done(tmp_path: Path) -> None:
     write_corpus(tmp_path / "c.jsonl", 300)
     first = run("embed-submit", tmp_path / "c.jsonl", "--model", "hashing", "--json")
@@ -95,6 +96,7 @@ def test_a_job_that_failed_without_a_row_makes_way_for_the_right_command(
     assert len(list((tmp_path / "out").glob("part-*"))) == len(read_manifest(tmp_path / "out")["shards"])
 
 
+@pytest.mark.holds("Repeatable", "clip-retrieval#368", "Daft#7373")
 def test_killed_and_run_again_it_goes_on_and_doubles_nothing(tmp_path: Path) -> None:
     texts = write_corpus(tmp_path / "c.jsonl", 40_000)
     args = [tmp_path / "c.jsonl", "-o", tmp_path / "out", "--model", "hashing", "--json"]
@@ -192,6 +194,7 @@ def test_bad_usage_leaves_nothing_half_made(tmp_path: Path, state: Path) -> None
     assert not list(state.rglob("*/*"))
 
 
+@pytest.mark.holds("One space")
 def test_vectors_of_another_model_are_never_added_to_a_half_done_dataset(tmp_path: Path) -> None:
     write_corpus(tmp_path / "c.jsonl", 40_000)
     args = [tmp_path / "c.jsonl", "-o", tmp_path / "out"]

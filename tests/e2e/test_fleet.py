@@ -44,6 +44,7 @@ def test_a_corpus_becomes_vectors_of_its_texts(workers: Fleet, tmp_path: Path) -
     assert_no_leftovers(tmp_path / "out")
 
 
+@pytest.mark.holds("Complete")
 def test_two_workers_share_a_job_and_double_nothing(workers: Fleet, tmp_path: Path) -> None:
     texts = write_corpus(tmp_path / "c.jsonl", 20_000)
     workers.start_worker("--window-tokens", 4000)
@@ -55,6 +56,7 @@ def test_two_workers_share_a_job_and_double_nothing(workers: Fleet, tmp_path: Pa
     assert len(names) == 2, f"only {names} committed shards"
 
 
+@pytest.mark.holds("Complete")
 def test_a_worker_killed_in_mid_job_loses_and_doubles_nothing(workers: Fleet, tmp_path: Path) -> None:
     texts = write_corpus(tmp_path / "c.jsonl", 60_000)
     first = workers.start_worker()
@@ -105,6 +107,7 @@ def test_a_small_job_does_not_wait_behind_a_large_one(workers: Fleet, tmp_path: 
     assert_exact(tmp_path / "large", large, every=100)
 
 
+@pytest.mark.holds("Bad rows cost only themselves")
 def test_bad_rows_cost_only_themselves(workers: Fleet, tmp_path: Path) -> None:
     lines = [
         b'{"id": "good", "text": "a text"}',

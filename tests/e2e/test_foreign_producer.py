@@ -9,7 +9,7 @@ import sys
 import uuid
 from pathlib import Path
 
-from mini_worker import MiniWorker
+from lab.mini_worker import MiniWorker
 
 from e2e.harness import assert_contents, read_rows, run
 from embedstream.jobs import JobState

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from worker_lab import BOUND, HOUR_MS, pack
+from lab.worker import BOUND, HOUR_MS, pack
 
 from e2e.harness import MODEL, Fleet, assert_exact, fleet, run, wait_until, write_corpus
 from embedstream.jobs import JobSpec, JobState

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import RedisServer
-from worker_lab import Gate, ScriptedEngine, WorkerLab, pack, worker_lab
+from lab.worker import Gate, ScriptedEngine, WorkerLab, pack, worker_lab
 
 from e2e.harness import BIN, MODEL, assert_exact, assert_no_leftovers, environment, run, wait_until, write_corpus
 from embedstream_producer.embedded import state_folder

@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 from conftest import RedisServer
+from lab.worker import Gate, ScriptedEngine, worker_lab
 from lab_engines import faulty
 from prometheus_client import CollectorRegistry, Gauge, Metric
-from worker_lab import Gate, ScriptedEngine, worker_lab
 
 from e2e.harness import Fleet, fleet, read_manifest, run, wait_until, write_corpus
 from e2e.scraping import get, logged_url, scrape, value

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from dataset_lab import Dataset, make_content, make_spec
+from lab.dataset import Dataset, make_content, make_spec
 
 from e2e.harness import fleet, read_manifest, run, wait_until, write_corpus
 from embedstream.dataset.manifest import decode_manifest, manifest_spec

@@ -11,7 +11,7 @@ import duckdb
 import numpy as np
 import polars
 import pytest
-from hashing_reference import reference_vector
+from lab.hashing_reference import reference_vector
 from redisvl.redis.utils import buffer_to_array
 
 from e2e.harness import Fleet, fleet, run, write_corpus

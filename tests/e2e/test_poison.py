@@ -82,6 +82,7 @@ def errors_of(output: Path) -> dict[str, str]:
     return {error["id"]: error["code"] for error in read_errors(output)}
 
 
+@pytest.mark.holds("Bad rows cost only themselves")
 @pytest.mark.parametrize("fault", ["exit", "tokenize-exit", "kill"])
 def test_a_text_that_kills_costs_three_workers_and_one_row(
     workers: Fleet, tmp_path: Path, strikes: Path, fault: str
@@ -187,6 +188,7 @@ def test_a_text_that_killed_but_once_or_twice_gets_its_vector(workers: Fleet, tm
     assert errors_of(tmp_path / "out") == {}
 
 
+@pytest.mark.holds("Bad rows cost only themselves", "transformers#45491")
 def test_bad_texts_that_do_not_kill_cost_only_themselves(workers: Fleet, tmp_path: Path, strikes: Path) -> None:
     kinds = {10: "raise", 20: "memory", 30: "nan", 40: "tokenize-raise", 50: "nan*1", 60: "raise*1", 70: "slow"}
     texts = corpus(tmp_path / "c.jsonl", 1000, {row: f"[[fault:{kind}]]" for row, kind in kinds.items()})

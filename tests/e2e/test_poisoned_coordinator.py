@@ -9,7 +9,7 @@ from typing import Any
 
 import psutil
 import pytest
-from redis_lab import own_server
+from lab.redis_servers import own_server
 
 from e2e.harness import Fleet, assert_exact, fleet, run, wait_until, write_corpus
 from embedstream.jobs import JobSpec, JobState, job_id

@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from dataset_lab import Dataset, make_content, make_spec
+from lab.dataset import Dataset, make_content, make_spec
 from redisvl.schema import IndexSchema
 
 import embedstream

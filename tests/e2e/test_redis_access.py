@@ -13,8 +13,8 @@ from pathlib import Path
 import click
 import pytest
 import redis
-from redis_lab import OwnServer, free_port, own_server
-from tls_lab import tls_proxy
+from lab.redis_servers import OwnServer, free_port, own_server
+from lab.tls import tls_proxy
 
 from e2e.harness import MODEL, assert_exact, fleet, run, start_submit, wait_until, write_corpus
 from embedstream.api.client import Client

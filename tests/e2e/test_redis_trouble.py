@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 import redis
-from redis_lab import OwnServer, own_server
-from worker_lab import BOUND, Gate, ScriptedEngine, pack, worker_lab
+from lab.redis_servers import OwnServer, own_server
+from lab.worker import BOUND, Gate, ScriptedEngine, pack, worker_lab
 
 from e2e.harness import assert_exact, assert_no_leftovers, fleet, start_submit, wait_until, write_corpus
 from embedstream.api.client import Client

@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 from conftest import RedisServer
-from worker_lab import Running, ScriptedEngine, WorkerLab, worker_lab
+from lab.worker import Running, ScriptedEngine, WorkerLab, worker_lab
 
 from e2e.harness import assert_exact, assert_no_leftovers, read_errors, read_manifest, run, start_submit, wait_until
 from embedstream.dataset.sinks import open_sink

@@ -13,8 +13,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from lab.s3 import S3Server
 from lab_engines import paced
-from s3_server import S3Server
 
 from e2e.harness import (
     Fleet,

@@ -99,6 +99,7 @@ def test_100_000_records_with_a_worker_killed_half_way(tmp_path: Path) -> None:
     assert_every_id_once(tmp_path / "out", 100_000)
 
 
+@pytest.mark.holds("Bounded", "sentence-transformers#1244", "vllm#30268")
 def test_memory_at_two_million_rows_is_that_at_100_000(tmp_path: Path) -> None:
     peaks = {}
     for rows in (100_000, 2_000_000):

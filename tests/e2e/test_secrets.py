@@ -10,8 +10,8 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
+from lab.redis_servers import OwnServer, own_server
 from lab_engines import paced
-from redis_lab import OwnServer, own_server
 
 from e2e.harness import BIN, Fleet, environment, processes_mentioning, run, start_submit, wait_until, write_corpus
 from e2e.scraping import get, logged_url

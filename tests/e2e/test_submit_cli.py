@@ -1,4 +1,4 @@
-"""What embed-submit, embed-status and embed-cancel say and how they end. Workers are played by `mini_worker`."""
+"""What embed-submit, embed-status and embed-cancel say and how they end. Workers are played by `lab.mini_worker`."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from pathlib import Path
 
 import pytest
 from conftest import RedisServer
-from mini_worker import MiniWorker
-from redis_lab import own_server
+from lab.mini_worker import MiniWorker
+from lab.redis_servers import own_server
 
 from e2e.harness import BIN, assert_contents, environment, read_errors, read_manifest, run, start_submit, wait_until
 from embedstream.cli.commands import ECHO_SECONDS

@@ -6,8 +6,8 @@ import threading
 from typing import TypeVar
 
 import pytest
-from redis_lab import own_server
-from worker_lab import pack
+from lab.redis_servers import own_server
+from lab.worker import pack
 
 from e2e.harness import wait_until
 from embedstream.dataset.sinks import open_sink

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hashing_reference import reference_vector
+from lab.hashing_reference import reference_vector
 
 from e2e.harness import processes_mentioning
 from embedstream import AsyncClient, Client, UsageError

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import redis
-from worker_lab import BY_ID, TEXTS, Gate, Running, ScriptedEngine, WorkerLab, finish, pack
+from lab.worker import BY_ID, TEXTS, Gate, Running, ScriptedEngine, WorkerLab, finish, pack
 
 from e2e.harness import assert_exact, wait_until
 from embedstream.queue import scripts
@@ -102,6 +102,7 @@ def test_what_cannot_be_written_is_handed_back_when_the_worker_stops(lab: Worker
     assert [claimed.deliveries for claimed in again] == [1] * 8, "handing back looked like a death"
 
 
+@pytest.mark.holds("Bounded")
 @pytest.mark.usefixtures("looks_again_soon")
 def test_of_many_jobs_that_cannot_be_written_no_more_is_held_than_may_wait(lab: WorkerLab) -> None:
     names = [f"bad-{i}" for i in range(12)]

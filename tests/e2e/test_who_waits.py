@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 from conftest import RedisServer
-from mini_worker import MiniWorker
+from lab.mini_worker import MiniWorker
 
 from e2e.harness import run, start_submit, wait_until
 from embedstream import AsyncClient, Client, OutputError, UsageError

@@ -9,8 +9,8 @@ from typing import Any
 
 import msgspec
 import pytest
-from hashing_reference import reference_vector
-from worker_lab import BY_ID, TEXTS, Gate, ScriptedEngine, WorkerLab, finish, pack, refusal, reply_is_lost
+from lab.hashing_reference import reference_vector
+from lab.worker import BY_ID, TEXTS, Gate, ScriptedEngine, WorkerLab, finish, pack, refusal, reply_is_lost
 
 from e2e.harness import assert_exact, read_errors, read_manifest, read_rows, wait_until
 from embedstream.api.interactive import EmbedRequest, ask, vectors
@@ -153,6 +153,7 @@ def test_the_shard_of_a_job_that_redis_lost_stays_for_adoption(lab: WorkerLab) -
     assert shard.rows == len(TEXTS)
 
 
+@pytest.mark.holds("Durable before acknowledged")
 def test_an_output_that_cannot_be_written_for_a_while_is_waited_for(
     lab: WorkerLab, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -194,6 +195,7 @@ def test_an_output_given_up_does_not_hold_up_another_job(lab: WorkerLab, monkeyp
     assert worker.error is None
 
 
+@pytest.mark.holds("Durable before acknowledged")
 def test_a_commit_whose_reply_is_lost_counts_once(lab: WorkerLab) -> None:
     script = scripts.load("commit")
     commit = script.sha
@@ -283,6 +285,7 @@ def test_a_device_that_breaks_ends_the_worker_and_blames_no_text(lab: WorkerLab)
     assert (lab.broker.status(job).rows, lab.broker.status(job).failed) == (0, 0)
 
 
+@pytest.mark.holds("infinity#242")
 def test_rows_that_fail_cost_only_themselves(lab: WorkerLab) -> None:
     def before(texts: list[str]) -> None:
         if TEXTS[5].rstrip("\0") in texts:
@@ -301,6 +304,7 @@ def test_rows_that_fail_cost_only_themselves(lab: WorkerLab) -> None:
     assert "cannot embed this" in errors["t5"]["message"]
 
 
+@pytest.mark.holds("kaapi-backend#723")
 def test_a_job_in_which_every_row_fails_ends_failed(lab: WorkerLab) -> None:
     job = lab.job(TEXTS)
     lab.start(ScriptedEngine(nan=TEXTS))

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from redis_lab import OwnServer, own_server
-from worker_lab import BY_ID, TEXTS, Gate, ScriptedEngine, WorkerLab, finish, worker_lab
+from lab.redis_servers import OwnServer, own_server
+from lab.worker import BY_ID, TEXTS, Gate, ScriptedEngine, WorkerLab, finish, worker_lab
 
 from e2e.harness import assert_exact, wait_until
 from embedstream.cli.commands import ECHO_SECONDS

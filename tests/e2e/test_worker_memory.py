@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pyarrow as pa
+import pytest
 
 from e2e.harness import fleet, wait_until
 from embedstream.jobs import JobSpec
@@ -31,6 +32,7 @@ def most_memory(pid: int) -> int:
     return int(found[1]) * 1024
 
 
+@pytest.mark.holds("Bounded")
 def test_a_corpus_of_refused_rows_takes_no_more_memory_than_some_shards(redis_url: str, tmp_path: Path) -> None:
     with fleet(redis_url, tmp_path) as here:
         worker = here.start_worker()

@@ -88,6 +88,7 @@ def started(engine_name: str, folder: ModelFolder, dtype: Precision, shape: Shap
     return OpenVinoEngine(folder, dtype, folder_fingerprint(folder.path), Cache())
 
 
+@pytest.mark.holds("Right", "infinity#42", "omlx#2594")
 @pytest.mark.parametrize(
     ("engine_name", "dtype"),
     [*product(["torch", "openvino"], ["float32", "bfloat16"]), ("onnxruntime", "float32")],

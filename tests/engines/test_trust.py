@@ -60,6 +60,7 @@ def run(tmp_path: Path, *args: object) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.holds("Closed")
 def test_code_of_the_models_own_runs_only_when_it_is_trusted(folder: Path, tmp_path: Path) -> None:
     marker, vectors = tmp_path / "ran", tmp_path / "vectors.npy"
     ours = TorchEngine(resolve_model(str(folder)), "cpu", "float32")
@@ -99,6 +100,7 @@ class Runs:
         return os.mkdir, (self._marker,)
 
 
+@pytest.mark.holds("Closed")
 def test_a_pickle_that_runs_code_is_refused_even_when_pickles_are_allowed(folder: Path, tmp_path: Path) -> None:
     marker = tmp_path / "ran"
     torch.save({"embeddings.word_embeddings.weight": Runs(marker)}, folder / "pytorch_model.bin")

@@ -12,9 +12,9 @@ from io import BytesIO
 
 import msgspec
 import pytest
-from arrow_memory import arrow_memory
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from lab.arrow_memory import arrow_memory
 
 from embedstream.corpus.records import LONGEST_LINE_BYTES, RecordReader
 from embedstream.dataset.manifest import decode_manifest

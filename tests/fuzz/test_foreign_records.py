@@ -18,10 +18,10 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from broker_lab import make_record
 from conftest import RedisServer, serve_redis
-from foreign_records import Mutation, apply_all, mutations
-from worker_lab import BOUND, HOUR_MS, WorkerLab, pack, share
+from lab.broker import make_record
+from lab.foreign_records import Mutation, apply_all, mutations
+from lab.worker import BOUND, HOUR_MS, WorkerLab, pack, share
 
 from embedstream import keys
 from embedstream.api.interactive import EmbedRequest

@@ -9,9 +9,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from arrow_memory import arrow_memory
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from lab.arrow_memory import arrow_memory
 
 from embedstream.corpus.duplicates import DuplicateIndex
 from embedstream.dataset.parquet_rows import COLUMN_BYTES

@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 
 import pytest
-from s3_server import S3Server
+from lab.s3 import S3Server
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,6 +23,7 @@ def test_every_row_is_in_exactly_one_batch(
     assert all(0 < len(batch) <= most_rows for batch in batches)
 
 
+@pytest.mark.holds("infinity#87")
 @given(lengths_lists, budgets, st.booleans())
 def test_no_batch_of_several_rows_exceeds_the_budget(lengths: npt.NDArray[np.int64], budget: int, padded: bool) -> None:
     for batch in cut_batches(lengths, budget, padded):
@@ -34,6 +36,7 @@ def test_longest_rows_come_first(lengths: npt.NDArray[np.int64], budget: int, pa
     assert np.all(np.diff(np.concatenate([np.empty(0, np.int64), *[lengths[batch] for batch in batches]])) <= 0)
 
 
+@pytest.mark.holds("sentence-transformers#3570")
 @given(lengths_lists, budgets, st.booleans())
 def test_balancing_adds_no_batch_to_those_of_greedy_filling(
     lengths: npt.NDArray[np.int64], budget: int, padded: bool

@@ -193,6 +193,7 @@ except BlockError as error:
 """
 
 
+@pytest.mark.holds("Bounded")
 def test_a_decompression_bomb_is_an_error_and_takes_no_memory(tmp_path: Path) -> None:
     small, bomb = tmp_path / "small", tmp_path / "bomb"
     small.write_bytes(body(table()))

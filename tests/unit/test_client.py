@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from conftest import RedisServer
-from mini_worker import MiniWorker, vector
+from lab.mini_worker import MiniWorker, vector
 
 from embedstream import (
     AsyncClient,

@@ -11,9 +11,9 @@ from typing import Any
 import msgspec
 import pyarrow as pa
 import pytest
-from broker_lab import Lab
 from conftest import RedisServer
-from dataset_lab import Dataset, make_content, make_error, make_spec, make_status
+from lab.broker import Lab
+from lab.dataset import Dataset, make_content, make_error, make_spec, make_status
 
 from embedstream.dataset.error_files import MOST_BYTES
 from embedstream.dataset.folder import FolderSink

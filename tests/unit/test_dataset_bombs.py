@@ -10,9 +10,9 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from arrow_memory import arrow_memory
-from dataset_bombs import LONG, ROWS, long_texts, one_long_vector, write_dataset
-from dataset_lab import DIM, vectors
+from lab.arrow_memory import arrow_memory
+from lab.dataset import DIM, vectors
+from lab.dataset_bombs import LONG, ROWS, long_texts, one_long_vector, write_dataset
 
 from embedstream.dataset.folder import FolderSink
 from embedstream.dataset.schema import vector_type

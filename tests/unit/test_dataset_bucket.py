@@ -11,8 +11,8 @@ import msgspec
 import pyarrow as pa
 import pyarrow.dataset
 import pytest
-from dataset_lab import Dataset, contents_of, make_content, make_error, make_spec, vectors
-from s3_server import S3Server
+from lab.dataset import Dataset, contents_of, make_content, make_error, make_spec, vectors
+from lab.s3 import S3Server
 
 from embedstream.api.reading import open_dataset
 from embedstream.dataset.bucket import Bucket

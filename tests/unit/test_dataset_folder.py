@@ -16,7 +16,7 @@ import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from dataset_lab import Dataset, contents_of, make_content, make_error, make_spec
+from lab.dataset import Dataset, contents_of, make_content, make_error, make_spec
 
 from embedstream.dataset.files import TEMPORARY
 from embedstream.dataset.folder import FolderSink
@@ -103,7 +103,7 @@ def test_a_kill_before_the_rename_leaves_nothing_that_counts(dataset: Dataset) -
     """A process of its own dies for good in the middle of writing `part-a.parquet`."""
     script = """
 import os, sys
-from dataset_lab import make_content, make_error, make_spec
+from lab.dataset import make_content, make_error, make_spec
 from embedstream.dataset.folder import FolderSink
 spec = make_spec(sys.argv[1])
 rename = os.replace

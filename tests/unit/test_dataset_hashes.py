@@ -14,7 +14,7 @@ import pyarrow as pa
 import pytest
 import redis
 from conftest import RedisServer
-from dataset_lab import DIM, Dataset, contents_of, make_content, make_error, make_spec, vectors
+from lab.dataset import DIM, Dataset, contents_of, make_content, make_error, make_spec, vectors
 from redisvl.redis.utils import array_to_buffer, buffer_to_array
 
 from embedstream.dataset.schema import errors_schema

@@ -9,9 +9,9 @@ from typing import Any
 
 import msgspec
 import pytest
-from dataset_lab import DIM, make_content, make_error, make_spec, make_status
 from hypothesis import given
 from hypothesis import strategies as st
+from lab.dataset import DIM, make_content, make_error, make_spec, make_status
 
 from embedstream.dataset.manifest import (
     SHARDS_AT_ONCE,

@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
-from dataset_lab import DIM, Dataset, make_content, make_spec, vectors
-from verify_lab import Made, make_dataset, run_again
+from lab.dataset import DIM, Dataset, make_content, make_spec, vectors
+from lab.verify import Made, make_dataset, run_again
 
 from embedstream.dataset.folder import FolderSink
 from embedstream.lifecycle.retry_completing import finalize_retry

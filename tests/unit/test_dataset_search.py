@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
-from dataset_lab import DIM, Dataset, make_content, make_spec, vectors
+from lab.dataset import DIM, Dataset, make_content, make_spec, vectors
 
 from embedstream.dataset.folder import FolderSink
 from embedstream.errors import OutputError, UsageError

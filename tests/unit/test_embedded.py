@@ -188,6 +188,7 @@ def test_no_server_starts_without_the_lock(output: str) -> None:
         PrivateServer.start(lock)
 
 
+@pytest.mark.holds("taskiq-redis#131")
 def test_sigkill_of_a_run_frees_the_lock_and_the_next_ends_its_processes_and_keeps_its_data(
     output: str, said: list[str], sleeper: subprocess.Popen[bytes]
 ) -> None:

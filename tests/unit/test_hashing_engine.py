@@ -3,9 +3,9 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hashing_reference import reference_vector
 from hypothesis import given
 from hypothesis import strategies as st
+from lab.hashing_reference import reference_vector
 
 from embedstream.errors import ModelError
 from embedstream_worker.batching import cut_batches, gather_batch

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from worker_lab import share
+from lab.worker import share
 
 from embedstream.dataset.folder import FolderSink
 from embedstream.dataset.input_hash import input_hashes
@@ -145,6 +145,7 @@ def test_a_group_without_rows_is_handed_on() -> None:
     assert (result.vectors.shape, result.computed.shape, engine.calls) == ((0, DIM), (0,), [])
 
 
+@pytest.mark.holds("infinity#242")
 @settings(deadline=None)
 @given(st.integers(0, 63))
 def test_the_one_text_that_fails_is_found_in_few_calls(culprit: int) -> None:
@@ -190,6 +191,7 @@ def test_no_text_is_blamed_for_an_engine_that_is_dead() -> None:
         run(engine, [1] * 8)
 
 
+@pytest.mark.holds("infinity#87")
 @pytest.mark.parametrize("padded", [False, True])
 def test_out_of_memory_halves_the_budget_for_good_and_loses_no_row(padded: bool) -> None:
     lengths = [4] * 32
@@ -239,6 +241,7 @@ def test_a_vector_that_is_not_finite_is_computed_again_alone_in_float32() -> Non
     assert result.computed.tolist() == [3, 3, 6, 3, 3, 6, 3, 3]
 
 
+@pytest.mark.holds("transformers#45491")
 def test_a_vector_that_is_not_finite_in_float32_either_is_an_error_and_its_neighbours_are_not() -> None:
     engine = FakeEngine()
     engine.nan, engine.nan_in_float32 = {1, 2}, {2}

@@ -197,6 +197,7 @@ def test_any_bytes_end_as_lines_or_as_one_clear_error(data: bytes, read_bytes: i
         assert plain(lines) == plain([line[: longest + 1] for line in expected])
 
 
+@pytest.mark.holds("Bounded")
 def test_a_line_far_over_the_bound_takes_no_memory_for_its_rest() -> None:
     class Endless(io.RawIOBase):
         left = 2000

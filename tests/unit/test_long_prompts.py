@@ -5,8 +5,8 @@ from __future__ import annotations
 import tracemalloc
 
 import pytest
+from lab.worker import pack
 from msgspec import msgpack
-from worker_lab import pack
 
 from embedstream.api.client import make_request
 from embedstream.api.interactive import MOST_BODY_BYTES, EmbedRequest, refuse_long_body

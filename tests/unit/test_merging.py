@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from verify_lab import Maker, make_spec, write_lines
+from lab.verify import Maker, make_spec, write_lines
 
 from embedstream.dataset.folder import FolderSink
 from embedstream.records import Manifest

@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from s3_server import S3Server
+from lab.s3 import S3Server
 
 from embedstream.corpus.duplicates import DuplicateIndex
 from embedstream.jobs import JobSpec

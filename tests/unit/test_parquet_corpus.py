@@ -13,8 +13,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from arrow_memory import arrow_memory
-from s3_server import S3Server
+from lab.arrow_memory import arrow_memory
+from lab.s3 import S3Server
 
 from embedstream.corpus.duplicates import DuplicateIndex
 from embedstream.corpus.parts import Part

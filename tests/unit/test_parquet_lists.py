@@ -11,9 +11,9 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from arrow_memory import arrow_memory
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lab.arrow_memory import arrow_memory
 
 from embedstream.corpus.duplicates import DuplicateIndex
 from embedstream.dataset.parquet_lists import longest_row, longest_value

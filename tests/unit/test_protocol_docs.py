@@ -8,7 +8,7 @@ from typing import Any
 
 import fakeredis
 import pytest
-from broker_lab import Lab, make_record, to_commit
+from lab.broker import Lab, make_record, to_commit
 
 from embedstream import keys
 from embedstream.jobs import FORMAT_VERSION, JobSpec, JobState

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import tokenizers
-from hub_server import COMMIT, hub_of
 from huggingface_hub import constants, hf_hub_download, snapshot_download
+from lab.hub import COMMIT, hub_of
 from sentence_transformers import SentenceTransformer
 from tokenizers.models import WordLevel
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from verify_lab import Made, make_dataset, run_again
+from lab.verify import Made, make_dataset, run_again
 
 from embedstream.dataset.folder import FolderSink
 from embedstream.dataset.schema import ErrorRow

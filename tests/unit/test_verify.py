@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from verify_lab import (
+from lab.verify import (
     Made,
     Maker,
     edit_manifest,

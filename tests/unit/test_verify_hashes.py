@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import RedisServer
-from dataset_lab import DIM
-from verify_lab import Maker, make_spec, write_lines
+from lab.dataset import DIM
+from lab.verify import Maker, make_spec, write_lines
 
 from embedstream.dataset.sinks import canonical_output, open_sink
 from embedstream.jobs import JobState

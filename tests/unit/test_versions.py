@@ -9,7 +9,7 @@ import fakeredis
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from broker_lab import Lab
+from lab.broker import Lab
 
 from embedstream.dataset.manifest import decode_manifest
 from embedstream.dataset.parquet import read_footer

@@ -101,6 +101,7 @@ def test_a_job_that_no_worker_of_this_model_could_serve_is_ended_with_the_reason
     assert "query" in bench.broker.status(job).reason
 
 
+@pytest.mark.holds("One space")
 def test_a_job_of_another_space_is_refused(bench: Bench) -> None:
     job = bench.create()
     client: Any = bench.broker.client

@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 import pytest
-from worker_lab import share
+from lab.worker import share
 
 from embedstream.dataset.folder import FolderSink
 from embedstream.dataset.input_hash import input_hashes
@@ -102,6 +102,7 @@ def test_each_block_has_its_own_rows_and_vectors() -> None:
     assert [block.address for block in (first, second, third)] == [(0, 0), (0, 1), (1, 0)]
 
 
+@pytest.mark.holds("sentence-transformers#4060")
 def test_tokens_and_truncations_are_counted_per_block() -> None:
     first, second = finished(embedded(packed(["1234", "1234567890", "1"], chunks=2)))
     assert (first.tokens, first.truncated, first.computed) == (3, 1, 20)

@@ -12,8 +12,6 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from dataset_lab import DIM, make_status
-from dataset_lab import vectors as unit_vectors
 
 from embedstream.corpus.duplicates import DuplicateIndex
 from embedstream.dataset.folder import FolderSink
@@ -28,6 +26,8 @@ from embedstream.queue.blocks import Block
 from embedstream.records import BlockRecord, Manifest, ShardContent, ShardRecord
 from embedstream_producer.corpus import check_sources
 from embedstream_producer.retry_failed import FailedRows
+from lab.dataset import DIM, make_status
+from lab.dataset import vectors as unit_vectors
 
 PROMPT = "passage: "
 

@@ -10,12 +10,12 @@ from typing import Any
 import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
-from dataset_lab import Dataset, make_content, make_spec, vectors
 
 from embedstream.dataset.folder import FolderSink
 from embedstream.dataset.parquet import FOOTER_KEY, Footer
 from embedstream.dataset.storage import Folder
 from embedstream.jobs import JobSpec
+from lab.dataset import Dataset, make_content, make_spec, vectors
 
 ROWS = 8192
 LONG = "x" * 100_000

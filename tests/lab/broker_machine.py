@@ -9,14 +9,14 @@ from typing import Any, ClassVar
 
 import msgspec
 import redis
-from broker_lab import HOUR_MS, Lab, make_entry, make_record
-from broker_model import JobModel, QueueModel
 from hypothesis.stateful import RuleBasedStateMachine, invariant
 
 from embedstream.jobs import MOVES, JobSpec, JobState
 from embedstream.keys import job_keys
 from embedstream.queue.broker import Claimed
 from embedstream.queue.steps import Answer, Code, CommitBlock, Lease, Step
+from lab.broker import HOUR_MS, Lab, make_entry, make_record
+from lab.broker_model import JobModel, QueueModel
 
 
 class BrokerSteps(RuleBasedStateMachine):
