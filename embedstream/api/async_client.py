@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Literal, Self, TypeVar, Unpack
 import pyarrow as pa
 
 from embedstream.api import interactive
-from embedstream.api.client import Client, Job, Waiting, make_request, warn
+from embedstream.api.client import Client, Job, Waiting, checked, make_request, warn
 from embedstream.api.record_blocks import AT_ONCE, Records
+from embedstream.dataset.schema import ErrorRow
 from embedstream.jobs import JobStatus
 from embedstream.lifecycle.opening import SpecSettings
 from embedstream.queue.broker import AsyncBroker
@@ -50,12 +51,24 @@ class AsyncJob:
         """As `Job.status`."""
         return await asyncio.to_thread(self._job.status)
 
-    async def wait(self, timeout: float | None = None) -> JobStatus:
+    async def wait(
+        self,
+        timeout: float | None = None,
+        *,
+        check: bool = True,
+        progress: Callable[[JobStatus], object] | None = None,
+    ) -> JobStatus:
         """As `Job.wait`. Between two looks no thread waits."""
         waiting = Waiting(timeout)
         while not (status := await _patiently(self._job.look, self._url, waiting.end)).state.ended:
+            if progress is not None:
+                progress(status)
             await asyncio.sleep(waiting.pause(status))
-        return status
+        return checked(status) if check else status
+
+    async def errors(self) -> list[ErrorRow]:
+        """As `Job.errors`, all at once."""
+        return await asyncio.to_thread(lambda: list(self._job.errors()))
 
     async def results(self, columns: Iterable[str] | None = None) -> AsyncIterator[pa.RecordBatch]:
         """As `Job.results`."""

@@ -5,19 +5,29 @@ from __future__ import annotations
 import logging
 import shlex
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Self, Unpack
 
 import pyarrow as pa
+import redis
 
 from embedstream.api import interactive
 from embedstream.api.interactive import EmbedRequest
 from embedstream.api.record_blocks import RECORDS, Records, records_part
 from embedstream.corpus.duplicates import DuplicateIndex
+from embedstream.dataset.schema import ErrorRow
 from embedstream.dataset.sink import Sink
 from embedstream.dataset.sinks import open_sink
-from embedstream.errors import JobUnknown, OutputError, RequestError, UsageError
+from embedstream.errors import (
+    EmbedstreamError,
+    JobCancelled,
+    JobFailed,
+    JobUnknown,
+    OutputError,
+    RequestError,
+    UsageError,
+)
 from embedstream.jobs import JobSpec, JobState, JobStatus, model_address, parse_max_errors, queue_name
 from embedstream.lifecycle.opening import (
     SpecSettings,
@@ -28,11 +38,11 @@ from embedstream.lifecycle.opening import (
     refuse_forbidden,
 )
 from embedstream.lifecycle.submission import Pushed, push_job
-from embedstream.lifecycle.watching import look
+from embedstream.lifecycle.watching import look, why_ended
 from embedstream.queue.broker import Broker
 from embedstream.queue.steps import Answer, Code
 from embedstream.server.connection import REQUEST_TIMEOUT_SECONDS, connect, explaining, mask, with_redis
-from embedstream.server.patience import Patience
+from embedstream.server.patience import Patience, Stopped
 from embedstream.settings import Settings
 
 if TYPE_CHECKING:
@@ -72,14 +82,23 @@ class Job:
         with explaining(self._url):
             return self._broker.status(self.id)
 
-    def wait(self, timeout: float | None = None) -> JobStatus:
-        """Wait until the job has ended, whichever way: look at `state` and `failed` of what comes back.
+    def wait(
+        self,
+        timeout: float | None = None,
+        *,
+        check: bool = True,
+        progress: Callable[[JobStatus], object] | None = None,
+    ) -> JobStatus:
+        """Wait until the job has ended, and return how. Rows may have failed: see `failed` of the result, and `errors`.
+
+        `check`: raise if the job failed or was cancelled. `progress` is called with each look, at most once a second.
 
         The process that submitted it also writes the manifest if it can reach the output; for a job of `Client.job`
         that is left to others. While Redis cannot be used, that is waited for, too, with one line in the log.
 
         Raises:
             TimeoutError: it has not ended after `timeout` seconds; it goes on.
+            JobFailed: it failed. JobCancelled: it was cancelled. Neither if `check` is false.
             BrokerError: Redis refuses, or could not be used when `timeout` was over.
             RecordDamaged: its spec in Redis is not the one that was submitted.
             JobUnknown: as `status`.
@@ -87,8 +106,10 @@ class Job:
         """
         waiting = Waiting(timeout)
         while not (status := self.look(Patience(warn, self._url, until=waiting.end))).state.ended:
+            if progress is not None:
+                progress(status)
             time.sleep(waiting.pause(status))
-        return status
+        return checked(status) if check else status
 
     def look(self, patience: Patience) -> JobStatus:
         """One look of `wait`."""
@@ -102,7 +123,11 @@ class Job:
             UsageError: the job was found by its id, and its output was not named.
             OutputError: the job has no manifest yet, or its output cannot be read from here, or holds another job.
         """
-        return results_of(self.status(), self._sink, columns)
+        return readable(self.status(), self._sink).read(columns)
+
+    def errors(self) -> Iterator[ErrorRow]:
+        """The failed rows of an ended job, in the order of the corpus. Raises as `results`."""
+        return readable(self.status(), self._sink).read_errors()
 
     def cancel(self) -> bool:
         """End the job; what is committed stays, and the same submission goes on. False: it has ended in another way.
@@ -166,6 +191,7 @@ class Client:
             InputError: a table lacks a column that is named or needed; or Redis lost blocks and the records cannot be
                 read again.
             BrokerError: Redis refuses.
+            Exception: what the records raise. The job is cancelled then, and the same submission goes on with it.
         """
         spec = self.make_spec(output, model, revision, settings)
         return self.push(records, spec, max_errors, Patience(warn, self.url))
@@ -177,10 +203,17 @@ class Client:
             part = records_part(records, spec)
             bound = patience(lambda: broker.memory_bound(self.settings.queue_bytes))
             pushed = Pushed.LOST
-            while pushed is Pushed.LOST and patience(
-                lambda: open_for_records(broker, spec, sink, max_errors, patience)
-            ):
-                pushed = push_job(broker, spec.job, [part], lambda part: part.blocks(spec, index), bound, patience)
+            try:
+                while pushed is Pushed.LOST and patience(
+                    lambda: open_for_records(broker, spec, sink, max_errors, patience)
+                ):
+                    pushed = push_job(broker, spec.job, [part], lambda part: part.blocks(spec, index), bound, patience)
+            except (EmbedstreamError, Stopped, redis.RedisError):
+                raise
+            except Exception as error:  # of the caller's records: workers would wait for the rest of them forever
+                reason = f"its records ended early: {type(error).__name__}: {error}; submit them again to go on"
+                broker.run(broker.cancel(spec.job, JobState.CANCELLED, reason))
+                raise
         return Job(spec.job, broker, self.url, self.settings, sink, spec)
 
     def make_spec(self, output: str, model: str | None, revision: str | None, settings: SpecSettings) -> JobSpec:
@@ -253,6 +286,15 @@ class Client:
         )
 
 
+def checked(status: JobStatus) -> JobStatus:
+    """The status of an ended job. Raises `JobFailed` or `JobCancelled`."""
+    if status.state is JobState.COMPLETED:
+        return status
+    why = why_ended(status)
+    raised = JobFailed if status.state is JobState.FAILED else JobCancelled
+    raise raised(f"job {status.job} {status.state}" + (f": {why}" if why else ""))
+
+
 def warn(notice: str) -> None:
     """What a submission waits for."""
     if notice:
@@ -310,8 +352,8 @@ def find_queue(broker: Broker, job: str, queue: str | None = None) -> str:
     raise JobUnknown(f"no job {job} on {where}: it never was, or has expired (embed-status lists them)")
 
 
-def results_of(status: JobStatus, sink: Sink | None, columns: Iterable[str] | None) -> Iterator[pa.RecordBatch]:
-    """The rows of an ended job in the output that the caller names. Raises as `Job.results`."""
+def readable(status: JobStatus, sink: Sink | None) -> Sink:
+    """The output of an ended job, as the caller names it. Raises as `Job.results`."""
     if not status.state.ended:
         raise OutputError(f"job {status.job} is {status.state}: wait for its end before reading its results")
     if sink is None:
@@ -324,7 +366,7 @@ def results_of(status: JobStatus, sink: Sink | None, columns: Iterable[str] | No
         raise OutputError(
             f"{mask(sink.output)} holds job {manifest.job}, not {status.job}: name the output of that job"
         )
-    return sink.read(columns)
+    return sink
 
 
 class Waiting:

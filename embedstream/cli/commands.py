@@ -17,7 +17,7 @@ from typing import NoReturn
 import click
 
 from embedstream.cli.starting import protect_own_environment
-from embedstream.errors import EmbedstreamError
+from embedstream.errors import EmbedstreamError, UsageError
 from embedstream.masking import mask_text
 from embedstream.terminal import PrintableFormatter, echo
 
@@ -25,6 +25,14 @@ INTERRUPTED = 130
 
 ECHO_SECONDS = 0.2
 """A signal that follows another so soon is the same one: `timeout` sends each to the process and then to its group."""
+
+_EXTRAS = {
+    **dict.fromkeys(("numpy", "prometheus_client", "torch", "transformers", "sentence_transformers"), "worker"),
+    **dict.fromkeys(("tokenizers", "huggingface_hub", "safetensors"), "worker"),
+    **dict.fromkeys(("openvino", "nncf"), "cpu"),
+    "rq": "coordinator",
+}
+"""What an installation without extras lacks, and the extra that brings it."""
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
@@ -56,6 +64,12 @@ def run(command: click.Command, tell: Callable[[str], None] = tell_error) -> NoR
     except EmbedstreamError as error:
         tell(str(error))
         sys.exit(error.exit_code)
+    except ModuleNotFoundError as error:
+        extra = _EXTRAS.get((error.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        tell(f"{error.name} is not installed: pip install 'embedstream[{extra}]'")
+        sys.exit(UsageError.exit_code)
     except BrokenPipeError:
         _give_output_up()
         sys.exit(1)

@@ -7,7 +7,7 @@ import importlib.util
 import os
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -46,8 +46,10 @@ def check_installed(model: str) -> None:
 class Embedded:
     """The private server of a locked output and, once started, its worker. A context manager."""
 
-    def __init__(self, spec: JobSpec, lock: OutputLock, say: Callable[[str], None]) -> None:
+    def __init__(self, spec: JobSpec, lock: OutputLock, say: Callable[[str], None], flags: Sequence[str] = ()) -> None:
+        """`flags`: of embed-worker, for its own."""
         self._spec = spec
+        self._flags = flags
         self._lock = lock
         self._say = say
         self._stack = contextlib.ExitStack()
@@ -69,7 +71,7 @@ class Embedded:
 
     def start_worker(self, done: Callable[[], int]) -> None:
         """Start the worker and keep it running; `done` says how many blocks are committed."""
-        command, state = worker_command(self._spec, self.url), self._lock.state
+        command, state = [*worker_command(self._spec, self.url), *self._flags], self._lock.state
         own = worker_environment(self._spec)
         self._worker = WorkerProcess(command, own, state, done, self._server.record_child, self._say)
         self._stack.enter_context(self._worker)

@@ -67,6 +67,8 @@ class Options:
     max_errors: str
     settings: SpecSettings
     retry_failed: bool = False
+    worker: tuple[str, ...] = ()
+    """Flags of embed-worker for the one that this command starts."""
     detach: bool = False
     server_side: bool = False
     json: bool = False
@@ -79,6 +81,8 @@ def submit(options: Options) -> int:
     parse_max_errors(options.max_errors)
     if options.detach and options.redis_url is None:
         raise UsageError("--detach needs --redis: without it, server and worker end with this command")
+    if options.worker and options.redis_url is not None:
+        raise UsageError(f"{options.worker[0]}: the workers of a fleet are started with it: leave out it or --redis")
     if options.server_side and options.redis_url is None:
         raise UsageError("--server-side needs --redis: coordinators find the job there")
     if options.server_side and options.retry_failed:
@@ -120,7 +124,9 @@ def _submit_server_side(options: Options, spec: JobSpec, sink: Sink) -> int:
     result = report.from_manifest(stands) if isinstance(stands, Manifest) else report.from_status(stands)
     if options.json:
         echo_json(result)
-    elif isinstance(stands, Manifest):
+    elif not isinstance(stands, Manifest):
+        echo(spec.job)
+    else:
         echo(f"{result.output} is finished already; nothing was done")
         for line in report.lines(result, sink):
             echo(line)
@@ -250,7 +256,7 @@ class Run:
             lock = stack.enter_context(OutputLock(self.spec.output))
             self.sink.check()
             self._progress.phase("starting a private Redis")
-            embedded = stack.enter_context(Embedded(self.spec, lock, self._progress.tell))
+            embedded = stack.enter_context(Embedded(self.spec, lock, self._progress.tell, self.options.worker))
             stack.enter_context(explaining(embedded.url))
             broker = Broker(connect(embedded.url), self.spec.queue)
             watch = Watch(
@@ -379,6 +385,7 @@ class Run:
             submitted = Patience(self._progress.notice, url)(lambda: broker.status(self.spec.job))
             self.result = report.from_status(submitted)
         else:
+            echo(self.spec.job)
             self._progress.tell(
                 f"all is submitted; job {self.spec.job} goes on without this command: "
                 f"{with_redis(f'embed-status {self.spec.job}', url)}"

@@ -29,6 +29,7 @@ from embedstream.jobs import DEFAULT_MODEL
             "empty",
         ],
         "Failed rows": ["max_errors", "retry_failed"],
+        "This machine's worker, without --redis": ["device", "engine", "dtype", "no_warmup"],
     },
     examples=[
         "embed-submit corpus.jsonl",
@@ -65,7 +66,11 @@ from embedstream.jobs import DEFAULT_MODEL
 @click.option("--max-length", type=click.IntRange(min=1), help="Tokens of a text.  [default: the model's own]")
 @click.option("--max-errors", metavar="N|P%", help="The job fails when more rows fail; otherwise exit 0.")
 @click.option("--retry-failed", is_flag=True, help="Run again the rows of a finished output that failed in a worker.")
-@click.option("--detach", is_flag=True, help="Leave when all is submitted.")
+@click.option("--device", allow_from_autoenv=False, metavar="NAME", help="As of embed-worker: cpu, cuda:N or mps.")
+@click.option("--engine", allow_from_autoenv=False, metavar="NAME", help="As of embed-worker: torch, openvino, …")
+@click.option("--dtype", allow_from_autoenv=False, metavar="NAME", help="As of embed-worker: float32, bfloat16, int8.")
+@click.option("--no-warmup", is_flag=True, allow_from_autoenv=False, help="Begin at once; the first batches are slow.")
+@click.option("--detach", is_flag=True, help="Leave when all is submitted, and print the job's id.")
 @click.option(
     "--server-side",
     is_flag=True,
@@ -101,6 +106,10 @@ def embed_submit(
     max_length: int | None,
     max_errors: str | None,
     retry_failed: bool,
+    device: str | None,
+    engine: str | None,
+    dtype: str | None,
+    no_warmup: bool,
     detach: bool,
     server_side: bool,
     as_json: bool,
@@ -119,6 +128,8 @@ def embed_submit(
     from embedstream_producer.submit import Options, submit
 
     on_signals(_interrupt, INTERRUPTED)
+    given = {"--device": device, "--engine": engine, "--dtype": dtype}
+    worker = [word for flag, value in given.items() if value is not None for word in (flag, value)]
     options = Options(
         corpus=corpus,
         output=output or None,
@@ -142,6 +153,7 @@ def embed_submit(
             "empty": empty,
         },
         retry_failed=retry_failed,
+        worker=(*worker, *(["--no-warmup"] if no_warmup else [])),
         detach=detach,
         server_side=server_side,
         json=as_json,

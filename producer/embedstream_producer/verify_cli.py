@@ -32,12 +32,7 @@ def verify(output: str, more: tuple[str, ...], corpus: tuple[str, ...], redis_ur
     if more and len(corpus) != 1:
         raise UsageError(f"{more[0]}: one output at a time; the files of its corpus follow --corpus")
     # Not at the top: loading it takes a while, in which Ctrl-C shall end this command as at any other time.
-    try:
-        from embedstream_producer.verify import show_verdict
-    except ModuleNotFoundError as error:
-        if error.name != "numpy":
-            raise
-        raise UsageError("embed-verify computes with NumPy: pip install numpy") from error
+    from embedstream_producer.verify import show_verdict
 
     sys.exit(show_verdict(output, [*corpus, *more], redis_url or None, as_json))
 

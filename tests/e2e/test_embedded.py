@@ -207,3 +207,15 @@ def test_vectors_of_another_model_are_never_added_to_a_half_done_dataset(tmp_pat
     assert "space" in other.stderr
     assert "Traceback" not in other.stderr
     assert not processes_mentioning(str(tmp_path))
+
+
+def test_flags_for_the_worker_reach_the_one_of_this_command(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "c.jsonl", 3)
+    refused = run("embed-submit", tmp_path / "c.jsonl", "--model", "hashing", "--engine", "no-such-engine")
+    assert refused.returncode != 0
+    assert "Invalid value for '--engine': 'no-such-engine'" in refused.stderr
+    chosen = ["--engine", "hashing", "--device", "cpu", "--dtype", "float32", "--no-warmup"]
+    done = run("embed-submit", tmp_path / "c.jsonl", "--model", "hashing", *chosen)
+    assert done.returncode == 0, done.stderr
+    mixed = run("embed-submit", tmp_path / "c.jsonl", "--redis", "redis://h:1", "--dtype", "float32")
+    assert (mixed.returncode, "--dtype: the workers of a fleet" in mixed.stderr) == (2, True)

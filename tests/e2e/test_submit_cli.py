@@ -462,3 +462,10 @@ def test_doris_1594_an_empty_file_among_others_is_said_once_and_verified(tmp_pat
         (tmp_path / "c.jsonl").stat().st_size,
     ]
     assert "finished already" in run("embed-submit", *command).stdout
+
+
+def test_a_script_gets_the_jobs_id_of_a_command_that_leaves(tmp_path: Path, url: str, queue: str) -> None:
+    with MiniWorker(url, queue):
+        done = run("embed-submit", corpus(tmp_path, 5), "-o", tmp_path / "out", *fleet_args(url, queue), "--detach")
+        assert (done.returncode, done.stdout.strip()) == (0, job_id(queue, str(tmp_path / "out")))
+        assert run("embed-status", done.stdout.strip(), "--redis", url).returncode == 0

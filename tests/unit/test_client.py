@@ -23,6 +23,8 @@ from embedstream import (
     Client,
     CorpusChanged,
     InputError,
+    JobCancelled,
+    JobFailed,
     JobState,
     JobUnknown,
     OutputError,
@@ -134,13 +136,13 @@ def test_another_setting_into_the_same_output_is_refused(client: Client, tmp_pat
 def test_an_output_that_was_deleted_is_free_for_another_setting(client: Client, tmp_path: Path) -> None:
     out = tmp_path / "out"
     first = client.submit(RECORDS[:3], output=str(out), prompt="a: ")
-    first.wait(30)
+    first.wait(30, check=False)
     shutil.rmtree(out)
     with pytest.raises(SpecDiffers, match="but not its folder"):  # its workers may see one that this machine does not
         client.submit(RECORDS[:2], output=str(out), prompt="b: ")
     out.mkdir()
     second = client.submit(RECORDS[:2], output=str(out), prompt="b: ")
-    status = second.wait(30)
+    status = second.wait(30, check=False)
     assert (second.id, status.state, status.rows) == (first.id, JobState.COMPLETED, 2)
     assert len(texts_of(second.results())) == 2
     shutil.rmtree(out)
@@ -148,9 +150,9 @@ def test_an_output_that_was_deleted_is_free_for_another_setting(client: Client, 
     third = client.submit(RECORDS[:1], output=str(out), prompt="c: ")
     third.cancel()
     finalize_job(broker_of(client), third.id, lambda spec: open_sink(spec.output, spec, client.url))
-    third.wait(30)
+    third.wait(30, check=False)
     shutil.rmtree(out)
-    assert client.submit(RECORDS[:3], output=str(out), prompt="d: ").wait(30).rows == 3
+    assert client.submit(RECORDS[:3], output=str(out), prompt="d: ").wait(30, check=False).rows == 3
 
 
 def test_the_output_of_a_job_that_runs_is_not_free_though_nothing_lies_there(client: Client, tmp_path: Path) -> None:
@@ -173,10 +175,10 @@ def test_an_ended_job_keeps_its_output_while_a_shard_is_left(client: Client, tmp
 def test_a_job_that_failed_without_a_row_does_not_hold_its_output(client: Client, tmp_path: Path) -> None:
     records, out = [{"id": "a", "body": "x"}, {"id": "b", "body": "yy"}], tmp_path / "out"
     failed = client.submit(records, output=str(out), keep=["body"])
-    assert failed.wait(30).state is JobState.FAILED
+    assert failed.wait(30, check=False).state is JobState.FAILED
     assert list(out.glob("part-*"))
     job = client.submit(records, output=str(out), text_field="body")
-    status = job.wait(30)
+    status = job.wait(30, check=False)
     assert (status.state, status.rows, status.failed) == (JobState.COMPLETED, 2, 0)
     assert texts_of(job.results()) == {"a": "x", "b": "yy"}
     assert (out / "_errors.jsonl").read_text() == ""
@@ -199,17 +201,17 @@ def test_a_cancelled_job_ends_with_what_it_has_and_can_go_on(client: Client, tmp
     job = client.submit(RECORDS, output=out)
     (tmp_path / "out").mkdir()
     assert job.cancel()
-    assert job.wait(30).state is JobState.CANCELLED
+    assert job.wait(30, check=False).state is JobState.CANCELLED
     with MiniWorker(client.url, queue_of(client)):
-        assert client.submit(RECORDS, output=out).wait(30).state is JobState.COMPLETED
+        assert client.submit(RECORDS, output=out).wait(30, check=False).state is JobState.COMPLETED
 
 
 @pytest.mark.usefixtures("worker")
 def test_more_errors_than_allowed_fail_the_job(client: Client, tmp_path: Path) -> None:
     records = [{"id": str(i), "text": "x" if i % 2 else ""} for i in range(20)]
-    status = client.submit(records, output=str(tmp_path / "out"), max_errors="5").wait(30)
+    status = client.submit(records, output=str(tmp_path / "out"), max_errors="5").wait(30, check=False)
     assert status.state is JobState.FAILED
-    status = client.submit(records, output=str(tmp_path / "out"), max_errors="50%").wait(30)
+    status = client.submit(records, output=str(tmp_path / "out"), max_errors="50%").wait(30, check=False)
     assert status.state is JobState.COMPLETED
 
 
@@ -470,3 +472,55 @@ def test_the_package_is_light() -> None:
         "import sys, embedstream; embedstream.Client; print([m for m in ('torch', 'transformers') if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+@pytest.mark.usefixtures("worker")
+def test_a_job_that_failed_is_raised_unless_it_is_only_looked_at_and_its_rows_say_why(
+    client: Client, tmp_path: Path
+) -> None:
+    job = client.submit([{"id": "a", "text": ""}, {"id": "b"}], output=str(tmp_path / "out"))
+    with pytest.raises(JobFailed, match=rf"job {job.id} failed: every row failed"):
+        job.wait(30)
+    assert job.wait(30, check=False).state is JobState.FAILED
+    assert [(row.line, row.code) for row in job.errors()] == [(1, "empty_text"), (2, "missing_field")]
+
+
+def test_a_job_that_was_cancelled_is_raised(client: Client, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    job = client.submit(RECORDS, output=str(tmp_path / "out"))
+    job.cancel()
+    with pytest.raises(JobCancelled, match=f"job {job.id} cancelled"):
+        job.wait(30)
+
+
+async def test_the_asynchronous_client_raises_and_tells_the_same(client: Client, tmp_path: Path) -> None:
+    seen: list[int] = []
+    async with AsyncClient(client.url, queue=queue_of(client)) as asynchronous:
+        job = await asynchronous.submit([{"id": "a", "text": ""}], output=str(tmp_path / "out"))
+        waiting = asyncio.ensure_future(job.wait(30, progress=lambda status: seen.append(status.rows)))
+        while not seen:
+            await asyncio.sleep(0.01)
+        with MiniWorker(client.url, queue_of(client)), pytest.raises(JobFailed):
+            await waiting
+        assert [row.code for row in await job.errors()] == ["empty_text"]
+
+
+@pytest.mark.usefixtures("worker")
+def test_records_that_end_by_an_error_end_their_job_and_the_same_submission_goes_on(
+    client: Client, tmp_path: Path
+) -> None:
+    output = str(tmp_path / "out")
+
+    def broken() -> Iterator[dict[str, str]]:
+        yield from RECORDS[:600]
+        raise KeyError("column")
+
+    with pytest.raises(KeyError, match="column"):
+        client.submit(broken(), output=output)
+    (job,) = broker_of(client).outbox()
+    (tmp_path / "out").mkdir(exist_ok=True)
+    finalize_job(broker_of(client), job, lambda spec: open_sink(spec.output, spec, client.url))
+    status = client.job(job).wait(30, check=False)
+    assert status.state is JobState.CANCELLED
+    assert "its records ended early: KeyError: 'column'; submit them again to go on" in status.reason
+    assert client.submit(RECORDS, output=output).wait(30).rows == 700

@@ -25,6 +25,8 @@ from embedstream_worker.cli import worker
         (KeyboardInterrupt(), 130, "interrupted"),
         (UsageError("no such thing: use another"), 2, "Error: no such thing: use another"),
         (click.UsageError("what?"), 2, "what?"),
+        (ModuleNotFoundError("", name="prometheus_client.core"), 2, "not installed: pip install 'embedstream[worker]'"),
+        (ModuleNotFoundError("", name="rq"), 2, "rq is not installed: pip install 'embedstream[coordinator]'"),
         (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), 1, "standard output cannot be written: No space left"),
     ],
 )
