@@ -82,7 +82,7 @@ def test_commands_in_an_append_only_file_are_not_replayed(tmp_path: Path, plante
     done = run("embed-submit", tmp_path / "c.jsonl", "--model", "hashing", "-o", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert_exact(tmp_path / "out", texts)
-    assert "private Redis" not in done.stderr
+    assert "the private Redis" not in done.stderr
     assert snapshot(planted) == before
 
 
