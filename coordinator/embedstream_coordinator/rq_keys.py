@@ -54,6 +54,11 @@ def remove_foreign_types(client: redis.Redis) -> list[str]:
     return wrong + _remove_others(client, {key: b"hash" for key in workers if key.startswith("rq:worker:")})
 
 
+def remove_foreign_record(client: redis.Redis, worker: str) -> None:
+    """Remove what lies in the place of a worker's record, if it is none: RQ does not list the worker any more."""
+    _remove_others(client, {f"rq:worker:{worker}": b"hash"})
+
+
 def _remove_others(client: redis.Redis, types: Mapping[str, bytes]) -> list[str]:
     """Remove those of the keys that are of another type than theirs."""
     with client.pipeline(transaction=False) as pipe:

@@ -18,6 +18,7 @@ from embedstream.cli.logs import LogFormat, identify, set_up
 from embedstream.server.connection import connect, explain
 from embedstream.server.troubles import trouble, waiting
 from embedstream_coordinator.context import Context
+from embedstream_coordinator.rq_keys import remove_foreign_record
 from embedstream_coordinator.rq_types import ClosedWorker, RqNoise
 
 
@@ -41,12 +42,15 @@ def main() -> None:
     pa.set_memory_pool(pa.system_memory_pool())
     noise = RqNoise()
     logging.getLogger("rq.worker").addFilter(noise)
+    client = connect(plan.context.redis_url)
     try:
-        worker = ClosedWorker(plan.context, plan.name, connect(plan.context.redis_url))
+        worker = ClosedWorker(plan.context, plan.name, client)
         worker.log_job_description = False
         worker.work(logging_level="WARNING")
     except redis.RedisError as error:
         noise.error = error
+    with contextlib.suppress(redis.RedisError):
+        remove_foreign_record(client, plan.name)
     if noise.error is not None:
         clause, url = trouble(noise.error), plan.context.redis_url
         words = waiting(clause, url) if clause else explain(noise.error, url)
