@@ -1,12 +1,13 @@
 """Files as parts of a corpus, and parts as blocks."""
 
-from __future__ import re
+from __future__ import annotations
 
 import gzip
 import hashlib
 import io
 import json
 import os
+import re
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
