@@ -48,7 +48,7 @@ class ShardRecord(msgspec.Struct, frozen=True, kw_only=True):
     """What a shard holds: written into its footer, committed to Redis, listed by the manifest."""
 
     name: ShardName
-    """Of `part_file` and `errors_file`; unique for ever."""
+    """Of `part_file` and `errors_file`; unique forever."""
     job: str
     space: str
     blocks: tuple[BlockRecord, ...]

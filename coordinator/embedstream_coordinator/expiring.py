@@ -40,7 +40,7 @@ def _forget_expired(broker: Broker) -> int:
 
 
 def _end_abandoned(broker: Broker, sink_for: Callable[[JobSpec], Sink], days: float) -> int:
-    """A job that was never submitted to its end holds its share of the queue's bytes for ever: it is cancelled, and the
+    """A job that was never submitted to its end holds its share of the queue's bytes forever: it is cancelled, and the
     same command reopens it. One whose dataset is finished already is ended at once."""
     ended = 0
     for job in broker.active_jobs():

@@ -102,7 +102,7 @@ class Asking:
             raise NotYet("the queue is busy", BUSY_SECONDS)
 
     def slice_seconds(self) -> float:
-        """For one blocking read of the reply. Never 0, for which Redis would wait for ever."""
+        """For one blocking read of the reply. Never 0, for which Redis would wait forever."""
         return min(SLICE_SECONDS, max(0.01, self.end - time.monotonic()))
 
     def received(self, raw: bytes | None) -> EmbedReply:

@@ -21,7 +21,7 @@ def cut_part(
 ) -> Iterator[Block]:
     """The blocks of a part, from how its rows ended, in row order and in batches of any size.
 
-    The blocks do not depend on how the rows are batched. `on_refusal` is told of every refused row once per reading.
+    The blocks do not depend on how the rows are batched. `on_refusal` is called with each refused row, once a reading.
     """
     packer = Packer(part, spec.keep)
     for outcomes in batches:

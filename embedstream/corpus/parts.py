@@ -47,7 +47,7 @@ class Part(ABC):
         on_refusal: Callable[[Refusal], None] | None = None,
         on_position: Callable[[int], None] | None = None,
     ) -> Iterator[Block]:
-        """Read the part from its beginning, as blocks. `on_refusal` is told of every refused row.
+        """Read the part from its beginning, as blocks. `on_refusal` is called with every refused row.
 
         Raises as `outcomes` does.
         """

@@ -83,7 +83,7 @@ def summed(pieces: Iterable[Readable], write: Callable[[Readable], object]) -> t
 
 
 def _put(path: Path, pieces: Iterable[Readable], folder: int) -> tuple[int, str] | None:
-    """Bytes and SHA-256 of the file in its place; None if somebody has removed it on its way there, and the folder is
+    """Bytes and SHA-256 of the file in its place; None if it was removed on its way there, and the folder is
     there."""
     temporary = f".{path.name}{TEMPORARY}{uuid.uuid4().hex}"
     try:
@@ -111,7 +111,7 @@ def _put(path: Path, pieces: Iterable[Readable], folder: int) -> tuple[int, str]
 def refuse_special(path: Path) -> None:
     """Raise `OutputError` if what lies there is no regular file: opening a named pipe may never return.
 
-    A link counts as what it leads to. Where that is, and what cannot be looked at, is for whoever opens it.
+    A link counts as what it leads to. Where that is, and what cannot be looked at, is for the caller that opens it.
     """
     try:
         mode = path.stat().st_mode

@@ -219,7 +219,7 @@ class FolderSink:
             log.warning("%s; it counts for nothing, as the manifest does not list it", error)
 
     def mend(self, manifest: Manifest) -> None:
-        """Count the lines of `_errors.jsonl`, and write it again if they are not as many as the manifest says."""
+        """Write `_errors.jsonl` again if its lines are not as many as the manifest says; remove what is not needed."""
         lines = 0
         if ERRORS in self.files.names():
             with self.files.open(ERRORS) as file:
@@ -227,6 +227,7 @@ class FolderSink:
                     lines += some.count(b"\n")
         if lines != manifest.failed:
             self._write_errors(manifest)
+        self._tidy(manifest)
 
     def _write_errors(self, manifest: Manifest) -> None:
         if manifest.failed or ERRORS in self.files.names():

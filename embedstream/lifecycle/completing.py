@@ -23,8 +23,8 @@ def finalize(
     `shards` are those that were committed, in any order; each is looked at once, and none touched. `state` is how the
     job ends, `ended` when (Unix seconds, by the Redis server's clock). `contents`: what was read of each part, as far
     as that is known. A job that failed before its first shard writes nothing, unless a manifest lies there already. One
-    that says that the job is completed stays as it is: Redis has gone back to an earlier state of the job, and whatever
-    was committed since then is there twice, and goes.
+    that says that the job is completed stays as it is: another finalizer was first, or Redis has gone back to an
+    earlier state of the job. Shards that were committed since then hold rows twice, and are removed.
 
     Raises:
         OutputError: the shards do not add up, one of them is missing, or the output cannot be written.
@@ -35,7 +35,8 @@ def finalize(
         for shard in shards:
             if shard.name not in listed:
                 sink.discard_shard(shard.name)
-        sink.finalize(standing)  # whoever wrote it may have died before the last step of that
+        # Not written again: meanwhile a compaction or a job over failed rows may have put a newer one in its place.
+        sink.mend(standing)
         return standing
     manifest = build_manifest(status, shards, state, ended, contents)
     if standing is not None and standing.retries and _is_base(standing, manifest):

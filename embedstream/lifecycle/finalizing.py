@@ -55,7 +55,7 @@ def finalize_job(
 def end_finished(broker: Broker, spec: JobSpec, sink: Sink, settings: Settings | None = None) -> bool:
     """End a job whose dataset is finished, and that Redis, gone back to an earlier state, still takes for unfinished.
 
-    Whether it was such a one. Its keys expire then, as those of every ended job.
+    Returns whether it was such a job. Its keys expire then, as those of every ended job.
 
     Raises:
         OutputError: the manifest cannot be read.

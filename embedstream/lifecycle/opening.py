@@ -77,7 +77,7 @@ def finished_manifest(sink: Sink, spec: JobSpec) -> Manifest | None:
 
 
 def is_fruitless(manifest: Manifest) -> bool:
-    """Whether the job ended early without a single row: such a one holds its output no longer."""
+    """Whether the job ended early without a single row: such a job holds its output no longer."""
     return manifest.rows == 0 and manifest.state != JobState.COMPLETED
 
 

@@ -20,7 +20,7 @@ _PASSING: tuple[tuple[type[redis.RedisError] | None, str, str], ...] = (
     (MasterDownError, "MASTERDOWN", "is a replica that has lost its master (a failover is under way)"),
     (None, "MISCONF", "refuses writes because it cannot save to its disk (free space there; its log says more)"),
     (None, "NOREPLICAS", "refuses writes because too few of its replicas are there (min-replicas-to-write)"),
-    (None, "BUSY Redis is busy", "is busy with somebody's script (SCRIPT KILL ends it)"),
+    (None, "BUSY Redis is busy", "is busy with a script (SCRIPT KILL ends it)"),
     (None, "max number of clients reached", "has no connection left (maxclients)"),
 )
 """Error type, where redis-py has one; what the text says otherwise, and within scripts; the clause."""

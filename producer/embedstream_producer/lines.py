@@ -35,7 +35,7 @@ _UNPACK = "unpack it first"
 _REPACK = "unpack it, or compress it with gzip or zstd"
 _CONVERT = "convert it to JSON lines or Parquet"
 _FOREIGN = (
-    (b"PAR1", "a Parquet file", "name the file itself, as such a one cannot be read from a stream or compressed"),
+    (b"PAR1", "a Parquet file", "name the file itself, as Parquet cannot be read from a stream or compressed"),
     (b"PK\x03\x04", "a zip archive", _UNPACK),
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive", _UNPACK),
     (b"Rar!\x1a\x07", "a rar archive", _UNPACK),

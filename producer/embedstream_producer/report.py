@@ -22,6 +22,9 @@ from embedstream.terminal import counted
 
 SOME_ROWS_FAILED = 3
 
+MOST_COUNTED = 200_000
+"""Failed rows that are read once more to count them by kind: some seconds."""
+
 SHORTEST_SECONDS = 2.0
 """Of embedding, so that a rate says something."""
 
@@ -112,7 +115,8 @@ def lines(report: Report, sink: Sink, reason: str = "", spent: Spent | None = No
     """For people: what was written, how fast, what failed, and what to do next. `spent`: None if nothing was done."""
     said = [f"{report.state}: {counted(report.rows, 'row')}{_times(spent)}" + (f" ({reason})" if reason else "")]
     if report.failed:
-        said.append(f"errors:  {counted(report.failed, 'row')}{_kinds(sink)}, listed in {errors_of(report.output)}")
+        kinds = _kinds(sink) if report.failed <= MOST_COUNTED else ""
+        said.append(f"errors:  {counted(report.failed, 'row')}{kinds}, listed in {errors_of(report.output)}")
     if report.truncated:
         said.append(f"truncated: {counted(report.truncated, 'text')} longer than the model takes")
     if report.rows:

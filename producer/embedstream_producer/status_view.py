@@ -214,7 +214,7 @@ def _queued(look: QueueLook) -> str:
         f"the oldest for {duration(look.oldest_block_seconds)}",
     ]
     if look.refused_blocks:
-        said.append(f"{look.refused_blocks:,} of them for nobody here")
+        said.append(f"{counted(look.refused_blocks, 'block')} that no live worker accepts")
     if look.tokens and look.measured:
         said.append(f"about {duration(look.drain_seconds)} of work{'' if look.ready_workers else ' by one worker'}")
     elif look.tokens:

@@ -298,7 +298,7 @@ class Stage:
         assert_vectors({id: row[1] for id, row in rows.items()}, {id: vector(row[0]) for id, row in rows.items()})
 
     def _judge_queue(self) -> None:
-        """What Redis counted, and that nothing of the job stays for ever."""
+        """What Redis counted, and that nothing of the job stays forever."""
         status = self.broker.status(self.job)
         counted = (status.state, status.rows, status.failed, status.done, status.blocks)
         died = self.condemned + self.repaired

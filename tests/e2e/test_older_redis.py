@@ -61,7 +61,7 @@ def spec_of(dataset: Path) -> JobSpec:
 
 
 def unexpiring(client: object, job: str) -> list[str]:
-    """Keys of a job that would stay for ever."""
+    """Keys of a job that would stay forever."""
     ask: object = client
     return [key.decode() for key in ask.scan_iter(match=f"*{job}*") if ask.ttl(key) == -1]  # type: ignore[attr-defined]
 
@@ -98,3 +98,19 @@ def test_what_is_committed_after_the_manifest_stands_is_removed_and_not_listed(t
     dataset.write(make_content(spec, "again", [(0, 0)]))
     assert dataset.end(JobState.CANCELLED) == manifest
     assert contents(tmp_path / "out") == before
+
+
+def test_a_finalizer_that_comes_late_leaves_a_newer_manifest_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out").mkdir()
+    spec = make_spec(output=str(tmp_path / "out"))
+    dataset = Dataset(open_sink(spec.output, spec), spec)
+    dataset.write(make_content(spec, "one", [(0, 0)]))
+    older = dataset.end()
+    # As a compaction would, after the late one has looked.
+    newer = b'{"newer": true}'
+    (tmp_path / "out" / "_manifest.json").write_bytes(newer)
+    monkeypatch.setattr(dataset.sink, "read_manifest", lambda: older)
+    assert dataset.end() == older
+    assert (tmp_path / "out" / "_manifest.json").read_bytes() == newer

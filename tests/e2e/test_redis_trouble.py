@@ -211,7 +211,7 @@ def test_a_server_that_runs_somebodys_script_is_called_busy(server: OwnServer) -
     with busy(server):
         error = refusal(server)
     assert error is not None
-    assert trouble(error) == "is busy with somebody's script (SCRIPT KILL ends it)"
+    assert trouble(error) == "is busy with a script (SCRIPT KILL ends it)"
 
 
 def test_a_full_servers_refusal_is_told_from_others(server: OwnServer) -> None:

@@ -146,7 +146,7 @@ def test_a_job_that_workers_refuse_is_listed_with_the_reason(workers: Fleet, tmp
     assert run("embed-submit", tmp_path / "c.jsonl", *args).returncode == 0
     why = "refused by a worker: it asks for model other, this worker serves hashing"
     wait_until(lambda: f"    {why}\n" in lines(workers), "the reason in the listing")
-    assert "2 of them for nobody here\n" in lines(workers)
+    assert "2 blocks that no live worker accepts\n" in lines(workers)
     assert lines(workers, job_id("hashing", str(tmp_path / "out"))).count(why) == 1
     assert status(workers)["queues"][0]["tokens"] == 0
 

@@ -411,7 +411,7 @@ def test_a_job_of_another_version_is_listed_by_its_id_and_can_be_cancelled(
     listing = run("embed-status", "--redis", url, "--queue", queue)
     assert f"  job {job}  unreadable: {why}\n" in listing.stdout
     assert "1 block queued (0 in workers' hands), the oldest for" in listing.stdout
-    assert "1 of them for nobody here\n" in listing.stdout
+    assert "1 block that no live worker accepts\n" in listing.stdout
     (looked,) = json.loads(run("embed-status", "--redis", url, "--queue", queue, "--json").stdout)["queues"]
     assert (looked["unreadable_jobs"], looked["refused_blocks"], looked["drain_seconds"]) == ({job: why}, 1, 0)
     one = run("embed-status", job, "--redis", url)

@@ -303,6 +303,7 @@ ALLOWED: list[tuple[str, dict[str, Any]]] = [
     ("sentence_bert_config.json", {"config_args": {"output_hidden_states": False, "trust_remote_code": True}}),
     ("config.json", {"quantization_config": None, "_attn_implementation": "eager", "tokenizer_class": "BertTokenizer"}),
     ("tokenizer_config.json", {"tokenizer_class": "BertTokenizerFast", "special_tokens_map_file": "/root/x.json"}),
+    ("config.json", {"shared_expert_intermediate_size": 20_480, "layer_norm_eps": 1e-12, "max_window_layers": 80}),
     ("tokenizer_config.json", {"tokenizer_file": None, "init_inputs": [], "vocab_file": None}),
     ("tokenizer_config.json", {"sp_model_kwargs": {}, "name_or_path": "/root/model"}),
     ("tokenizer_config.json", {"mask_token": {"content": "[MASK]", "__type": "AddedToken"}}),

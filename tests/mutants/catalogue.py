@@ -291,7 +291,7 @@ MUTANTS = (
         f"{ENDINGS}::test_a_finalizer_whose_lease_was_never_answered_gets_it_by_asking_again",
     ),
     mutant(
-        "keys of an ended job stay for ever",
+        "keys of an ended job stay forever",
         f"{SCRIPTS}/finalized.lua",
         "redis.call('PEXPIRE', shards, ttl)\n",
         "",

@@ -109,5 +109,6 @@ def test_the_cache_is_shown_with_its_size_and_cleared(tmp_path: Path, monkeypatc
     shown = CliRunner().invoke(cache, []).output
     assert "2.5 MB  openvino: models converted for this processor" in shown
     assert f"2.5 MB  in {tmp_path / 'cache'}" in shown
-    CliRunner().invoke(cache, ["--clear"])
-    assert not (tmp_path / "cache").exists()
+    (tmp_path / "cache" / "of the user").mkdir()
+    assert ", now removed" in CliRunner().invoke(cache, ["--clear"]).output
+    assert [left.name for left in (tmp_path / "cache").iterdir()] == ["of the user"]

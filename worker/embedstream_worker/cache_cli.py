@@ -28,14 +28,14 @@ def cache(clear: bool) -> None:
     """Show or clear what workers keep on this machine, such as converted models."""
     root = cache_root()
     total = 0
-    for folder in sorted(root.iterdir()) if root.is_dir() else []:
+    # The folder may be the user's own, with other things in it.
+    for folder in (folder for kind in sorted(KINDS) if (folder := root / kind).is_dir()):
         size = sum(file.lstat().st_size for file in folder.rglob("*") if not file.is_dir())
         total += size
-        echo(f"{size / 1e6:10,.1f} MB  {folder.name}: {KINDS.get(folder.name, 'made by another version')}")
-    echo(f"{total / 1e6:10,.1f} MB  in {root}")
-    if clear and root.is_dir():
-        shutil.rmtree(root)
-        echo("all of it is removed")
+        echo(f"{size / 1e6:10,.1f} MB  {folder.name}: {KINDS[folder.name]}")
+        if clear:
+            shutil.rmtree(folder)
+    echo(f"{total / 1e6:10,.1f} MB  in {root}{', now removed' if clear else ''}")
 
 
 def main() -> None:

@@ -129,7 +129,7 @@ class Commits:
 
     def _drop_changed(self, shard: Shard, refused: list[FinishedBlock]) -> None:
         """Blocks of a corpus from before Redis was emptied have no entries any more. One that still has its own was put
-        there past the submit step: given back it would come again for ever.
+        there past the submit step: given back it would come again forever.
         """
         log.warning(
             "job %s: %d blocks are of another corpus, dropped", shard.job.id, len(refused), extra=about(shard.job.id)

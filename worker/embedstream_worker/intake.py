@@ -281,7 +281,7 @@ class Intake:
         return not any(self._is_submitted(job) for job in {held.job.id for held in blocks})
 
     def _takes_notes(self, job: str) -> bool:
-        """Whether chunks can be noted before they are tried; without that a block would come back at once, for ever."""
+        """Whether chunks can be noted before they are tried; without that a block would come back at once, forever."""
         state = self._broker.state(job)
         if state is None or not state.open:
             why = f"it is {state or 'unknown to Redis'}, and blocks of it are left"

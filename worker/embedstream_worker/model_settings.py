@@ -112,8 +112,8 @@ _TABLES = {
 """Settings of a tokenizer whose value may be a table; a token is one, too. Others are arguments of programs."""
 _PIECES = {"alpha", "enable_sampling", "nbest_size", "add_bos", "add_eos", "reverse"}  # of sp_model_kwargs
 
-_MOST = {"layer": 1000, "expert": 10_000, "labels": 100_000}
-"""What is made before a weight is read, by a part of the setting's name; far above what any model has."""
+_MOST = ((re.compile(r".*layers?"), 1000), (re.compile(r".*experts"), 10_000), (re.compile(r"num_labels"), 100_000))
+"""Numbers of what is made before a weight is read, by the setting's name; far above those of any model."""
 
 _ACTIVATION = re.compile(r"torch\.nn\.(modules\.(activation|linear)\.)?[A-Z]\w*")
 
@@ -186,7 +186,7 @@ def _in_values(value: object, nested: bool = False) -> Iterator[str]:
         elif (
             (key in _CHOICES and not _is_choice(item, _CHOICES[key]))
             or (key == "model_type" and item in _NO_TEXT)
-            or (isinstance(item, int | float) and any(part in key and item > most for part, most in _MOST.items()))
+            or (isinstance(item, int | float) and any(name.fullmatch(key) and item > most for name, most in _MOST))
         ):
             yield f"{key} {item}"
         yield from _in_values(item, nested=True)

@@ -125,7 +125,7 @@ def _fetch(name: str, revision: str | None, wanted: list[str]) -> ModelFolder:
     )
 
     try:
-        # Asked first, because downloads by themselves wait for ever for a hub that does not answer.
+        # Asked first, because downloads by themselves wait forever for a hub that does not answer.
         info = HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT_SECONDS)
         _refuse_pickled_only(name, [file.rfilename for file in info.siblings or ()], wanted)
         path = snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=_OTHER_RUNTIMES)

@@ -1,7 +1,7 @@
 -- What lies in blocks streams, without their bodies. Writes nothing.
 --
 -- KEYS streams of blocks
--- ARGV the consumer that stands for nobody
+-- ARGV the consumer of released entries
 -- Answers per stream {entries, entries in workers' hands, when its oldest entry was added (ms) or '0'}
 -- Twice: a second look.
 

@@ -1,7 +1,7 @@
 -- Hand entries back, claimable at once. A delivery that ended so is not counted: the count shows deaths only.
 --
 -- KEYS the stream
--- ARGV consumer, the consumer that stands for nobody, how many of the deliveries are taken back: 1, or 0 if the consumer
+-- ARGV consumer, the consumer of released entries, how many of the deliveries are taken back: 1, or 0 if the consumer
 --      died with the entries, then entry ids
 -- Answers {OK}
 -- Twice: the second run owns none of them and does nothing.

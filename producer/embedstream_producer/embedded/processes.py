@@ -17,7 +17,7 @@ _POLL_SECONDS = 0.02
 
 
 class Process(msgspec.Struct, frozen=True):
-    """One process for ever: a pid alone is given to somebody else after its process has ended."""
+    """One process forever: a pid alone is given to somebody else after its process has ended."""
 
     pid: int
     started: str
