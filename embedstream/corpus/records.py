@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import decimal
-import functools
 import json
 import math
 import numbers
@@ -291,16 +290,6 @@ class RecordReader:
             if total > LONGEST_KEPT_BYTES:
                 raise RowRefused(Code.KEPT_TOO_LONG, f"kept fields have more than {LONGEST_KEPT_BYTES:,} bytes")
             yield found.text
-
-
-@functools.lru_cache(maxsize=16)
-def _reader(spec: JobSpec) -> RecordReader:
-    return RecordReader(spec)
-
-
-def validate_record(record: object, row: int, spec: JobSpec) -> Outcome:
-    """Judge one Python record (see `RecordReader.record`, which is faster for many)."""
-    return _reader(spec).record(row, record)
 
 
 def duplicate_refusal(record: Record, where: str) -> Refusal:

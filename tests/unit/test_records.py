@@ -23,12 +23,15 @@ from embedstream.corpus.records import (
     Outcome,
     Record,
     RecordReader,
-    validate_record,
 )
 from embedstream.jobs import JobSpec
 from embedstream.queue.blocks import Refusal
 from embedstream.queue.refusals import ORIGINAL_CHARACTERS, Code
 from embedstream.settings import BLOCK_LIMITS
+
+
+def validate_record(record: object, row: int, spec: JobSpec) -> Outcome:
+    return RecordReader(spec).record(row, record)
 
 
 def make_spec(**changed: Any) -> JobSpec:
