@@ -6,6 +6,7 @@ import logging
 import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import CancelledError
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Self, Unpack
 
@@ -208,7 +209,7 @@ class Client:
                     lambda: open_for_records(broker, spec, sink, max_errors, patience)
                 ):
                     pushed = push_job(broker, spec.job, [part], lambda part: part.blocks(spec, index), bound, patience)
-            except (EmbedstreamError, Stopped, redis.RedisError):
+            except (EmbedstreamError, Stopped, CancelledError, redis.RedisError):
                 raise
             except Exception as error:  # of the caller's records: workers would wait for the rest of them forever
                 reason = f"its records ended early: {type(error).__name__}: {error}; submit them again to go on"

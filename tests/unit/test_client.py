@@ -132,17 +132,17 @@ def test_another_setting_into_the_same_output_is_refused(client: Client, tmp_pat
         client.submit(["x"], output=str(tmp_path / "out"), prompt="query: ")
 
 
-@pytest.mark.usefixtures("worker")
 def test_an_output_that_was_deleted_is_free_for_another_setting(client: Client, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    first = client.submit(RECORDS[:3], output=str(out), prompt="a: ")
-    first.wait(30, check=False)
-    shutil.rmtree(out)
-    with pytest.raises(SpecDiffers, match="but not its folder"):  # its workers may see one that this machine does not
-        client.submit(RECORDS[:2], output=str(out), prompt="b: ")
-    out.mkdir()
-    second = client.submit(RECORDS[:2], output=str(out), prompt="b: ")
-    status = second.wait(30, check=False)
+    with MiniWorker(client.url, queue_of(client)):
+        first = client.submit(RECORDS[:3], output=str(out), prompt="a: ")
+        first.wait(30)
+        shutil.rmtree(out)
+        with pytest.raises(SpecDiffers, match="but not its folder"):  # its workers may see one that this one does not
+            client.submit(RECORDS[:2], output=str(out), prompt="b: ")
+        out.mkdir()
+        second = client.submit(RECORDS[:2], output=str(out), prompt="b: ")
+        status = second.wait(30)
     assert (second.id, status.state, status.rows) == (first.id, JobState.COMPLETED, 2)
     assert len(texts_of(second.results())) == 2
     shutil.rmtree(out)
@@ -152,7 +152,8 @@ def test_an_output_that_was_deleted_is_free_for_another_setting(client: Client, 
     finalize_job(broker_of(client), third.id, lambda spec: open_sink(spec.output, spec, client.url))
     third.wait(30, check=False)
     shutil.rmtree(out)
-    assert client.submit(RECORDS[:3], output=str(out), prompt="d: ").wait(30, check=False).rows == 3
+    with MiniWorker(client.url, queue_of(client)):
+        assert client.submit(RECORDS[:3], output=str(out), prompt="d: ").wait(30).rows == 3
 
 
 def test_the_output_of_a_job_that_runs_is_not_free_though_nothing_lies_there(client: Client, tmp_path: Path) -> None:
@@ -433,7 +434,7 @@ async def test_a_hundred_requests_wait_on_one_loop_and_leave_it_at_once(redis_se
             waiting: Any = broker_of(other).client
             while waiting.xlen(broker_of(other).keys.interactive) < 100:
                 await asyncio.sleep(0.01)
-        assert threading.active_count() == threads
+        assert threading.active_count() <= threads
         for each in asking:
             each.cancel()
         left = await asyncio.wait_for(asyncio.gather(*asking, return_exceptions=True), 10)
@@ -524,3 +525,27 @@ def test_records_that_end_by_an_error_end_their_job_and_the_same_submission_goes
     assert status.state is JobState.CANCELLED
     assert "its records ended early: KeyError: 'column'; submit them again to go on" in status.reason
     assert client.submit(RECORDS, output=output).wait(30).rows == 700
+
+
+def test_a_loop_that_ends_in_the_middle_of_a_submission_leaves_the_job_as_it_is(client: Client, tmp_path: Path) -> None:
+    began = threading.Event()
+
+    async def endless() -> AsyncIterator[dict[str, str]]:
+        for record in RECORDS[:600]:
+            yield record
+        began.set()
+        await asyncio.sleep(600)
+
+    async def program() -> None:
+        async with AsyncClient(client.url, queue=queue_of(client)) as asynchronous:
+            submission = asyncio.ensure_future(asynchronous.submit(endless(), output=str(tmp_path / "out")))
+            while not began.is_set():
+                await asyncio.sleep(0.01)
+            submission.cancel()
+
+    asyncio.run(program())
+    for thread in threading.enumerate():
+        if thread.name.startswith("embedstream"):
+            thread.join(30)
+    (job,) = broker_of(client).active_jobs()
+    assert broker_of(client).state(job) is JobState.SUBMITTING
