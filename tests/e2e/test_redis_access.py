@@ -88,7 +88,7 @@ def urls(server: OwnServer) -> Iterator[dict[str, str]]:
         Impostor(WebServer) as web,
         Impostor(Redis5) as five,
         Impostor(Redis60) as six,
-        own_server("--cluster-enabled", "yes", "--cluster-port", str(free_port())) as cluster,
+        own_server("--cluster-enabled", "yes") as cluster,
         own_server("--requirepass", SECRET) as guarded,
     ):
         yield {

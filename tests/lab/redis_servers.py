@@ -87,8 +87,11 @@ def own_server(*options: str) -> Iterator[OwnServer]:
 
 
 def free_port() -> int:
-    """A port on which nobody listened a moment ago."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
+    """A port on which nobody listened a moment ago, nor on the one 10,000 above, which a cluster's server takes too."""
+    while True:
+        with socket.socket() as listener, socket.socket() as second:
+            listener.bind(("127.0.0.1", 0))
+            port: int = listener.getsockname()[1]
+            with contextlib.suppress(OSError, OverflowError):
+                second.bind(("127.0.0.1", port + 10_000))
+                return port
