@@ -265,7 +265,7 @@ class RedisSink:
         manifest = self.read_manifest()
         if manifest is None:
             raise OutputError(f"{self._place}: no manifest: the job has not ended yet, or it has expired")
-        schema = _read_schema(manifest)
+        schema = read_schema(manifest)
         names = schema.names if columns is None else list(columns)
         for name in names:
             if name not in schema.names:
@@ -276,7 +276,8 @@ class RedisSink:
             rows = [row[1:] for row in found if row[0] in jobs]
             if rows:
                 values = zip(*rows, strict=True)
-                arrays = [_array(list(column), type) for column, type in zip(values, chosen.types, strict=True)]
+                with self._reading("*"):
+                    arrays = [_array(list(column), type) for column, type in zip(values, chosen.types, strict=True)]
                 yield pa.RecordBatch.from_arrays(arrays, schema=chosen)
 
     def scan(self, fields: Sequence[str]) -> Iterator[tuple[list[bytes], list[Fields]]]:
@@ -291,7 +292,7 @@ class RedisSink:
         while cursor:
             question = partial(self._client.scan, max(cursor, 0), match=pattern, count=1000, _type="hash")
             cursor, keys = self._ask(question)
-            keys = [key for key in keys if not _OWN_NAME.match(key, begin)]
+            keys = [key for key in dict.fromkeys(keys) if not _OWN_NAME.match(key, begin)]
             for start in range(0, len(keys), SLICE_ROWS):
                 some = keys[start : start + SLICE_ROWS]
                 yield some, self._fields(some, fields)
@@ -305,7 +306,7 @@ class RedisSink:
         """The error row of each (part, row), of this job or an older one, if there is any. Raises `OutputError`."""
         names = [f"{part}:{row}:0" for part, row in places]
         found = self._ask(lambda: self._client.hmget(f"{self._prefix}_errors", names)) if names else []
-        with self._reading_errors():
+        with self._reading("_errors"):
             return [None if data is None else msgspec.json.decode(data, type=ErrorRow) for data in found]
 
     def count_errors(self) -> int:
@@ -327,18 +328,18 @@ class RedisSink:
         """
         with Ordering() as ordering:
             for place, data in self._scan_hash("_errors"):
-                with self._reading_errors():
+                with self._reading("_errors"):
                     part, row, chunk = map(int, place.split(b":"))
                     ordering.put([(part, row, chunk, data)])
             for data in ordering.values():
-                with self._reading_errors():
+                with self._reading("_errors"):
                     error = msgspec.json.decode(data, type=ErrorRow)
                 yield error
 
     @contextmanager
-    def _reading_errors(self) -> Iterator[None]:
+    def _reading(self, name: str) -> Iterator[None]:
         try:
-            with reading(f"{mask(self._server)} {self._prefix}_errors"):
+            with reading(f"{mask(self._server)} {self._prefix}{name}"):
                 yield
         except RecordDamaged as error:
             raise OutputError(f"{error}: remove what does not belong there") from error
@@ -419,7 +420,8 @@ def _vectors(column: Any) -> list[bytes]:
     return [bytes(data[start : start + width]) for start in range(0, len(column) * width, width)]
 
 
-def _read_schema(manifest: Manifest) -> pa.Schema:
+def read_schema(manifest: Manifest) -> pa.Schema:
+    """What `RedisSink.read` gives."""
     spec = manifest_spec(manifest)
     fields: list[pa.Field[Any]] = [
         pa.field("id", pa.string(), nullable=False),
@@ -433,6 +435,9 @@ def _read_schema(manifest: Manifest) -> pa.Schema:
 
 def _array(values: list[bytes | None], type: Any) -> Any:
     if pa.types.is_fixed_size_list(type):
+        for value in values:
+            if value is None or len(value) != 4 * type.list_size:
+                raise ValueError(f"a vector has {len(value or b'')} bytes, not {4 * type.list_size}")
         flat = pa.py_buffer(b"".join(value or b"" for value in values))
         leaf = pa.Array.from_buffers(pa.float32(), len(flat) // 4, [None, flat])
         return pa.Array.from_buffers(type, len(values), [None], children=[leaf])

@@ -88,8 +88,15 @@ def refuse_forbidden(workers: Iterable[WorkerRecord], output: str) -> None:
         named = ", ".join(sorted({mask(root) for each in roots.values() for root in each})) or "none"
         raise OutputError(
             f"{mask(output)}: no live worker may write there (their output roots: {named}): "
-            f"choose an output below one of them (-o), or start a worker with --output-root"
+            f"choose an output below one of them (-o), or add --output-root {mask(_root_for(output))} to a worker"
         )
+
+
+def _root_for(output: str) -> str:
+    """A root that allows an output: the folder above it, its server, or itself."""
+    if is_redis(output):
+        return output.partition("?")[0]
+    return output if is_object(output) else os.path.dirname(output)  # noqa: PTH120
 
 
 def may(whose: str, roots: Sequence[str], address: str) -> bool:

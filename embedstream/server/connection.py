@@ -157,13 +157,20 @@ def explaining(url: str) -> Iterator[None]:
         raise BrokerError(explain(error, url)) from error
 
 
+def redis_option(url: str) -> str:
+    """What a command needs to use the same Redis, with a space in front; empty if EMBEDSTREAM_REDIS_URL says it, or if
+    it has a password, which is not shown.
+    """
+    shown = url != os.environ.get(REDIS_VARIABLE) and mask(url) == url
+    return f" --redis {shlex.quote(url)}" if shown else ""
+
+
 def with_redis(command: str, url: str) -> str:
     """A command for people to paste, in backquotes, with the Redis that this process was given and no password.
 
     What EMBEDSTREAM_REDIS_URL says already is left out; a URL with a password is referred to, not shown.
     """
-    if url == os.environ.get(REDIS_VARIABLE):
-        return f"`{command}`"
-    if mask(url) == url:
-        return f"`{command} --redis {shlex.quote(url)}`"
+    option = redis_option(url)
+    if option or url == os.environ.get(REDIS_VARIABLE):
+        return f"`{command}{option}`"
     return f"`{command}` with the same --redis, or with {REDIS_VARIABLE} set"

@@ -17,7 +17,7 @@ from embedstream.errors import JobCancelled, JobFailed, OutputError
 from embedstream.jobs import JobState, JobStatus, MaxErrors
 from embedstream.queue.refusals import FOR_GOOD
 from embedstream.records import Manifest
-from embedstream.server.connection import mask
+from embedstream.server.connection import mask, redis_option
 from embedstream.terminal import counted
 
 SOME_ROWS_FAILED = 3
@@ -111,7 +111,9 @@ class Spent(msgspec.Struct, frozen=True, kw_only=True):
     tokens: int
 
 
-def lines(report: Report, sink: Sink, reason: str = "", spent: Spent | None = None) -> list[str]:
+def lines(
+    report: Report, sink: Sink, reason: str = "", spent: Spent | None = None, redis_url: str | None = None
+) -> list[str]:
     """For people: what was written, how fast, what failed, and what to do next. `spent`: None if nothing was done."""
     said = [f"{report.state}: {counted(report.rows, 'row')}{_times(spent)}" + (f" ({reason})" if reason else "")]
     if report.failed:
@@ -122,9 +124,9 @@ def lines(report: Report, sink: Sink, reason: str = "", spent: Spent | None = No
     if report.rows:
         output = shlex.quote(report.output)
         said.append(f"vectors: {report.output}" + (f" ({report.dim} dimensions)" if report.dim else ""))
-        if not is_redis(report.output):
-            said.append(f'search:  embed-search {output} "your question"')
-        said.append(f"verify:  embed-verify {output}")
+        option = redis_option(redis_url) if redis_url and report.output.startswith("redis:?") else ""
+        said.append(f'search:  embed-search {output} "your question"{option}')
+        said.append(f"verify:  embed-verify {output}{option}")
         said.append(f"read:    {sink.describe()}")
     return said
 

@@ -128,7 +128,7 @@ def _submit_server_side(options: Options, spec: JobSpec, sink: Sink) -> int:
         echo(spec.job)
     else:
         echo(f"{result.output} is finished already; nothing was done")
-        for line in report.lines(result, sink):
+        for line in report.lines(result, sink, redis_url=options.redis_url):
             echo(line)
     return report.exit_code(result, parse_max_errors(options.max_errors)) if isinstance(stands, Manifest) else 0
 
@@ -402,5 +402,5 @@ def show(options: Options, run: Run) -> None:
         return
     if run.was_finished:
         echo(f"{run.result.output} is finished already; nothing was done")
-    for line in report.lines(run.result, run.sink, run.reason, run.spent):
+    for line in report.lines(run.result, run.sink, run.reason, run.spent, run.options.redis_url):
         echo(line)

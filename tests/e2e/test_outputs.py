@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,12 @@ def test_the_redis_sink_holds_hashes_as_redisvl_reads_them(workers: Fleet, tmp_p
     assert manifest["rows"] == 300
     again = run("embed-submit", *args)
     assert (again.returncode, json.loads(again.stdout)["rows"]) == (0, 300)
+    (advice,) = [line for line in run("embed-submit", *args[:-1]).stdout.splitlines() if line.startswith("search:")]
+    words = shlex.split(advice.removeprefix("search:"))
+    assert words == ["embed-search", output, "your question", "--redis", workers.url]
+    nearest = run(words[0], output, "T text 7", *words[3:], "-k", "1")
+    assert (nearest.returncode, nearest.stderr) == (0, "")
+    assert nearest.stdout.startswith("1.000  d7\n")
 
 
 def test_duckdb_and_polars_read_the_dataset_of_a_command(workers: Fleet, tmp_path: Path) -> None:

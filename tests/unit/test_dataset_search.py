@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import uuid
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import pytest
+from conftest import RedisServer
 from lab.dataset import DIM, Dataset, make_content, make_spec, vectors
 
 from embedstream.dataset.folder import FolderSink
+from embedstream.dataset.sinks import canonical_output, open_sink
 from embedstream.errors import OutputError, UsageError
-from embedstream_worker.search import search
+from embedstream_worker.search import search, top_k
 
 Matrix = npt.NDArray[np.float32]
 
@@ -60,6 +64,49 @@ def test_equal_scores_come_in_the_order_of_the_corpus(tmp_path: Path) -> None:
     row = vectors(1)
     folder = write(tmp_path, {"z": np.repeat(row, 30, axis=0), "a": np.repeat(row, 30, axis=0)})
     assert [hit.row for hit in search(folder, row[0], 35)] == [*range(30), *range(100_000, 100_005)]
+
+
+@pytest.fixture
+def prefix() -> str:
+    return f"search-{uuid.uuid4().hex[:8]}:"
+
+
+@pytest.fixture
+def hashes(redis_server: RedisServer, prefix: str) -> Dataset:
+    """A dataset of 2000 rows in Redis."""
+    spec = make_spec(canonical_output(f"redis:?prefix={prefix}"))
+    dataset = Dataset(open_sink(spec.output, spec, redis_server.url), spec)
+    dataset.write(make_content(spec, matrix=vectors(2000), rows_per_block=2000))
+    dataset.end()
+    return dataset
+
+
+def test_hashes_in_redis_are_searched_as_files_are(redis_server: RedisServer, hashes: Dataset) -> None:
+    query = vectors(1, 9)[0]
+    cosine = vectors(2000).astype(np.float64) @ query / np.linalg.norm(query)
+    hits = search(hashes.spec.output, query, 20, redis_server.url)
+    assert [hit.id for hit in hits] == [f"0-{row}" for row in np.argsort(-cosine)[:20]]
+    assert np.allclose([hit.score for hit in hits], np.sort(cosine)[::-1][:20], atol=1e-6)
+    assert (hits[0].text, hits[0].row) == (f"text 0/{np.argmax(cosine)} café", None)
+    with pytest.raises(UsageError, match="give --redis"):
+        search(hashes.spec.output, query)
+
+
+def test_a_hash_with_another_vector_is_said_and_not_compared(
+    redis_server: RedisServer, hashes: Dataset, prefix: str
+) -> None:
+    with redis_server.client() as client:
+        client.hset(f"{prefix}0-7", "embedding", b"\0" * (4 * DIM - 1))
+    with pytest.raises(OutputError, match=f"{prefix}.*a vector has {4 * DIM - 1} bytes, not {4 * DIM}"):
+        search(hashes.spec.output, vectors(1)[0], 1, redis_server.url)
+
+
+def test_a_row_that_comes_twice_is_one_hit() -> None:
+    matrix = vectors(3)
+    rows = pa.record_batch({"id": ["a", "b", "c"], "v": pa.FixedSizeListArray.from_arrays(matrix.reshape(-1), DIM)})
+    hits = top_k([rows, rows.slice(1)], matrix[1], 3, "v", True, ["id"])
+    assert sorted(hit.id for hit in hits) == ["a", "b", "c"]
+    assert hits[0].id == "b"
 
 
 def test_a_dataset_without_text_gives_hits_without_text(tmp_path: Path) -> None:

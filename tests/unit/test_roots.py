@@ -1,9 +1,12 @@
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from embedstream.dataset.roots import allows, check_output
 from embedstream.errors import EmbedstreamError, OutputError
+from embedstream.lifecycle.opening import refuse_forbidden
+from embedstream.queue.workers import WorkerRecord
 
 
 def test_a_root_allows_itself_and_what_lies_below_it(tmp_path: Path) -> None:
@@ -89,3 +92,16 @@ def test_a_canonical_output_below_a_root_passes(output: str) -> None:
     check_output(["/srv", "redis:"], output)
     with pytest.raises(OutputError, match="is outside this worker's output roots"):
         check_output(["/elsewhere", "rediss:"], output)
+
+
+@pytest.mark.parametrize(
+    ("output", "root"),
+    [("/data/x/vectors", "/data/x"), ("redis:?prefix=docs:", "redis:"), ("redis://h:1/0?prefix=d:", "redis://h:1/0")],
+    ids=["folder", "queue", "redis"],
+)
+def test_a_refused_output_comes_with_the_root_that_would_allow_it(output: str, root: str) -> None:
+    named = dict.fromkeys(("name", "host", "model", "fingerprint", "engine", "device", "dtype", "state"), "x")
+    worker = WorkerRecord(pid=1, started=0.0, roots=("/elsewhere",), **named)  # type: ignore[arg-type]
+    with pytest.raises(OutputError, match=f"add --output-root {root} to a worker"):
+        refuse_forbidden([worker], output)
+    refuse_forbidden([msgspec.structs.replace(worker, roots=(root,))], output)

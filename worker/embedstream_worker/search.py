@@ -1,4 +1,4 @@
-"""Brute-force search by similarity over a dataset in a folder. Needs numpy, which comes with every model library."""
+"""Brute-force search by similarity over a dataset. Needs numpy, which comes with every model library."""
 
 from __future__ import annotations
 
@@ -10,15 +10,22 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from embedstream.dataset.folder import FolderSink
 from embedstream.dataset.manifest import manifest_spec
+from embedstream.dataset.redis_hashes import read_schema
+from embedstream.dataset.roots import is_redis
 from embedstream.dataset.schema import dataset_schema
-from embedstream.dataset.sinks import canonical_output
+from embedstream.dataset.sinks import open_sink
 from embedstream.errors import OutputError, UsageError
 from embedstream.server.connection import mask
 from embedstream.terminal import printable
 
 Vector = npt.NDArray[np.float32]
+
+PLACE = ("part", "row", "chunk")
+"""What tells the rows of a dataset in files apart, in the order of the corpus."""
+
+REDIS_PLACE = ("id",)
+"""The same of hashes, which do not say where in the corpus they were."""
 
 
 @dataclass(frozen=True)
@@ -30,34 +37,40 @@ class Hit:
     id: str
     text: str | None
     """None if the dataset keeps no text."""
-    part: int
-    row: int
-    chunk: int
+    part: int | None = None
+    """None, as are row and chunk, in Redis, where a hash does not tell its place in the corpus."""
+    row: int | None = None
+    chunk: int | None = None
 
 
-def search(folder: str, query: Vector, k: int = 10) -> list[Hit]:
-    """The `k` chunks nearest to `query` [dim] by cosine, best first; equally near ones by their place in the corpus.
+def search(address: str, query: Vector, k: int = 10, redis_url: str | None = None) -> list[Hit]:
+    """The `k` chunks nearest to `query` [dim] by cosine, best first; equally near ones by their place in the corpus, or
+    in Redis by their ids.
 
-    Reads the dataset once and holds a few thousand rows of it at a time.
+    Reads the dataset once and holds a few thousand rows of it at a time. `redis_url`: the server that
+    `redis:?prefix=docs:` means.
 
     Raises:
-        UsageError: `k` is below 1, or the query's length is not the dataset's.
-        OutputError: the folder holds no finished dataset, or other columns than its manifest says.
+        UsageError: `k` is below 1, or the query's length is not the dataset's; or the output needs `redis_url`.
+        OutputError: no finished dataset lies there, or one with other columns than its manifest says.
     """
-    sink = FolderSink(canonical_output(folder))
+    sink = open_sink(address, queue_url=redis_url)
     manifest = sink.read_manifest()
     if manifest is None:
-        raise OutputError(f"{folder}: no manifest: not a dataset, or its job has not ended yet")
+        raise OutputError(f"{mask(address)}: no manifest: not a dataset, or its job has not ended yet")
     output = manifest.outputs[0]
     if k < 1:
         raise UsageError(f"-k {k}: must be at least 1")
     if manifest.rows and query.shape != (output.dim,):
-        raise UsageError(f"the query has shape {query.shape}, vectors of {folder} have {output.dim} dimensions")
+        raise UsageError(f"the query has shape {query.shape}, vectors of {mask(address)} have {output.dim} dimensions")
     spec = manifest_spec(manifest)
-    names = ["part", "row", "id", "chunk", *(["text"] if spec.text else []), output.name]
-    schema = dataset_schema(spec, {each.name: each.dim for each in manifest.outputs})
+    if is_redis(sink.output):
+        place, schema = REDIS_PLACE, read_schema(manifest)
+    else:
+        place, schema = PLACE, dataset_schema(spec, {each.name: each.dim for each in manifest.outputs})
+    names = [*place, *(["id"] if "id" not in place else []), *(["text"] if spec.text else []), output.name]
     batches = _checked(sink.read(names), [schema.field(name) for name in names], mask(sink.output))
-    return top_k(batches, query, k, output.name, output.normalized)
+    return top_k(batches, query, k, output.name, output.normalized, place)
 
 
 def _checked(
@@ -79,8 +92,19 @@ def _checked(
         yield batch
 
 
-def top_k(batches: Iterable[pa.RecordBatch], query: Vector, k: int, column: str, normalized: bool) -> list[Hit]:
-    """The `k` best rows of all batches by cosine with `query` [dim]. `normalized`: vectors have length 1 already."""
+def top_k(
+    batches: Iterable[pa.RecordBatch],
+    query: Vector,
+    k: int,
+    column: str,
+    normalized: bool,
+    place: Sequence[str] = PLACE,
+) -> list[Hit]:
+    """The `k` best rows of all batches by cosine with `query` [dim]. `normalized`: vectors have length 1 already.
+
+    `place`: the columns that tell rows apart; equally good rows come in their order, and a row that comes twice counts
+    once.
+    """
     query = query / max(float(np.linalg.norm(query)), 1e-30)
     best = pa.table({})
     for batch in batches:
@@ -94,10 +118,16 @@ def top_k(batches: Iterable[pa.RecordBatch], query: Vector, k: int, column: str,
         found = pa.table(batch.drop_columns([column]).take(chosen))
         found = found.append_column("score", pa.array(scores[chosen], pa.float32()))
         best = found if not best.num_columns else pa.concat_tables([best, found])
-        best = best.sort_by(
-            [("score", "descending"), ("part", "ascending"), ("row", "ascending"), ("chunk", "ascending")]
-        ).slice(0, k)
+        best = best.sort_by([("score", "descending"), *((name, "ascending") for name in place)])
+        best = _each_once(best, place).slice(0, k)
     return [Hit(**{"text": None, **row}) for row in best.to_pylist()]
+
+
+def _each_once(rows: pa.Table, place: Sequence[str]) -> pa.Table:
+    """The rows without those whose place an earlier one has: a server that resizes its table may show a key twice."""
+    places = list(zip(*(rows.column(name).to_pylist() for name in place), strict=True))
+    firsts = {place: at for at, place in reversed(list(enumerate(places)))}
+    return rows if len(firsts) == len(places) else rows.take(sorted(firsts.values()))
 
 
 def _values(column: Any) -> Vector:

@@ -13,7 +13,7 @@ from embedstream_worker.model_folder import ALLOW_PICKLE, TRUST_REMOTE_CODE, Tru
 
 
 @click.command(cls=Command, examples=['embed-search corpus.jsonl.vectors "how do I read a file line by line?" -k 3'])
-@click.argument("folder", metavar="DIR")
+@click.argument("output")
 @click.argument("query")
 @click.option("-k", default=5, type=click.IntRange(min=1), help="How many chunks to show.")
 @click.option(
@@ -26,26 +26,31 @@ from embedstream_worker.model_folder import ALLOW_PICKLE, TRUST_REMOTE_CODE, Tru
     allow_from_autoenv=False,  # that variable is for documents
     help="Put in front of the query.  [default: the model's own for queries]",
 )
+@click.option("--redis", "redis_url", help="The queue's Redis, if OUTPUT is redis:?prefix=docs:")
 @click.option("--trust-remote-code", is_flag=True, help=TRUST_REMOTE_CODE)
 @click.option("--allow-pickle", is_flag=True, help=ALLOW_PICKLE)
 @click.version_option(package_name="embedstream")
 def search_command(
-    folder: str,
+    output: str,
     query: str,
     k: int,
     model: str | None,
     prompt: str | None,
+    redis_url: str | None,
     trust_remote_code: bool,
     allow_pickle: bool,
 ) -> None:
-    """Find the texts nearest to QUERY in the dataset in DIR.
+    """Find the texts nearest to QUERY in a dataset. OUTPUT is a folder, an S3 URL or a Redis URL.
+
+    The query is compared with every vector, without an index.
 
     A model that the dataset names is loaded only if you have used it on this machine, or installed its package.
     """
     # Not at the top: loading it takes a while, in which Ctrl-C shall end this command as at any other time.
     from embedstream_worker.searching import show_nearest
 
-    show_nearest(folder, query, k, model, Trust(code=trust_remote_code, pickle=allow_pickle), prompt)
+    trust = Trust(code=trust_remote_code, pickle=allow_pickle)
+    show_nearest(output, query, k, model, trust, prompt, redis_url or None)
 
 
 def main() -> None:

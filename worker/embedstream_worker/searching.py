@@ -8,11 +8,11 @@ import click
 import numpy as np
 import numpy.typing as npt
 
-from embedstream.dataset.folder import FolderSink
 from embedstream.dataset.manifest import manifest_spec
-from embedstream.dataset.sinks import canonical_output
+from embedstream.dataset.sinks import open_sink
 from embedstream.errors import ModelError, OutputError
 from embedstream.jobs import JobSpec, model_address, model_folder
+from embedstream.masking import mask
 from embedstream.records import Manifest
 from embedstream_worker import known_models
 from embedstream_worker.engines import HASHING_MODEL, EngineOptions, load_engine
@@ -30,25 +30,31 @@ TEXT_WIDTH = 200
 
 
 def show_nearest(
-    folder: str, query: str, k: int, model: str | None = None, trust: Trust = NOTHING, prompt: str | None = None
+    output: str,
+    query: str,
+    k: int,
+    model: str | None = None,
+    trust: Trust = NOTHING,
+    prompt: str | None = None,
+    redis_url: str | None = None,
 ) -> None:
-    """Print the `k` chunks of the dataset in `folder` that are nearest to the query.
+    """Print the `k` chunks of the dataset in `output` that are nearest to the query.
 
     `model`: as the user names it, where the dataset's own name for it does not do. `prompt`: in front of the query; if
-    None, the model's own.
+    None, the model's own. `redis_url`: the server that an output `redis:?prefix=docs:` means.
 
     Raises:
+        UsageError: an output that cannot be used, or that needs `redis_url`.
         OutputError: no finished dataset lies there, or it is empty.
         ModelError: as `embed_query`.
     """
-    sink = FolderSink(canonical_output(folder))
-    manifest = sink.read_manifest()
+    manifest = open_sink(output, queue_url=redis_url).read_manifest()
     if manifest is None:
-        raise OutputError(f"{folder}: no manifest: not a dataset, or its job has not ended yet")
+        raise OutputError(f"{mask(output)}: no manifest: not a dataset, or its job has not ended yet")
     if not manifest.rows:
-        raise OutputError(f"{folder}: the dataset is empty")
+        raise OutputError(f"{mask(output)}: the dataset is empty")
     vector = embed_query(query, manifest, manifest_spec(manifest), model, trust, prompt)
-    for hit in search(folder, vector, k):
+    for hit in search(output, vector, k, redis_url):
         click.echo(f"{hit.score:.3f}  {printable(hit.id)}")
         if hit.text is not None:
             click.echo(f"       {printable(hit.text)}")
