@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from embedstream.errors import (
         BrokerError,
         CorpusChanged,
+        CorpusDiffers,
         EmbedstreamError,
         InputError,
         JobCancelled,
@@ -32,6 +33,7 @@ __all__ = [
     "BrokerError",
     "Client",
     "CorpusChanged",
+    "CorpusDiffers",
     "EmbedstreamError",
     "InputError",
     "Job",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from embedstream.masking import mask_text
 
 
@@ -67,6 +69,17 @@ class CorpusChanged(EmbedstreamError):
             f"{source}: changed since this job began ({where}): restore it as it was, or write to another output (-o)"
         )
         self.block = block
+
+
+class CorpusDiffers(EmbedstreamError):
+    """The corpus is not the one that a finished dataset was made of."""
+
+    def __init__(self, output: str, parts: Sequence[str]) -> None:
+        """`parts`: what is said of each part that differs."""
+        super().__init__(
+            f"{output}: is finished, and was made of another corpus: {'; '.join(parts)}: write to another output (-o), "
+            f"restore the corpus, or keep what is there (--trust-unchanged); embed-verify --corpus shows the rows"
+        )
 
 
 class BlockError(EmbedstreamError):

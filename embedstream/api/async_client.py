@@ -110,6 +110,7 @@ class AsyncClient:
         model: str | None = None,
         revision: str | None = None,
         max_errors: str = "",
+        trust_unchanged: bool = False,
         **settings: Unpack[SpecSettings],
     ) -> AsyncJob:
         """As `Client.submit`. The records are read in a thread; those of an asynchronous iterable, on this loop.
@@ -118,7 +119,10 @@ class AsyncClient:
         """
         stream = _drawn(records, asyncio.get_running_loop()) if isinstance(records, AsyncIterable) else records
         spec = self._client.make_spec(output, model, revision, settings)
-        job = await _patiently(lambda patience: self._client.push(stream, spec, max_errors, patience), self.url)
+        job = await _patiently(
+            lambda patience: self._client.push(stream, spec, max_errors, patience, trust_unchanged=trust_unchanged),
+            self.url,
+        )
         return AsyncJob(job, self.url)
 
     async def job(self, id: str, *, output: str | None = None) -> AsyncJob:

@@ -39,6 +39,7 @@ from embedstream.lifecycle.opening import (
     refuse_forbidden,
 )
 from embedstream.lifecycle.submission import Pushed, push_job
+from embedstream.lifecycle.unchanged import refuse_changed
 from embedstream.lifecycle.watching import look, why_ended
 from embedstream.queue.broker import Broker
 from embedstream.queue.steps import Answer, Code
@@ -175,6 +176,7 @@ class Client:
         model: str | None = None,
         revision: str | None = None,
         max_errors: str = "",
+        trust_unchanged: bool = False,
         **settings: Unpack[SpecSettings],
     ) -> Job:
         """Submit records as one job and return when all are with the workers; they are read as a stream.
@@ -182,11 +184,14 @@ class Client:
         `records`: mappings with `id` and `text` (as in files, see `RecordReader`), strings (their positions are their
         ids), or a table: of pyarrow, a data frame of pandas or polars, or anything else with Arrow's interface. A bad
         record becomes a row of `_errors.jsonl`. `output`: a folder or a Redis URL, as workers see it. The same records
-        into the same output again: what is done is not done again.
+        into the same output again: what is done is not done again. If all is, they are read and compared with what was
+        embedded, unless `trust_unchanged`. An output in Redis tells their number alone, one that cannot be read from
+        here nothing.
 
         Raises:
             UsageError: settings that cannot be used.
             SpecDiffers: the output holds a job with other settings.
+            CorpusDiffers: the output is finished, and was made of other records.
             CorpusChanged: the unfinished job in this output began with other records.
             OutputError: no live worker may write there.
             InputError: a table lacks a column that is named or needed; or Redis lost blocks and the records cannot be
@@ -195,19 +200,22 @@ class Client:
             Exception: what the records raise. The job is cancelled then, and the same submission goes on with it.
         """
         spec = self.make_spec(output, model, revision, settings)
-        return self.push(records, spec, max_errors, Patience(warn, self.url))
+        return self.push(records, spec, max_errors, Patience(warn, self.url), trust_unchanged=trust_unchanged)
 
-    def push(self, records: Records, spec: JobSpec, max_errors: str, patience: Patience) -> Job:
+    def push(
+        self, records: Records, spec: JobSpec, max_errors: str, patience: Patience, *, trust_unchanged: bool
+    ) -> Job:
         """What `submit` does with its spec. Raises `Stopped` as `patience` does."""
         broker, sink = Broker(self._redis, spec.queue), open_sink(spec.output, spec, self.url)
         with explaining(self.url), DuplicateIndex() as index:
             part = records_part(records, spec)
             bound = patience(lambda: broker.memory_bound(self.settings.queue_bytes))
-            pushed = Pushed.LOST
+            pushed, begun = Pushed.LOST, False
             try:
                 while pushed is Pushed.LOST and patience(
                     lambda: open_for_records(broker, spec, sink, max_errors, patience)
                 ):
+                    begun = True
                     pushed = push_job(broker, spec.job, [part], lambda part: part.blocks(spec, index), bound, patience)
             except (EmbedstreamError, Stopped, CancelledError, redis.RedisError):
                 raise
@@ -215,6 +223,9 @@ class Client:
                 reason = f"its records ended early: {type(error).__name__}: {error}; submit them again to go on"
                 broker.run(broker.cancel(spec.job, JobState.CANCELLED, reason))
                 raise
+        if not begun and not trust_unchanged and (manifest := finished_manifest(sink, spec)) is not None:
+            for remark in refuse_changed(manifest, spec, sink, [part]):
+                log.warning(remark)
         return Job(spec.job, broker, self.url, self.settings, sink, spec)
 
     def make_spec(self, output: str, model: str | None, revision: str | None, settings: SpecSettings) -> JobSpec:

@@ -30,6 +30,14 @@ class Part(ABC):
         self.once = once
         """Whether it can be read only once: a second reading raises `InputError`."""
 
+    def read_content(self, on_position: Callable[[int], None]) -> PartContent | None:  # noqa: ARG002
+        """What all bytes of the source are now, without looking at rows; None if only reading the rows can tell.
+
+        Raises:
+            InputError: the source cannot be read to its end.
+        """
+        return None
+
     @abstractmethod
     def outcomes(self, spec: JobSpec, on_position: Callable[[int], None] | None = None) -> Iterator[Sequence[Outcome]]:
         """How the rows end, from the first on, some at a time: the same each time as long as the source stays as it is.

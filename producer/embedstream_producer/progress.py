@@ -85,6 +85,12 @@ class Progress:
         """Bytes of a part that are read."""
         self._read[part] = max(read, self._read.get(part, 0))
 
+    def reading(self, part: int, read: int) -> None:
+        """The same in a phase in which no job is looked at."""
+        self.position(part, read)
+        with self._lock:
+            self._view.reading(sum(self._read.values()), self._total_bytes)
+
     def update(self, status: JobStatus, in_hand: InHand, lately: Rate) -> None:
         """A new look at the job, what its workers have in hand, and how fast they are lately, if they say it."""
         now = time.monotonic()

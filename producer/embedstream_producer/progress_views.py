@@ -82,6 +82,9 @@ class View:
     def phase(self, what: str) -> None:
         """What happens before the first row; empty when that is over."""
 
+    def reading(self, read: int, total: int | None) -> None:
+        """Bytes of the corpus that are read in a phase in which no job is looked at, and how many there are."""
+
     def figures(self, figures: Figures) -> None:
         """A new look."""
 
@@ -130,11 +133,20 @@ class JsonView(View):
     def phase(self, what: str) -> None:
         self._event("phase", phase=what)
 
+    def reading(self, read: int, total: int | None) -> None:
+        if self._due():
+            self._event("reading", read_bytes=read, total_bytes=total)
+
     def figures(self, figures: Figures) -> None:
-        now = time.monotonic()
-        if now - self._printed >= JSON_SECONDS:
-            self._printed = now
+        if self._due():
             self._event("progress", **msgspec.structs.asdict(figures))
+
+    def _due(self) -> bool:
+        now = time.monotonic()
+        due = now - self._printed >= JSON_SECONDS
+        if due:
+            self._printed = now
+        return due
 
     def _event(self, event: str, **fields: Any) -> None:
         line = msgspec.json.encode({"event": event, "time": time.time(), **fields}).decode()
@@ -150,6 +162,7 @@ class LiveView(View):
         self._figures: Figures | None = None
         self._notice = ""
         self._phase = ("", 0.0)
+        self._reading: tuple[int, int | None] | None = None
         self._live = Live(console=console, get_renderable=self._render, refresh_per_second=FRAMES, transient=True)
 
     def open(self) -> None:
@@ -166,6 +179,10 @@ class LiveView(View):
 
     def phase(self, what: str) -> None:
         self._phase = (what, time.monotonic())
+        self._reading = None
+
+    def reading(self, read: int, total: int | None) -> None:
+        self._reading = read, total
 
     def figures(self, figures: Figures) -> None:
         self._figures = figures
@@ -180,6 +197,10 @@ class LiveView(View):
         elif phase:
             self._spinner.update(text=Text(f"{phase}  {time.monotonic() - since:.0f} s"))
             rows.append(self._spinner)
+            if self._reading is not None:
+                read, total = self._reading
+                said = f"{100 * read / total:3.0f} %" if total else f"{read / 1e6:,.0f} MB"
+                rows.append(self._bar("reading", read, total, Text(said)))
         if self._notice:
             rows.append(Text(printable(self._notice)))
         return Group(*rows)

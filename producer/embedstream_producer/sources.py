@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 from abc import abstractmethod
@@ -14,6 +15,7 @@ import pyarrow as pa
 from embedstream.corpus.parts import Part
 from embedstream.errors import InputError
 from embedstream.jobs import JobSpec
+from embedstream.records import PartContent
 from embedstream_producer.lines import ByteStream
 
 MAGIC = b"PAR1"
@@ -151,6 +153,22 @@ class SourcePart(Part, Generic[Begun]):
             InputError: columns that the job needs are not there, or of a type that cannot be used; or no row of the
                 first part has a field that the job names.
         """
+
+    def read_content(self, on_position: Callable[[int], None]) -> PartContent | None:
+        if self.once:
+            return None
+        source = self._again()
+        try:
+            digest, size = hashlib.sha256(), 0
+            while piece := source.stream.read(source.piece_bytes):
+                digest.update(piece)
+                size += len(piece)
+                on_position(size)
+        except OSError as error:
+            raise source.cannot_read(error) from error
+        finally:
+            source.close()
+        return PartContent(size, digest.hexdigest())
 
     def release(self) -> None:
         """Close what is open until it is needed, if it can be opened again."""

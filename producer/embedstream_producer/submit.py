@@ -26,6 +26,7 @@ from embedstream.lifecycle.opening import (
     refuse_forbidden,
 )
 from embedstream.lifecycle.submission import Pushed, push_job
+from embedstream.lifecycle.unchanged import refuse_changed
 from embedstream.lifecycle.watching import why_ended
 from embedstream.queue.blocks import Block, Refusal
 from embedstream.queue.broker import Broker
@@ -49,6 +50,16 @@ from embedstream_producer.watch import Watch
 
 DETACHED = 130
 
+UNCOMPARED = (
+    "whether the corpus is still the one that was embedded was not looked at, as it is not read here: the same command "
+    "without --server-side looks, where the corpus lies"
+)
+
+UNSEEN = (
+    "this job is completed already, in an output that cannot be read from here: whether the corpus is still the one "
+    "that was embedded was not looked at"
+)
+
 FLEET_SECONDS = 0.25
 EMBEDDED_SECONDS = 0.1
 """Between two looks at a job: many producers may look at a fleet's Redis, one at an embedded one."""
@@ -67,6 +78,7 @@ class Options:
     max_errors: str
     settings: SpecSettings
     retry_failed: bool = False
+    trust_unchanged: bool = False
     worker: tuple[str, ...] = ()
     """Flags of embed-worker for the one that this command starts."""
     detach: bool = False
@@ -128,6 +140,8 @@ def _submit_server_side(options: Options, spec: JobSpec, sink: Sink) -> int:
         echo(spec.job)
     else:
         echo(f"{result.output} is finished already; nothing was done")
+        if not options.trust_unchanged and not options.quiet:
+            echo(UNCOMPARED, err=True)
         for line in report.lines(result, sink, redis_url=options.redis_url):
             echo(line)
     return report.exit_code(result, parse_max_errors(options.max_errors)) if isinstance(stands, Manifest) else 0
@@ -204,6 +218,8 @@ class Run:
             manifest = None if len(self._failed) else self._failed.manifest
         if manifest is not None:
             self.was_finished = True
+            if not self.options.trust_unchanged:
+                self._compare(manifest)
             if manifest.retries:
                 self.sink.mend(manifest)
             if self.options.redis_url is not None:
@@ -217,6 +233,13 @@ class Run:
             return self._embedded()
         with made_folders(self.spec.output):
             return self._fleet(self.options.redis_url)
+
+    def _compare(self, manifest: Manifest) -> None:
+        """Raise `CorpusDiffers` if the finished dataset was made of another corpus."""
+        self._progress.phase("comparing the corpus with the one that was embedded")
+        for remark in refuse_changed(manifest, self.spec, self.sink, self._parts, self._progress.reading):
+            self._progress.tell(remark)
+        self._progress.phase("")
 
     def interrupted(self) -> int:
         """After Ctrl-C."""
@@ -320,6 +343,8 @@ class Run:
             read = functools.partial(self._blocks, index)
             while True:
                 opened = patience(open_it)
+                if opened.state is JobState.COMPLETED and not self.options.trust_unchanged and self._failed is None:
+                    self._progress.tell(UNSEEN)
                 if opened.state is JobState.FINALIZING:
                     # Perhaps of a cancelled job, whose manifest is not written yet: it goes on after that.
                     ended = watch.wait(patience.tick)

@@ -29,6 +29,7 @@ from embedstream.jobs import DEFAULT_MODEL
             "empty",
         ],
         "Failed rows": ["max_errors", "retry_failed"],
+        "A finished output": ["trust_unchanged"],
         "This machine's worker, without --redis": ["device", "engine", "dtype", "no_warmup"],
     },
     examples=[
@@ -66,6 +67,9 @@ from embedstream.jobs import DEFAULT_MODEL
 @click.option("--max-length", type=click.IntRange(min=1), help="Tokens of a text.  [default: the model's own]")
 @click.option("--max-errors", metavar="N|P%", help="The job fails when more rows fail; otherwise exit 0.")
 @click.option("--retry-failed", is_flag=True, help="Run again the rows of a finished output that failed in a worker.")
+@click.option(
+    "--trust-unchanged", is_flag=True, help="Do not read the corpus to see whether it is the one that was embedded."
+)
 @click.option("--device", allow_from_autoenv=False, metavar="NAME", help="As of embed-worker: cpu, cuda:N or mps.")
 @click.option("--engine", allow_from_autoenv=False, metavar="NAME", help="As of embed-worker: torch, openvino, …")
 @click.option("--dtype", allow_from_autoenv=False, metavar="NAME", help="As of embed-worker: float32, bfloat16, int8.")
@@ -106,6 +110,7 @@ def embed_submit(
     max_length: int | None,
     max_errors: str | None,
     retry_failed: bool,
+    trust_unchanged: bool,
     device: str | None,
     engine: str | None,
     dtype: str | None,
@@ -153,6 +158,7 @@ def embed_submit(
             "empty": empty,
         },
         retry_failed=retry_failed,
+        trust_unchanged=trust_unchanged,
         worker=(*worker, *(["--no-warmup"] if no_warmup else [])),
         detach=detach,
         server_side=server_side,

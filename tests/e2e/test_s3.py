@@ -92,6 +92,13 @@ def test_a_fleet_turns_objects_into_vectors_in_a_bucket_though_a_worker_is_kille
     assert verified.returncode == 0, verified.stdout + verified.stderr
     again = run("embed-submit", *args, **env)
     assert (again.returncode, json.loads(again.stdout)) == (3, report)
+    changed = (tmp_path / "a.jsonl").read_bytes().replace(b"text", b"t3xt")
+    put(Bucket=bucket, Key="in/a.jsonl.gz", Body=gzip.compress(changed))
+    refused = run("embed-submit", *args, **env)
+    assert (refused.returncode, f"another corpus: {sources[0]} has 20,000 rows as before" in refused.stderr) == (
+        2,
+        True,
+    )
     everything = [path.read_bytes() for path in (*here.iterdir(), *tmp_path.glob("*.log"))]
     everything += [
         str(workers.broker.client.hgetall(key)).encode()

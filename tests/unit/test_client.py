@@ -22,6 +22,7 @@ from embedstream import (
     AsyncClient,
     Client,
     CorpusChanged,
+    CorpusDiffers,
     InputError,
     JobCancelled,
     JobFailed,
@@ -123,6 +124,21 @@ def test_a_finished_submission_is_not_done_again(client: Client, tmp_path: Path)
     again = client.submit(RECORDS, output=str(tmp_path / "out"))
     assert again.id == first.id
     assert again.wait(30).ended == ended.ended
+
+
+@pytest.mark.usefixtures("worker")
+def test_a_finished_submission_of_other_records_is_refused_even_from_an_iterator(
+    client: Client, tmp_path: Path
+) -> None:
+    client.submit(RECORDS, output=str(tmp_path / "out")).wait(30)
+    other = [*RECORDS[:-1], {**RECORDS[-1], "text": "another"}]
+    for records in (other, iter(other)):
+        with pytest.raises(CorpusDiffers, match=r"records has 700 rows as before, of which 188 lie in blocks"):
+            client.submit(records, output=str(tmp_path / "out"))
+    with pytest.raises(CorpusDiffers, match=r"records had 700 rows and has 699"):
+        client.submit(RECORDS[:-1], output=str(tmp_path / "out"))
+    assert client.submit(iter(RECORDS), output=str(tmp_path / "out")).wait(30).rows == 700
+    assert client.submit(other, output=str(tmp_path / "out"), trust_unchanged=True).wait(30).rows == 700
 
 
 @pytest.mark.usefixtures("worker")

@@ -50,6 +50,21 @@ def test_a_phase_is_shown_until_the_first_row_and_no_rate_of_nothing_is() -> Non
     assert progress.start_seconds is None
 
 
+def test_reading_without_a_job_is_shown_by_the_bytes_until_its_phase_ends() -> None:
+    screen, log = Screen(), Screen(terminal=False)
+    with screen.progress() as progress:
+        progress.phase("comparing the corpus")
+        progress.reading(0, 40)
+        progress.reading(1, 10)
+    assert "reading" in screen.text
+    assert " 50 %" in screen.text
+    with log.progress(format="json") as progress:
+        progress.reading(0, 40)
+    assert (event := json.loads(log.text)) == {
+        "event": "reading", "time": event["time"], "read_bytes": 40, "total_bytes": 100,
+    }  # fmt: skip
+
+
 def test_the_first_row_ends_the_phase_and_begins_the_bar() -> None:
     screen = Screen()
     with screen.progress() as progress:
