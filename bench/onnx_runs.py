@@ -19,10 +19,10 @@ from pathlib import Path
 import corpora
 from measure import machine, quantile, spread, table
 
+from embedstream.machine import cpu_cores
 from embedstream_worker.batching import cut_batches, gather_batch
 from embedstream_worker.engines.base import TokenBatch
 from embedstream_worker.engines.onnx_engine import OnnxEngine
-from embedstream_worker.engines.precision import cpu_cores
 from embedstream_worker.models import resolve_model
 
 

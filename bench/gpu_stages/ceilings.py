@@ -11,8 +11,8 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional
 
+from embedstream.machine import cpu_cores
 from embedstream_worker.engines.packed_attention import attend_at_once
-from embedstream_worker.engines.precision import cpu_cores
 from gpu_stages.context import Bench
 from gpu_stages.measuring import seconds_each
 

@@ -23,6 +23,7 @@ from embedstream.queue.broker import Broker
 from embedstream.queue.workers import WorkerRecord
 from embedstream.server.connection import connect
 from embedstream.settings import WorkerSettings
+from embedstream_worker import ahead
 from embedstream_worker.ahead import Ahead
 from embedstream_worker.engines import EngineOptions
 from embedstream_worker.engines.hashing import HashingEngine
@@ -153,7 +154,7 @@ class Taking:
         options = EngineOptions("hashing")
         self.jobs = Jobs(broker, bench.url, HashingEngine(), options, (str(bench.folder),), lambda *_: 0)
         chosen = WorkerSettings(**{"window_ms": 20, "lease_seconds": 600.0, **settings})
-        self.ahead = Ahead(65_536, padded=False, window_tokens=window_tokens)
+        self.ahead = Ahead(65_536, padded=False, window_tokens=window_tokens, row_bytes=4 * 384)
         shared = share(broker, settings=chosen)
         self.life, self.held = shared.life, shared.held
         intake = Intake(shared, self.jobs, self.ahead, self.windows)
@@ -186,6 +187,17 @@ def test_a_text_counts_as_many_tokens_in_a_window_as_the_model_takes_of_it(bench
     sizes = [len(taking.next()) for _ in range(3)]
     taking.stop()
     assert sizes[2] >= 4, sizes
+
+
+def test_short_texts_make_no_windows_whose_vectors_do_not_fit_into_a_containers_memory(
+    bench: WorkerLab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ahead, "memory_bytes", lambda: 1 << 30)
+    bench.job(["x"] * (1 << 17), rows_per_block=256)
+    taking = Taking(bench, window_tokens=1 << 20)
+    sizes = [sum(held.block.rows.num_rows for held in taking.next()) for _ in range(2)]
+    taking.stop()
+    assert 30_000 < min(sizes) <= max(sizes) < 60_000, "64 MiB of vectors"
 
 
 @pytest.mark.slow

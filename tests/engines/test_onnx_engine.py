@@ -16,12 +16,13 @@ from engines.fitting import assert_it_goes_on_after_a_batch_too_large
 from engines.model_shapes import bert_mean_without_prompt, bert_without_prompt
 
 from embedstream.errors import ModelError
+from embedstream.machine import cpu_cores
 from embedstream_worker.batching import cut_batches, gather_batch
 from embedstream_worker.engines import EngineOptions, load_engine
 from embedstream_worker.engines.base import TokenBatch
 from embedstream_worker.engines.onnx_engine import OnnxEngine
 from embedstream_worker.engines.openvino_cache import Cache
-from embedstream_worker.engines.precision import cpu_cores, streams_for
+from embedstream_worker.engines.precision import streams_for
 from embedstream_worker.models import ModelFolder, resolve_model
 
 Carry = Callable[[Path], None]
@@ -187,7 +188,8 @@ import sys
 from pathlib import Path
 from embedstream_worker.engines.onnx_engine import OnnxEngine
 from embedstream_worker.engines.openvino_cache import Cache
-from embedstream_worker.engines.precision import cpu_cores, streams_for
+from embedstream.machine import cpu_cores
+from embedstream_worker.engines.precision import streams_for
 from embedstream_worker.models import resolve_model
 
 engine = OnnxEngine(resolve_model({str(small.path)!r}), "cpu", cache=Cache(Path({str(tmp_path)!r})))

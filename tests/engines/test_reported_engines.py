@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -21,7 +20,7 @@ from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 
 from embedstream.errors import ModelError
-from embedstream_worker.engines import precision, torch_device, torch_loading
+from embedstream_worker.engines import torch_device, torch_loading
 from embedstream_worker.engines.torch_engine import TorchEngine
 from embedstream_worker.models import resolve_model
 from embedstream_worker.tokenize import encode_rows
@@ -101,32 +100,6 @@ def test_transformers_16998_relative_positions_are_cut_where_sentence_transforme
     engine = TorchEngine(resolve_model(str(tmp_path / "model")), "cpu", "float32")
     assert engine.tokenizer().encode([text], engine.info.max_length).lengths.tolist() == [min(max_seq_length, 152)]
     assert lowest_cosine(embed(engine, [text]), reference.encode([text])) >= 0.99999
-
-
-@pytest.mark.parametrize(
-    ("groups", "files", "cores"),
-    [
-        ("0::/\n", {"cpu.max": "150000 100000\n"}, 2),
-        ("0::/\n", {"cpu.max": "max 100000\n"}, 8),
-        ("0::/\n", {"cpu.max": "1000 100000\n"}, 1),
-        ("0::/a/b\n", {"a/cpu.max": "300000 100000\n", "a/b/cpu.max": "max 100000\n"}, 3),
-        ("0::/../..\n", {"cpu.max": "200000 100000\n"}, 2),
-        ("4:cpu,cpuacct:/docker/x\n", {"cpu/cpu.cfs_quota_us": "250000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 3),
-        ("4:cpu:/\n", {"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 8),
-        ("4:memory:/\n", {"cpu.max": "damaged"}, 8),
-        ("no groups", {}, 8),
-    ],
-)
-def test_openvino_37838_threads_are_as_many_as_a_containers_quota_pays_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, groups: str, files: dict[str, str], cores: int
-) -> None:
-    for name, content in {"self/cgroup": groups, **files}.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(content)
-    monkeypatch.setattr(precision, "_PROC", tmp_path)
-    monkeypatch.setattr(precision, "_CGROUPS", tmp_path)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
-    assert precision.cpu_cores() == cores
 
 
 def test_openvino_37838_torch_takes_no_more_threads_than_that(monkeypatch: pytest.MonkeyPatch) -> None:

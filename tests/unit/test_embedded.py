@@ -16,8 +16,10 @@ import msgspec
 import pytest
 
 from embedstream.errors import OutputBusy, ServerError
+from embedstream.queue.broker import Broker
 from embedstream.server.connection import connect
-from embedstream_producer.embedded import OutputLock, PrivateFolder, PrivateServer, state_folder
+from embedstream.settings import Settings
+from embedstream_producer.embedded import OutputLock, PrivateFolder, PrivateServer, server, state_folder
 from embedstream_producer.embedded import state as server_state
 from embedstream_producer.embedded.private import open_state
 from embedstream_producer.embedded.processes import Process, end, identify, is_running, wait_ended
@@ -138,6 +140,12 @@ def test_the_server_listens_on_no_port(output: str) -> None:
         assert client.config_get("port") == {"port": "0"}
         assert client.config_get("maxmemory-policy") == {"maxmemory-policy": "noeviction"}
         assert client.config_get("appendfsync") == {"appendfsync": "everysec"}
+
+
+def test_the_server_takes_half_of_the_memory_a_queue_an_eighth(output: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "memory_bytes", lambda: 1 << 30)
+    with OutputLock(output) as lock, PrivateServer.start(lock) as started, connect(started.url) as client:
+        assert Broker(client, "q").memory_bound(Settings().queue_bytes) == 1 << 27
 
 
 def test_data_survives_a_stop_and_a_start(output: str) -> None:

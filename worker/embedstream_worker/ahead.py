@@ -9,6 +9,8 @@ import math
 import threading
 from collections.abc import Callable
 
+from embedstream.machine import memory_bytes
+
 LEAST_FULL_WINDOW_TOKENS = 131_072
 BATCHES_PER_FULL_WINDOW = 8
 """A full window holds so many batches, or so many tokens if that is more: on a fast device it is over in a second."""
@@ -22,6 +24,10 @@ LEAST_SORTED_BATCHES = 16
 LEAD_SECONDS = 2.0
 """The next window is claimed when so much is left to compute: it is there and tokenized before the model needs it."""
 
+WINDOWS_IN_MEMORY = 16
+"""A window takes at most this part of the memory that there is, by its texts and their vectors: three are under way at
+once, beside the model and the shards."""
+
 MEMORY_SECONDS = 10.0
 """The pace is that of so many last seconds in the model: texts get longer, machines get busy."""
 
@@ -30,9 +36,18 @@ class Ahead:
     """What is claimed and not computed, and how long the model takes for it. Shared between threads."""
 
     def __init__(
-        self, batch_tokens: int, padded: bool, tokens_per_second: float = 0.0, window_tokens: int | None = None
+        self,
+        batch_tokens: int,
+        padded: bool,
+        tokens_per_second: float = 0.0,
+        window_tokens: int | None = None,
+        row_bytes: int = 0,
     ) -> None:
-        """`tokens_per_second`: a first estimate, 0: none. `window_tokens`: the size of a window, if it is fixed."""
+        """`tokens_per_second`: a first estimate, 0: none. `window_tokens`: the size of a window, if it is fixed.
+        `row_bytes`: what a row's vectors take.
+        """
+        self._most_bytes = memory_bytes() / WINDOWS_IN_MEMORY
+        self._row_bytes = row_bytes
         self._full = window_tokens or max(LEAST_FULL_WINDOW_TOKENS, BATCHES_PER_FULL_WINDOW * batch_tokens)
         self._least = window_tokens or batch_tokens * (LEAST_SORTED_BATCHES if padded else 1)
         self._lock = threading.Lock()
@@ -74,6 +89,10 @@ class Ahead:
         """Estimated tokens of the next window."""
         pace = self.tokens_per_second
         return min(self._full, max(self._least, int(pace * WINDOW_SECONDS))) if pace else self._full
+
+    def memory_share(self, rows: int, other_bytes: int) -> float:
+        """What part of a window's memory so many rows take, 1: all of it. `other_bytes`: beside their vectors."""
+        return (rows * self._row_bytes + other_bytes) / self._most_bytes
 
     def enough(self) -> bool:
         """Whether the next window can wait. One is claimed at a time until the first batch shows how fast it goes."""

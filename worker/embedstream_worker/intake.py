@@ -87,7 +87,7 @@ class Intake:
         self._burst = burst
         self._hopeless = hopeless
         self._turn = 0
-        self._block_tokens = 8192.0  # running estimate of a block's tokens
+        self._block_tokens = 8192.0  # running estimate of what a block counts
         self._next_sweep = 0.0
         self._workers, self._next_count = 1, 0.0
         self._unseen = False  # whether a claim may have been answered into the void
@@ -162,8 +162,11 @@ class Intake:
             begins = bool(decoded and not blocks)
             blocks += decoded
             for held in decoded:
-                tokens += held.tokens
-                self._block_tokens += 0.1 * (held.tokens - self._block_tokens)
+                rows = held.block.rows
+                # Short texts fill the memory with their vectors before they are much work.
+                weight = max(held.tokens, full * self._ahead.memory_share(rows.num_rows, rows.nbytes + held.size))
+                tokens += weight
+                self._block_tokens += 0.1 * (weight - self._block_tokens)
             if begins:
                 self._activity.progress()
                 closes = time.monotonic() + self._settings.window_ms / 1000

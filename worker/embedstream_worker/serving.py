@@ -13,11 +13,11 @@ import pyarrow as pa
 
 from embedstream.cli.commands import on_signals
 from embedstream.cli.logs import identify
+from embedstream.machine import cpu_cores
 from embedstream.metrics.exposition import Exposition, QueueCollector
 from embedstream.server.connection import connect, explaining
 from embedstream.server.preflight import check, refuse_few_rights, shortcomings
 from embedstream_worker.engines import load_engine
-from embedstream_worker.engines.precision import cpu_cores
 from embedstream_worker.pipeline import Life
 from embedstream_worker.worker import Worker, WorkerPlan
 

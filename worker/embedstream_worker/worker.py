@@ -163,7 +163,10 @@ class Worker:
         housekeeping = Housekeeping(self._broker(), plan.redis_url, plan.roots)
         if plan.alone:
             self._inherit()
-        ahead = Ahead(trial.batch_tokens, engine.info.padded, trial.tokens_per_second, plan.settings.window_tokens)
+        row_bytes = 4 * sum(output.dim for output in engine.info.outputs.values())
+        ahead = Ahead(
+            trial.batch_tokens, engine.info.padded, trial.tokens_per_second, plan.settings.window_tokens, row_bytes
+        )
         self.meter.warm(self._warm_up_seconds)
         intake = Intake(shared, jobs, ahead, windows, plan.burst, housekeeping.hopeless)
         tokenize = Tokenize(shared, engine.tokenizer, tokenizer_threads(), ahead, windows, tokenized)

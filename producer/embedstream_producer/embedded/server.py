@@ -20,6 +20,7 @@ import redis
 
 from embedstream.cli.starting import environment
 from embedstream.errors import ServerError
+from embedstream.machine import memory_bytes
 from embedstream.masking import mask
 from embedstream.server.connection import connect
 from embedstream.terminal import is_utf8
@@ -193,6 +194,8 @@ class PrivateServer:
             "appendfsync": "everysec",
             "aof-load-truncated": "yes",  # a machine crash cuts the end off; what is missing is submitted again
             "save": "",
+            # The other half is the worker's and ours. What may wait here follows from it (`Broker.memory_bound`).
+            "maxmemory": str(memory_bytes() // 2),
             "maxmemory-policy": "noeviction",
         }
         arguments = [word for name, value in options.items() for word in (f"--{name}", value)]

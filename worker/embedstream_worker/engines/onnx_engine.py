@@ -17,13 +17,14 @@ import numpy.typing as npt
 import onnxruntime
 
 from embedstream.errors import ModelError
+from embedstream.machine import cpu_cores
 from embedstream_worker.cache import cache_folder
 from embedstream_worker.engines.base import EngineInfo, OutOfMemory, OutputInfo, Role, TokenBatch
 from embedstream_worker.engines.calibration import calibration_hash
 from embedstream_worker.engines.checking import CheckFailed, check_batches, compare, require
 from embedstream_worker.engines.onnx_slot import INPUTS, Slot, Step, Way
 from embedstream_worker.engines.openvino_cache import Cache, Conversion, Entry, NotConvertible
-from embedstream_worker.engines.precision import Dtype, cpu_cores, streams_for
+from embedstream_worker.engines.precision import Dtype, streams_for
 from embedstream_worker.engines.text_engine import TextEngine, ran_out_of_memory
 from embedstream_worker.engines.text_input import TextModel
 from embedstream_worker.families import card_prompts

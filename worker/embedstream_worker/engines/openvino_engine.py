@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import openvino
 
+from embedstream.machine import cpu_cores
 from embedstream_worker.engines.base import (
     Engine,
     EngineInfo,
@@ -28,7 +29,7 @@ from embedstream_worker.engines.calibration import calibration_hash, calibration
 from embedstream_worker.engines.checking import Agreement, Vectors, check_batches, compare, require
 from embedstream_worker.engines.openvino_cache import Cache, Conversion, Entry
 from embedstream_worker.engines.phases import CHECKING, phase
-from embedstream_worker.engines.precision import Precision, cpu_cores, streams_for
+from embedstream_worker.engines.precision import Precision, streams_for
 from embedstream_worker.engines.text_engine import TextEngine, ran_out_of_memory
 from embedstream_worker.engines.text_input import TextInput, TextModel
 from embedstream_worker.families import card_prompts

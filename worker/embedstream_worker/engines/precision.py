@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import math
 import os
 import platform
-from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Literal
+
+from embedstream.machine import cpu_cores
 
 Dtype = Literal["auto", "float32", "bfloat16", "int8"]
 Precision = Literal["float32", "bfloat16", "int8"]
 
 _BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})  # x86 (two), Arm
 _CPU_DESCRIPTION = Path("/proc/cpuinfo")
-_PROC, _CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 
 
 def cpu_has_bfloat16() -> bool:
@@ -41,35 +39,6 @@ def _describe(*fields: str) -> str:
     # The same for all cores, so the first line is enough.
     line = next((line for line in description.splitlines() if line.startswith(fields)), "")
     return line.partition(":")[2].strip()
-
-
-def cpu_cores() -> int:
-    """Cores that this process may use: those it may run on, or as many as a container's quota pays for, if less."""
-    own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min([own, *map(math.ceil, _quotas())]))
-
-
-def _quotas() -> Iterator[float]:
-    """Cores by the quota of each control group that this process is in, theirs and those above; version 1 and 2."""
-    try:
-        lines = (_PROC / "self/cgroup").read_text(errors="surrogateescape").splitlines()
-    except OSError:
-        return
-    files: tuple[str, ...]
-    for _, controllers, name in (line.split(":", 2) for line in lines if line.count(":") >= 2):
-        if not controllers:
-            root, files = _CGROUPS, ("cpu.max",)
-        elif "cpu" in controllers.split(","):
-            root, files = _CGROUPS / "cpu", ("cpu.cfs_quota_us", "cpu.cfs_period_us")
-        else:
-            continue
-        # In a container the root is often its own group, by whatever name it goes outside.
-        within = PurePosixPath(name.lstrip("/"))
-        for folder in {root, *(root / part for part in (within, *within.parents) if ".." not in part.parts)}:
-            with contextlib.suppress(OSError, ValueError, ZeroDivisionError):  # no such group; `max`, or -1: no quota
-                quota, period = map(int, " ".join((folder / file).read_text() for file in files).split())
-                if quota > 0:
-                    yield quota / period
 
 
 def tokenizer_threads() -> int:

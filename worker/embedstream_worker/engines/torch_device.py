@@ -8,9 +8,10 @@ import sys
 import torch
 
 from embedstream.errors import ModelError
+from embedstream.machine import cpu_cores
 from embedstream_worker.cache import cache_folder
 from embedstream_worker.engines.free_gpu import take_gpu
-from embedstream_worker.engines.precision import Dtype, cpu_cores, cpu_has_bfloat16
+from embedstream_worker.engines.precision import Dtype, cpu_has_bfloat16
 
 SWITCH_SECONDS = 0.0005
 """How long a thread that computes in Python may keep others waiting, where one of them launches a GPU's kernels."""
