@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import msgspec
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.live import Live
-from rich.text import Text
 
 from embedstream.api.client import find_queue
 from embedstream.cli.commands import INTERRUPTED
@@ -26,7 +25,9 @@ from embedstream.server.patience import Patience
 from embedstream.server.preflight import check
 from embedstream.terminal import echo, echo_json, printable
 from embedstream_producer import report
+from embedstream_producer.progress_views import PLAIN_SECONDS
 from embedstream_producer.status_coordination import fleet_lines, fleet_object, troubles_of, waits_for
+from embedstream_producer.status_pages import fleet_page, job_page
 from embedstream_producer.status_view import JobLook, job_lines, job_object, queue_lines, queue_object
 from embedstream_producer.watch import without_worker
 
@@ -36,11 +37,18 @@ MOST_ENDED = 10
 """Ended jobs of a queue in the listing, the newest."""
 
 
-class Look(msgspec.Struct, frozen=True):
+@dataclass(frozen=True)
+class Look:
     """One look, as it is shown."""
 
     lines: list[str]
+    """In logs and pipes."""
+    page: Callable[[Console, int | None], RenderableType]
+    """On a terminal; in so many lines, if it may take no more."""
     value: dict[str, Any]
+    """For scripts."""
+    head: object
+    """What a log has at once when it changes."""
     over: bool
     """Whether nothing can change any more."""
     code: int = 0
@@ -60,11 +68,14 @@ def show_status(job: str | None, queue: str | None, redis_url: str, watch: bool,
 
     try:
         with explaining(redis_url):
+            console = Console(highlight=False)
             if not watch:
-                show(look(), as_json)
+                show(look(), as_json, console)
                 return 0
             looks = look_after_look(look, redis_url)
-            return watch_live(looks) if sys.stdout.isatty() and not as_json else show_each(looks, as_json)
+            return (
+                show_each(looks, as_json, console) if as_json or not console.is_terminal else watch_live(looks, console)
+            )
     except KeyboardInterrupt:
         return INTERRUPTED
 
@@ -80,31 +91,38 @@ def look_after_look(look: Callable[[], Look], redis_url: str) -> Iterator[Look]:
         time.sleep(WATCH_SECONDS)
 
 
-def show(look: Look, as_json: bool) -> None:
-    """Once."""
+def show(look: Look, as_json: bool, console: Console) -> None:
+    """As a script, a terminal or a pipe wants it."""
     if as_json:
         echo_json(look.value)
+    elif console.is_terminal:
+        console.print(look.page(console, None))
     else:
         echo("\n".join(look.lines))
 
 
-def show_each(looks: Iterator[Look], as_json: bool) -> int:
-    """One after another; returns the last one's code."""
-    code = 0
+def show_each(looks: Iterator[Look], as_json: bool, console: Console) -> int:
+    """One after another, for people only now and then; returns the last one's code."""
+    code, head, due = 0, None, 0.0
     for each in looks:
-        show(each, as_json)
+        if as_json or each.over or each.head != head or time.monotonic() >= due:
+            show(each, as_json, console)
+            head, due = each.head, time.monotonic() + PLAIN_SECONDS
         code = each.code
     return code
 
 
-def watch_live(looks: Iterator[Look]) -> int:
-    """In one place of the terminal, each look over the one before; the last one stays, and its code is returned."""
-    code = 0
-    with Live(console=Console(highlight=False), auto_refresh=False) as live:
-        for each in looks:
-            live.update(Text("\n".join(each.lines)), refresh=True)
-            code = each.code
-    return code
+def watch_live(looks: Iterator[Look], console: Console) -> int:
+    """Over the whole terminal, so that a resize tears nothing; the last one stays, and its code is returned."""
+    last: Look | None = None
+    try:
+        with Live(console=console, auto_refresh=False, screen=True) as live:
+            for last in looks:
+                live.update(last.page(console, console.height), refresh=True)
+    finally:
+        if last is not None:
+            console.print(last.page(console, None))
+    return last.code if last is not None else 0
 
 
 def look_at_job(nowhere: Broker, job: str, queue: str | None, url: str) -> Look:
@@ -130,7 +148,10 @@ def look_at_job(nowhere: Broker, job: str, queue: str | None, url: str) -> Look:
         ingested=is_ingested(broker, job),
     )
     code = report.exit_code(report.from_status(status), parse_max_errors(status.max_errors))
-    return Look([printable(line) for line in job_lines(seen)], job_object(seen), status.state.ended, code)
+    lines = [printable(line) for line in job_lines(seen)]
+    return Look(
+        lines, lambda console, _: job_page(seen, console), job_object(seen), status.state, status.state.ended, code
+    )
 
 
 def _waits(broker: Broker, status: JobStatus, workers: Sequence[WorkerRecord], url: str) -> list[str]:
@@ -148,13 +169,15 @@ def look_at_all(nowhere: Broker, queue: str | None = None) -> Look:
     """All queues, or this one."""
     known = nowhere.queues()
     looks = [_look_at_queue(nowhere.of(name)) for name in known if queue in (None, name)]
-    lines = [*fleet_lines(nowhere), *(line for look, jobs in looks for line in queue_lines(look, jobs))]
+    others = list(fleet_lines(nowhere))
     if not looks:
-        others = f"; there are {', '.join(known)}" if known else ""
+        named = f"; there are {', '.join(known)}" if known else ""
         missing = f"no queue{'' if queue is None else f' {queue}'}"
-        lines.append(f"{missing}: neither job nor worker was there in the last 30 days{others}")
+        others.append(f"{missing}: neither job nor worker was there in the last 30 days{named}")
+    lines = [*(line for look, jobs in looks for line in queue_lines(look, jobs)), *others]
     value = {**fleet_object(nowhere), "queues": [queue_object(look, jobs) for look, jobs in looks]}
-    return Look([printable(line) for line in lines], value, False)
+    states = [(job.status.job, job.status.state) for _, jobs in looks for job in jobs]
+    return Look([printable(line) for line in lines], partial(fleet_page, looks, others), value, states, False)
 
 
 def _look_at_queue(broker: Broker) -> tuple[QueueLook, list[JobLook]]:

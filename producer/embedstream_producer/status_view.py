@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,13 +48,19 @@ class JobLook:
         return rate_of(status.job, self.workers)
 
     @property
+    def done(self) -> int:
+        """Rows that are written, failed, or computed and not yet written."""
+        status = self.status
+        in_hand = 0 if status.state.ended else self.in_hand.rows
+        return min(status.submitted, status.rows + status.failed + in_hand)
+
+    @property
     def progress(self) -> float | None:
         """Share of its rows that is done with, 0..1; None while more are being submitted."""
         status = self.status
         if not status.sealed:
             return None
-        done = status.rows + status.failed + self.in_hand.rows
-        return min(1.0, done / status.submitted) if status.submitted else 1.0
+        return self.done / status.submitted if status.submitted else 1.0
 
     @property
     def stalled(self) -> bool:
@@ -140,20 +147,25 @@ def worker_object(worker: WorkerRecord) -> dict[str, Any]:
 
 def queue_lines(look: QueueLook, jobs: Sequence[JobLook]) -> Iterator[str]:
     """A queue for people. `jobs`: those of the look."""
-    states = Counter(worker.state for worker in look.workers)
-    others = "".join(f", {states[state]} {state}" for state in ("starting", "draining") if states[state])
-    queued = _queued(look) if look.blocks else "nothing queued"
-    yield f"queue {look.queue}: {counted(len(look.workers), 'worker')}{others}, {queued}"
-    yield from (f"  {worker_line(worker)}" for worker in look.workers)
+    yield queue_line(look, jobs)
     for job in jobs:
         yield f"  {job_line(job)}"
-        yield from (f"    {line}" for line in _trouble_lines(job))
+        yield from (f"    {line}" for line in trouble_lines(job))
     yield from (f"  job {job}  unreadable: {why}" for job, why in look.unreadable.items())
+    yield from (f"  {worker_line(worker, jobs)}" for worker in look.workers)
 
 
-def worker_line(worker: WorkerRecord) -> str:
-    """One worker."""
-    rate = sum(worker.rates.values(), Rate())
+def queue_line(look: QueueLook, jobs: Sequence[JobLook]) -> str:
+    """What lies in a queue and who serves it."""
+    states = Counter(worker.state for worker in look.workers)
+    others = "".join(f", {states[state]} {state}" for state in ("starting", "draining") if states[state])
+    queued = _queued(look, jobs) if look.blocks else "nothing queued"
+    return f"queue {look.queue}: {counted(len(look.workers), 'worker')}{others}, {queued}"
+
+
+def worker_line(worker: WorkerRecord, jobs: Sequence[JobLook]) -> str:
+    """One worker, and how fast it gets on with these jobs."""
+    rate = speed_of(worker, jobs)
     if worker.phase or not worker.engine:
         since = f"{worker.phase} for {worker.phase_seconds:.0f} s" if worker.phase else "not yet loaded"
         return f"worker {worker.name}  {worker.state}: {since}"
@@ -161,6 +173,12 @@ def worker_line(worker: WorkerRecord) -> str:
         f"worker {worker.name}  {worker.state}  {worker.engine} {worker.dtype} on {worker.device}  "
         f"{_speed(rate)}{worker.rows:,} rows, {worker.tokens:,} tokens committed"
     )
+
+
+def speed_of(worker: WorkerRecord, jobs: Iterable[JobLook]) -> Rate:
+    """How fast it gets on with those of these jobs that have not ended: their rates add up to that of their workers."""
+    open_jobs = [job.status.job for job in jobs if not job.status.state.ended]
+    return sum((worker.rates.get(job, Rate()) for job in open_jobs), Rate())
 
 
 def job_line(look: JobLook) -> str:
@@ -172,7 +190,7 @@ def job_line(look: JobLook) -> str:
     note = f"  failed rows of job {status.spec.whole_job}" if status.spec.retry else ""
     note += "  stalled" if look.stalled else ""
     return (
-        f"job {status.job}  {status.state}{verdict}{note}  {_written(status)}{failed}  "
+        f"job {status.job}  {status.state}{verdict}{note}  {_rows(look)}{failed}  "
         f"{'' if status.state.ended else _outlook(look)}{mask(status.spec.output)}"
     )
 
@@ -183,18 +201,12 @@ def job_lines(look: JobLook) -> Iterator[str]:
     yield job_line(look)
     yield f"  queue {status.spec.queue}, model {status.spec.model}"
     if not ended and look.in_hand.rows:
-        yield f"  {look.in_hand.rows:,} more rows are computed and not yet written"
+        yield f"  {counted(look.in_hand.rows, 'more row')} computed and not yet written"
     yield f"  {_speed(look.rate)}padding {100 * status.padding:.1f} %, truncated {status.truncated:,}"
     yield f"  blocks {status.done:,} of {status.blocks:,}, tokens {status.tokens:,}"
     if status.failed:
-        share = 100 * status.failed / max(1, status.rows + status.failed)
-        where = f": see {errors_of(mask(status.spec.output))}" if ended else ""
-        yield f"  {_rows(status.failed)} failed ({share:.2g} %){where}"
-    for retry in look.retries:
-        yield (
-            f"  {retry.submitted:,} of its failed rows run again by job {retry.job}: {retry.state}, "
-            f"{retry.rows:,} written, {retry.failed:,} failed"
-        )
+        yield f"  {failures(look)}"
+    yield from (f"  {retry_line(retry)}" for retry in look.retries)
     for each in look.shares:
         speed = f", {each['rows_per_second']:,.0f} rows/s" if each["rows_per_second"] else ""
         yield f"  {100 * each['share']:5.1f} %  {each['name']}  {each['rows']:,} rows{speed}, {each['state']}"
@@ -202,27 +214,53 @@ def job_lines(look: JobLook) -> Iterator[str]:
     why = why_ended(status)
     if why:
         yield f"  {why}"
-    yield from (f"  {each}" for each in look.waits)
-    yield from (f"  {line}" for line in _trouble_lines(look))
-    if look.stalled and (advice := _stalled(look)):
-        yield f"  {advice}"
+    yield from (f"  {each}" for each in notes_of(look))
 
 
-def _queued(look: QueueLook) -> str:
+def failures(look: JobLook) -> str:
+    """How many rows failed, and where they are listed."""
+    status = look.status
+    share = 100 * status.failed / max(1, status.rows + status.failed)
+    where = f": see {errors_of(mask(status.spec.output))}" if status.state.ended else ""
+    return f"{counted(status.failed, 'row')} failed ({share:.2g} %){where}"
+
+
+def retry_line(retry: JobStatus) -> str:
+    """The job that runs failed rows again, or did."""
+    return (
+        f"{retry.submitted:,} of its failed rows run again by job {retry.job}: {retry.state}, "
+        f"{retry.rows:,} written, {retry.failed:,} failed"
+    )
+
+
+def notes_of(look: JobLook) -> list[str]:
+    """What a job waits for, what is against it, and what to do."""
+    advice = _stalled(look) if look.stalled else ""
+    return [*look.waits, *trouble_lines(look), *([advice] if advice else [])]
+
+
+def percent(share: float) -> str:
+    """100 only once all is done."""
+    return f"{math.floor(100 * share + 1e-9)} %"
+
+
+def _queued(look: QueueLook, jobs: Sequence[JobLook]) -> str:
     said = [
-        f"{look.blocks:,} block{'' if look.blocks == 1 else 's'} queued ({look.claimed_blocks:,} in workers' hands)",
+        f"{counted(look.blocks, 'block')} queued ({look.claimed_blocks:,} in workers' hands)",
         f"the oldest for {duration(look.oldest_block_seconds)}",
     ]
     if look.refused_blocks:
         said.append(f"{counted(look.refused_blocks, 'block')} that no live worker accepts")
-    if look.tokens and look.measured:
-        said.append(f"about {duration(look.drain_seconds)} of work{'' if look.ready_workers else ' by one worker'}")
-    elif look.tokens:
-        said.append("how long they take is not known before the first commit")
+    # Once workers get on with jobs, these say how long each takes: no second estimate contradicts them.
+    if look.tokens and all(job.status.state.ended or job.seconds_left is None for job in jobs):
+        if look.measured:
+            said.append(f"about {duration(look.drain_seconds)} of work{'' if look.ready_workers else ' by one worker'}")
+        else:
+            said.append("how long they take is not known before the first commit")
     return ", ".join(said)
 
 
-def _trouble_lines(look: JobLook) -> Iterator[str]:
+def trouble_lines(look: JobLook) -> Iterator[str]:
     """What coordinators and workers have against it."""
     job = look.status.job
     yield from (f"{what}: {why}" for what, why in look.troubles.items())
@@ -232,24 +270,23 @@ def _trouble_lines(look: JobLook) -> Iterator[str]:
         yield f"a worker waits: {why}"
 
 
-def _rows(count: int) -> str:
-    return f"{count:,} row{'' if count == 1 else 's'}"
-
-
 def _speed(rate: Rate) -> str:
     return f"{rate.rows:,.0f} rows/s, {rate.tokens:,.0f} tokens/s, " if rate.tokens else ""
 
 
 def _outlook(look: JobLook) -> str:
-    progress = "" if look.progress is None else f"{100 * look.progress:.0f} %, "
+    progress = "" if look.progress is None else f"{percent(look.progress)}, "
     left = "" if look.seconds_left is None else f"{duration(look.seconds_left)} left, "
     return f"{progress}{left}".rstrip(", ") + ("  " if progress or left else "")
 
 
-def _written(status: JobStatus) -> str:
+def _rows(look: JobLook) -> str:
+    """Those that are written, of an open job also those that are computed, and how many there are."""
+    status = look.status
+    done = status.rows if status.state.ended else look.done
     if status.sealed:
-        return f"{status.rows:,} of {_rows(status.submitted)}"
-    return f"{status.rows:,} of {status.submitted:,} or more rows" if status.submitted else "no row submitted yet"
+        return f"{done:,} of {counted(status.submitted, 'row')}"
+    return f"{done:,} of {status.submitted:,} or more rows" if status.submitted else "no row submitted yet"
 
 
 def _stalled(look: JobLook) -> str:

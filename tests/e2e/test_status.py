@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
@@ -67,14 +68,17 @@ def test_a_job_shows_progress_rates_and_what_is_left_while_it_runs(workers: Flee
     assert (share["rows"], share["state"]) == (0, "ready")
     assert share["rows_per_second"] == seen["rows_per_second"]
     shown = lines(workers, job)
-    assert re.search(r"running  0 of 2,000 rows  \d+ %, .* left", shown)
-    assert re.search(r"\d+ more rows are computed and not yet written", shown)
+    assert re.search(r"running  [1-9]\d* of 2,000 rows  \d+ %, .* left", shown)
+    assert re.search(r"\d+ more rows computed and not yet written", shown)
     assert re.search(r"\d+ rows/s, \d+ tokens/s, padding", shown)
     (queue,) = status(workers)["queues"]
     assert (queue["queue"], queue["blocks"], queue["claimed_blocks"]) == ("hashing", 8, 8)
     assert queue["drain_seconds"] is None, "nothing is committed yet, so nobody knows"
     listing = lines(workers)
-    assert re.search(r"queue hashing: 1 worker, 8 blocks queued \(8 in workers' hands\), the oldest for", listing)
+    assert re.search(
+        r"queue hashing: 1 worker, 8 blocks queued \(8 in workers' hands\), the oldest for \S+ s\n", listing
+    )
+    assert "not known" not in listing, "the job's own line says how long it takes"
     assert re.search(rf"worker .*-{worker.pid}-\w+  ready  hashing .*  \d+ rows/s", listing)
 
 
@@ -156,15 +160,36 @@ def test_a_watched_job_is_shown_live_until_it_has_ended(workers: Fleet, tmp_path
     job = submit(workers, tmp_path / "c.jsonl", tmp_path / "out")
     ours, theirs = pty.openpty()
     command = [str(BIN / "embed-status"), job, "--redis", workers.url, "--watch"]
-    watching = subprocess.Popen(command, stdout=theirs, stderr=theirs, env=environment(TERM="xterm", COLUMNS="200"))
+    watching = subprocess.Popen(command, stdout=theirs, stderr=theirs, env=environment(TERM="xterm", COLUMNS="80"))
     os.close(theirs)
     shown = read_until(ours, b"running")
+    assert b"\x1b[?1049h" in shown, "a screen of its own, which a resize does not tear"
     workers.start_worker("--batch-tokens", 30, **faulty(tmp_path))
-    shown += read_until(ours, b"completed")
+    last = read_until(ours, b"\x1b[?1049l")
+    with contextlib.suppress(OSError):  # the other side is closed
+        while more := os.read(ours, 65_536):
+            last += more
     assert watching.wait(30) == 0
     os.close(ours)
-    assert b"\x1b[2K" in shown, "each look stands in place of the one before"
-    assert b"20 of 20 rows" in shown
+    stays = last.partition(b"\x1b[?1049l")[2]
+    assert b"completed" in stays, "the last look stays where the command was typed"
+    assert b"20 of 20 rows" in stays
+
+
+def test_a_watched_job_is_a_few_lines_in_a_log(workers: Fleet, tmp_path: Path) -> None:
+    slow_corpus(tmp_path / "c.jsonl", 50)
+    job = submit(workers, tmp_path / "c.jsonl", tmp_path / "out")
+    command = [str(BIN / "embed-status"), job, "--redis", workers.url, "--watch"]
+    watching = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment(), text=True)
+    assert watching.stdout is not None
+    assert "running" in watching.stdout.readline()
+    workers.start_worker("--batch-tokens", 30, **faulty(tmp_path))
+    rest = watching.stdout.read()
+    assert watching.wait(30) == 0
+    looks = re.findall(rf"^job {job}  (\w+)", rest, re.MULTILINE)
+    assert looks[-1] == "completed"
+    assert len(looks) <= 3, "one for each state, and one now and then"
+    assert "\x1b" not in rest
 
 
 def test_watching_all_queues_ends_with_ctrl_c(workers: Fleet) -> None:
