@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from typing import Any
 
 import click
@@ -36,13 +37,14 @@ def echo(text: str, err: bool = False) -> None:
 
 
 def echo_json(value: object) -> None:
-    """Print a value as JSON; what JSON itself lets pass and a terminal might obey is escaped, as are names that are not
-    UTF-8: as halves of surrogate pairs, from which `os.fsencode` makes the name again.
+    """Print a value as JSON; what a terminal might obey, or lacks, is escaped, as are names that are not UTF-8:
+    as halves of surrogate pairs, from which `os.fsencode` makes the name again.
     """
     try:
         text = msgspec.json.encode(value).decode()
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
     except UnicodeEncodeError:
-        text = json.dumps(msgspec.to_builtins(value))
+        text = json.dumps(msgspec.to_builtins(value), separators=(",", ":"))
     click.echo(text if text.isprintable() else json.dumps(json.loads(text), separators=(",", ":")))
 
 

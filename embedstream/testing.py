@@ -23,6 +23,7 @@ from embedstream.cli.starting import environment, python_command
 from embedstream.errors import UsageError, WorkerError
 from embedstream.queue.broker import Broker
 from embedstream.server.connection import connect
+from embedstream.temporary import temporary_folder
 
 MODEL = "hashing"
 """The model that the worker serves."""
@@ -43,7 +44,7 @@ def fleet(root: str | Path) -> Iterator[str]:
         from fakeredis import TcpFakeServer
     except ImportError:
         raise UsageError("fakeredis is not installed: pip install 'embedstream[testing]'") from None
-    with TcpFakeServer(("127.0.0.1", 0)) as server, tempfile.TemporaryFile() as log:
+    with TcpFakeServer(("127.0.0.1", 0)) as server, tempfile.TemporaryFile(dir=temporary_folder()) as log:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"redis://127.0.0.1:{server.server_address[1]}"
         command = python_command("embedstream_worker", "--model", MODEL, "--redis", url, "--output-root", str(root))

@@ -7,6 +7,7 @@ import errno
 import io
 import logging
 import os
+import re
 import signal
 import sys
 import time
@@ -19,9 +20,14 @@ import click
 from embedstream.cli.starting import protect_own_environment
 from embedstream.errors import EmbedstreamError, UsageError
 from embedstream.masking import mask_text
+from embedstream.settings import ENV_PREFIX
 from embedstream.terminal import PrintableFormatter, echo
 
+log = logging.getLogger("embedstream")
+
 INTERRUPTED = 130
+
+_SERVICE_LINK = re.compile(r"(tcp|udp|sctp)://")
 
 ECHO_SECONDS = 0.2
 """A signal that follows another so soon is the same one: `timeout` sends each to the process and then to its group."""
@@ -48,8 +54,11 @@ def run(command: click.Command, tell: Callable[[str], None] = tell_error) -> NoR
     `tell`: what says the sentence.
     """
     protect_own_environment()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # terminals that lack a character show another; standard error does
+        sys.stdout.reconfigure(errors="replace")
     if logging.lastResort is not None:  # of commands that set up no log: warnings, as lines for people
         logging.lastResort.setFormatter(PrintableFormatter("%(message)s"))
+    _leave_service_links_out(command)
     try:
         # Not standalone: click would end an interrupted command with 1, which here means a failed job.
         code = command.main(standalone_mode=False)
@@ -80,6 +89,17 @@ def run(command: click.Command, tell: Callable[[str], None] = tell_error) -> NoR
         click.echo(f"Error: standard output cannot be written: {error.strerror}; the work itself is done", err=True)
         sys.exit(1)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _leave_service_links_out(command: click.Command) -> None:
+    """Take variables of Kubernetes for no settings: a service `embedstream-metrics` makes an EMBEDSTREAM_METRICS_PORT
+    in every container of its namespace."""
+    for name in [f"{ENV_PREFIX}_{str(param.name).upper()}" for param in command.params]:
+        if _SERVICE_LINK.match(os.environ.get(name, "")):
+            link = os.environ.pop(name)
+            log.warning(
+                "%s=%s is Kubernetes' own for a service, and no setting (enableServiceLinks: false)", name, link
+            )
 
 
 def _give_output_up() -> None:

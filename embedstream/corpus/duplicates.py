@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import IO, NamedTuple, Self
 
 from embedstream.errors import OutputError, UsageError
+from embedstream.temporary import temporary_folder
 
 PENDING_IDS = 32_768
 """New ids held in memory: enough that one write serves several of them, at about 5 MB."""
@@ -54,7 +55,7 @@ class DuplicateIndex:
         Raises:
             OutputError: no file can be made there.
         """
-        self._directory = Path(tempfile.gettempdir()) if directory is None else directory
+        self._directory = Path(temporary_folder()) if directory is None else directory
         self._pending_ids = pending_ids
         self._pending: dict[bytes, int] = {}
         self._stored = 0

@@ -14,6 +14,7 @@ from embedstream.dataset.files import Readable, summed
 from embedstream.dataset.objects import ObjectAddress, explain_object, file_system
 from embedstream.errors import OutputError
 from embedstream.failpoints import reach
+from embedstream.temporary import temporary_folder
 
 if TYPE_CHECKING:
     from pyarrow.fs import S3FileSystem
@@ -91,14 +92,14 @@ class Bucket:
             return summed(pieces, lambda piece: self._upload(name, pa.py_buffer(piece)))
         # Whatever ends an upload publishes it, so nothing is sent before all of it is there.
         try:
-            with tempfile.NamedTemporaryFile() as file:
+            with tempfile.NamedTemporaryFile(dir=temporary_folder()) as file:
                 written = summed(pieces, file.write)
                 file.flush()
                 with pa.memory_map(file.name) as whole:
                     self._upload(name, whole.read_buffer())
                 return written
         except OSError as error:
-            raise OutputError(f"{tempfile.gettempdir()}: cannot hold {name} ({error}): make room there") from error
+            raise OutputError(f"{temporary_folder()}: cannot hold {name} ({error}): make room there") from error
 
     def _upload(self, name: str, content: pa.Buffer) -> None:
         reach("file.written")

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from embedstream.errors import OutputError
+from embedstream.temporary import temporary_folder
 
 Rows: TypeAlias = npt.NDArray[np.int64]
 Mask: TypeAlias = npt.NDArray[np.bool_]
@@ -83,7 +84,7 @@ class PlaceNumbers:
         self._width = width
         self._slots: dict[tuple[int, int], int] = {}
         try:
-            self._file: IO[bytes] = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - closed by `close`
+            self._file: IO[bytes] = tempfile.TemporaryFile(dir=temporary_folder(), buffering=0)  # noqa: SIM115 - closed by `close`
         except OSError as error:
             raise _no_room(error) from error
 
@@ -141,6 +142,6 @@ def _paged(rows: Rows) -> Iterator[tuple[int, Mask | slice, Rows]]:
 
 def _no_room(error: OSError) -> OutputError:
     return OutputError(
-        f"{tempfile.gettempdir()}: cannot hold what is to be compared, some 20 bytes a row ({error.strerror}): "
+        f"{temporary_folder()}: cannot hold what is to be compared, some 20 bytes a row ({error.strerror}): "
         f"make room, or name another folder (TMPDIR)"
     )

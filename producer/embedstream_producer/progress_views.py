@@ -158,7 +158,7 @@ class LiveView(View):
 
     def __init__(self, console: Console) -> None:
         super().__init__(console)
-        self._spinner = Spinner("dots")
+        self._spinner = Spinner("dots" if console.encoding.startswith("utf") else "line")
         self._figures: Figures | None = None
         self._notice = ""
         self._phase = ("", 0.0)

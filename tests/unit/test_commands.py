@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import subprocess
 import sys
@@ -12,9 +13,12 @@ import click
 import pytest
 from click.testing import CliRunner
 
+from embedstream.cli.command import CONTEXT
 from embedstream.cli.commands import run
+from embedstream.cli.service_options import service_options
 from embedstream.errors import UsageError
 from embedstream.settings import Settings
+from embedstream.terminal import echo, echo_json
 from embedstream_producer.report import errors_of
 from embedstream_worker.cli import worker
 
@@ -132,3 +136,64 @@ def test_seconds_that_no_clock_can_count_are_refused(flag: str, value: str) -> N
     done = CliRunner().invoke(worker, ["--model", "hashing", "--redis", "redis://127.0.0.1:1", flag, value])
     assert done.exit_code == 2
     assert f"{value} is no number of seconds" in done.output
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "cp1252"])
+def test_click_705_a_terminal_that_lacks_characters_shows_others_and_changes_no_exit_code(
+    encoding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @click.command()
+    def command() -> int:
+        echo("корпус.jsonl: 1 row")
+        echo_json({"id": "λ"})
+        return 3
+
+    out = io.BytesIO()
+    monkeypatch.setattr("sys.argv", ["embed-test"])
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(out, encoding, write_through=True))
+    with pytest.raises(SystemExit) as ended:
+        run(command)
+    assert ended.value.code == 3
+    assert out.getvalue() == b"??????.jsonl: 1 row\n" + rb'{"id":"\u03bb"}' + b"\n", "JSON stays what it was"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_click_705_every_command_shows_its_help_and_its_errors_in_latin_1(command: str, tmp_path: Path) -> None:
+    module, args = COMMANDS[command]
+    code = f"import sys; sys.argv[0] = 'c'; from {module} import main; main()"
+    for more, ending in (["--help"], 0), ([*args[:-1], "нет", "--κόσμε"], 2):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *more],
+            env={**os.environ, "PYTHONIOENCODING": "latin-1"},
+            cwd=tmp_path,
+            capture_output=True,
+            timeout=60,
+            check=False,
+        )
+        assert (done.returncode, b"Usage: " in done.stdout + done.stderr) == (ending, True), done.stderr
+        assert b"Traceback" not in done.stderr
+
+
+def test_sequin_2155_a_variable_that_kubernetes_sets_for_a_service_is_no_setting_and_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    ports: list[object] = []
+
+    @click.command(context_settings=CONTEXT)
+    @service_options
+    def command(metrics_port: int | None, metrics_host: str, log_format: str) -> None:  # noqa: ARG001
+        ports.append(metrics_port)
+
+    monkeypatch.setattr("sys.argv", ["embed-test"])
+    for value, read, lines in (("tcp://10.0.171.239:9400", None, 1), ("9400", 9400, 0)):
+        caplog.clear()
+        monkeypatch.setenv("EMBEDSTREAM_METRICS_PORT", value)
+        for _ in range(2):
+            with pytest.raises(SystemExit) as ended:
+                run(command)
+            assert ended.value.code == 0
+        assert ports[-2:] == [read, read]
+        assert [record.getMessage() for record in caplog.records] == [
+            f"EMBEDSTREAM_METRICS_PORT={value} is Kubernetes' own for a service, and no setting "
+            "(enableServiceLinks: false)"
+        ] * lines

@@ -23,6 +23,7 @@ from embedstream.errors import ServerError
 from embedstream.machine import memory_bytes
 from embedstream.masking import mask
 from embedstream.server.connection import connect
+from embedstream.temporary import temporary_folder
 from embedstream.terminal import is_utf8
 from embedstream_producer.embedded.lock import OutputLock
 from embedstream_producer.embedded.private import PrivateFolder
@@ -266,7 +267,7 @@ def _short_folder() -> Path:
     The user's own choice comes first. `/run/user/…` comes last: it is emptied at log-out, under the feet of a job that
     goes on.
     """
-    tried = dict.fromkeys([tempfile.gettempdir(), "/tmp", os.environ.get("XDG_RUNTIME_DIR", "")])
+    tried = dict.fromkeys([temporary_folder(), "/tmp", os.environ.get("XDG_RUNTIME_DIR", "")])
     for base in filter(is_utf8, tried):
         if len(os.fsencode(base)) + len(f"/{SOCKET_FOLDER}12345678/{SOCKET}") > LONGEST_SOCKET_PATH or not base:
             continue

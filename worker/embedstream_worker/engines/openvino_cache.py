@@ -17,6 +17,7 @@ import msgspec
 import numpy as np
 import tokenizers
 
+from embedstream.temporary import temporary_folder
 from embedstream_worker.cache import cache_folder
 from embedstream_worker.engines.base import Role
 from embedstream_worker.engines.checking import Vectors
@@ -89,7 +90,7 @@ class Cache:
                 pass
         except OSError as error:
             log.warning("%s cannot be written (%s): the model is converted at every start", self.folder, error)
-            self._temporary = tempfile.TemporaryDirectory(prefix="embedstream-openvino-")
+            self._temporary = tempfile.TemporaryDirectory(prefix="embedstream-openvino-", dir=temporary_folder())
             self.folder = Path(self._temporary.name)
 
     def entry(self, parts: tuple[str, ...], model_name: str, make: Callable[[Path], Conversion]) -> Entry:
