@@ -50,12 +50,15 @@ def rows_at_once(
     most_bytes: int,
     quick_piece: int | None,
     patch: Callable[[int, bytes], None] | None = None,
+    *,
+    trusting: bool = True,
 ) -> int:
     """How many rows of row group `at` can be decoded at once, at most `most_rows`, and about `most_bytes` of them.
 
     `columns`: those that are read; None: all. `quick_piece`: bytes that are well read at once where each read costs a
     request; None where small reads cost next to nothing. `patch`: makes the file give these bytes at this offset, in
-    place of headers that Arrow does not read; None: they are refused.
+    place of headers that Arrow does not read; None: they are refused. `trusting`: columns are taken at their footer's
+    word where a look at them costs a request.
 
     Raises:
         RowsRefused: a page, or a list of one row, is too large; or there is no sense in them.
@@ -69,7 +72,7 @@ def rows_at_once(
     list(file.reader.iter_batches(0, row_groups=[at], column_indices=leaves, use_threads=False))
     bound = min(COLUMN_BYTES, ROWS_BYTES // max(1, len(leaves)))
     for leaf in leaves:
-        column = _Column(source, file.schema.column(leaf), group.column(leaf), quick_piece, patch)
+        column = _Column(source, file.schema.column(leaf), group.column(leaf), quick_piece, patch, trusting)
         try:
             rows = min(rows, column.rows_at_once(rows, group.num_rows, bound))
         except ValueError as error:
@@ -94,6 +97,7 @@ class _Column:
         chunk: pq.ColumnChunkMetaData,
         quick_piece: int | None,
         patch: Callable[[int, bytes], None] | None,
+        trusting: bool,
     ) -> None:
         self.name = printable(chunk.path_in_schema, _NAME_CHARACTERS)
         self._highest: int = schema.max_repetition_level
@@ -102,7 +106,7 @@ class _Column:
         self._width = _VALUE_BYTES.get(chunk.physical_type, _OTHER_VALUE_BYTES)
         held = max(chunk.total_uncompressed_size, self._width * chunk.num_values if self._highest else 0)
         usual = held <= USUAL_RATIO * chunk.total_compressed_size
-        self._trusted = quick_piece is not None and usual and "DELTA_BYTE_ARRAY" not in chunk.encodings
+        self._trusted = trusting and quick_piece is not None and usual and "DELTA_BYTE_ARRAY" not in chunk.encodings
         piece = PIECE_BYTES if self._trusted or quick_piece is None else quick_piece
         self._read = _by_pieces(source, piece)
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from io import IOBase
+from typing import cast
+
 import pyarrow as pa
 
 from embedstream.dataset.objects import ObjectAddress, explain_object, file_system
 from embedstream.errors import InputError
-from embedstream_producer.sources import MAGIC, Source
+from embedstream_producer.sources import MAGIC, Patches, Source
 
 READ_BYTES = 8 * 1024 * 1024
 """Asked for at once: each request costs tens of milliseconds."""
@@ -39,7 +42,10 @@ class ObjectSource(Source):
         self._checked = False
 
     def file(self) -> pa.NativeFile:
-        return pa.BufferReader(self._first) if self.size == len(self._first) else self._file
+        whole = pa.BufferReader(self._first) if self.size == len(self._first) else self._file
+        patched = _Patched(whole)
+        self.patches = patched.patches
+        return pa.PythonFile(cast("IOBase", patched), "r")
 
     def read(self, size: int, /) -> bytes:
         """The next bytes, from the beginning. Raises `InputError`, also at the end of an object that was replaced."""
@@ -72,3 +78,20 @@ class ObjectSource(Source):
 
     def _look(self) -> pa.NativeFile:
         return file_system(self._address).open_input_file(self._address.path)
+
+
+class _Patched:
+    """An object that is open, but for a few bytes in it."""
+
+    def __init__(self, file: pa.NativeFile) -> None:
+        self._file = file
+        self.patches = Patches()
+        self.seek, self.tell, self.close = file.seek, file.tell, file.close
+
+    @property
+    def closed(self) -> bool:
+        return bool(self._file.closed)
+
+    def read(self, size: int) -> bytes:
+        begin = self._file.tell()
+        return self.patches.applied(begin, self._file.read(size))

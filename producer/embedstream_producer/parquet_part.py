@@ -50,7 +50,7 @@ class ParquetPart(SourcePart[_OpenFile]):
             if opened.parquet.metadata.num_rows:
                 reader = ColumnReader(spec, opened.parquet.schema_arrow, self.label, self.index)
                 yield from self._judged(opened, reader, on_position)
-            content = _content(opened.bytes, opened.source.piece_bytes)
+            content = _content(opened)
         opened.source.check_unchanged()
         self.content = content
 
@@ -67,14 +67,9 @@ class ParquetPart(SourcePart[_OpenFile]):
     def _judged(
         self, opened: _OpenFile, reader: ColumnReader, on_position: Callable[[int], None] | None
     ) -> Iterator[Sequence[Outcome]]:
-        file, source = opened.parquet, opened.source
-        row, total = 0, file.metadata.num_rows
-        for group in range(file.metadata.num_row_groups):
-            piece = None if source.quick else source.piece_bytes
-            rows = rows_at_once(file, opened.bytes, group, reader.columns, BATCH_ROWS, BATCH_BYTES, piece, source.patch)
-            # Threads take longer to share out a batch than to decode it.
-            batches = file.iter_batches(batch_size=rows, row_groups=[group], columns=reader.columns, use_threads=False)
-            for batch in _gathered(batches):
+        row, total = 0, opened.parquet.metadata.num_rows
+        for group in range(opened.parquet.metadata.num_row_groups):
+            for batch in _gathered(_batches(opened, group, reader.columns)):
                 yield reader.judge(row, batch)
                 row += batch.num_rows
                 if on_position is not None and self.size is not None:
@@ -103,13 +98,41 @@ class ParquetPart(SourcePart[_OpenFile]):
             raise source.cannot_read(error) from error
 
 
-def _content(source: pa.NativeFile, piece_bytes: int) -> PartContent:
-    """All bytes of the file that is open, whatever its name means by now."""
-    digest = hashlib.sha256()
-    source.seek(0)
-    while (piece := source.read_buffer(piece_bytes)).size:
+def _batches(opened: _OpenFile, group: int, columns: Sequence[str] | None) -> Iterator[pa.RecordBatch]:
+    """The rows of a row group."""
+    file, source, done = opened.parquet, opened.source, 0
+    piece = None if source.quick else source.piece_bytes
+    patch = None if source.patches is None else source.patches.__setitem__
+    for trusting in (True, False):
+        rows = rows_at_once(
+            file, opened.bytes, group, columns, BATCH_ROWS, BATCH_BYTES, piece, patch, trusting=trusting
+        )
+        left = done
+        try:
+            # Threads take longer to share out a batch than to decode it.
+            for batch in file.iter_batches(batch_size=rows, row_groups=[group], columns=columns, use_threads=False):
+                new = batch.slice(left)
+                left -= batch.num_rows - new.num_rows
+                done += new.num_rows
+                if new.num_rows:
+                    yield new
+        except OSError as error:
+            # Pages that were not looked at, as each look costs a request, may have headers that Arrow does not read.
+            if source.quick or not trusting or "page header" not in str(error):
+                raise
+        else:
+            return
+
+
+def _content(opened: _OpenFile) -> PartContent:
+    """All bytes of the file that is open as they lie there, whatever its name means by now."""
+    digest, file = hashlib.sha256(), opened.bytes
+    if opened.source.patches:
+        opened.source.patches.clear()
+    file.seek(0)
+    while (piece := file.read_buffer(opened.source.piece_bytes)).size:
         digest.update(piece)
-    return PartContent(source.tell(), digest.hexdigest())
+    return PartContent(file.tell(), digest.hexdigest())
 
 
 def _gathered(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:

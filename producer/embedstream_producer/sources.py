@@ -24,6 +24,18 @@ Opener = Callable[[str, int], int]
 """As `open` takes it: from a path and flags to a descriptor."""
 
 
+class Patches(dict[int, bytes]):
+    """Bytes that a file is to have at some offsets, in place of its own."""
+
+    def applied(self, begin: int, data: bytes) -> bytes:
+        """What was read at `begin`, as it is to be."""
+        for place, patch in self.items():
+            at, past = max(begin, place), min(begin + len(data), place + len(patch))
+            if at < past:
+                data = data[: at - begin] + patch[at - place : past - place] + data[past - begin :]
+        return data
+
+
 class Source:
     """A source that is open, at its beginning. This one is a stream of the caller's."""
 
@@ -36,8 +48,8 @@ class Source:
     identity: object = None
     """What two names of one file have in common; None for a stream."""
     is_parquet = False
-    patch: Callable[[int, bytes], None] | None = None
-    """Makes `file` give these bytes at this offset; None: it cannot."""
+    patches: Patches | None = None
+    """What `file` gives in place of what lies there; None: a stream."""
 
     def __init__(self, label: str, stream: ByteStream) -> None:
         self.label = label
@@ -66,16 +78,11 @@ class _Patched(FileIO):
 
     def __init__(self, path: str, opener: Opener | None) -> None:
         super().__init__(path, "rb", opener=opener)
-        self.patches: dict[int, bytes] = {}
+        self.patches = Patches()
 
     def read(self, size: int | None = -1, /) -> bytes:
         begin = self.tell() if self.patches else 0
-        data = super().read(size)
-        for place, patch in self.patches.items():
-            at, past = max(begin, place), min(begin + len(data), place + len(patch))
-            if at < past:
-                data = data[: at - begin] + patch[at - place : past - place] + data[past - begin :]
-        return data
+        return self.patches.applied(begin, super().read(size))
 
 
 class FileSource(Source):
@@ -96,7 +103,7 @@ class FileSource(Source):
         except ValueError as error:
             raise InputError(f"{label}: cannot be read ({error})") from error
         super().__init__(label, raw)
-        self.patch = raw.patches.__setitem__
+        self.patches = raw.patches
         state = os.fstat(raw.fileno())
         if stat.S_ISREG(state.st_mode):
             self.size = state.st_size

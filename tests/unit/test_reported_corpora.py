@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import json
 import os
@@ -15,6 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from lab.s3 import S3Server
 
 from embedstream.corpus.duplicates import DuplicateIndex
 from embedstream.dataset.parquet_pages import read_pages
@@ -47,7 +49,7 @@ def zstd_skippable(size: int, kind: int = 0) -> bytes:
     return bytes([0x50 + kind, 0x2A, 0x4D, 0x18]) + size.to_bytes(4, "little") + b"x" * size
 
 
-def read(*sources: Path) -> tuple[list[str], int]:
+def read(*sources: Path | str) -> tuple[list[str], int]:
     """The ids of a corpus, and how many rows are refused."""
     names = [str(source) for source in sources]
     spec = JobSpec(queue="q", output="/out", model="m", parts=tuple(map(part_name, names)))
@@ -327,3 +329,19 @@ def test_arrow_46404_a_value_that_statistics_repeat_costs_its_row_alone(size: in
         with pytest.raises(OSError, match="Deserializing page header failed"):
             pq.read_table(path)
     assert read(path) == (["r0", "r2", "r4"], 2)
+
+
+def test_arrow_46404_an_object_loses_that_row_alone_too_and_its_sum_is_that_of_its_bytes(
+    tmp_path: Path, bucket: str, s3_server: S3Server
+) -> None:
+    path, source = tmp_path / "c.parquet", f"s3://{bucket}/c.parquet"
+    with_page_statistics(path, ["a", "b", "x" * 9_000_000, "c", "y" * 9_000_000, "d"])
+    s3_server.client().put_object(Bucket=bucket, Key="c.parquet", Body=path.read_bytes())
+    assert read(source) == (["r0", "r1", "r3", "r5"], 2)
+    for each in (str(path), source):
+        spec = JobSpec(queue="q", output="/out", model="m", parts=(each,))
+        [part] = check_sources([each], spec=spec)
+        for _ in part.outcomes(spec):
+            pass
+        assert part.content is not None
+        assert part.content.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
