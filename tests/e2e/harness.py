@@ -170,7 +170,7 @@ def read_rows(output: Path) -> list[dict[str, Any]]:
 
 def read_errors(output: Path) -> list[dict[str, Any]]:
     path = output / "_errors.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [json.loads(line) for line in path.read_bytes().splitlines()] if path.exists() else []
 
 
 def assert_contents(output: Path, *corpus: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import io
 import json
@@ -16,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from lab.oddities import BOM, gz, zstd, zstd_frame, zstd_skippable
 from lab.s3 import S3Server
 
 from embedstream.corpus.duplicates import DuplicateIndex
@@ -26,27 +26,6 @@ from embedstream_producer.corpus import check_sources, part_name
 
 ROWS = [{"id": f"row{row}", "text": f"text {row}"} for row in range(300)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
-BOM = b"\xef\xbb\xbf"
-
-
-def gz(data: bytes) -> bytes:
-    return gzip.compress(data, mtime=0)
-
-
-def zstd(data: bytes) -> bytes:
-    sink = pa.BufferOutputStream()
-    with pa.CompressedOutputStream(sink, "zstd") as stream:
-        stream.write(data)
-    return sink.getvalue().to_pybytes()
-
-
-def zstd_frame(data: bytes, window_log: int) -> bytes:
-    """A frame of one block that is not compressed, as RFC 8878 has it."""
-    return b"\x28\xb5\x2f\xfd" + bytes([0, (window_log - 10) << 3]) + (len(data) << 3 | 1).to_bytes(3, "little") + data
-
-
-def zstd_skippable(size: int, kind: int = 0) -> bytes:
-    return bytes([0x50 + kind, 0x2A, 0x4D, 0x18]) + size.to_bytes(4, "little") + b"x" * size
 
 
 def read(*sources: Path | str) -> tuple[list[str], int]:
