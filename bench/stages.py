@@ -31,6 +31,7 @@ from embedstream_worker.engines.hashing import HashingEngine
 from embedstream_worker.finish import finish_blocks
 from embedstream_worker.held import EmbeddedGroup, HeldBlock, TokenizedGroup
 from embedstream_worker.jobs import OpenJob
+from embedstream_worker.recipe import recipe_of
 
 CHUNKS = 20_480
 ROUNDS = 5
@@ -76,7 +77,8 @@ def _once(server: Server, corpus: Path, output: Path, clock: Clock) -> None:
     claimed = clock.time("worker: claim (Redis)", lambda: _claim(broker, spec.job, entries))
     blocks = clock.time("worker: decode", lambda: [decode_block(entry.fields, spec.keep) for entry in claimed])
     engine = HashingEngine()
-    job = OpenJob(spec.job, spec, "", 0, engine.info.max_length, "space", sink)
+    length = engine.info.max_length
+    job = OpenJob(spec.job, spec, "", 0, length, "space", sink, recipe_of(engine.info, spec, "", length))
     held = [
         HeldBlock(job, broker.keys.blocks(spec.job), entry.entry, 0, 1, block, 1.0)
         for entry, block in zip(claimed, blocks, strict=True)

@@ -44,6 +44,32 @@ class BlockRecord(msgspec.Struct, frozen=True):
     """`Block.sum()` in hex."""
 
 
+class Recipe(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What decided vectors beside their texts, as the worker had it. What is `_from`: `folder` (the model's), `flag`
+    (the job's), `assumed`, or that the folder has none."""
+
+    model: str
+    """As the job names it."""
+    source: str = ""
+    """Where the worker found it."""
+    revision: str | None = None
+    """The commit of a model of the hub."""
+    fingerprint: str
+    """Of the files that decide."""
+    engine: str
+    dtype: str
+    """Precision of the computation."""
+    pooling: str = ""
+    """In sentence-transformers' words; empty for a model with a way of its own."""
+    pooling_from: str = ""
+    normalized: bool
+    max_length: int
+    """Tokens of the longest text, special tokens included; longer ones are cut."""
+    max_length_from: str = ""
+    prompt: str = ""
+    prompt_from: str = ""
+
+
 class ShardRecord(msgspec.Struct, frozen=True, kw_only=True):
     """What a shard holds: written into its footer, committed to Redis, listed by the manifest."""
 
@@ -67,6 +93,8 @@ class ShardRecord(msgspec.Struct, frozen=True, kw_only=True):
     worker: str
     prompt: str = ""
     """What entered the model in front of every text; `input_hash` is over both."""
+    recipe: Recipe | None = None
+    """None: its worker did not say."""
     bytes: int = 0
     """Size of the data file; 0 until it is written."""
     sha256: str = ""
@@ -151,6 +179,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     space: str
     prompt: str = ""
     """What entered the model in front of every text; part of the space."""
+    recipes: tuple[Recipe, ...] = ()
+    """By which the vectors were made: several if workers differed, in their engine, say."""
     outputs: tuple[ManifestOutput, ...]
     parts: tuple[ManifestPart, ...]
     rows: int

@@ -32,6 +32,7 @@ from embedstream.records import (
     ManifestPart,
     ManifestShard,
     PartContent,
+    Recipe,
     ShardRecord,
     errors_file,
     part_file,
@@ -75,6 +76,7 @@ def build_manifest(
         spec=msgspec.Raw(public_spec(status.spec).encode()),
         space=status.space or (first.space if first else ""),
         prompt=first.prompt if first else "",
+        recipes=in_order(sums.recipes),
         outputs=_outputs(status.spec, first),
         parts=tuple(
             ManifestPart(
@@ -98,6 +100,11 @@ def build_manifest(
         engines=tuple(sorted(sums.engines)),
         shards=tuple(listed),
     )
+
+
+def in_order(recipes: Iterable[Recipe]) -> tuple[Recipe, ...]:
+    """Each once, as a manifest lists them."""
+    return tuple(sorted(set(recipes), key=msgspec.json.encode))
 
 
 def list_shard(shard: ShardRecord) -> ManifestShard:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from embedstream.errors import OutputError
 from embedstream.queue.blocks import MOST_BLOCKS
-from embedstream.records import BlockRecord, ShardRecord
+from embedstream.records import BlockRecord, Recipe, ShardRecord
 
 
 @dataclass
@@ -29,6 +29,7 @@ class ShardSums:
         self.first: ShardRecord | None = None
         """What all have in common, it has."""
         self.engines: set[str] = set()
+        self.recipes: set[Recipe] = set()
         self.rows = self.failed = self.skipped = self.truncated = self.tokens = self.padded = 0
 
     @property
@@ -48,6 +49,8 @@ class ShardSums:
         self.tokens += shard.tokens
         self.padded += shard.padded
         self.engines.add(shard.engine)
+        if shard.recipe is not None:
+            self.recipes.add(shard.recipe)
         self.first = self.first or shard
         return shard
 

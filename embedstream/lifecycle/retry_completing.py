@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from embedstream.dataset.manifest import list_shard, manifest_digest
+from embedstream.dataset.manifest import in_order, list_shard, manifest_digest
 from embedstream.dataset.sink import Sink
 from embedstream.errors import OutputError
 from embedstream.jobs import JobState, JobStatus
@@ -72,6 +72,7 @@ def merged(manifest: Manifest, job: str, shards: Sequence[ShardRecord], kept: Se
         truncated=manifest.truncated + sum(s.truncated for s in shards),
         tokens=manifest.tokens + sum(s.tokens for s in shards),
         padded=manifest.padded + sum(s.padded for s in shards),
+        recipes=in_order((*manifest.recipes, *(s.recipe for s in shards if s.recipe is not None))),
         engines=tuple(sorted({*manifest.engines, *(s.engine for s in shards)})),
         shards=(*older, *kept, *added),
         retries=(*manifest.retries, job),

@@ -98,7 +98,7 @@ class ParquetPart(SourcePart[_OpenFile]):
             raise source.cannot_read(error) from error
 
 
-def _batches(opened: _OpenFile, group: int, columns: Sequence[str] | None) -> Iterator[pa.RecordBatch]:
+def _batches(opened: _OpenFile, group: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
     """The rows of a row group."""
     file, source, done = opened.parquet, opened.source, 0
     piece = None if source.quick else source.piece_bytes

@@ -15,6 +15,7 @@ from embedstream.jobs import JobSpec
 from embedstream.queue.blocks import encode_block
 from embedstream.queue.broker import Broker
 from embedstream.queue.steps import Step
+from embedstream.records import Recipe
 from embedstream.server.connection import connect
 from embedstream_worker import suspects
 from embedstream_worker.held import Held, HeldBlock
@@ -22,6 +23,8 @@ from embedstream_worker.jobs import OpenJob
 from embedstream_worker.pipeline import Life
 
 T = TypeVar("T")
+
+RECIPE = Recipe(model="m", fingerprint="f", engine="hashing", dtype="float32", normalized=False, max_length=512)
 
 
 class CountingBroker(Broker):
@@ -47,7 +50,9 @@ def test_an_outage_during_a_trial_is_told_once_and_the_note_is_made_after_it(
         held, stream = Held(), broker.keys.blocks(spec.job)
         held.add(stream, "1-1")
         sink = open_sink(spec.output, spec, server.url)
-        job = OpenJob(id=spec.job, spec=spec, prompt="", prompt_length=0, max_length=8, space="", sink=sink)
+        job = OpenJob(
+            id=spec.job, spec=spec, prompt="", prompt_length=0, max_length=8, space="", sink=sink, recipe=RECIPE
+        )
         trial = suspects.Trial(broker, held, Life(), HeldBlock(job, stream, "1-1", 0, suspects.BY_CHUNK, block, 0))
         server.kill()
         broker.tries = 0

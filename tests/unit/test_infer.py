@@ -18,6 +18,7 @@ from embedstream.dataset.folder import FolderSink
 from embedstream.dataset.input_hash import input_hashes
 from embedstream.errors import DeviceLost
 from embedstream.jobs import JobSpec
+from embedstream.records import Recipe
 from embedstream_worker.ahead import Ahead
 from embedstream_worker.engines.base import (
     EngineInfo,
@@ -34,6 +35,7 @@ from embedstream_worker.jobs import OpenJob
 from embedstream_worker.pipeline import Channel, Closed, Life, start_stage
 
 DIM = 2
+RECIPE = Recipe(model="m", fingerprint="f", engine="fake", dtype="float32", normalized=False, max_length=512)
 
 
 class FakeEngine:
@@ -95,7 +97,7 @@ def make_tokens(lengths: Sequence[int]) -> Tokens:
 
 def make_group(lengths: Sequence[int], errors: dict[int, tuple[str, str]] | None = None) -> TokenizedGroup:
     spec = JobSpec(queue="q", output="/out", model="m", parts=("p",))
-    job = OpenJob("job", spec, "", 0, 512, "space", FolderSink(spec.output, spec))
+    job = OpenJob("job", spec, "", 0, 512, "space", FolderSink(spec.output, spec), RECIPE)
     hashes = input_hashes([str(i) for i in range(len(lengths))])
     return TokenizedGroup(job, [], make_tokens(lengths), hashes, errors or {})
 

@@ -212,21 +212,23 @@ def test_a_look_that_redis_cuts_short_leaves_no_job_behind(bench: Bench, monkeyp
 
 
 CARD = "this model's card wants one in front of every text: give it with --prompt 'passage: '"
+BEGIN = "recipe: hashing (built in), hashing in float32, normalized, at most "
 
 
 @pytest.mark.parametrize(
-    ("own", "given", "says"),
+    ("own", "given", "says", "warns"),
     [
-        ("", {}, CARD),
-        ("", {"prompt": ""}, None),
-        ("", {"prompt": "passage: "}, None),
-        ("", {"role": "query"}, None),
-        ("P: ", {}, 'the model\'s own prompt for the role document is in front of every text: "P: "'),
-        ("P: ", {"prompt_name": "passage"}, None),
+        ("", {}, "8,192 tokens (folder), no prompt (none in the folder)", True),
+        ("", {"prompt": ""}, "8,192 tokens (folder), no prompt (flag)", False),
+        ("", {"prompt": "passage: "}, '8,192 tokens (folder), prompt "passage: " (flag)', False),
+        ("", {"role": "query"}, "8,192 tokens (folder), no prompt (none in the folder)", False),
+        ("P: ", {}, '8,192 tokens (folder), prompt "P: " (folder)', False),
+        ("P: ", {"prompt_name": "passage"}, '8,192 tokens (folder), prompt "P: " (flag)', False),
+        ("", {"prompt": "", "max_length": 64}, "64 tokens (flag), no prompt (flag)", False),
     ],
 )
 def test_fastembed_251_and_uv_scripts_what_is_in_force_or_missing_is_told_before_a_block_is_taken(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch, own: str, given: dict[str, str], says: str | None
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, own: str, given: dict[str, Any], says: str, warns: bool
 ) -> None:
     monkeypatch.setattr(bench.engine, "_info", replace(bench.engine.info, card_prompts={"document": "passage: "}))
     monkeypatch.setattr(bench.engine, "prompt", lambda _role, prompt, _name: own if prompt is None else prompt)
@@ -234,6 +236,7 @@ def test_fastembed_251_and_uv_scripts_what_is_in_force_or_missing_is_told_before
     bench.jobs = bench.worker(speak=lambda: told.append(bench.jobs.remarks()))
     job = bench.create(**given)
     assert bench.taken() == [job]
-    assert bench.jobs.remarks() == (told[0] if told else {})
-    assert (says or "") in bench.jobs.remarks().get(job, "")
-    assert bool(told) == bool(says)
+    assert bench.jobs.remarks() == told[0]
+    first, *more = bench.jobs.remarks()[job].split("\n")
+    assert first == BEGIN + says
+    assert [CARD in line for line in more] == [True] * warns

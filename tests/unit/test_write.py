@@ -18,7 +18,7 @@ from embedstream.dataset.schema import dataset_schema, errors_schema
 from embedstream.jobs import JobSpec
 from embedstream.queue.blocks import Block, Refusal, decode_block, encode_block
 from embedstream.queue.packing import Packer
-from embedstream.records import ShardContent, ShardRecord
+from embedstream.records import Recipe, ShardContent, ShardRecord
 from embedstream.settings import BlockLimits, WorkerSettings
 from embedstream_worker.ahead import Ahead
 from embedstream_worker.engines.base import EngineInfo, OutputInfo
@@ -33,6 +33,7 @@ from embedstream_worker.tokenize import Tokenize, encode_rows
 
 DIM = 3
 INFO = EngineInfo("fake", "cpu", "float32", "f", 512, True, 64, {"embedding": OutputInfo("dense", DIM, False)})
+RECIPE = Recipe(model="m", fingerprint="f", engine="fake", dtype="float32", normalized=False, max_length=512)
 SPEC = JobSpec(queue="q", output="/out", model="m", parts=("p", "q"))
 
 
@@ -69,7 +70,7 @@ def embedded(
     undone: Sequence[int] = (),
 ) -> EmbeddedGroup:
     """Row i of the group has the vector [i, i, i], and cost ten tokens."""
-    job = OpenJob(spec.job, spec, "", 0, 512, "space", FolderSink(spec.output, spec))
+    job = OpenJob(spec.job, spec, "", 0, 512, "space", FolderSink(spec.output, spec), RECIPE)
     texts: list[Any] = [text for block in blocks for text in block.rows.column("text").to_pylist()]
     tokens, _ = encode_rows(HashingTokenizer(), texts, "", 2)
     held = [HeldBlock(job, "stream", f"{i}-0", 10, 1, block, 1.0) for i, block in enumerate(blocks)]

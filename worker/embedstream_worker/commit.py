@@ -178,5 +178,6 @@ class Commits:
             engine=self._info.engine,
             worker=self._consumer,
             prompt=job.prompt,
+            recipe=job.recipe,
         )
         return ShardContent(record, data, errors)

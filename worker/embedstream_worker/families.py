@@ -7,8 +7,6 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from embedstream.jobs import JobSpec
-from embedstream.terminal import printable
 from embedstream_worker.engines.base import EngineInfo, Role
 from embedstream_worker.model_settings import read_settings
 
@@ -80,15 +78,6 @@ def card_prompts(name: str, folder: Path) -> dict[Role, str]:
         if found and re.fullmatch(family.types, str(settings.get("model_type"))):
             return {role: prompt for role, prompt in _by_role(family) if prompt}
     return {}
-
-
-def remark(info: EngineInfo, spec: JobSpec, prompt: str) -> str:
-    """What the user should know of a job's prompt that was chosen for him, or that is missing; empty if nothing."""
-    if spec.prompt is not None or spec.prompt_name is not None:
-        return ""
-    if prompt:
-        return f'the model\'s own prompt for the role {spec.role} is in front of every text: "{printable(prompt, 200)}"'
-    return missing(info, spec.role)
 
 
 def missing(info: EngineInfo, role: Role) -> str:

@@ -22,10 +22,12 @@ from embedstream.lifecycle.opening import is_here
 from embedstream.masking import mask
 from embedstream.queue.broker import Broker
 from embedstream.queue.job_record import reading_job
+from embedstream.records import Recipe
 from embedstream.server.patience import Refused
 from embedstream_worker.engines import EngineOptions
 from embedstream_worker.engines.base import HARMLESS, Engine, EngineInfo
-from embedstream_worker.families import remark
+from embedstream_worker.families import missing
+from embedstream_worker.recipe import NOWHERE, in_words, recipe_of
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +56,7 @@ class OpenJob:
     """Tokens, special tokens included."""
     space: str
     sink: Sink
+    recipe: Recipe
 
 
 class NotForThisWorker(EmbedstreamError):
@@ -136,8 +139,11 @@ class Jobs:
     def remarks(self) -> dict[str, str]:
         """What is to be known of the jobs that this worker works on."""
         with self._lock:
-            said = {id: remark(self._engine.info, job.spec, job.prompt) for id, job in self._open.items()}
-        return {job: each for job, each in said.items() if each}
+            return {id: "\n".join(self._remarks(job)) for id, job in self._open.items()}
+
+    def _remarks(self, job: OpenJob) -> list[str]:
+        warning = missing(self._engine.info, job.spec.role) if job.recipe.prompt_from == NOWHERE else ""
+        return [in_words(job.recipe), *([warning] if warning else [])]
 
     def stuck(self, job: str, why: str) -> None:
         """A shard of the job cannot be written, and that is tried again: no more of it is taken until then.
@@ -193,9 +199,11 @@ class Jobs:
                 self._open[job] = opened
                 if self._refused.pop(job, None) is not None:
                     log.info("job %s can be worked on now", job, extra=about(job))
-            if said := remark(self._engine.info, opened.spec, opened.prompt):
-                log.warning("job %s: %s", job, said, extra=about(job))
-                self._speak()  # before a block is taken: whoever waits for a small job reads it, too
+            recipe, *warnings = self._remarks(opened)
+            log.info("job %s: %s", job, recipe, extra=about(job))
+            for warning in warnings:
+                log.warning("job %s: %s", job, warning, extra=about(job))
+            self._speak()  # before a block is taken: whoever waits for a small job reads it, too
 
     def _openable(self, job: str) -> OpenJob:
         """Without the length of its prompt. Raises `NotForThisWorker`, and whatever reading the job may raise."""
@@ -234,6 +242,7 @@ class Jobs:
             max_length=max_length,
             space=space_id(info, spec, prompt, max_length),
             sink=open_sink(spec.output, spec, self._redis_url, self._roots),
+            recipe=recipe_of(info, spec, prompt, max_length),
         )
 
     def _unfit(self, spec: JobSpec) -> str | None:

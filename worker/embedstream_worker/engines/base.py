@@ -59,6 +59,16 @@ class OutputInfo:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """Where a model comes from, for printing, and what its folder says of pooling."""
+
+    source: str = ""
+    revision: str | None = None  # the commit of a model of the hub
+    pooling: str = ""  # in sentence-transformers' words; empty: in a way of its own
+    pooling_from: str = ""  # folder, or assumed
+
+
+@dataclass(frozen=True)
 class EngineInfo:
     """What an engine says of itself."""
 
@@ -71,6 +81,7 @@ class EngineInfo:
     batch_tokens: int  # a good token budget per batch on this device
     outputs: dict[str, OutputInfo]
     card_prompts: dict[Role, str] = field(default_factory=dict)  # what its card wants in front of texts
+    origin: Origin = Origin()
 
 
 class TextTokenizer(Protocol):

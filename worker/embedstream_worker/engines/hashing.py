@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from embedstream.errors import ModelError
-from embedstream_worker.engines.base import EngineInfo, OutputInfo, Role, TokenBatch, Tokens
+from embedstream_worker.engines.base import EngineInfo, Origin, OutputInfo, Role, TokenBatch, Tokens
 
 MAX_LENGTH = 8192
 _FORMULA = 1  # part of the fingerprint: to be raised when the formula changes
@@ -90,6 +90,7 @@ class HashingEngine:
             max_length=MAX_LENGTH,
             padded=False,
             batch_tokens=65_536,  # hundreds of rows: the cost of a call vanishes
+            origin=Origin(source="built in"),
             outputs={"embedding": OutputInfo(kind="dense", dim=dim, normalized=True)},
         )
         self._steps = np.arange(1, dim + 1, dtype=np.uint32)

@@ -30,6 +30,7 @@ from embedstream_worker.engines.text_input import TextModel
 from embedstream_worker.families import card_prompts
 from embedstream_worker.fingerprint import file_sha256
 from embedstream_worker.models import ModelFolder
+from embedstream_worker.recipe import origin_of
 
 if TYPE_CHECKING:
     from embedstream_worker.engines.onnx_conversion import Carried
@@ -113,6 +114,7 @@ class OnnxEngine(TextEngine):
             batch_tokens=CPU_BATCH_TOKENS if kind == "cpu" else GPU_BATCH_TOKENS,
             outputs={"embedding": OutputInfo(kind="dense", dim=model.dim, normalized=model.normalized)},
             card_prompts=card_prompts(folder.name, folder.path),
+            origin=origin_of(folder),
         )
 
     @property

@@ -34,6 +34,7 @@ from embedstream_worker.engines.text_engine import TextEngine, ran_out_of_memory
 from embedstream_worker.engines.text_input import TextInput, TextModel
 from embedstream_worker.families import card_prompts
 from embedstream_worker.models import ModelFolder
+from embedstream_worker.recipe import origin_of
 from embedstream_worker.tokenizing import encode_each
 
 log = logging.getLogger(__name__)
@@ -101,6 +102,7 @@ class OpenVinoEngine(TextEngine):
             batch_tokens=BATCH_TOKENS,
             outputs={"embedding": OutputInfo(kind="dense", dim=model.dim, normalized=model.normalized)},
             card_prompts=card_prompts(folder.name, folder.path),
+            origin=origin_of(folder),
         )
 
     def embed(self, batch: TokenBatch) -> dict[str, npt.NDArray[np.float32]]:

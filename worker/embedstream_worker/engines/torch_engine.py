@@ -46,6 +46,7 @@ from embedstream_worker.engines.torch_features import (
 from embedstream_worker.engines.torch_loading import excludes_prompt, is_normalized, load_model, read_input
 from embedstream_worker.families import card_prompts
 from embedstream_worker.models import ModelFolder
+from embedstream_worker.recipe import origin_of
 
 log = logging.getLogger(__name__)
 
@@ -110,6 +111,7 @@ class TorchEngine(TextEngine):
             batch_tokens=self._batch_tokens(place),
             outputs={"embedding": OutputInfo(kind="dense", dim=model.dim, normalized=model.normalized)},
             card_prompts=card_prompts(folder.name, folder.path),
+            origin=origin_of(folder),
         )
         if place.type == "cuda":
             how = "padded" if self.info.padded else "packed without padding"
