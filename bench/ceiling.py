@@ -17,6 +17,7 @@ from peers.protocol import peak_mib
 from embedstream.dataset.sinks import open_sink
 from embedstream.lifecycle.finalizing import finalize_job
 from embedstream.lifecycle.opening import make_spec, open_job
+from embedstream.outputs import Output
 from embedstream.queue.blocks import Entry, encode_block
 from embedstream.queue.broker import Broker
 from embedstream.queue.packing import Packer
@@ -24,6 +25,8 @@ from embedstream.queue.steps import CommitBlock
 from embedstream.records import BlockRecord, ShardRecord, part_file
 from embedstream.server.connection import connect
 from embedstream.settings import BLOCK_LIMITS
+
+OUTPUT = Output(name="embedding", kind="dense", dtype="float32", dim=384, normalized=True)
 
 BLOCKS_PER_SHARD = 64
 """Of 256 chunks with 384 dimensions and 500 characters each: some 32 MiB, at which a worker closes a shard."""
@@ -83,7 +86,7 @@ def turn_over(load: Load) -> tuple[int, float]:
             record = ShardRecord(
                 name=f"{done + shard:012x}", job=spec.job, space="space", rows=rows * len(held), failed=0, skipped=0,
                 blocks=tuple(BlockRecord(0, b.block, rows, 0, 0, b.sum.hex()) for b in held), truncated=0, tokens=1,
-                padded=1, dim=384, dtype="float32", normalized=True, engine="hashing", worker="bench",
+                padded=1, outputs=(OUTPUT,), dtype="float32", engine="hashing", worker="bench",
                 sha256= "0" * 64,
             )  # fmt: skip
             expect("COMMITTED", broker.run(broker.commit(record, held)).code.value)

@@ -3,7 +3,7 @@
     python bench/latency.py
 
 One-text `Client.embed()` while the worker has nothing else to do and while it runs a bulk job, against the bare model
-in this process (tokenize, one `Engine.embed`). And one text through `embed-submit` in embedded mode, by phase.
+in this process (tokenize, one `Engine.run`). And one text through `embed-submit` in embedded mode, by phase.
 """
 
 from __future__ import annotations
@@ -54,18 +54,18 @@ def bare(questions: list[str], texts: list[str], dtype: str) -> Bare:
 
     def ask(text: str) -> None:
         tokens = tokenizer.encode([text], engine.info.max_length)
-        engine.embed(gather_batch(tokens, cut_batches(tokens.lengths, 1, True)[0], 0, "query"))
+        engine.run(gather_batch(tokens, cut_batches(tokens.lengths, 1, True)[0], 0, "query"))
 
     ask(questions[0])
     one = [timed(partial(ask, text)) for text in questions]
     tokens = tokenizer.encode(texts, engine.info.max_length)
     rows = cut_batches(tokens.lengths, engine.info.batch_tokens, True)
     batches = [gather_batch(tokens, some, 0, "document") for some in rows[:: max(1, len(rows) // 24)]]
-    alone = [timed(partial(engine.embed, batch)) for batch in batches]
+    alone = [timed(partial(engine.run, batch)) for batch in batches]
     beside: list[float] = []
 
     def run() -> None:
-        beside.extend(timed(partial(engine.embed, batch)) for batch in batches)
+        beside.extend(timed(partial(engine.run, batch)) for batch in batches)
 
     threads = [threading.Thread(target=run) for _ in range(engine.in_flight)]
     for thread in threads:

@@ -20,6 +20,7 @@ from embedstream.dataset.schema import errors_schema
 from embedstream.dataset.sinks import open_sink
 from embedstream.jobs import JobSpec
 from embedstream.lifecycle.opening import make_spec, open_job
+from embedstream.outputs import Output
 from embedstream.queue.blocks import decode_block, encode_block
 from embedstream.queue.broker import Broker
 from embedstream.queue.packing import Packer
@@ -32,6 +33,8 @@ from embedstream_worker.finish import finish_blocks
 from embedstream_worker.held import EmbeddedGroup, HeldBlock, TokenizedGroup
 from embedstream_worker.jobs import OpenJob
 from embedstream_worker.recipe import recipe_of
+
+OUTPUT = Output(name="embedding", kind="dense", dtype="float32", dim=384, normalized=True)
 
 CHUNKS = 20_480
 ROUNDS = 5
@@ -78,7 +81,7 @@ def _once(server: Server, corpus: Path, output: Path, clock: Clock) -> None:
     blocks = clock.time("worker: decode", lambda: [decode_block(entry.fields, spec.keep) for entry in claimed])
     engine = HashingEngine()
     length = engine.info.max_length
-    job = OpenJob(spec.job, spec, "", 0, length, "space", sink, recipe_of(engine.info, spec, "", length))
+    job = OpenJob(spec.job, spec, "", 0, length, "space", (OUTPUT,), sink, recipe_of(engine.info, spec, "", length))
     held = [
         HeldBlock(job, broker.keys.blocks(spec.job), entry.entry, 0, 1, block, 1.0)
         for entry, block in zip(claimed, blocks, strict=True)
@@ -90,7 +93,7 @@ def _once(server: Server, corpus: Path, output: Path, clock: Clock) -> None:
     hashes = clock.time("worker: input hashes", lambda: input_hashes(inputs))
     cut = clock.time("worker: cut batches", lambda: cut_batches(tokens.lengths, engine.info.batch_tokens, False))
     batches = clock.time("worker: gather", lambda: [gather_batch(tokens, rows, 0, "document") for rows in cut])
-    found = clock.time("worker: embed (hashing)", lambda: [engine.embed(batch)["embedding"] for batch in batches])
+    found = clock.time("worker: embed (hashing)", lambda: [engine.run(batch)["dense"] for batch in batches])
     vectors = np.zeros((CHUNKS, 384), np.float32)
 
     def land() -> None:
@@ -100,13 +103,13 @@ def _once(server: Server, corpus: Path, output: Path, clock: Clock) -> None:
 
     clock.time("worker: back to their rows", land)
     group = EmbeddedGroup(
-        TokenizedGroup(job, held, tokens, hashes), vectors, tokens.lengths, np.ones(CHUNKS, np.bool_), {}
+        TokenizedGroup(job, held, tokens, hashes), {"dense": vectors}, tokens.lengths, np.ones(CHUNKS, np.bool_), {}
     )
-    finished, _ = clock.time("worker: finish", lambda: finish_blocks(group, engine.info))
+    finished, _ = clock.time("worker: finish", lambda: finish_blocks(group))
     record = ShardRecord(
         name=f"{output.name}", job=spec.job, space="space", blocks=tuple(block.record() for block in finished),
         rows=CHUNKS, failed=0, skipped=0, truncated=0, tokens=int(tokens.lengths.sum()),
-        padded=int(tokens.lengths.sum()), dim=384, dtype="float32", normalized=True, engine="hashing", worker="bench",
+        padded=int(tokens.lengths.sum()), outputs=(OUTPUT,), dtype="float32", engine="hashing", worker="bench",
     )  # fmt: skip
     data = pa.concat_tables([block.data for block in finished])
     content = ShardContent(record, data, pa.Table.from_pylist([], schema=errors_schema()))

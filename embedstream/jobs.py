@@ -12,6 +12,7 @@ from typing import Literal
 import msgspec
 
 from embedstream.errors import EmbedstreamError, UsageError
+from embedstream.outputs import NAMES, OutputSpec, Task, check_outputs, column_names
 
 FORMAT_VERSION = 1
 """Version of spec, block and manifest formats."""
@@ -34,16 +35,6 @@ RESERVED_COLUMNS = frozenset(
     {"part", "row", "id", "chunk", "start", "end", "text", "text_pair", "n_tokens", "truncated", "input_hash"}
 )
 """Columns of the dataset that a kept field may not replace (nor may it take an output's name)."""
-
-
-class OutputSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """One vector column of the dataset. `None` means: as the model has it."""
-
-    name: str = "embedding"
-    kind: Literal["dense"] = "dense"
-    dtype: Literal["float32"] = "float32"
-    dim: int | None = None
-    normalized: bool | None = None
 
 
 class Retry(msgspec.Struct, frozen=True, kw_only=True):
@@ -80,7 +71,9 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
     text: bool = True
     """Whether the dataset keeps the text column."""
     empty: Literal["error", "skip"] = "error"
-    outputs: tuple[OutputSpec, ...] = (OutputSpec(),)
+    task: Task = "auto"
+    outputs: tuple[OutputSpec, ...] = ()
+    """Empty: all that the model gives for the task, one output of each kind."""
     retry: Retry | None = None
     """None: the job is over all rows."""
     v: int = FORMAT_VERSION
@@ -94,6 +87,11 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
     def whole_job(self) -> str:
         """The id of the job over all rows of this output: another one's, if this one runs failed rows again."""
         return job_id(self.queue, self.output)
+
+    @property
+    def columns(self) -> frozenset[str]:
+        """Names of the dataset's columns that are no output's."""
+        return RESERVED_COLUMNS.union(self.keep)
 
     def encode(self) -> bytes:
         """Canonical JSON: equal specs give equal bytes."""
@@ -109,7 +107,11 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
         if self.number_rows and self.id_field is not None:
             raise UsageError("--number-rows and --id-field exclude each other")
         check_prompting(self.prompt, self.prompt_name, self.max_length)
-        taken = RESERVED_COLUMNS | {output.name for output in self.outputs}
+        check_outputs(self.outputs, RESERVED_COLUMNS)
+        for output in self.outputs:
+            check_setting("--emit", output.name)
+        names = [column_names(output.kind, output.name) for output in self.outputs] or [(NAMES["dense"],)]
+        taken = RESERVED_COLUMNS.union(*names)
         for name in self.keep:
             check_setting("--keep", name)
             if name in taken:
@@ -118,8 +120,6 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
             raise UsageError(f"--keep names {len(self.keep):,} fields: at most {MOST_KEPT:,} are carried")
         if len(set(self.keep)) != len(self.keep):
             raise UsageError("--keep names a field twice")
-        if len(self.outputs) != 1:
-            raise UsageError("a job has exactly one output of kind dense")
 
 
 def check_prompting(prompt: str | None, prompt_name: str | None, max_length: int | None) -> None:
@@ -246,7 +246,7 @@ def differing_field(existing: JobSpec, wanted: JobSpec) -> str | None:
     # The model first: the queue is named after it, and whoever changes the one thinks of it, not of the other.
     for name in ("model", *JobSpec.__struct_fields__):
         if getattr(existing, name) != getattr(wanted, name):
-            return {"parts": "corpus", "text": "no_text"}.get(name, name).replace("_", "-")
+            return {"parts": "corpus", "text": "no_text", "outputs": "emit"}.get(name, name).replace("_", "-")
     return None
 
 

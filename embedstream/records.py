@@ -8,6 +8,8 @@ from typing import Annotated
 import msgspec
 import pyarrow as pa
 
+from embedstream.outputs import Output
+
 ShardName = Annotated[str, msgspec.Meta(pattern=r"\A[0-9A-Za-z_-]{1,64}\Z")]
 """Names become file names, wherever records and manifests come from."""
 
@@ -85,10 +87,9 @@ class ShardRecord(msgspec.Struct, frozen=True, kw_only=True):
     tokens: int
     padded: int
     """Tokens that the model computed, padding included."""
-    dim: int
+    outputs: tuple[Output, ...]
     dtype: str
     """Precision of the computation: float32, bfloat16."""
-    normalized: bool
     engine: str
     worker: str
     prompt: str = ""
@@ -181,7 +182,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """What entered the model in front of every text; part of the space."""
     recipes: tuple[Recipe, ...] = ()
     """By which the vectors were made: several if workers differed, in their engine, say."""
-    outputs: tuple[ManifestOutput, ...]
+    outputs: tuple[Output, ...]
+    """Empty if no row was written, and none was asked for by name."""
     parts: tuple[ManifestPart, ...]
     rows: int
     failed: int
@@ -196,16 +198,6 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     shards: tuple[ManifestShard, ...]
     retries: tuple[str, ...] = ()
     """Jobs over failed rows whose shards, listed without blocks, were added; the times are of the job over all rows."""
-
-
-class ManifestOutput(msgspec.Struct, frozen=True, kw_only=True):
-    """One vector column, resolved: what the model really gave."""
-
-    name: str
-    kind: str
-    dtype: str
-    dim: int
-    normalized: bool
 
 
 class ManifestPart(msgspec.Struct, frozen=True):

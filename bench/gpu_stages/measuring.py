@@ -121,7 +121,7 @@ def drive(engine: TorchEngine, batches: Iterator[TokenBatch]) -> int:
             return count
 
         for batch in batches:
-            flying.append((len(batch.ids), pool.submit(engine.embed, batch)))
+            flying.append((len(batch.ids), pool.submit(engine.run, batch)))
             if len(flying) >= engine.in_flight:
                 done += land()
         while flying:
@@ -171,7 +171,7 @@ def profile_of(engine: TorchEngine, tokens: Tokens, work: Work, device: torch.de
             drive(engine, batches)
         else:  # operators are seen in this thread alone
             for batch in batches:
-                engine.embed(batch)
+                engine.run(batch)
     taken: Counter[str] = Counter()
     ranges: list[tuple[float, float]] = []
     for event in trace.events():
@@ -212,8 +212,8 @@ def waits_of(engine: TorchEngine, tokens: Tokens) -> str:
     rows = cut(tokens, engine.info.batch_tokens, engine.info.padded)[0]
     batch = gather_batch(tokens, rows, 0, "document")
     for _ in range(engine.in_flight):
-        engine.embed(batch)
-    return not_waiting(lambda: engine.embed(batch))
+        engine.run(batch)
+    return not_waiting(lambda: engine.run(batch))
 
 
 def not_waiting(run: Callable[[], object]) -> str:

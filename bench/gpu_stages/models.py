@@ -121,7 +121,7 @@ def _compile(engine: TorchEngine, fuses: bool) -> None:
         if fuses:
             fuse_projections(engine.modules, undo)
         for batch in check_batches(engine.text_model):
-            engine.embed(batch)
+            engine.run(batch)
         undo.pop_all()
 
 

@@ -47,9 +47,9 @@ def compare(bench: Bench) -> None:
 
 
 def _embed(engine: TorchEngine, tokens: Tokens, budget: int) -> Vectors:
-    vectors = np.full((len(tokens.lengths), engine.info.outputs["embedding"].dim), np.nan, np.float32)
+    vectors = np.full((len(tokens.lengths), engine.info.outputs["dense"].dim), np.nan, np.float32)
     for rows in cut_batches(tokens.lengths, budget, engine.info.padded):
-        vectors[rows] = engine.embed(gather_batch(tokens, rows, 0, "document"))["embedding"]
+        vectors[rows] = engine.run(gather_batch(tokens, rows, 0, "document"))["dense"]
     return vectors
 
 

@@ -38,10 +38,10 @@ class Loop:
         tokens = self._tokenizer.encode(texts, self._engine.info.max_length)
         lengths = tokens.lengths
         batches = cut_batches(lengths, self._budget, padded=True)
-        vectors = np.empty((len(texts), self._engine.info.outputs["embedding"].dim), np.float32)
+        vectors = np.empty((len(texts), self._engine.info.outputs["dense"].dim), np.float32)
 
         def run(rows: np.ndarray[Any, Any]) -> None:
-            vectors[rows] = self._engine.embed(gather_batch(tokens, rows, 0, "document"))["embedding"]
+            vectors[rows] = self._engine.run(gather_batch(tokens, rows, 0, "document"))["dense"]
 
         begun = time.perf_counter()
         with ThreadPoolExecutor(self._engine.in_flight) as pool:

@@ -82,7 +82,7 @@ def write_group(sink: FolderSink, manifest: Manifest, group: Group) -> ShardReco
         _, sha256 = sink.files.write(errors_file(group.name), [encode_errors(table)])
         record = msgspec.structs.replace(record, errors_sha256=sha256)
     footer = Footer(shard=record, spec=msgspec.Raw(spec.encode()))
-    schema = dataset_schema(spec, {manifest.outputs[0].name: sources[0].dim})
+    schema = dataset_schema(spec, manifest.outputs)
     tables = (pa.Table.from_batches(each, schema) for each in data.groups())
     size, sha256 = sink.files.write(part_file(group.name), encode_pieces(tables, schema, footer))
     return msgspec.structs.replace(record, bytes=size, sha256=sha256)

@@ -38,7 +38,7 @@ def open_dataset(output: str | os.PathLike[str], *, partial: bool = False) -> ds
             f"or open what is there with partial=True"
         )
     files = [shard.file for shard in manifest.shards if shard.rows]
-    schema = dataset_schema(manifest_spec(manifest), {each.name: each.dim for each in manifest.outputs})
+    schema = dataset_schema(manifest_spec(manifest), manifest.outputs)
     if is_object(address):
         place = parse_object(address, "output")
         return ds.dataset(

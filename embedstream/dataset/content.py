@@ -15,9 +15,8 @@ _ORDER = ("part", "row", "chunk")
 def check_content(content: ShardContent, spec: JobSpec) -> None:
     """Raise `ValueError` unless rows have the job's schema, no nulls where none may be, and the record's counts."""
     record = content.record
-    dims = {output.name: record.dim for output in spec.outputs}
     for what, table, schema, rows in (
-        ("rows", content.data, dataset_schema(spec, dims), record.rows),
+        ("rows", content.data, dataset_schema(spec, record.outputs), record.rows),
         ("error rows", content.errors, errors_schema(), record.failed),
     ):
         if not table.schema.equals(schema):

@@ -291,7 +291,6 @@ class FolderSink:
             return [self._keep(retried[0], number, batch) for number, batch in enumerate(batches)]
 
     def _keep(self, like: ShardRecord, number: int, errors: list[dict[str, object]]) -> ManifestShard:
-        dims = {output.name: like.dim for output in self._spec.outputs} if self._spec else {}
         record = msgspec.structs.replace(
             like,
             name=f"{like.job}-{number}",
@@ -307,7 +306,7 @@ class FolderSink:
             errors_sha256="",
         )
         assert self._spec is not None, "only a job's finalizer keeps errors"
-        data = dataset_schema(self._spec, dims).empty_table()
+        data = dataset_schema(self._spec, record.outputs).empty_table()
         written = self.write_shard(ShardContent(record, data, pa.Table.from_pylist(errors, schema=errors_schema())))
         return list_shard(written)
 

@@ -28,7 +28,6 @@ from embedstream.records import (
     BlockRuns,
     Manifest,
     ManifestErrors,
-    ManifestOutput,
     ManifestPart,
     ManifestShard,
     PartContent,
@@ -77,7 +76,7 @@ def build_manifest(
         space=status.space or (first.space if first else ""),
         prompt=first.prompt if first else "",
         recipes=in_order(sums.recipes),
-        outputs=_outputs(status.spec, first),
+        outputs=first.outputs if first else (),
         parts=tuple(
             ManifestPart(
                 name=name,
@@ -217,17 +216,3 @@ def refuse_other_spec(output: str, made: JobSpec, wanted: JobSpec, way_out: str 
         raise SpecDiffers(output, field, mask(made.output), mask(wanted.output), way_out)
     name = {"corpus": "parts"}.get(field, field.replace("-", "_"))
     raise SpecDiffers(output, field, getattr(made, name), getattr(wanted, name), way_out)
-
-
-def _outputs(spec: JobSpec, first: ShardRecord | None) -> tuple[ManifestOutput, ...]:
-    """What the model really gave; what was asked for when there is no shard to tell."""
-    return tuple(
-        ManifestOutput(
-            name=output.name,
-            kind=output.kind,
-            dtype=output.dtype,
-            dim=first.dim if first else output.dim or 0,
-            normalized=first.normalized if first else bool(output.normalized),
-        )
-        for output in spec.outputs
-    )

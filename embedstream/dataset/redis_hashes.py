@@ -21,7 +21,8 @@ from embedstream.dataset.content import check_content
 from embedstream.dataset.manifest import decode_manifest, encode_manifest, list_shard, manifest_spec
 from embedstream.dataset.ordering import Ordering
 from embedstream.dataset.redis_address import RedisAddress
-from embedstream.dataset.schema import ErrorRow, placed_errors, vector_type
+from embedstream.dataset.redis_values import from_fields, to_fields
+from embedstream.dataset.schema import ErrorRow, output_fields, placed_errors
 from embedstream.errors import OutputError, RecordDamaged, UsageError
 from embedstream.failpoints import reach
 from embedstream.jobs import JobSpec, JobState
@@ -91,7 +92,7 @@ class RedisSink:
             raise ValueError("a sink without a job's spec is for reading only")
         check_content(content, spec)
         for batch in content.data.to_batches(max_chunksize=SLICE_ROWS):
-            self._write_rows(batch, spec)
+            self._write_rows(batch, spec, [name for output in record.outputs for name in output.columns])
             if spec.retry is not None:
                 places = zip(*(_list(batch, name) for name in ("part", "row", "chunk")), strict=True)
                 self._put("_pending", {_pending(record, *place): b"" for place in places})
@@ -100,13 +101,13 @@ class RedisSink:
             self._put("_pending", {_pending(record, *place): error for *place, error in placed})
         return record
 
-    def _write_rows(self, batch: pa.RecordBatch, spec: JobSpec) -> None:
+    def _write_rows(self, batch: pa.RecordBatch, spec: JobSpec, results: Sequence[str]) -> None:
         ids, chunks, truncated = (_list(batch, name) for name in ("id", "chunk", "truncated"))
         keys = [self._key(id, chunk) for id, chunk in zip(ids, chunks, strict=True)]
         self._refuse_foreign(keys)
         names = [*(["text"] if spec.text else []), *spec.keep]
         values = [_list(batch, name) for name in names]
-        vectors = {output.name: _vectors(batch.column(output.name)) for output in spec.outputs}
+        vectors = {name: to_fields(batch.column(name)) for name in results}
         # Fields that a row does not have are removed, so that no older job's text stays beside a new vector.
         never = [] if spec.text else ["text"]
         pipe, size = self._client.pipeline(transaction=False), 0
@@ -412,14 +413,6 @@ def _list(batch: pa.RecordBatch, name: str) -> list[Any]:
     return batch.column(name).to_pylist()
 
 
-def _vectors(column: Any) -> list[bytes]:
-    """Each row's vector as little-endian float32 bytes, which is how Arrow holds them."""
-    values = column.flatten()
-    width = column.type.list_size * 4
-    data = memoryview(values.buffers()[1] or b"")[values.offset * 4 :]
-    return [bytes(data[start : start + width]) for start in range(0, len(column) * width, width)]
-
-
 def read_schema(manifest: Manifest) -> pa.Schema:
     """What `RedisSink.read` gives."""
     spec = manifest_spec(manifest)
@@ -428,19 +421,12 @@ def read_schema(manifest: Manifest) -> pa.Schema:
         *([pa.field("text", pa.string(), nullable=False)] if spec.text else []),
         pa.field("truncated", pa.bool_(), nullable=False),
         *(pa.field(name, pa.string()) for name in spec.keep),
-        *(pa.field(output.name, vector_type(output.dim), nullable=False) for output in manifest.outputs),
+        *(field for output in manifest.outputs for field in output_fields(output)),
     ]
     return pa.schema(fields)
 
 
 def _array(values: list[bytes | None], type: Any) -> Any:
-    if pa.types.is_fixed_size_list(type):
-        for value in values:
-            if value is None or len(value) != 4 * type.list_size:
-                raise ValueError(f"a vector has {len(value or b'')} bytes, not {4 * type.list_size}")
-        flat = pa.py_buffer(b"".join(value or b"" for value in values))
-        leaf = pa.Array.from_buffers(pa.float32(), len(flat) // 4, [None, flat])
-        return pa.Array.from_buffers(type, len(values), [None], children=[leaf])
     if pa.types.is_boolean(type):
         return pa.array([value == b"1" for value in values])
-    return pa.array(values, pa.binary()).cast(pa.string())
+    return from_fields(values, type)

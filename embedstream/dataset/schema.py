@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import msgspec
 import pyarrow as pa
 
 from embedstream.jobs import JobSpec
+from embedstream.outputs import Dtype, Output
 
 INPUT_HASH_BYTES = 16
 """Of the exact text that entered the model, prompt included."""
@@ -29,16 +30,43 @@ class ErrorRow(msgspec.Struct, frozen=True):
     """The original line or text, cut at a bound."""
 
 
-def vector_type(dim: int) -> pa.DataType:
-    """`fixed_size_list<float32 not null>[dim]`."""
-    return pa.list_(pa.field("element", pa.float32(), nullable=False), dim)
+_NUMBERS: dict[Dtype, pa.DataType] = {"float32": pa.float32(), "float16": pa.float16()}
 
 
-def dataset_schema(spec: JobSpec, dims: Mapping[str, int]) -> pa.Schema:
-    """Columns of a job's shards, in order. `dims`: output name -> dimensions of its vectors.
+def _list(type: pa.DataType, size: int = -1) -> pa.DataType:
+    """A list without nulls in it."""
+    return pa.list_(pa.field("element", type, nullable=False), size)
 
-    (`part`, `row`, `chunk`) says which chunk a row is.
+
+def output_fields(output: Output) -> list[pa.Field[Any]]:
+    """The columns of one output.
+
+    dense: `fixed_size_list<T>[dim]`, or `fixed_size_binary[dim / 8]` for ubinary. sparse: `struct<indices:
+    list<uint32>, values: list<T>>`, indices ascending. multivector: `list<fixed_size_list<T>[dim]>`, a vector for each
+    token. score: `float32`. labels: the best `string`, its `float32` and all of them as `fixed_size_list<float32>`.
     """
+    names = output.columns
+    if output.dtype == "ubinary":
+        return [pa.field(names[0], pa.binary(output.dim // 8), nullable=False)]
+    number = _NUMBERS[output.dtype]
+    types: list[pa.DataType]
+    match output.kind:
+        case "dense":
+            types = [_list(number, output.dim)]
+        case "sparse":
+            indices = pa.field("indices", _list(pa.uint32()), nullable=False)
+            types = [pa.struct([indices, pa.field("values", _list(number), nullable=False)])]
+        case "multivector":
+            types = [_list(_list(number, output.dim))]
+        case "score":
+            types = [number]
+        case "labels":
+            types = [pa.string(), number, _list(number, output.dim)]
+    return [pa.field(name, type, nullable=False) for name, type in zip(names, types, strict=True)]
+
+
+def dataset_schema(spec: JobSpec, outputs: Sequence[Output]) -> pa.Schema:
+    """Columns of a job's shards, in order. (`part`, `row`, `chunk`) says which chunk a row is."""
     fields: list[pa.Field[Any]] = [
         pa.field("part", pa.int32(), nullable=False),
         pa.field("row", pa.int64(), nullable=False),
@@ -49,7 +77,7 @@ def dataset_schema(spec: JobSpec, dims: Mapping[str, int]) -> pa.Schema:
         pa.field("truncated", pa.bool_(), nullable=False),
         pa.field("input_hash", pa.binary(INPUT_HASH_BYTES), nullable=False),
         *(pa.field(name, pa.string()) for name in spec.keep),
-        *(pa.field(output.name, vector_type(dims[output.name]), nullable=False) for output in spec.outputs),
+        *(field for output in outputs for field in output_fields(output)),
     ]
     return pa.schema(fields)
 

@@ -56,7 +56,7 @@ class ShardSums:
 
     def _check(self, shard: ShardRecord) -> None:
         first = self.first or shard
-        if (shard.space, shard.dim, shard.normalized) != (first.space, first.dim, first.normalized):
+        if (shard.space, shard.outputs) != (first.space, first.outputs):
             raise OutputError(
                 f"job {self._job}: shards {first.name} and {shard.name} hold vectors that cannot be compared "
                 f"(spaces {first.space} and {shard.space})"

@@ -28,6 +28,7 @@ class Kind(enum.StrEnum):
     NOT_FINITE = "not_finite"  # a vector with NaN or infinity
     ZERO = "zero"  # a vector of zeros
     NORM = "norm"  # a vector whose length is not 1, though the model normalizes
+    VALUES = "values"  # weights that are not above 0 or not in order, or a label that is not the best one
     ERRORS = "errors"  # the errors as people read them are not those of the shards
     NOT_IN_DATASET = "not_in_dataset"  # a row of the corpus is neither in the dataset nor in its errors
     NOT_IN_CORPUS = "not_in_corpus"  # a row of the dataset that the corpus does not have

@@ -25,7 +25,7 @@ from embedstream.verify.findings import Finding, Findings, Kind
 from embedstream.verify.locating import locate
 from embedstream.verify.manifest_sums import check_footer
 from embedstream.verify.places import PAGE_ROWS, Mask, Numbers, PlaceNumbers, Places, Rows
-from embedstream.verify.rows import Located, bad_vectors, id_numbers, kept_numbers, text_numbers
+from embedstream.verify.rows import Located, bad_column, id_numbers, kept_numbers, text_numbers
 
 _TOTALS = ("skipped", "truncated", "tokens", "padded")
 """What a manifest adds up over its shards, beside rows and error rows."""
@@ -51,7 +51,6 @@ class FolderCheck:
         self.bytes = 0
         """Read so far."""
         self._names = set(sink.files.names())
-        self._dims = {output.name: output.dim for output in manifest.outputs}
         self._per_part = np.zeros((len(self.spec.parts), 2), np.int64)
         self._spans = BlockSpans()
         self._totals = dict.fromkeys(_TOTALS, 0)
@@ -135,7 +134,7 @@ class FolderCheck:
     def _check_data(self, shard: ManifestShard, name: str) -> Sequence[BlockRecord]:
         """The shard's rows. Returns its blocks, if they are the corpus's: not those of rows that were run again."""
         footer, count = self.sink.footer(name)
-        record, columns, expected = footer.shard, self._columns(), dataset_schema(self.spec, self._dims)
+        record, columns, expected = footer.shard, self._columns(), dataset_schema(self.spec, self.manifest.outputs)
         check_footer(self.findings, self.manifest, shard, record, name)
         if differing_field(footer.job_spec(), self.spec) is not None:
             self.findings.add(Kind.FOOTER, "was made by a job with another spec", name)
@@ -173,7 +172,8 @@ class FolderCheck:
             start += batch.num_rows
 
     def _columns(self) -> list[str]:
-        columns = ["part", "row", "id", "chunk", "n_tokens", "truncated", *self._dims]
+        columns = ["part", "row", "id", "chunk", "n_tokens", "truncated"]
+        columns += [name for output in self.manifest.outputs for name in output.columns]
         if self.numbers is not None:
             columns += ["input_hash", *(["text"] if self.spec.text else []), *self.spec.keep]
         return columns
@@ -183,10 +183,9 @@ class FolderCheck:
             self.findings.add(Kind.COUNT, f"{where}{found:,} {of}, expected {said:,}", name)
 
     def _check_rows(self, batch: pa.RecordBatch, located: Located) -> None:
-        for output in self.manifest.outputs:
-            column: Any = batch.column(output.name)
-            vectors = column.flatten().to_numpy().reshape(batch.num_rows, output.dim)
-            for kind, bad in bad_vectors(vectors, output.normalized).items():
+        outputs = self.manifest.outputs
+        for output in outputs:
+            for kind, bad in bad_column(output, batch, alone=len(outputs) == 1).items():
                 located.add(kind, bad)
         numbers = None if self.numbers is None else self._numbers_of(batch, located)
         for part, chosen, rows in self._places(batch, located):

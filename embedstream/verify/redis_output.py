@@ -6,15 +6,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from embedstream.corpus.duplicates import DuplicateIndex
 from embedstream.dataset.manifest import manifest_spec
 from embedstream.dataset.redis_hashes import Fields, RedisSink
+from embedstream.dataset.redis_values import from_fields
+from embedstream.dataset.schema import output_fields
 from embedstream.queue.blocks import Block
 from embedstream.records import Manifest
 from embedstream.verify.corpus_rows import Listed
 from embedstream.verify.findings import Findings, Kind
-from embedstream.verify.rows import WORDS, bad_vectors
+from embedstream.verify.rows import WORDS, bad_column
 
 _KEYS_PART = (1 << 24) - 1
 """The part under which keys are entered in an index, beside ids of a corpus's parts."""
@@ -35,7 +38,7 @@ class HashCheck:
         self.foreign_count = 0
         self.compared: int | None = None
         self._listed = Listed(manifest)
-        self._output = manifest.outputs[0]
+        self._columns = [field for output in manifest.outputs for field in output_fields(output)]
         self._jobs = {job.encode() for job in (manifest.job, *manifest.retries)}
 
     def compare(self, block: Block, label: str) -> None:
@@ -71,7 +74,7 @@ class HashCheck:
     def run(self, index: DuplicateIndex) -> None:
         """Read every key below the prefix. `index` holds the ids of the corpus if that was compared, else nothing."""
         known = 0
-        for keys, found in self.sink.scan(["job", "id", self._output.name]):
+        for keys, found in self.sink.scan(["job", "id", *(field.name for field in self._columns)]):
             mine = [at for at, fields in enumerate(found) if fields[0] in self._jobs]
             self._note_foreign([keys[at] for at in range(len(keys)) if found[at][0] not in self._jobs])
             names = [(found[at][1] or b"").decode(errors="replace") for at in mine]
@@ -83,7 +86,7 @@ class HashCheck:
                     self.findings.add(Kind.NOT_IN_CORPUS, "no such id in the corpus", key, id=name)
                 if keys[at] != self.sink.key(name):
                     self.findings.add(Kind.OTHER_ID, "the hash has another id than its key", key, id=name)
-            self._check_vectors([keys[at] for at in mine], [found[at] for at in mine])
+            self._check_results([keys[at] for at in mine], [found[at] for at in mine])
         if self.compared is None and len(index) != self.manifest.rows:
             message = (
                 f"{len(index):,} keys, the manifest says {self.manifest.rows:,} rows (keys may expire or be evicted)"
@@ -100,22 +103,28 @@ class HashCheck:
         self.foreign_count += len(keys)
         self.foreign += [key.decode(errors="replace") for key in keys[: 10 - len(self.foreign)]]
 
-    def _check_vectors(self, keys: Sequence[bytes], found: Sequence[Fields]) -> None:
-        size = 4 * self._output.dim
-        whole = []
-        for at, (key, fields) in enumerate(zip(keys, found, strict=True)):
-            vector = fields[2] or b""
-            self.bytes += len(vector)
-            if len(vector) == size:
-                whole.append(at)
-            else:
-                message = f"its vector has {len(vector)} bytes, expected {size}"
-                self.findings.add(Kind.COLUMNS, message, key.decode(errors="replace"))
-        if not whole:
+    def _check_results(self, keys: Sequence[bytes], found: Sequence[Fields]) -> None:
+        if not keys:
             return
-        flat = np.frombuffer(b"".join(found[at][2] or b"" for at in whole), np.float32)
-        for kind, bad in bad_vectors(flat.reshape(len(whole), -1), self._output.normalized).items():
-            for which in np.flatnonzero(bad):
-                at = whole[int(which)]
-                id = (found[at][1] or b"").decode(errors="replace")
-                self.findings.add(kind, WORDS[kind], keys[at].decode(errors="replace"), id=id)
+        arrays, good = [], np.ones(len(keys), np.bool_)
+        for at, (key, fields) in enumerate(zip(keys, found, strict=True)):
+            self.bytes += sum(len(value or b"") for value in fields[2:])
+            try:
+                for field, value in zip(self._columns, fields[2:], strict=True):
+                    if value is None:
+                        raise ValueError("it is not there")
+                    from_fields([value], field.type)
+            except (ValueError, pa.ArrowException) as error:
+                good[at] = False
+                self.findings.add(Kind.COLUMNS, f"{field.name}: {error}", key.decode(errors="replace"))
+        whole = np.flatnonzero(good).tolist()
+        for place, field in enumerate(self._columns):
+            arrays.append(from_fields([found[at][2 + place] for at in whole], field.type))
+        batch = pa.RecordBatch.from_arrays(arrays, schema=pa.schema(self._columns))
+        outputs = self.manifest.outputs
+        for output in outputs:
+            for kind, bad in bad_column(output, batch, alone=len(outputs) == 1).items():
+                for which in np.flatnonzero(bad):
+                    at = whole[int(which)]
+                    id = (found[at][1] or b"").decode(errors="replace")
+                    self.findings.add(kind, WORDS[kind], keys[at].decode(errors="replace"), id=id)

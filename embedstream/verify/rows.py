@@ -9,8 +9,12 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from embedstream.dataset.input_hash import text_digests
+from embedstream.dataset.values import Ragged, Values, from_columns, to_columns
+from embedstream.outputs import Kind as OutputKind
+from embedstream.outputs import Output
 from embedstream.verify.findings import Findings, Kind
 from embedstream.verify.places import Mask
 
@@ -24,6 +28,7 @@ WORDS = {
     Kind.NOT_FINITE: "its vector holds NaN or infinity",
     Kind.ZERO: "its vector is all zeros",
     Kind.NORM: "the length of its vector is not 1, and the model normalizes",
+    Kind.VALUES: "its results are none that the model gives",
     Kind.OTHER_TEXT: "its text is not the one that its input_hash was made of",
 }
 
@@ -64,6 +69,45 @@ def bad_vectors(vectors: npt.NDArray[np.float32], normalized: bool) -> dict[Kind
         zero[zero] = ~vectors[zero].any(axis=1)
         far = ~(np.abs(np.sqrt(squares) - 1) <= NORM_TOLERANCE) if normalized else np.zeros(len(squares), np.bool_)
     return {Kind.NOT_FINITE: not_finite, Kind.ZERO: zero, Kind.NORM: far & ~not_finite & ~zero}
+
+
+def bad_values(
+    kind: OutputKind, values: Values, normalized: bool = False, dim: int = 0, alone: bool = True
+) -> dict[Kind, Mask]:
+    """What is wrong with results of n texts, by kind of fault a mask [n].
+
+    `dim`: of `Output`. `alone`: there is no other output, so that a sparse vector without weights says nothing at all.
+    """
+    if not isinstance(values, Ragged):
+        if kind == "dense":
+            return bad_vectors(values, normalized)
+        return {Kind.NOT_FINITE: ~np.isfinite(values).all(axis=1)}
+    if kind == "multivector":
+        found = {each: values.any_of(mask) for each, mask in bad_vectors(values.values, normalized).items()}
+        return {**found, Kind.ZERO: found[Kind.ZERO] | (values.counts == 0)}
+    assert values.indices is not None
+    follows = np.ones(len(values.values), np.bool_)
+    follows[1:] = values.indices[1:] > values.indices[:-1]
+    follows[values.offsets[:-1][values.counts > 0]] = True
+    finite = np.isfinite(values.values)
+    wrong = ~follows | (values.indices >= dim) | (finite & (values.values <= 0))
+    return {
+        Kind.NOT_FINITE: values.any_of(~finite),
+        Kind.ZERO: (values.counts == 0) & alone,
+        Kind.VALUES: values.any_of(wrong),
+    }
+
+
+def bad_column(output: Output, batch: pa.RecordBatch, alone: bool) -> dict[Kind, Mask]:
+    """What is wrong with an output's columns, by kind of fault a mask [n]."""
+    values = from_columns(output, batch)
+    found = bad_values(output.kind, values, output.normalized, output.dim, alone)
+    if output.kind == "labels":
+        said = [batch.column(name) for name in output.columns[:2]]
+        meant = to_columns(output, values)[:2]
+        equal = [pc.equal(one, other).to_numpy(zero_copy_only=False) for one, other in zip(said, meant, strict=True)]
+        found[Kind.VALUES] = ~(equal[0] & equal[1]) & ~found[Kind.NOT_FINITE]
+    return found
 
 
 def id_numbers(column: Any) -> npt.NDArray[np.uint64]:

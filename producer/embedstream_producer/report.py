@@ -15,6 +15,7 @@ from embedstream.dataset.roots import is_redis
 from embedstream.dataset.sink import Sink
 from embedstream.errors import JobCancelled, JobFailed, OutputError
 from embedstream.jobs import JobState, JobStatus, MaxErrors
+from embedstream.outputs import Output, describe
 from embedstream.queue.refusals import FOR_GOOD
 from embedstream.records import Manifest
 from embedstream.server.connection import mask, redis_option
@@ -45,8 +46,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     """From the job's creation to its manifest."""
     output: str
     model: str
-    dim: int | None
-    """None where the output cannot be read from here."""
+    outputs: tuple[Output, ...]
+    """Empty where the output cannot be read from here."""
 
 
 def from_manifest(manifest: Manifest) -> Report:
@@ -63,7 +64,7 @@ def from_manifest(manifest: Manifest) -> Report:
         seconds=round(manifest.ended - manifest.created, 3),
         output=mask(spec.output),
         model=spec.model,
-        dim=manifest.outputs[0].dim,
+        outputs=manifest.outputs,
     )
 
 
@@ -80,7 +81,7 @@ def from_status(status: JobStatus) -> Report:
         seconds=round(status.seconds, 3),
         output=mask(status.spec.output),
         model=status.spec.model,
-        dim=None,
+        outputs=(),
     )
 
 
@@ -123,7 +124,7 @@ def lines(
         said.append(f"truncated: {counted(report.truncated, 'text')} longer than the model takes")
     if report.rows:
         output = shlex.quote(report.output)
-        said.append(f"vectors: {report.output}" + (f" ({report.dim} dimensions)" if report.dim else ""))
+        said.append(f"vectors: {report.output}" + (f" ({describe(report.outputs)})" if report.outputs else ""))
         option = redis_option(redis_url) if redis_url and report.output.startswith("redis:?") else ""
         said.append(f'search:  embed-search {output} "your question"{option}')
         said.append(f"verify:  embed-verify {output}{option}")

@@ -16,6 +16,7 @@ from embedstream.dataset.redis_hashes import RedisSink
 from embedstream.dataset.sinks import open_sink
 from embedstream.errors import ManifestDamaged, OutputError, UsageError
 from embedstream.jobs import JobSpec
+from embedstream.outputs import Output, describe
 from embedstream.queue.blocks import Block
 from embedstream.records import Manifest
 from embedstream.server.connection import mask
@@ -51,7 +52,7 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     rows: int = 0
     failed: int = 0
     shards: int = 0
-    dim: int = 0
+    outputs: tuple[Output, ...] = ()
     compared: int | None = None
     """Rows of the corpus, if it was given."""
     bytes: int = 0
@@ -106,7 +107,7 @@ def verify(output: str, corpus: Sequence[str], redis_url: str | None) -> Verdict
         rows=manifest.rows,
         failed=manifest.failed,
         shards=len(manifest.shards),
-        dim=manifest.outputs[0].dim,
+        outputs=manifest.outputs,
         compared=read.compared,
         bytes=read.bytes,
         seconds=round(time.monotonic() - begun, 3),
@@ -183,8 +184,8 @@ def verdict_lines(verdict: Verdict) -> Iterator[str]:
     if verdict.partial:
         yield f"partial: the job is {verdict.state}, blocks are missing; what is there was verified"
     what = (
-        f"{counted(verdict.rows, 'row')}, {counted(verdict.failed, 'error')}, {counted(verdict.shards, 'shard')}, "
-        f"{verdict.dim} dimensions"
+        f"{counted(verdict.rows, 'row')}, {counted(verdict.failed, 'error')}, {counted(verdict.shards, 'shard')}"
+        f"{', ' * bool(verdict.outputs)}{describe(verdict.outputs)}"
     )
     if verdict.compared is not None:
         what += f", compared with {verdict.compared:,} rows of the corpus"

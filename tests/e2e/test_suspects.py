@@ -51,7 +51,15 @@ def test_an_outage_during_a_trial_is_told_once_and_the_note_is_made_after_it(
         held.add(stream, "1-1")
         sink = open_sink(spec.output, spec, server.url)
         job = OpenJob(
-            id=spec.job, spec=spec, prompt="", prompt_length=0, max_length=8, space="", sink=sink, recipe=RECIPE
+            id=spec.job,
+            spec=spec,
+            prompt="",
+            prompt_length=0,
+            max_length=8,
+            space="",
+            outputs=(),
+            sink=sink,
+            recipe=RECIPE,
         )
         trial = suspects.Trial(broker, held, Life(), HeldBlock(job, stream, "1-1", 0, suspects.BY_CHUNK, block, 0))
         server.kill()

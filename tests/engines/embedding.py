@@ -39,9 +39,9 @@ def embed(
     tokenizer = engine.tokenizer()
     tokens = tokenizer.encode([chosen + text for text in texts], limit)
     prompt_length = tokenizer.prompt_length(chosen, limit)
-    vectors = np.full((len(texts), engine.info.outputs["embedding"].dim), np.nan, np.float32)
+    vectors = np.full((len(texts), engine.info.outputs["dense"].dim), np.nan, np.float32)
     for rows in cut_batches(tokens.lengths, budget, engine.info.padded):
-        vectors[rows] = engine.embed(gather_batch(tokens, rows, prompt_length, role))["embedding"]
+        vectors[rows] = engine.run(gather_batch(tokens, rows, prompt_length, role))["dense"]
     return vectors
 
 

@@ -23,15 +23,15 @@ def batch(rows):
     return TokenBatch(np.full(rows * 100, 7, np.int32), np.arange(rows + 1) * 100, 100, 0, "document")
 
 engine = {engine}
-engine.embed(batch(50))
+engine.run(batch(50))
 pages = int(open("/proc/self/statm").read().split()[0])
 limit = pages * resource.getpagesize() + ({room_mib} << 20)
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 try:
-    engine.embed(batch(100_000))
+    engine.run(batch(100_000))
 except OutOfMemory as error:
     print(error)
-print(engine.embed(batch(50))["embedding"].shape)
+print(engine.run(batch(50))["dense"].shape)
 """
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert run.stdout.splitlines()[-1:] == [f"(50, {dim})"], run.stderr

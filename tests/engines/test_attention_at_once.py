@@ -250,10 +250,10 @@ def test_texts_that_fill_a_batch_up_change_no_vector(
 ) -> None:
     engine = started(folder(shape))
     batch = whole(engine, texts[:20], prompt_length=2)
-    together = engine.embed(batch)["embedding"]
+    together = engine.run(batch)["dense"]
     assert together.shape[0] == 20
     for row in (0, 7, 19):
-        alone = engine.embed(whole(engine, texts[row : row + 1], prompt_length=2))["embedding"]
+        alone = engine.run(whole(engine, texts[row : row + 1], prompt_length=2))["dense"]
         if np.isfinite(alone).all():  # "a" is nothing but the prompt
             assert lowest_cosine(alone, together[row : row + 1]) >= 0.999
 
@@ -268,9 +268,9 @@ def test_few_bounds_of_length_reach_the_kernels() -> None:
 def test_only_the_text_without_tokens_gets_no_vector(folder: Callable[[Shape], Path]) -> None:
     engine = started(folder(plain_transformers), "float32")
     ids = np.full(5, 7, np.int32)
-    some = engine.embed(TokenBatch(ids, np.array([0, 0, 3, 3, 5, 5]), 3, 0, "document"))["embedding"]
+    some = engine.run(TokenBatch(ids, np.array([0, 0, 3, 3, 5, 5]), 3, 0, "document"))["dense"]
     assert np.isnan(some).all(axis=1).tolist() == [True, False, True, False, True]
-    full = engine.embed(TokenBatch(ids, np.array([0, 3, 5]), 3, 0, "document"))["embedding"]
+    full = engine.run(TokenBatch(ids, np.array([0, 3, 5]), 3, 0, "document"))["dense"]
     np.testing.assert_array_equal(some[[1, 3]], full)
     with pytest.raises(ValueError, match="the text has no token"):
-        engine.embed_exact(TokenBatch(ids[:0], np.array([0, 0]), 0, 0, "document"))
+        engine.run_exact(TokenBatch(ids[:0], np.array([0, 0]), 0, 0, "document"))

@@ -53,7 +53,7 @@ def said(caplog: pytest.LogCaptureFixture) -> list[str]:
 def vectors_of(engine: TorchEngine, batches: list[TokenBatch]) -> list[npt.NDArray[np.float32]]:
     """From a thread as the worker has for its batches."""
     with ThreadPoolExecutor(1) as pool:
-        return [*pool.map(lambda batch: engine.embed(batch)["embedding"], batches)]
+        return [*pool.map(lambda batch: engine.run(batch)["dense"], batches)]
 
 
 @pytest.mark.parametrize("shape", [plain_transformers, modernbert, decoder], ids=lambda shape: shape.__name__)

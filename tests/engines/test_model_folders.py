@@ -60,7 +60,7 @@ def sample(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> Callab
 
 
 def assert_same_vectors(engine: Engine, sample: Sample, lowest: float, tolerance: float) -> None:
-    output = engine.info.outputs["embedding"]
+    output = engine.info.outputs["dense"]
     for role in ROLES:
         ours, theirs = embed(engine, sample.texts, role), sample.vectors[role]
         if output.normalized:

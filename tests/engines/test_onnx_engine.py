@@ -224,7 +224,7 @@ def test_buffers_are_given_back_after_a_batch_that_fails_and_the_next_one_is_rig
     )
     for _ in range(engine.in_flight):
         with pytest.raises(Exception, match="Non-zero status code"):
-            engine.embed(too_long)
+            engine.run(too_long)
     assert engine.held_bytes == 0
     np.testing.assert_array_equal(embed(engine, texts[:20]), before)
 
@@ -241,7 +241,7 @@ def test_threads_that_embed_at_once_get_the_vectors_of_one_alone(engine: OnnxEng
     batches = [gather_batch(tokens, rows, 0, "document") for rows in cut_batches(tokens.lengths, 512, padded=True)]
 
     def run(batch: TokenBatch) -> Vectors:
-        return engine.embed(batch)["embedding"]
+        return engine.run(batch)["dense"]
 
     alone = [run(batch) for batch in batches]
     with ThreadPoolExecutor(2 * engine.in_flight) as threads:  # more threads than slots: some have to wait

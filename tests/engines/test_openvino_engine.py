@@ -55,7 +55,7 @@ def test_threads_that_embed_at_once_get_the_vectors_of_one_alone(minilm: OpenVin
     batches = [gather_batch(tokens, rows, 0, "document") for rows in cut_batches(tokens.lengths, 512, padded=True)]
 
     def run(batch: TokenBatch) -> Vectors:
-        return minilm.embed(batch)["embedding"]
+        return minilm.run(batch)["dense"]
 
     alone = [run(batch) for batch in batches]
     with ThreadPoolExecutor(2 * minilm.in_flight) as threads:  # more threads than requests: some have to wait

@@ -38,7 +38,7 @@ def test_packed_vectors_equal_sentence_transformers(
     for role in ROLES:
         theirs = reference.encode_document(some) if role == "document" else reference.encode_query(some)
         ours = embed(engine, some, role)
-        if engine.info.outputs["embedding"].normalized:
+        if engine.info.outputs["dense"].normalized:
             theirs = theirs / np.linalg.norm(theirs, axis=1, keepdims=True)
         scale = np.abs(theirs).max()
         np.testing.assert_allclose(ours / scale, theirs / scale, rtol=0, atol=1e-5)
@@ -116,7 +116,7 @@ def test_a_token_beyond_the_vocabulary_is_refused_before_it_reaches_the_device(
     engine = started(folder(plain_transformers), batches=batches)
     batch = TokenBatch(np.array([7, 10**6], np.int32), np.array([0, 2]), 2, 0, "document")
     with pytest.raises(ValueError, match="token 1000000 is beyond the model's vocabulary"):
-        engine.embed(batch)
+        engine.run(batch)
 
 
 def test_threads_that_embed_at_once_get_the_vectors_of_one_alone(
@@ -138,11 +138,9 @@ def test_exact_vectors_of_a_bfloat16_engine_are_those_of_float32(
     tokens = engine.tokenizer().encode(texts[5:6], 128)
     batch = TokenBatch(tokens.ids, tokens.offsets, int(tokens.lengths.max()), 0, "document")
     for _ in range(2):
-        np.testing.assert_allclose(
-            engine.embed_exact(batch)["embedding"], exact.embed(batch)["embedding"], rtol=0, atol=1e-5
-        )
+        np.testing.assert_allclose(engine.run_exact(batch)["dense"], exact.run(batch)["dense"], rtol=0, atol=1e-5)
     assert caplog.text.count("in float32 as well") == 1
-    assert np.abs(engine.embed(batch)["embedding"] - exact.embed(batch)["embedding"]).max() > 1e-4
+    assert np.abs(engine.run(batch)["dense"] - exact.run(batch)["dense"]).max() > 1e-4
 
 
 LENGTHS = [5, 1, 17, 2, 8]

@@ -92,10 +92,10 @@ def test_a_batch_waits_for_the_device_only_for_its_own_result(
     engine = started(folder(shape))
     batch = whole(engine, texts[:64])
     for _ in range(engine.in_flight):
-        engine.embed(batch)
+        engine.run(batch)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        engine.embed(batch)
+        engine.run(batch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     engine.close()
@@ -106,9 +106,9 @@ def test_threads_that_embed_at_once_get_the_vectors_of_one_alone(
 ) -> None:
     engine = started(folder(plain_transformers))
     pieces = [whole(engine, texts[start : start + 1 + start % 37]) for start in range(0, 400, 7)]
-    alone = [engine.embed(piece)["embedding"] for piece in pieces]
+    alone = [engine.run(piece)["dense"] for piece in pieces]
     with ThreadPoolExecutor(4) as pool:
-        together = list(pool.map(lambda piece: engine.embed(piece)["embedding"], pieces))
+        together = list(pool.map(lambda piece: engine.run(piece)["dense"], pieces))
     for ours, theirs in zip(together, alone, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-3)
 

@@ -171,7 +171,7 @@ def test_warming_up_runs_the_smallest_and_the_fullest_batch_within_the_budget(
 ) -> None:
     engine = started(plain_transformers(tmp_path, resolve_model(MINILM).path, texts))
     costs: list[int] = []
-    run = engine.embed
+    run = engine.run
 
     def noting(batch: TokenBatch) -> dict[str, npt.NDArray[np.float32]]:
         costs.append(batch.longest * len(batch))
@@ -232,7 +232,7 @@ def test_libraries_that_find_no_memory_ask_for_a_smaller_batch(
 
     monkeypatch.setattr(minilm, "_run", full)
     with pytest.raises(OutOfMemory, match="1 texts of up to 2 tokens: CUDA"):
-        minilm.embed(TokenBatch(np.array([7, 8], np.int32), np.array([0, 2]), 2, 0, "document"))
+        minilm.run(TokenBatch(np.array([7, 8], np.int32), np.array([0, 2]), 2, 0, "document"))
 
 
 @pytest.mark.parametrize("batches", ["packed", "padded"])

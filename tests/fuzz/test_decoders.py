@@ -21,7 +21,8 @@ from embedstream.dataset.manifest import decode_manifest
 from embedstream.dataset.roots import allows, check_output
 from embedstream.dataset.sinks import canonical_output
 from embedstream.errors import BlockError, EmbedstreamError, InputError, OutputError, UsageError
-from embedstream.jobs import JobSpec, OutputSpec, decode_spec, queue_name
+from embedstream.jobs import JobSpec, decode_spec, queue_name
+from embedstream.outputs import OutputSpec
 from embedstream.queue.blocks import MAX_BODY_BYTES, MAX_CONTENT_BYTES, Block, Refusal, decode_block, encode_block
 from embedstream.queue.job_record import parse_status
 from embedstream.queue.packing import Packer
@@ -252,7 +253,9 @@ def test_a_job_of_any_fields(changed: dict[bytes, bytes]) -> None:
         parse_status("job", {**whole, **changed}, 2.0)
 
 
-def test_outputs_of_a_spec_are_of_the_one_kind_that_there_is() -> None:
-    spec = msgspec.structs.replace(SPEC, outputs=(OutputSpec(), OutputSpec(name="other")))
+def test_outputs_of_a_spec_have_names_of_their_own() -> None:
+    spec = msgspec.structs.replace(
+        SPEC, outputs=(OutputSpec(name="a", kind="dense"), OutputSpec(name="a", kind="sparse"))
+    )
     with pytest.raises(UsageError):
         decode_spec(spec.encode())

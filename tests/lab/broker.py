@@ -15,6 +15,7 @@ from embedstream.queue.blocks import Entry
 from embedstream.queue.broker import Broker, Claimed
 from embedstream.queue.steps import Answer, Code, CommitBlock, Lease
 from embedstream.records import BlockRecord, ShardRecord
+from lab.dataset import dense
 
 BOUND = 1_000_000
 HOUR_MS = 3_600_000
@@ -46,9 +47,8 @@ def make_record(
         truncated=counters["truncated"],
         tokens=counters["tokens"],
         padded=counters["padded"],
-        dim=3,
+        outputs=(dense(3),),
         dtype="float32",
-        normalized=True,
         engine="hashing",
         worker="test",
     )

@@ -16,9 +16,16 @@ from embedstream.dataset.schema import dataset_schema, errors_schema
 from embedstream.dataset.sink import Sink
 from embedstream.jobs import JobSpec, JobState, JobStatus
 from embedstream.lifecycle.completing import finalize
+from embedstream.outputs import Output
 from embedstream.records import BlockRecord, Manifest, ShardContent, ShardRecord
 
 DIM = 8
+
+
+def dense(dim: int = DIM, normalized: bool = True, **changed: Any) -> Output:
+    """Vectors as they are."""
+    made = Output(name="embedding", kind="dense", dtype="float32", dim=dim, normalized=normalized)
+    return msgspec.structs.replace(made, **changed)
 
 
 def make_spec(output: str, **changed: Any) -> JobSpec:
@@ -48,7 +55,7 @@ def make_content(
     if matrix is None:
         matrix = vectors(len(places), seed=int(hashlib.md5(name.encode()).hexdigest()[:6], 16))
     dim = matrix.shape[1]
-    schema = dataset_schema(spec, {"embedding": dim})
+    schema = dataset_schema(spec, [dense(dim)])
     texts = [f"text {part}/{row} café" for part, row in places]
     columns: dict[str, pa.Array[Any]] = {
         "part": pa.array([part for part, _ in places], pa.int32()),
@@ -78,9 +85,8 @@ def make_content(
         truncated=sum(row % 10 == 1 for _, row in places),
         tokens=4 * len(places),
         padded=5 * len(places),
-        dim=dim,
+        outputs=(dense(dim),),
         dtype="float32",
-        normalized=True,
         engine="hashing",
         worker="test",
     )

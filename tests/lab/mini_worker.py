@@ -22,6 +22,7 @@ from embedstream.queue.steps import CommitBlock
 from embedstream.queue.workers import WorkerRecord
 from embedstream.records import BlockRecord, ShardContent, ShardRecord
 from embedstream.server.connection import connect
+from lab.dataset import dense
 
 DIM = 2
 
@@ -118,13 +119,12 @@ class MiniWorker:
             truncated=0,
             tokens=len(rows),
             padded=len(rows),
-            dim=DIM,
+            outputs=(dense(DIM, False),),
             dtype="float32",
-            normalized=False,
             engine="mini",
             worker="test",
         )
-        data = pa.Table.from_pylist(rows, schema=dataset_schema(spec, {"embedding": DIM}))
+        data = pa.Table.from_pylist(rows, schema=dataset_schema(spec, [dense(DIM, False)]))
         sink = open_sink(spec.output, spec, self.url)
         sink.check()
         written = sink.write_shard(ShardContent(record, data, pa.Table.from_pylist(errors, schema=errors_schema())))

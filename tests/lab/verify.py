@@ -26,7 +26,7 @@ from embedstream.queue.blocks import Block
 from embedstream.records import BlockRecord, Manifest, ShardContent, ShardRecord
 from embedstream_producer.corpus import check_sources
 from embedstream_producer.retry_failed import FailedRows
-from lab.dataset import DIM, make_status
+from lab.dataset import dense, make_status
 from lab.dataset import vectors as unit_vectors
 
 PROMPT = "passage: "
@@ -91,7 +91,7 @@ class Maker:
     def write(self, blocks: Sequence[Block]) -> None:
         rows: Any = pa.Table.from_batches([block.rows for block in blocks])
         parts = np.repeat([block.part for block in blocks], [block.rows.num_rows for block in blocks])
-        schema = dataset_schema(self.spec, {"embedding": DIM})
+        schema = dataset_schema(self.spec, [dense()])
         count = rows.num_rows
         matrix = unit_vectors(count, seed=len(self.records))
         lengths = pa.array([3 + i % 4 for i in range(count)], pa.int32())
@@ -137,9 +137,8 @@ class Maker:
             truncated=sum(data.column("truncated").to_pylist()),
             tokens=sum(data.column("n_tokens").to_pylist()),
             padded=5 * count,
-            dim=DIM,
+            outputs=(dense(),),
             dtype="float32",
-            normalized=True,
             engine="test",
             worker="test",
             prompt=PROMPT,
@@ -201,7 +200,7 @@ def rewrite(made: Made, path: Path, change: Callable[[pa.Table], pa.Table], **fo
     table = change(read_rows(path))
     if is_data:
         raw = json.loads((pq.read_metadata(path).metadata or {})[FOOTER_KEY.encode()])
-        raw["shard"] |= footer
+        raw["shard"] |= msgspec.to_builtins(footer)
         table = table.replace_schema_metadata({FOOTER_KEY: json.dumps(raw)})
     with (pq.ParquetWriter if is_data else pa.ipc.new_file)(str(path), table.schema) as writer:
         writer.write_table(table)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import redis
 from e2e.harness import wait_until
 
@@ -23,7 +22,7 @@ from embedstream.queue.steps import Code
 from embedstream.server.connection import Connect, connect
 from embedstream.settings import BlockLimits, WorkerSettings
 from embedstream_worker.engines import EngineOptions
-from embedstream_worker.engines.base import Engine, EngineInfo, Role, TokenBatch
+from embedstream_worker.engines.base import Engine, EngineInfo, Results, Role, TokenBatch
 from embedstream_worker.engines.hashing import HashingEngine, HashingTokenizer
 from embedstream_worker.meter import Meter
 from embedstream_worker.pipeline import Life
@@ -83,16 +82,16 @@ class ScriptedEngine:
     def prompt(self, role: Role, prompt: str | None, prompt_name: str | None) -> str:
         return self._engine.prompt(role, prompt, prompt_name)
 
-    def embed(self, batch: TokenBatch) -> dict[str, npt.NDArray[np.float32]]:
+    def run(self, batch: TokenBatch) -> Results:
         texts = batch_texts(batch)
         if not texts[0].startswith(PASSAGE[:40]):  # a worker tries its pace before it takes a job
             self._before(texts)
-        vectors = self._engine.embed(batch)
-        vectors["embedding"][[text in self._nan for text in texts]] = np.nan
+        vectors = self._engine.run(batch)
+        vectors["dense"][[text in self._nan for text in texts]] = np.nan
         return vectors
 
-    def embed_exact(self, batch: TokenBatch) -> dict[str, npt.NDArray[np.float32]]:
-        return self.embed(batch)
+    def run_exact(self, batch: TokenBatch) -> Results:
+        return self.run(batch)
 
     def close(self) -> None:
         self.closed = True

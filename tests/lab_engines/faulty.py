@@ -30,10 +30,9 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from embedstream_worker.engines import EngineOptions
-from embedstream_worker.engines.base import OutOfMemory, TokenBatch, Tokens
+from embedstream_worker.engines.base import OutOfMemory, Results, TokenBatch, Tokens
 from embedstream_worker.engines.hashing import HashingEngine, HashingTokenizer
 
 SLOW_SECONDS = 0.2
@@ -76,7 +75,7 @@ class FaultyHashingEngine(HashingEngine):
     def tokenizer(self) -> HashingTokenizer:
         return FaultyTokenizer(self._strikes)
 
-    def embed(self, batch: TokenBatch) -> dict[str, npt.NDArray[np.float32]]:
+    def run(self, batch: TokenBatch) -> Results:
         if self._lost:
             raise DeviceError("the device is lost")
         nan: list[int] = []
@@ -91,8 +90,8 @@ class FaultyHashingEngine(HashingEngine):
                 raise DeviceError("device-side assert triggered")
             else:
                 break_down(fault["kind"])
-        vectors = super().embed(batch)
-        vectors["embedding"][nan] = np.nan
+        vectors = super().run(batch)
+        vectors["dense"][nan] = np.nan
         return vectors
 
 

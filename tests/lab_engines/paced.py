@@ -8,11 +8,8 @@ from __future__ import annotations
 import os
 import time
 
-import numpy as np
-import numpy.typing as npt
-
 from embedstream_worker.engines import EngineOptions
-from embedstream_worker.engines.base import TokenBatch
+from embedstream_worker.engines.base import Results, TokenBatch
 from embedstream_worker.engines.hashing import HashingEngine
 
 
@@ -28,8 +25,8 @@ class PacedHashingEngine(HashingEngine):
         super().__init__(dim)
         self._tokens_per_second = tokens_per_second
 
-    def embed(self, batch: TokenBatch) -> dict[str, npt.NDArray[np.float32]]:
+    def run(self, batch: TokenBatch) -> Results:
         ends = time.monotonic() + len(batch.ids) / self._tokens_per_second
-        vectors = super().embed(batch)
+        vectors = super().run(batch)
         time.sleep(max(0.0, ends - time.monotonic()))
         return vectors

@@ -11,11 +11,11 @@ from typing import Any
 import pyarrow as pa
 import pytest
 from lab.arrow_memory import arrow_memory
-from lab.dataset import DIM, vectors
+from lab.dataset import DIM, dense, vectors
 from lab.dataset_bombs import LONG, ROWS, long_texts, one_long_vector, write_dataset
 
 from embedstream.dataset.folder import FolderSink
-from embedstream.dataset.schema import vector_type
+from embedstream.dataset.schema import output_fields
 from embedstream.errors import OutputError
 from embedstream.settings import MIB
 from embedstream.verify.findings import Findings, Kind
@@ -84,7 +84,7 @@ def test_a_vector_of_thirty_million_numbers_is_refused_unread(tmp_path: Path) ->
 
 
 def wider(data: Any) -> Any:
-    type: Any = vector_type(DIM + 1)
+    type: Any = output_fields(dense(DIM + 1))[0].type
     numbers: Any = pa.array(vectors(len(data), dim=DIM + 1).reshape(-1))
     column = pa.FixedSizeListArray.from_arrays(numbers, type=type)
     at = data.schema.get_field_index("embedding")

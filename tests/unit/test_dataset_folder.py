@@ -16,7 +16,7 @@ import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from lab.dataset import Dataset, contents_of, make_content, make_error, make_spec
+from lab.dataset import Dataset, contents_of, dense, make_content, make_error, make_spec
 
 from embedstream.dataset.files import TEMPORARY
 from embedstream.dataset.folder import FolderSink
@@ -179,7 +179,7 @@ def test_content_that_is_not_what_its_record_says_is_not_written(dataset: Datase
     elif wrong == "a column":
         data = data.drop_columns(["n_tokens"])
     elif wrong == "a dimension":
-        record = msgspec.structs.replace(record, dim=7)
+        record = msgspec.structs.replace(record, outputs=(dense(7),))
     else:
         record = msgspec.structs.replace(record, job="other")
     with pytest.raises(ValueError, match="shard a"):

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pytest
 from conftest import RedisServer
-from lab.dataset import DIM, Dataset, make_content, make_spec, vectors
+from lab.dataset import DIM, Dataset, dense, make_content, make_spec, vectors
 
 from embedstream.dataset.folder import FolderSink
 from embedstream.dataset.sinks import canonical_output, open_sink
@@ -28,7 +28,12 @@ def write(tmp_path: Path, shards: dict[str, Matrix], text: bool = True, normaliz
     for number, (name, matrix) in enumerate(shards.items()):
         dataset.write(
             make_content(
-                spec, name, [(0, 10_000 * number)], rows_per_block=len(matrix), matrix=matrix, normalized=normalized
+                spec,
+                name,
+                [(0, 10_000 * number)],
+                rows_per_block=len(matrix),
+                matrix=matrix,
+                outputs=(dense(normalized=normalized),),
             )
         )
     dataset.end()
@@ -104,7 +109,7 @@ def test_a_hash_with_another_vector_is_said_and_not_compared(
 def test_a_row_that_comes_twice_is_one_hit() -> None:
     matrix = vectors(3)
     rows = pa.record_batch({"id": ["a", "b", "c"], "v": pa.FixedSizeListArray.from_arrays(matrix.reshape(-1), DIM)})
-    hits = top_k([rows, rows.slice(1)], matrix[1], 3, "v", True, ["id"])
+    hits = top_k([rows, rows.slice(1)], matrix[1], 3, dense(name="v"), ["id"])
     assert sorted(hit.id for hit in hits) == ["a", "b", "c"]
     assert hits[0].id == "b"
 

@@ -20,7 +20,7 @@ def embed(texts: list[str], max_length: int = 8192, budget: int = 64, dim: int =
     tokens = engine.tokenizer().encode(texts, max_length)
     vectors = np.empty((len(texts), dim), np.float32)
     for rows in cut_batches(tokens.lengths, budget, engine.info.padded):
-        vectors[rows] = engine.embed(gather_batch(tokens, rows, 0, "document"))["embedding"]
+        vectors[rows] = engine.run(gather_batch(tokens, rows, 0, "document"))["dense"]
     return vectors
 
 

@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lab.dataset import dense
 from lab.worker import share
 
 from embedstream.dataset.folder import FolderSink
@@ -24,6 +24,7 @@ from embedstream_worker.engines.base import (
     EngineInfo,
     OutOfMemory,
     OutputInfo,
+    Results,
     Role,
     TextTokenizer,
     TokenBatch,
@@ -44,9 +45,7 @@ class FakeEngine:
     in_flight = 1
 
     def __init__(self, before: Callable[[list[int]], None] = lambda _: None, padded: bool = False) -> None:
-        self.info = EngineInfo(
-            "fake", "cpu", "float32", "f", 512, padded, 64, {"embedding": OutputInfo("dense", DIM, False)}
-        )
+        self.info = EngineInfo("fake", "cpu", "float32", "f", 512, padded, 64, {"dense": OutputInfo(DIM, False)})
         self.calls: list[list[int]] = []
         self.costs: list[int] = []
         self.nan: set[int] = set()
@@ -57,7 +56,7 @@ class FakeEngine:
         self.alive = True
         self._before = before
 
-    def embed(self, batch: TokenBatch) -> dict[str, npt.NDArray[np.float32]]:
+    def run(self, batch: TokenBatch) -> Results:
         first = batch.ids[batch.offsets[:-1]]
         self.calls.append(first.tolist())
         self.costs.append(batch.longest * len(batch) if self.info.padded else len(batch.ids))
@@ -65,15 +64,15 @@ class FakeEngine:
         vectors = np.stack([first, batch.lengths], axis=1).astype(np.float32)
         vectors[[int(row) in self.nan for row in first]] = np.nan
         vectors[[int(row) in self.zero for row in first]] = 0
-        return {"embedding": vectors}
+        return {"dense": vectors}
 
-    def embed_exact(self, batch: TokenBatch) -> dict[str, npt.NDArray[np.float32]]:
+    def run_exact(self, batch: TokenBatch) -> Results:
         [row] = batch.ids[batch.offsets[:-1]].tolist()
         self.exact_calls.append(row)
         if row in self.exact_errors:
             raise self.exact_errors[row]
         vector = [np.nan if row in self.nan_in_float32 else row, batch.longest]
-        return {"embedding": np.array([vector], np.float32)}
+        return {"dense": np.array([vector], np.float32)}
 
     def warm_up(self, batch_tokens: int) -> None:  # noqa: ARG002 - as the protocol has it
         if not self.alive:
@@ -97,7 +96,7 @@ def make_tokens(lengths: Sequence[int]) -> Tokens:
 
 def make_group(lengths: Sequence[int], errors: dict[int, tuple[str, str]] | None = None) -> TokenizedGroup:
     spec = JobSpec(queue="q", output="/out", model="m", parts=("p",))
-    job = OpenJob("job", spec, "", 0, 512, "space", FolderSink(spec.output, spec), RECIPE)
+    job = OpenJob("job", spec, "", 0, 512, "space", (dense(DIM, False),), FolderSink(spec.output, spec), RECIPE)
     hashes = input_hashes([str(i) for i in range(len(lengths))])
     return TokenizedGroup(job, [], make_tokens(lengths), hashes, errors or {})
 
@@ -125,7 +124,7 @@ def assert_rows(result: EmbeddedGroup, lengths: Sequence[int]) -> None:
     assert result.done.all()
     for row, length in enumerate(lengths):
         if row not in result.errors:
-            assert result.vectors[row].tolist() == [row, length]
+            assert result.results["dense"][row].tolist() == [row, length]
 
 
 LENGTHS = st.lists(st.integers(1, 40), max_size=60)
@@ -144,7 +143,7 @@ def test_vectors_return_to_their_rows(lengths: list[int], budget: int, padded: b
 def test_a_group_without_rows_is_handed_on() -> None:
     engine = FakeEngine()
     result = run(engine, [])
-    assert (result.vectors.shape, result.computed.shape, engine.calls) == ((0, DIM), (0,), [])
+    assert (result.results["dense"].shape, result.computed.shape, engine.calls) == ((0, DIM), (0,), [])
 
 
 @pytest.mark.holds("infinity#242")
@@ -263,7 +262,7 @@ def test_model2vec_114_a_vector_of_zeros_is_an_error_and_its_neighbours_are_not(
 
 def test_model2vec_114_a_vector_that_is_not_of_length_1_as_the_model_says_is_an_error() -> None:
     engine = FakeEngine()
-    engine.info = replace(engine.info, outputs={"embedding": OutputInfo("dense", DIM, True)})
+    engine.info = replace(engine.info, outputs={"dense": OutputInfo(DIM, True)})
     result = run(engine, [1, 3])  # (0, 1) and (1, 3)
     assert {row: code for row, (code, _) in result.errors.items()} == {1: "not_normalized"}
 
@@ -309,8 +308,8 @@ def test_an_urgent_request_goes_before_the_next_batch() -> None:
     groups = out.get(timeout=30)
     assert engine.calls[1] == [77]
     assert urgent.done.is_set()
-    assert urgent.vectors is not None
-    assert urgent.vectors.tolist() == [[77, 1]]
+    assert urgent.results is not None
+    assert urgent.results["dense"].tolist() == [[77, 1]]
     assert groups is not None
     assert_rows(groups[0], [4] * 8)
     source.close()
@@ -336,7 +335,7 @@ def test_an_urgent_request_does_not_wait_for_a_slow_writer() -> None:
     urgent = Urgent(make_tokens([1]), 0, "query")
     source.put_first(urgent)
     assert urgent.done.wait(30)
-    assert urgent.vectors is not None
+    assert urgent.results is not None
     out.close()
 
 
@@ -360,7 +359,7 @@ def test_nobody_waits_for_an_answer_of_a_stage_that_has_ended() -> None:
     source.put_first(waiting)
     go_on.set()
     assert waiting.done.wait(30)
-    assert waiting.vectors is None
+    assert waiting.results is None
     with pytest.raises(Closed):
         source.put_first(Urgent(make_tokens([1]), 0, "query"))
 
@@ -377,7 +376,7 @@ def test_a_worker_that_stops_finishes_the_batch_that_is_in_the_model() -> None:
     groups = out.get(timeout=30)
     assert groups is not None
     assert groups[0].done.tolist() == [True, False, False]
-    assert groups[0].vectors[0].tolist() == [0, 4]
+    assert groups[0].results["dense"][0].tolist() == [0, 4]
     assert engine.calls == [[0]]
 
 

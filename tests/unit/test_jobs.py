@@ -13,7 +13,6 @@ from embedstream.jobs import (
     JobState,
     JobStatus,
     MaxErrors,
-    OutputSpec,
     decode_spec,
     differing_field,
     job_id,
@@ -22,7 +21,9 @@ from embedstream.jobs import (
     queue_name,
     verdict,
 )
+from embedstream.outputs import parse_emit
 
+DENSE = parse_emit("dense")
 SPEC = JobSpec(queue="q", output="/out", model="m", parts=("/a.jsonl", "/b.jsonl"), keep=("lang",), prompt="query: ")
 
 
@@ -70,8 +71,11 @@ def test_what_is_no_spec_is_refused(data: bytes, message: str) -> None:
         ({"keep": ("text",)}, "--keep text: the dataset has a column"),
         ({"keep": ("embedding",)}, "--keep embedding"),
         ({"keep": ("a", "a")}, "twice"),
-        ({"outputs": ()}, "exactly one output"),
-        ({"outputs": (OutputSpec(), OutputSpec(name="other"))}, "exactly one output"),
+        ({"outputs": (DENSE, DENSE)}, "--emit dense:float32: the dataset has a column embedding already"),
+        ({"outputs": (parse_emit("dense=small"),), "keep": ("small",)}, "--keep small"),
+        ({"outputs": (parse_emit("labels"),), "keep": ("scores",)}, "--keep scores"),
+        ({"outputs": (parse_emit("dense=row"),)}, "--emit dense=row:float32: the dataset has a column row"),
+        ({"outputs": tuple(parse_emit(f"dense=d{i}") for i in range(17))}, "17 outputs, at most 16"),
     ],
 )
 def test_settings_that_cannot_run_are_refused(change: dict[str, object], message: str) -> None:

@@ -22,10 +22,10 @@ def test_a_paced_engine_takes_its_time_per_token_without_the_processor(monkeypat
     engine = load_engine(EngineOptions("hashing", engine="paced"))
     batch = batch_of(["x" * 400, "y" * 400])
     begun, used = time.monotonic(), time.thread_time()
-    vectors = engine.embed(batch)["embedding"]
+    vectors = engine.run(batch)["dense"]
     assert time.monotonic() - begun >= 200 / 1000
     assert time.thread_time() - used < 0.1
-    assert np.array_equal(vectors, HashingEngine().embed(batch)["embedding"])
+    assert np.array_equal(vectors, HashingEngine().run(batch)["dense"])
 
 
 def test_a_name_that_no_package_offers_is_refused() -> None:

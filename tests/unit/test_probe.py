@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import numpy as np
-import numpy.typing as npt
 import pytest
 
-from embedstream_worker.engines.base import EngineInfo, TokenBatch
+from embedstream_worker.engines.base import EngineInfo, Results, TokenBatch
 from embedstream_worker.engines.hashing import HashingEngine
 from embedstream_worker.probe import try_budgets
 
@@ -19,10 +17,10 @@ class ClockedEngine(HashingEngine):
         self._seconds = seconds_per_token
         self.now = 0.0
 
-    def embed(self, batch: TokenBatch) -> dict[str, npt.NDArray[np.float32]]:
+    def run(self, batch: TokenBatch) -> Results:
         size = min(self._seconds, key=lambda budget: abs(budget - len(batch.ids)))
         self.now += self._seconds[size] * len(batch.ids)
-        return super().embed(batch)
+        return super().run(batch)
 
 
 def own_budget() -> int:

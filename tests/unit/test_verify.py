@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from lab.dataset import dense
 from lab.verify import (
     Made,
     Maker,
@@ -321,10 +322,11 @@ def test_vectors_of_any_length_are_right_if_the_model_does_not_normalize(made: M
         matrix[0] = 3e38
         matrix[1] = 1e-30
 
+    outputs = (dense(normalized=False),)
     for path, record in zip((made.part(i) for i in range(3)), made.records, strict=True):
-        rewrite(made, path, lambda table: with_vectors(table, change), normalized=False)
+        rewrite(made, path, lambda table: with_vectors(table, change), outputs=outputs)
         if record.failed:
-            rewrite(made, made.folder / f"_errors-{record.name}.arrow", lambda table: table, normalized=False)
+            rewrite(made, made.folder / f"_errors-{record.name}.arrow", lambda table: table, outputs=outputs)
     edit_manifest(made, lambda manifest: manifest["outputs"][0].update(normalized=False))
     assert check(made).findings == {}
 
@@ -352,8 +354,8 @@ def test_a_column_that_is_gone_is_found(made: Made) -> None:
     ("footer", "says"),
     [
         ({"space": "another"}, "says space another, expected space"),
-        ({"dim": 4}, "says dimensions 4"),
-        ({"normalized": False}, "says normalized False"),
+        ({"outputs": [dense(4)]}, "says outputs 4 dimensions of its own, expected 8 dimensions"),
+        ({"outputs": [dense(normalized=False)]}, "says outputs 8 dimensions of its own"),
         ({"prompt": "other: "}, "says prompt other: "),
     ],
 )

@@ -11,7 +11,7 @@ import fakeredis
 import pytest
 import redis
 
-from embedstream.jobs import JobSpec, JobState, OutputSpec
+from embedstream.jobs import JobSpec, JobState
 from embedstream.queue.broker import Broker
 from embedstream_worker.engines import EngineOptions
 from embedstream_worker.engines.hashing import HashingEngine
@@ -76,9 +76,6 @@ def test_a_fitting_job_is_opened_once_with_all_that_its_blocks_need(bench: Bench
         ({"model": "another/model"}, "another/model"),
         ({"revision": "v2"}, "v2"),
         ({"output": "/somewhere/else"}, "output roots"),
-        ({"outputs": (OutputSpec(name="sparse"),)}, "sparse"),
-        ({"outputs": (OutputSpec(dim=7),)}, "7 dimensions"),
-        ({"outputs": (OutputSpec(normalized=False),)}, "normalized"),
     ],
 )
 def test_a_job_that_is_not_for_this_worker_is_refused_and_that_is_said_once(

@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 import pytest
+from lab.dataset import dense
 from lab.worker import share
 
 from embedstream.dataset.folder import FolderSink
@@ -32,7 +33,7 @@ from embedstream_worker.shards import OpenShards, Shard
 from embedstream_worker.tokenize import Tokenize, encode_rows
 
 DIM = 3
-INFO = EngineInfo("fake", "cpu", "float32", "f", 512, True, 64, {"embedding": OutputInfo("dense", DIM, False)})
+INFO = EngineInfo("fake", "cpu", "float32", "f", 512, True, 64, {"dense": OutputInfo(DIM)})
 RECIPE = Recipe(model="m", fingerprint="f", engine="fake", dtype="float32", normalized=False, max_length=512)
 SPEC = JobSpec(queue="q", output="/out", model="m", parts=("p", "q"))
 
@@ -70,7 +71,7 @@ def embedded(
     undone: Sequence[int] = (),
 ) -> EmbeddedGroup:
     """Row i of the group has the vector [i, i, i], and cost ten tokens."""
-    job = OpenJob(spec.job, spec, "", 0, 512, "space", FolderSink(spec.output, spec), RECIPE)
+    job = OpenJob(spec.job, spec, "", 0, 512, "space", (dense(DIM, False),), FolderSink(spec.output, spec), RECIPE)
     texts: list[Any] = [text for block in blocks for text in block.rows.column("text").to_pylist()]
     tokens, _ = encode_rows(HashingTokenizer(), texts, "", 2)
     held = [HeldBlock(job, "stream", f"{i}-0", 10, 1, block, 1.0) for i, block in enumerate(blocks)]
@@ -78,7 +79,7 @@ def embedded(
     done[list(undone)] = False
     return EmbeddedGroup(
         TokenizedGroup(job, held, tokens, input_hashes(texts)),
-        np.repeat(np.arange(len(texts), dtype=np.float32)[:, None], DIM, axis=1),
+        {"dense": np.repeat(np.arange(len(texts), dtype=np.float32)[:, None], DIM, axis=1)},
         np.full(len(texts), 10, np.int64),
         done,
         errors or {},
@@ -86,7 +87,7 @@ def embedded(
 
 
 def finished(group: EmbeddedGroup) -> list[FinishedBlock]:
-    blocks, unfinished = finish_blocks(group, INFO)
+    blocks, unfinished = finish_blocks(group)
     assert not unfinished
     return blocks
 
@@ -99,7 +100,7 @@ def test_each_block_has_its_own_rows_and_vectors() -> None:
     assert second.data.column("text").to_pylist() == ["a long text"]
     assert second.data.column("embedding").to_pylist() == [[2.0] * DIM]
     assert third.data.column("part").to_pylist() == [1]
-    assert third.data.schema.equals(dataset_schema(SPEC, {"embedding": DIM}))
+    assert third.data.schema.equals(dataset_schema(SPEC, [dense(DIM, False)]))
     assert [block.address for block in (first, second, third)] == [(0, 0), (0, 1), (1, 0)]
 
 
@@ -149,7 +150,7 @@ def test_blocks_without_a_row_are_finished_too() -> None:
     first, second = finished(embedded([*only_refused, *only_skipped]))
     assert (first.record().rows, first.record().failed) == (0, 2)
     assert (second.record().rows, second.record().failed, second.record().skipped) == (0, 0, 2)
-    assert first.data.schema.equals(dataset_schema(SPEC, {"embedding": DIM}))
+    assert first.data.schema.equals(dataset_schema(SPEC, [dense(DIM, False)]))
     mixed = finished(embedded([*only_refused, *packed(["a row"], part=1)]))
     assert [block.data.num_rows for block in mixed] == [0, 1]
 
@@ -164,7 +165,7 @@ def test_kept_fields_come_out_and_the_text_only_if_wanted() -> None:
 
 def test_a_block_of_which_a_row_is_not_done_is_told_apart() -> None:
     group = embedded(packed(["a", "b", "c", "d", "e"], chunks=2), undone=[3])
-    blocks, unfinished = finish_blocks(group, INFO)
+    blocks, unfinished = finish_blocks(group)
     assert [block.address for block in blocks] == [(0, 0), (0, 2)]
     assert [held.block.number for held in unfinished] == [1]
     assert blocks[1].data.column("id").to_pylist() == ["id-4"]
@@ -246,7 +247,7 @@ def test_what_comes_out_is_what_a_sink_takes(tmp_path: Path) -> None:
     errors = pa.concat_tables([block.errors for block in blocks])
     record = ShardRecord(
         name="s", job=spec.job, space="space", blocks=tuple(b.record() for b in blocks), rows=2, failed=2, skipped=0,
-        truncated=0, tokens=0, padded=0, dim=DIM, dtype="float32", normalized=False, engine="fake", worker="w",
+        truncated=0, tokens=0, padded=0, outputs=(dense(DIM, False),), dtype="float32", engine="fake", worker="w",
     )  # fmt: skip
     data = pa.concat_tables([block.data for block in blocks])
     written = FolderSink(spec.output, spec).write_shard(ShardContent(record, data, errors))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from embedstream.outputs import Kind
 from embedstream_worker.engines.base import Role, TokenBatch, Tokens
 
 Rows = npt.NDArray[np.int64]
@@ -84,8 +85,13 @@ def join_tokens(pieces: Sequence[Tokens]) -> Tokens:
     )
 
 
-def gather_batch(tokens: Tokens, rows: Rows, prompt_length: int, role: Role) -> TokenBatch:
-    """The batch of these rows, in this order. Its vectors belong to `rows`: `window[rows] = vectors` restores order."""
+def gather_batch(
+    tokens: Tokens, rows: Rows, prompt_length: int, role: Role, kinds: frozenset[Kind] | None = None
+) -> TokenBatch:
+    """The batch of these rows, in this order. Its results belong to `rows`: `window[rows] = vectors` restores order.
+
+    `kinds`: of results that are wanted; None: all that the model gives.
+    """
     lengths = tokens.lengths[rows]
     offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
     shift = np.repeat(tokens.offsets[rows] - offsets[:-1], lengths)
@@ -95,4 +101,5 @@ def gather_batch(tokens: Tokens, rows: Rows, prompt_length: int, role: Role) -> 
         longest=int(lengths.max(initial=0)),
         prompt_length=prompt_length,
         role=role,
+        kinds=kinds,
     )

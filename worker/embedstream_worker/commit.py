@@ -158,7 +158,7 @@ class Commits:
             log.warning("%s; it counts for nothing, as no manifest will list it", error, extra=about(job.id))
 
     def _content(self, shard: Shard) -> ShardContent:
-        output, job, blocks = next(iter(self._info.outputs.values())), shard.job, [*shard.blocks.values()]
+        job, blocks = shard.job, [*shard.blocks.values()]
         data = pa.concat_tables([block.data for block in blocks])
         errors = pa.concat_tables([block.errors for block in blocks])
         record = ShardRecord(
@@ -172,9 +172,8 @@ class Commits:
             truncated=sum(block.truncated for block in blocks),
             tokens=sum(block.tokens for block in blocks),
             padded=sum(block.computed for block in blocks),
-            dim=output.dim,
+            outputs=job.outputs,
             dtype=self._info.dtype,
-            normalized=output.normalized,
             engine=self._info.engine,
             worker=self._consumer,
             prompt=job.prompt,

@@ -10,10 +10,10 @@ import numpy as np
 import pyarrow as pa
 
 from embedstream.dataset.schema import dataset_schema, errors_schema
+from embedstream.dataset.values import to_columns
 from embedstream.queue.blocks import Block, Refusal
 from embedstream.queue.steps import CommitBlock
 from embedstream.records import BlockRecord
-from embedstream_worker.engines.base import EngineInfo
 from embedstream_worker.held import EmbeddedGroup, HeldBlock
 
 ORIGINAL_CHARACTERS = 1000
@@ -69,12 +69,12 @@ class FinishedBlock:
         )
 
 
-def finish_blocks(group: EmbeddedGroup, info: EngineInfo) -> tuple[list[FinishedBlock], list[HeldBlock]]:
+def finish_blocks(group: EmbeddedGroup) -> tuple[list[FinishedBlock], list[HeldBlock]]:
     """A group's finished blocks, and those of which a row is not done, as the worker stops.
 
     Columns are built once for the whole group, then sliced.
     """
-    table, tokens = group_table(group, info), group.tokenized.tokens
+    table, tokens = group_table(group), group.tokenized.tokens
     good = np.ones(table.num_rows, np.bool_)
     good[list(group.errors)] = False
     finished: list[FinishedBlock] = []
@@ -108,21 +108,22 @@ def finish_blocks(group: EmbeddedGroup, info: EngineInfo) -> tuple[list[Finished
     return finished, unfinished
 
 
-def group_table(group: EmbeddedGroup, info: EngineInfo) -> pa.Table:
+def group_table(group: EmbeddedGroup) -> pa.Table:
     """All rows of a group in dataset schema, failed ones included."""
     tokenized, tokens = group.tokenized, group.tokenized.tokens
     spec, blocks = tokenized.job.spec, [held.block for held in tokenized.blocks]
     rows = pa.Table.from_batches([block.rows for block in blocks])
     parts = np.repeat([block.part for block in blocks], [block.rows.num_rows for block in blocks])
-    schema = dataset_schema(spec, {name: output.dim for name, output in info.outputs.items()})
-    name = next(iter(info.outputs))
+    outputs = tokenized.job.outputs
+    schema = dataset_schema(spec, outputs)
     made: dict[str, pa.Array[Any]] = {
         "part": pa.array(parts, pa.int32()),
         "n_tokens": pa.array(tokens.lengths, pa.int32()),
         "truncated": pa.array(tokens.truncated, pa.bool_()),
         "input_hash": tokenized.input_hashes,
-        name: pa.FixedSizeListArray.from_arrays(pa.array(group.vectors.reshape(-1)), type=schema.field(name).type),
     }
+    for output in outputs:
+        made |= zip(output.columns, to_columns(output, group.results[output.kind]), strict=True)
     columns = [made[field.name] if field.name in made else _copied(rows.column(field.name)) for field in schema]
     return pa.table(columns, schema=schema)
 

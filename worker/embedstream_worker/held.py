@@ -15,7 +15,7 @@ import pyarrow as pa
 from embedstream.queue.blocks import Block
 from embedstream.queue.broker import Broker
 from embedstream.server.patience import Refused
-from embedstream_worker.engines.base import Tokens
+from embedstream_worker.engines.base import Results, Tokens
 from embedstream_worker.jobs import OpenJob
 
 log = logging.getLogger(__name__)
@@ -60,10 +60,10 @@ class TokenizedGroup:
 
 @dataclass(frozen=True)
 class EmbeddedGroup:
-    """The same with vectors. Rows in `errors` have none; nor have those that are not `done`, as the worker stops."""
+    """The same with results. Rows in `errors` have none; nor have those that are not `done`, as the worker stops."""
 
     tokenized: TokenizedGroup
-    vectors: npt.NDArray[np.float32]  # [rows, dim]
+    results: Results  # of all rows
     computed: npt.NDArray[np.int64]  # [rows]: tokens that the model computed for the row, padding included
     done: npt.NDArray[np.bool_]  # [rows]
     errors: RowErrors

@@ -13,13 +13,12 @@ from collections import deque
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
-import numpy as np
-import numpy.typing as npt
 import redis
 
 from embedstream.errors import DeviceLost
+from embedstream.outputs import Kind
 from embedstream_worker.ahead import Ahead
-from embedstream_worker.engines.base import Engine, OutOfMemory, Role, Tokens
+from embedstream_worker.engines.base import Engine, OutOfMemory, Results, Role, Tokens
 from embedstream_worker.held import EmbeddedGroup, RowErrors, TokenizedGroup
 from embedstream_worker.pipeline import Channel, Closed
 from embedstream_worker.shared import Shared
@@ -49,7 +48,9 @@ class Urgent:
     tokens: Tokens
     prompt_length: int
     role: Role
-    vectors: npt.NDArray[np.float32] | None = None
+    kinds: tuple[Kind, ...] = ("dense",)
+    """Of results that are wanted, all of which the model gives."""
+    results: Results | None = None
     errors: RowErrors = field(default_factory=dict)
     done: threading.Event = field(default_factory=threading.Event)
 
@@ -73,11 +74,11 @@ class _Window:
                 work.note = None
 
     def embedded(self) -> list[EmbeddedGroup]:
-        return [EmbeddedGroup(group, w.vectors, w.computed, w.done, w.errors) for group, w in self.groups]
+        return [EmbeddedGroup(group, w.results(), w.computed, w.done, w.errors) for group, w in self.groups]
 
 
 class Infer:
-    """Owns the engine: only its threads call `embed`."""
+    """Owns the engine: only its threads call `run`."""
 
     def __init__(
         self,
@@ -97,11 +98,11 @@ class Infer:
         self._ahead = ahead
         ahead.told_by(lambda: self._left)
         self._stall_seconds = shared.settings.stall_seconds
-        self._name, self._output = next(iter(engine.info.outputs.items()))
+        self._outputs = engine.info.outputs
         self._padded = engine.info.padded
         self._windows: deque[_Window] = deque()
         self._urgent: deque[tuple[Urgent, Work]] = deque()
-        self._flying: dict[Future[npt.NDArray[np.float32]], tuple[Work, Taken, TokenizedGroup | None]] = {}
+        self._flying: dict[Future[Results], tuple[Work, Taken, TokenizedGroup | None]] = {}
         self._closed = False
 
     @property
@@ -184,12 +185,12 @@ class Infer:
             self._ahead.arrived(sum(held.tokens for group in item for held in group.blocks))
         return None if item is None else self._next_work()
 
-    def _embed(self, work: Work, taken: Taken) -> npt.NDArray[np.float32]:
+    def _embed(self, work: Work, taken: Taken) -> Results:
         if work.note is not None:
             work.note(int(taken.rows[0]))
-        run = self._engine.embed_exact if taken.exact else self._engine.embed
+        run = self._engine.run_exact if taken.exact else self._engine.run
         with self._activity.computing(self._allowed(taken)), self._meter.batch(len(taken.batch.ids)):
-            return run(taken.batch)[self._name]
+            return run(taken.batch)
 
     def _allowed(self, taken: Taken) -> float:
         """Seconds that a batch may take before the device counts as hung, by the pace of those before it."""
@@ -197,10 +198,8 @@ class Infer:
         return SLOWEST * len(taken.batch.ids) / pace if pace else FIRST * self._stall_seconds
 
     def _begin(self, group: TokenizedGroup) -> Work:
-        job = group.job
-        work = Work(
-            group.tokens, job.prompt_length, job.spec.role, self._output, self._padded, group.errors, group.note
-        )
+        job, outputs = group.job, {output.kind: self._outputs[output.kind] for output in group.job.outputs}
+        work = Work(group.tokens, job.prompt_length, job.spec.role, outputs, self._padded, group.errors, group.note)
         work.cut(self._budget)
         if self._life.stopping.is_set():
             work.stop()
@@ -208,18 +207,19 @@ class Infer:
         return work
 
     def _begin_urgent(self, request: Urgent) -> None:
-        work = Work(request.tokens, request.prompt_length, request.role, self._output, self._padded, {})
+        outputs = {kind: self._outputs[kind] for kind in request.kinds}
+        work = Work(request.tokens, request.prompt_length, request.role, outputs, self._padded, {})
         work.cut(self._budget)
         self._urgent.append((request, work))
         self._answer()  # at once if it has no text
 
     def _answer(self) -> None:
         for request, work in [pair for pair in self._urgent if pair[1].over]:
-            request.vectors, request.errors = work.vectors, work.errors
+            request.results, request.errors = work.results(), work.errors
             self._urgent.remove((request, work))
             request.done.set()
 
-    def _settle(self, work: Work, taken: Taken, future: Future[npt.NDArray[np.float32]]) -> None:
+    def _settle(self, work: Work, taken: Taken, future: Future[Results]) -> None:
         """What became of a batch; one that cannot be run is cut smaller, down to the one row that is the culprit."""
         error, rows = future.exception(), taken.rows
         if error is None:
@@ -234,7 +234,7 @@ class Infer:
         elif taken.exact:
             self._prove_alive()
             why = f"{type(error).__name__}: {error}"
-            work.fail(int(rows[0]), "not_finite", f"a vector with NaN or infinity, and none in float32: {why}")
+            work.fail(int(rows[0]), "not_finite", f"the model gave NaN or infinity, and nothing in float32: {why}")
         elif isinstance(error, OutOfMemory):
             self._out_of_memory(work, taken, error)
         elif len(rows) > 1:

@@ -52,7 +52,6 @@ class Interactive:
         self._engine = engine
         self._tokenizer = tokenizer
         self._infer = infer
-        self._output = next(iter(engine.info.outputs))
         self._unsure = False  # whether something may be claimed and not answered
 
     def run(self) -> None:
@@ -124,14 +123,14 @@ class Interactive:
         urgent = Urgent(tokens, prompt_length, request.role)
         self._infer.put_first(urgent)
         urgent.done.wait()
-        if urgent.vectors is None:
+        if urgent.results is None:
             raise Closed
         if urgent.errors:
             row, (code, message) = next(iter(urgent.errors.items()))
             return EmbedReply(error=f"text {row}: {code}: {message}")
         return EmbedReply(
-            dim=info.outputs[self._output].dim,
-            vectors=np.ascontiguousarray(urgent.vectors, dtype="<f4").tobytes(),
+            dim=info.outputs["dense"].dim,
+            vectors=np.ascontiguousarray(urgent.results["dense"], dtype="<f4").tobytes(),
             tokens=int(tokens.lengths.sum()),
             truncated=int(tokens.truncated.sum()),
             fingerprint=info.fingerprint,

@@ -20,6 +20,7 @@ from embedstream.jobs import JobSpec, JobState, JobStatus, queue_name
 from embedstream.lifecycle.finalizing import FINISHED, end_finished
 from embedstream.lifecycle.opening import is_here
 from embedstream.masking import mask
+from embedstream.outputs import Output
 from embedstream.queue.broker import Broker
 from embedstream.queue.job_record import reading_job
 from embedstream.records import Recipe
@@ -27,6 +28,7 @@ from embedstream.server.patience import Refused
 from embedstream_worker.engines import EngineOptions
 from embedstream_worker.engines.base import HARMLESS, Engine, EngineInfo
 from embedstream_worker.families import missing
+from embedstream_worker.giving import resolve_outputs
 from embedstream_worker.recipe import NOWHERE, in_words, recipe_of
 
 log = logging.getLogger(__name__)
@@ -55,6 +57,8 @@ class OpenJob:
     max_length: int
     """Tokens, special tokens included."""
     space: str
+    outputs: tuple[Output, ...]
+    """What the dataset has of it."""
     sink: Sink
     recipe: Recipe
 
@@ -231,6 +235,7 @@ class Jobs:
     def _opened(self, job: str, status: JobStatus) -> OpenJob:
         """Raises `ModelError` if the model cannot serve it."""
         spec, info = status.spec, self._engine.info
+        outputs = resolve_outputs(spec, info)
         prompt = self._engine.prompt(spec.role, spec.prompt, spec.prompt_name)
         max_length = spec.max_length or info.max_length
         self._tokenizer.encode([HARMLESS], max_length)  # proves that the length is possible
@@ -241,6 +246,7 @@ class Jobs:
             prompt_length=0,
             max_length=max_length,
             space=space_id(info, spec, prompt, max_length),
+            outputs=outputs,
             sink=open_sink(spec.output, spec, self._redis_url, self._roots),
             recipe=recipe_of(info, spec, prompt, max_length),
         )
@@ -254,18 +260,10 @@ class Jobs:
             check_output(self._roots, spec.output)
         except EmbedstreamError as error:
             return str(error)
-        for wanted in spec.outputs:
-            given = self._engine.info.outputs.get(wanted.name)
-            if given is None:
-                return f"it asks for output {wanted.name!r}, this model gives {', '.join(self._engine.info.outputs)}"
-            if wanted.dim not in (None, given.dim):
-                return f"it asks for vectors of {wanted.dim} dimensions, this model gives {given.dim}"
-            if wanted.normalized not in (None, given.normalized):
-                return f"it asks for normalized={wanted.normalized}, this model gives normalized={given.normalized}"
         return None
 
 
 def space_id(info: EngineInfo, spec: JobSpec, prompt: str, max_length: int) -> str:
     """What makes vectors comparable, as 16 hex digits: the model, and the settings that change its vectors."""
-    parts = (info.fingerprint, spec.role, prompt, max_length, [(name, o.dim) for name, o in info.outputs.items()])
+    parts = (info.fingerprint, spec.role, prompt, max_length, [(kind, o.dim) for kind, o in info.outputs.items()])
     return hashlib.blake2b(msgspec.json.encode(parts), digest_size=8).hexdigest()

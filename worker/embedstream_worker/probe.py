@@ -39,7 +39,7 @@ class Trial(NamedTuple):
 def try_budgets(engine: Engine, budgets: Sequence[int], clock: Callable[[], float] = time.perf_counter) -> Trial:
     """Which budget gives most tokens a second; the first one, unless another is clearly better.
 
-    With one budget a batch is run; with three this takes about a second. Raises what `embed` raises.
+    With one budget a batch is run; with three this takes about a second. Raises what `run` raises.
     """
     first = budgets[0]
     tokenizer = engine.tokenizer()
@@ -59,7 +59,7 @@ def try_budgets(engine: Engine, budgets: Sequence[int], clock: Callable[[], floa
             break
         for budget, batch in batches.items():
             begun = clock()
-            engine.embed(batch)
+            engine.run(batch)
             taken = (clock() - begun) / len(batch.ids)
             seconds[budget] = min(taken, seconds.get(budget, np.inf))
     best = min(seconds, key=lambda budget: seconds[budget] * (1.0 if budget == first else 1.0 + MARGIN))

@@ -15,7 +15,10 @@ from embedstream.dataset.redis_hashes import read_schema
 from embedstream.dataset.roots import is_redis
 from embedstream.dataset.schema import dataset_schema
 from embedstream.dataset.sinks import open_sink
+from embedstream.dataset.values import Ragged, from_columns
 from embedstream.errors import OutputError, UsageError
+from embedstream.outputs import DTYPES, Output, describe
+from embedstream.records import Manifest
 from embedstream.server.connection import mask
 from embedstream.terminal import printable
 
@@ -58,19 +61,29 @@ def search(address: str, query: Vector, k: int = 10, redis_url: str | None = Non
     manifest = sink.read_manifest()
     if manifest is None:
         raise OutputError(f"{mask(address)}: no manifest: not a dataset, or its job has not ended yet")
-    output = manifest.outputs[0]
     if k < 1:
         raise UsageError(f"-k {k}: must be at least 1")
-    if manifest.rows and query.shape != (output.dim,):
+    if not manifest.rows:
+        return []
+    output = searched(manifest)
+    if query.ndim != 1 or len(query) < output.dim:
         raise UsageError(f"the query has shape {query.shape}, vectors of {mask(address)} have {output.dim} dimensions")
     spec = manifest_spec(manifest)
     if is_redis(sink.output):
         place, schema = REDIS_PLACE, read_schema(manifest)
     else:
-        place, schema = PLACE, dataset_schema(spec, {each.name: each.dim for each in manifest.outputs})
+        place, schema = PLACE, dataset_schema(spec, manifest.outputs)
     names = [*place, *(["id"] if "id" not in place else []), *(["text"] if spec.text else []), output.name]
     batches = _checked(sink.read(names), [schema.field(name) for name in names], mask(sink.output))
-    return top_k(batches, query, k, output.name, output.normalized, place)
+    return top_k(batches, query, k, output, place)
+
+
+def searched(manifest: Manifest) -> Output:
+    """The output that is searched: the first dense one, the most exact first. Raises `UsageError` if there is none."""
+    dense = [output for output in manifest.outputs if output.kind == "dense"]
+    if not dense:
+        raise UsageError(f"only dense vectors can be searched, and this dataset has {describe(manifest.outputs)}")
+    return min(dense, key=lambda output: (DTYPES["dense"].index(output.dtype), -output.dim))
 
 
 def _checked(
@@ -96,26 +109,26 @@ def top_k(
     batches: Iterable[pa.RecordBatch],
     query: Vector,
     k: int,
-    column: str,
-    normalized: bool,
+    output: Output,
     place: Sequence[str] = PLACE,
 ) -> list[Hit]:
-    """The `k` best rows of all batches by cosine with `query` [dim]. `normalized`: vectors have length 1 already.
+    """The `k` best rows of all batches by cosine with `query`, at least as long as the vectors of `output`.
 
     `place`: the columns that tell rows apart; equally good rows come in their order, and a row that comes twice counts
     once.
     """
-    query = query / max(float(np.linalg.norm(query)), 1e-30)
+    query = query[: output.dim] / max(float(np.linalg.norm(query[: output.dim])), 1e-30)
     best = pa.table({})
     for batch in batches:
-        vectors = _values(batch.column(column)).reshape(batch.num_rows, -1)
+        vectors = from_columns(output, batch)
+        assert not isinstance(vectors, Ragged)
         scores = vectors @ query
-        if not normalized:
+        if not (output.normalized and output.dtype == "float32"):
             scores = scores / np.maximum(np.linalg.norm(vectors, axis=1), 1e-30)
         # Every row that ties with the k-th stays until places decide.
         least = np.partition(scores, -k)[-k] if len(scores) > k else -np.inf
         chosen = np.flatnonzero(scores >= least)
-        found = pa.table(batch.drop_columns([column]).take(chosen))
+        found = pa.table(batch.drop_columns([output.name]).take(chosen))
         found = found.append_column("score", pa.array(scores[chosen], pa.float32()))
         best = found if not best.num_columns else pa.concat_tables([best, found])
         best = best.sort_by([("score", "descending"), *((name, "ascending") for name in place)])
@@ -128,9 +141,3 @@ def _each_once(rows: pa.Table, place: Sequence[str]) -> pa.Table:
     places = list(zip(*(rows.column(name).to_pylist() for name in place), strict=True))
     firsts = {place: at for at, place in reversed(list(enumerate(places)))}
     return rows if len(firsts) == len(places) else rows.take(sorted(firsts.values()))
-
-
-def _values(column: Any) -> Vector:
-    """The numbers of a fixed-size list column, flat, without a copy."""
-    values: Vector = column.flatten().to_numpy()
-    return values

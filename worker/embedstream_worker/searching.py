@@ -95,7 +95,7 @@ def embed_query(
         raise ModelError(f"the query cannot be embedded: {': '.join(errors[0])}")
     prompt_length = tokenizer.prompt_length(prompt, max_length) if prompt else 0
     batch = TokenBatch(tokens.ids, tokens.offsets, len(tokens.ids), prompt_length, "query")
-    vector: npt.NDArray[np.float32] = next(iter(engine.embed(batch).values()))[0]
+    vector: npt.NDArray[np.float32] = engine.run(batch)["dense"][0]
     if not vector.any():
         raise ModelError("the query cannot be compared: the model gave a vector of zeros, it knows no part of the text")
     return vector

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from embedstream.outputs import Kind
 from embedstream.queue.workers import InHand
-from embedstream.verify.findings import Kind
-from embedstream.verify.rows import bad_vectors
+from embedstream.verify.findings import Kind as Fault
+from embedstream.verify.rows import bad_values
 from embedstream_worker.batching import batch_cost, cut_batches, gather_batch
-from embedstream_worker.engines.base import OutputInfo, Role, TokenBatch, Tokens
+from embedstream_worker.engines.base import OutputInfo, Results, Role, TokenBatch, Tokens
 from embedstream_worker.held import RowErrors
+from embedstream_worker.landing import landing
 
 Rows = npt.NDArray[np.int64]
 
-_ZERO = ("zero_vector", "the model gave a vector of zeros: it knows no part of the text")
-_NORM = ("not_normalized", "the model gave a vector that cannot be brought to length 1")
+_ERRORS = {
+    Fault.ZERO: ("zero_vector", "the model gave a vector of zeros: it knows no part of the text"),
+    Fault.NORM: ("not_normalized", "the model gave a vector that cannot be brought to length 1"),
+    Fault.VALUES: ("engine_error", "the model gave weights that are not above 0 or not in order"),
+}
+"""What a text's error row says."""
 
 
 class Taken(NamedTuple):
@@ -39,18 +45,21 @@ class Work:
         tokens: Tokens,
         prompt_length: int,
         role: Role,
-        output: OutputInfo,
+        outputs: Mapping[Kind, OutputInfo],
         padded: bool,
         errors: RowErrors,
         note: Callable[[int | None], None] | None = None,
     ) -> None:
-        """`padded`: as `EngineInfo.padded`. Rows in `errors` have failed already and do not reach the model.
+        """`outputs`: the kinds of results that are wanted. `padded`: as `EngineInfo.padded`. Rows in `errors` have
+        failed already and do not reach the model.
 
         `note`: as in `TokenizedGroup`; then each row is a batch, and the next waits until it is back.
         """
         lengths = tokens.lengths
         self.tokens = tokens
-        self.vectors: npt.NDArray[np.float32] = np.zeros((len(lengths), output.dim), np.float32)
+        self._outputs = dict(outputs)
+        self._kinds = frozenset(outputs)
+        self._landings = {kind: landing(kind, info, len(lengths)) for kind, info in outputs.items()}
         self.computed: npt.NDArray[np.int64] = lengths.copy()
         """Tokens that the model computed for a row, padding included, [n]."""
         self.done: npt.NDArray[np.bool_] = np.zeros(len(lengths), np.bool_)
@@ -58,7 +67,6 @@ class Work:
         self._prompt_length = prompt_length
         self._role = role
         self._padded = padded
-        self._normalized = output.normalized
         self.note = note
         self._lengths = lengths
         self._todo: deque[Rows] = deque()
@@ -77,28 +85,42 @@ class Work:
         exact = bool(self._not_finite)
         rows = np.array([self._not_finite.popleft()]) if exact else self._todo.popleft()
         self._flying += 1
-        return Taken(rows, gather_batch(self.tokens, rows, self._prompt_length, self._role), exact)
+        return Taken(rows, gather_batch(self.tokens, rows, self._prompt_length, self._role, self._kinds), exact)
 
-    def land(self, taken: Taken, vectors: npt.NDArray[np.float32]) -> None:
-        """A batch came back, [n, dim]. What embed-verify would refuse is an error; if not finite, at a second try."""
+    def land(self, taken: Taken, results: Results) -> None:
+        """A batch came back. What embed-verify would refuse is an error; if not finite, at a second try."""
         rows = taken.rows
-        bad = bad_vectors(vectors, self._normalized)
-        finite = ~bad[Kind.NOT_FINITE]
+        bad = self._bad(results, len(rows))
+        finite = ~bad[Fault.NOT_FINITE]
         if taken.exact:
             self.computed[rows] += self._lengths[rows]
         elif self._padded:
             self.computed[rows] = self._lengths[rows].max()
         self._flying -= 1
-        self.vectors[rows] = vectors
+        for kind, place in self._landings.items():
+            place.put(rows, results[kind])
         if not finite.all():
             if taken.exact:
-                self.errors[int(rows[0])] = ("not_finite", "the model gave a vector with NaN or infinity")
+                self.errors[int(rows[0])] = ("not_finite", "the model gave NaN or infinity")
             else:
                 self._not_finite.extend(rows[~finite].tolist())
                 rows = rows[finite]
-        self.errors |= dict.fromkeys(taken.rows[bad[Kind.ZERO]].tolist(), _ZERO)
-        self.errors |= dict.fromkeys(taken.rows[bad[Kind.NORM]].tolist(), _NORM)
+        for fault, error in _ERRORS.items():
+            self.errors |= dict.fromkeys(taken.rows[bad[fault]].tolist(), error)
         self.done[rows] = True
+
+    def _bad(self, results: Results, rows: int) -> dict[Fault, npt.NDArray[np.bool_]]:
+        """What is wrong with a batch's results, by kind of fault a mask [rows]."""
+        bad = {fault: np.zeros(rows, np.bool_) for fault in (Fault.NOT_FINITE, *_ERRORS)}
+        for kind, info in self._outputs.items():
+            found = bad_values(kind, results[kind], info.normalized, info.dim, alone=len(self._outputs) == 1)
+            for fault, mask in found.items():
+                bad[fault] |= mask
+        return bad
+
+    def results(self) -> Results:
+        """By kind, of all rows; those of failed rows mean nothing."""
+        return {kind: place.values() for kind, place in self._landings.items()}
 
     def again(self, pieces: Iterable[Rows]) -> None:
         """A batch did not come back: its pieces are next."""

@@ -73,7 +73,6 @@ class Write:
         self._meter, self._ledger = shared.meter, shared.ledger
         self._life, self._activity, self._held = shared.life, shared.activity, shared.held
         self._jobs = jobs
-        self._info = info
         self._source = source
         self._open = OpenShards(shared, self._broker)
         self._commits = Commits(shared, self._broker, jobs, info)
@@ -104,7 +103,7 @@ class Write:
 
     def _add(self, group: EmbeddedGroup) -> None:
         with self._meter.stage("finish"):
-            blocks, unfinished = finish_blocks(group, self._info)
+            blocks, unfinished = finish_blocks(group)
         release(self._broker, self._consumer, self._held, unfinished)
         if not blocks:
             self._ledger.left(group.tokenized)

@@ -10,7 +10,13 @@ from typing import Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from embedstream.dataset.values import Values
+from embedstream.outputs import Kind
+
 Role = Literal["document", "query"]
+
+Results = dict[Kind, Values]
+"""By kind of output, of n texts: see `Values`."""
 
 HARMLESS = "1"
 """A text that shows whether anything can be embedded: one token in every vocabulary, and part of few added tokens."""
@@ -39,6 +45,7 @@ class TokenBatch:
     longest: int
     prompt_length: int  # leading tokens that belong to the prompt; 0 when there is none
     role: Role
+    kinds: frozenset[Kind] | None = None  # what is wanted of it; None: all that the model gives
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -51,11 +58,11 @@ class TokenBatch:
 
 @dataclass(frozen=True)
 class OutputInfo:
-    """What one output of an engine is."""
+    """What one kind of output is, as `Output` has it: in float32, before a job cuts or rounds it."""
 
-    kind: Literal["dense"]
     dim: int
-    normalized: bool
+    normalized: bool = False
+    labels: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -79,7 +86,7 @@ class EngineInfo:
     max_length: int  # tokens, special tokens included
     padded: bool  # whether a batch costs longest x n (True) or the sum of its tokens
     batch_tokens: int  # a good token budget per batch on this device
-    outputs: dict[str, OutputInfo]
+    outputs: dict[Kind, OutputInfo]  # what the model gives
     card_prompts: dict[Role, str] = field(default_factory=dict)  # what its card wants in front of texts
     origin: Origin = Origin()
 
@@ -95,7 +102,7 @@ class TextTokenizer(Protocol):
 
 
 class Engine(Protocol):
-    """One long-lived model, loaded. Life: `warm_up`, any number of `embed`, `close`."""
+    """One long-lived model, loaded. Life: `warm_up`, any number of `run`, `close`."""
 
     in_flight: int
     """How many batches it wants to hold at once."""
@@ -112,16 +119,16 @@ class Engine(Protocol):
     def prompt(self, role: Role, prompt: str | None, prompt_name: str | None) -> str:
         """The prompt that goes in front of every text of a job. Raises `ModelError` for an unknown name."""
 
-    def embed(self, batch: TokenBatch) -> dict[str, npt.NDArray[np.float32]]:
-        """Vectors by output name, [n, dim], in the batch's order.
+    def run(self, batch: TokenBatch) -> Results:
+        """What the model gives for n texts, in the batch's order.
 
         Raises:
             OutOfMemory: the batch does not fit; a smaller one may.
             Exception: anything else is the fault of some text in the batch.
         """
 
-    def embed_exact(self, batch: TokenBatch) -> dict[str, npt.NDArray[np.float32]]:
-        """The same in float32, however slow: for a text whose vector had NaN or infinity. Raises as `embed` does."""
+    def run_exact(self, batch: TokenBatch) -> Results:
+        """The same in float32, however slow: for a text whose results had NaN or infinity. Raises as `run` does."""
 
     def close(self) -> None: ...
 

@@ -38,7 +38,7 @@ def convert_with(write: Write, suffix: str, folder: ModelFolder, into: Path) -> 
         raise NotConvertible("it is a table of vectors, which torch looks up as fast")
     if not isinstance(model.input.source, tokenizers.Tokenizer):
         raise NotConvertible("its tokenizer is written in Python, which is the slower half of it")
-    references: list[Vectors] = [engine.embed(batch)["embedding"] for batch in check_batches(model)]
+    references: list[Vectors] = [engine.run(batch)["dense"] for batch in check_batches(model)]
     graphs = graph_names(engine.modules, model)
     for role, name in graphs.items():
         if role == name:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from embedstream.errors import ModelError
-from embedstream_worker.engines.base import EngineInfo, Origin, OutputInfo, Role, TokenBatch, Tokens
+from embedstream_worker.engines.base import EngineInfo, Origin, OutputInfo, Results, Role, TokenBatch, Tokens
 
 MAX_LENGTH = 8192
 _FORMULA = 1  # part of the fingerprint: to be raised when the formula changes
@@ -91,7 +91,7 @@ class HashingEngine:
             padded=False,
             batch_tokens=65_536,  # hundreds of rows: the cost of a call vanishes
             origin=Origin(source="built in"),
-            outputs={"embedding": OutputInfo(kind="dense", dim=dim, normalized=True)},
+            outputs={"dense": OutputInfo(dim=dim, normalized=True)},
         )
         self._steps = np.arange(1, dim + 1, dtype=np.uint32)
 
@@ -101,7 +101,7 @@ class HashingEngine:
 
     def warm_up(self, batch_tokens: int) -> None:  # noqa: ARG002 - as the protocol has it
         tokens = self.tokenizer().encode(["warm"], MAX_LENGTH)
-        self.embed(TokenBatch(tokens.ids, tokens.offsets, 1, 0, "document"))
+        self.run(TokenBatch(tokens.ids, tokens.offsets, 1, 0, "document"))
 
     def tokenizer(self) -> HashingTokenizer:
         return HashingTokenizer()
@@ -111,15 +111,15 @@ class HashingEngine:
             raise ModelError(f"--prompt-name {prompt_name}: the hashing engine has no prompts; use --prompt TEXT")
         return prompt or ""
 
-    def embed(self, batch: TokenBatch) -> dict[str, npt.NDArray[np.float32]]:
+    def run(self, batch: TokenBatch) -> Results:
         hashes = _text_hashes(batch)
         vectors = np.empty((len(batch), len(self._steps)), np.float32)
         for start in range(0, len(batch), _CHUNK_ROWS):
             vectors[start : start + _CHUNK_ROWS] = self._vectors(hashes[start : start + _CHUNK_ROWS])
-        return {"embedding": vectors}
+        return {"dense": vectors}
 
-    def embed_exact(self, batch: TokenBatch) -> dict[str, npt.NDArray[np.float32]]:
-        return self.embed(batch)
+    def run_exact(self, batch: TokenBatch) -> Results:
+        return self.run(batch)
 
     def close(self) -> None:
         pass

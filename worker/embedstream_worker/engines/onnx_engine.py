@@ -12,14 +12,12 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
 import onnxruntime
 
 from embedstream.errors import ModelError
 from embedstream.machine import cpu_cores
 from embedstream_worker.cache import cache_folder
-from embedstream_worker.engines.base import EngineInfo, OutOfMemory, OutputInfo, Role, TokenBatch
+from embedstream_worker.engines.base import EngineInfo, OutOfMemory, OutputInfo, Results, Role, TokenBatch
 from embedstream_worker.engines.calibration import calibration_hash
 from embedstream_worker.engines.checking import CheckFailed, check_batches, compare, require
 from embedstream_worker.engines.onnx_slot import INPUTS, Slot, Step, Way
@@ -52,7 +50,7 @@ class OnnxEngine(TextEngine):
     """Vectors equal to sentence-transformers' own in float32, without torch once the graphs are in the cache.
 
     A folder's own `onnx/model.onnx` is used as it is, followed by the folder's tail; else, or if its vectors are wrong,
-    both are exported from torch and kept. `embed` may be called from several threads: each call takes one of
+    both are exported from torch and kept. `run` may be called from several threads: each call takes one of
     `in_flight` slots, and waits for it.
 
     `--engine auto` never takes it: on the CPU it is as fast as torch in float32 and slower than OpenVINO, and on CUDA
@@ -112,7 +110,7 @@ class OnnxEngine(TextEngine):
             max_length=model.input.max_length,
             padded=True,
             batch_tokens=CPU_BATCH_TOKENS if kind == "cpu" else GPU_BATCH_TOKENS,
-            outputs={"embedding": OutputInfo(kind="dense", dim=model.dim, normalized=model.normalized)},
+            outputs={"dense": OutputInfo(dim=model.dim, normalized=model.normalized)},
             card_prompts=card_prompts(folder.name, folder.path),
             origin=origin_of(folder),
         )
@@ -127,11 +125,11 @@ class OnnxEngine(TextEngine):
             self._slots.put(slot)
         return held
 
-    def embed(self, batch: TokenBatch) -> dict[str, npt.NDArray[np.float32]]:
-        """Vectors by output name, [n, dim], in the batch's order. Raises `OutOfMemory`."""
+    def run(self, batch: TokenBatch) -> Results:
+        """What the model gives, by kind, in the batch's order. Raises `OutOfMemory`."""
         slot = self._slots.get()
         try:
-            return {"embedding": slot.run(batch)}
+            return {"dense": slot.run(batch)}
         except Exception as error:
             if not ran_out_of_memory(error):
                 raise
@@ -233,7 +231,7 @@ class OnnxEngine(TextEngine):
         for _ in range(self.in_flight):
             self._slots.put(Slot(ways, model, self._device))
         try:
-            vectors = [self.embed(batch)["embedding"] for batch in check_batches(model)]
+            vectors = [self.run(batch)["dense"] for batch in check_batches(model)]
         except Exception as error:
             lines = str(error).strip().splitlines() or [type(error).__name__]
             raise CheckFailed(f"its graph does not run: {lines[0][:200]}") from error

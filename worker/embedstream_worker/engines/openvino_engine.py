@@ -22,6 +22,7 @@ from embedstream_worker.engines.base import (
     EngineInfo,
     OutOfMemory,
     OutputInfo,
+    Results,
     Role,
     TokenBatch,
 )
@@ -53,7 +54,7 @@ _Slot = dict[Role, Any]  # an openvino.InferRequest for each role
 class OpenVinoEngine(TextEngine):
     """Vectors equal to sentence-transformers' own within the precision, several times as fast as its float32.
 
-    `embed` may be called from several threads: each call takes one of `in_flight` requests, and waits for it.
+    `run` may be called from several threads: each call takes one of `in_flight` requests, and waits for it.
     """
 
     def __init__(self, folder: ModelFolder, precision: Precision, fingerprint: str, cache: Cache) -> None:
@@ -100,13 +101,13 @@ class OpenVinoEngine(TextEngine):
             max_length=model.input.max_length,
             padded=True,
             batch_tokens=BATCH_TOKENS,
-            outputs={"embedding": OutputInfo(kind="dense", dim=model.dim, normalized=model.normalized)},
+            outputs={"dense": OutputInfo(dim=model.dim, normalized=model.normalized)},
             card_prompts=card_prompts(folder.name, folder.path),
             origin=origin_of(folder),
         )
 
-    def embed(self, batch: TokenBatch) -> dict[str, npt.NDArray[np.float32]]:
-        """Vectors by output name, [n, dim], in the batch's order. Raises `OutOfMemory`."""
+    def run(self, batch: TokenBatch) -> Results:
+        """What the model gives, by kind, in the batch's order. Raises `OutOfMemory`."""
         slot = self._slots.get()
         try:
             request = slot[batch.role]
@@ -119,7 +120,7 @@ class OpenVinoEngine(TextEngine):
             raise OutOfMemory(f"{len(batch)} texts of up to {batch.longest} tokens: {reason}") from error
         finally:
             self._slots.put(slot)
-        return {"embedding": vectors}
+        return {"dense": vectors}
 
     def close(self) -> None:
         """Give the model's memory back. Calls that are under way end first."""
@@ -160,7 +161,7 @@ class OpenVinoEngine(TextEngine):
         self.text_model = entry.conversion.model
 
     def _check(self, conversion: Conversion, precision: Precision) -> Agreement:
-        vectors = [self.embed(batch)["embedding"] for batch in check_batches(conversion.model)]
+        vectors = [self.run(batch)["dense"] for batch in check_batches(conversion.model)]
         agreement = compare(vectors, conversion.references)
         require(agreement, precision)
         return agreement

@@ -7,10 +7,7 @@ import logging
 import threading
 from collections.abc import Callable
 
-import numpy as np
-import numpy.typing as npt
-
-from embedstream_worker.engines.base import Engine, EngineInfo, Role, TextTokenizer, TokenBatch
+from embedstream_worker.engines.base import Engine, EngineInfo, Results, Role, TextTokenizer, TokenBatch
 from embedstream_worker.engines.text_input import TextModel, warm_up_batches
 
 log = logging.getLogger(__name__)
@@ -33,25 +30,25 @@ class TextEngine(abc.ABC):
         self._exact: Engine | None = None
 
     @abc.abstractmethod
-    def embed(self, batch: TokenBatch) -> dict[str, npt.NDArray[np.float32]]:
-        """Vectors by output name, [n, dim], in the batch's order. Raises `OutOfMemory`."""
+    def run(self, batch: TokenBatch) -> Results:
+        """What the model gives, by kind, in the batch's order. Raises `OutOfMemory`."""
 
-    def embed_exact(self, batch: TokenBatch) -> dict[str, npt.NDArray[np.float32]]:
-        """As `embed`, in float32. Raises `OutOfMemory`; `ModelError` if the model cannot be loaded again."""
+    def run_exact(self, batch: TokenBatch) -> Results:
+        """As `run`, in float32. Raises `OutOfMemory`; `ModelError` if the model cannot be loaded again."""
         if self._load_exact is None or self.info.dtype == "float32":
-            return self.embed(batch)
+            return self.run(batch)
         with self._loading:
             if self._exact is None:
                 self._exact = self._load_exact()
                 log.info("loaded model %s in float32 as well, for vectors with NaN or infinity", self.text_model.name)
             exact = self._exact
-        return exact.embed(batch)
+        return exact.run(batch)
 
     def warm_up(self, batch_tokens: int) -> None:
         """Run the smallest, the longest and the fullest batch that the budget allows."""
         for batch in warm_up_batches(self.text_model, batch_tokens):
             for _ in range(self.in_flight):  # those in flight take turns, and each has memory of its own
-                self.embed(batch)
+                self.run(batch)
 
     def tokenizer(self) -> TextTokenizer:
         return self.text_model.input.tokenizer()

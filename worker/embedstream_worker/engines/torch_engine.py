@@ -9,7 +9,6 @@ from contextlib import ExitStack
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from sentence_transformers import SentenceTransformer
 
@@ -20,6 +19,7 @@ from embedstream_worker.engines.base import (
     EngineInfo,
     OutOfMemory,
     OutputInfo,
+    Results,
     Role,
     TokenBatch,
 )
@@ -69,7 +69,7 @@ class TorchEngine(TextEngine):
 
     In bfloat16 only the transformer computes in it; pooling and what follows stay in float32. `batches` "auto" packs
     texts without padding on CUDA in bfloat16, if the model's vectors stay what they are. `compiles`: run packed batches
-    through compiled code with fewer kernels, on the same condition. `embed` may be called from several threads.
+    through compiled code with fewer kernels, on the same condition. `run` may be called from several threads.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class TorchEngine(TextEngine):
             max_length=model.input.max_length,
             padded=model.input.kind is InputKind.PADDED and not self._packed,
             batch_tokens=self._batch_tokens(place),
-            outputs={"embedding": OutputInfo(kind="dense", dim=model.dim, normalized=model.normalized)},
+            outputs={"dense": OutputInfo(dim=model.dim, normalized=model.normalized)},
             card_prompts=card_prompts(folder.name, folder.path),
             origin=origin_of(folder),
         )
@@ -118,10 +118,10 @@ class TorchEngine(TextEngine):
             how += ", compiled" if self._compiled else ""
             log.info("torch in %s on %s: batches of %d tokens, %s", dtype, place, self.info.batch_tokens, how)
 
-    def embed(self, batch: TokenBatch) -> dict[str, npt.NDArray[np.float32]]:
-        """Vectors by output name, [n, dim], in the batch's order. Raises `OutOfMemory`."""
+    def run(self, batch: TokenBatch) -> Results:
+        """What the model gives, by kind, in the batch's order. Raises `OutOfMemory`."""
         try:
-            return {"embedding": self._run(batch)}
+            return {"dense": self._run(batch)}
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -279,8 +279,8 @@ class TorchEngine(TextEngine):
         )
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
-        self.embed(longest)
-        seconds = seconds_a_batch(lambda: self.embed(usual), self._lanes.count)
+        self.run(longest)
+        seconds = seconds_a_batch(lambda: self.run(usual), self._lanes.count)
         return Probe(seconds, torch.cuda.max_memory_allocated(device) - before)
 
     def _vectors(self, batches: Sequence[TokenBatch]) -> list[Vectors]:

@@ -1,0 +1,134 @@
+"""Results of a model as numbers, and as columns of a dataset. Pure; needs numpy, which producers lack."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from embedstream.dataset.schema import output_fields
+from embedstream.outputs import Dtype, Output
+
+Matrix = npt.NDArray[np.float32]
+"""[n, width]: vectors, the scores of all labels, or one score."""
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Numbers of n texts, flat, each text's behind those of the one before."""
+
+    counts: npt.NDArray[np.int64]  # [n]: tokens of a text
+    values: npt.NDArray[np.float32]  # [total] weights, or [total, dim] vectors
+    indices: npt.NDArray[np.uint32] | None = None  # [total]: which token of the vocabulary a weight is of
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    @property
+    def offsets(self) -> npt.NDArray[np.int64]:
+        """Where texts begin, [n + 1]."""
+        return np.concatenate([np.zeros(1, np.int64), np.cumsum(self.counts)])
+
+    def any_of(self, mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+        """Of which texts any number is in the mask [total]: [n]."""
+        rows = np.repeat(np.arange(len(self)), self.counts)
+        return np.bincount(rows[mask], minlength=len(self)).astype(np.bool_)
+
+    def take(self, rows: npt.NDArray[np.int64]) -> Ragged:
+        """These texts, in this order."""
+        counts = self.counts[rows]
+        ends = np.cumsum(counts)
+        chosen = np.arange(int(ends[-1]) if len(ends) else 0) + np.repeat(self.offsets[rows] - (ends - counts), counts)
+        return Ragged(counts, self.values[chosen], None if self.indices is None else self.indices[chosen])
+
+
+Values = Matrix | Ragged
+"""Of n texts, by kind: a matrix for dense, score and labels; ragged for sparse and multivector."""
+
+_NUMPY: dict[Dtype, Any] = {"float32": np.float32, "float16": np.float16}
+
+
+def to_columns(output: Output, values: Values) -> list[pa.Array[Any]]:
+    """The output's columns (see `output_fields`) of what the model gave for n texts.
+
+    A dense vector is cut to the output's dimensions, and has length 1 again if the model normalizes, as
+    sentence-transformers' `truncate_dim` does; then its numbers are rounded as its `quantize_embeddings` does.
+    """
+    types: list[Any] = [field.type for field in output_fields(output)]
+    if isinstance(values, Ragged):
+        offsets = pa.array(values.offsets.astype(np.int32))
+        numbers = values.values.astype(_NUMPY[output.dtype])
+        if output.kind == "multivector":
+            vectors = _vectors(numbers, types[0].value_type)
+            return [pa.ListArray.from_arrays(offsets, vectors, type=types[0])]
+        indices_type, values_type = (types[0].field(name).type for name in ("indices", "values"))
+        lists = [
+            pa.ListArray.from_arrays(offsets, pa.array(values.indices, pa.uint32()), type=indices_type),
+            pa.ListArray.from_arrays(offsets, pa.array(numbers), type=values_type),
+        ]
+        return [pa.StructArray.from_arrays(lists, fields=list(types[0]))]
+    match output.kind:
+        case "dense":
+            vectors = cut(values, output)
+            if output.dtype == "ubinary":
+                bits = np.packbits(vectors > 0, axis=1)
+                return [pa.Array.from_buffers(types[0], len(bits), [None, pa.py_buffer(bits)])]
+            return [_vectors(vectors.astype(_NUMPY[output.dtype], copy=False), types[0])]
+        case "score":
+            return [pa.array(values[:, 0], pa.float32())]
+        case _:
+            best = values.argmax(axis=1) if len(values) else np.zeros(0, np.int64)
+            names = pa.array(output.labels, pa.string()).take(pa.array(best))
+            return [names, pa.array(values[np.arange(len(values)), best], pa.float32()), _vectors(values, types[2])]
+
+
+def cut(vectors: Matrix, output: Output) -> Matrix:
+    """Vectors [n, any] with the first `output.dim` dimensions, of length 1 if the model normalizes."""
+    if vectors.shape[1] <= output.dim:
+        return vectors
+    vectors = vectors[:, : output.dim]
+    if not output.normalized:
+        return vectors
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    shorter: Matrix = vectors / np.maximum(lengths, np.finfo(np.float32).tiny)
+    return shorter
+
+
+def from_columns(output: Output, batch: pa.RecordBatch) -> Values:
+    """What the output's columns hold, as `to_columns` was given it, within its dtype; ubinary as 1 and -1."""
+    column: Any = batch.column(output.columns[0])
+    if output.dtype == "ubinary":
+        packed = np.frombuffer(column.buffers()[1], np.uint8)[column.offset * column.type.byte_width :]
+        bits = np.unpackbits(packed[: len(column) * column.type.byte_width].reshape(len(column), -1), axis=1)
+        return bits.astype(np.float32) * 2 - 1
+    match output.kind:
+        case "dense":
+            return _matrix(column, output.dim)
+        case "sparse":
+            indices, values = column.field("indices"), column.field("values")
+            counts = np.diff(values.offsets.to_numpy()).astype(np.int64)
+            return Ragged(counts, _floats(values.flatten()), indices.flatten().to_numpy())
+        case "multivector":
+            counts = np.diff(column.offsets.to_numpy()).astype(np.int64)
+            return Ragged(counts, _matrix(column.flatten(), output.dim))
+        case "score":
+            return _floats(column).reshape(-1, 1)
+        case "labels":
+            return _matrix(batch.column(output.columns[2]), output.dim)
+
+
+def _vectors(numbers: npt.NDArray[Any], type: Any) -> pa.Array[Any]:
+    flat = pa.array(np.ascontiguousarray(numbers).reshape(-1))
+    return pa.FixedSizeListArray.from_arrays(flat, type=type)
+
+
+def _matrix(column: Any, dim: int) -> Matrix:
+    return _floats(column.flatten()).reshape(len(column), dim)
+
+
+def _floats(column: Any) -> Matrix:
+    numbers: Matrix = column.to_numpy().astype(np.float32, copy=False)
+    return numbers

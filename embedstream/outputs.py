@@ -1,0 +1,142 @@
+"""What a job asks a model for, and what the model gave: one column of results each, or a group of columns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import msgspec
+
+from embedstream.errors import UsageError
+
+Kind = Literal["dense", "sparse", "multivector", "score", "labels"]
+"""A vector; weights of the vocabulary's tokens; a vector for each token; a number for a pair; classes with scores."""
+
+Dtype = Literal["float32", "float16", "ubinary"]
+"""Of the numbers in the column. ubinary: a bit a dimension, 1 where it is above 0, the first dimension highest."""
+
+Task = Literal["auto", "embed", "rerank", "classify"]
+"""What a model does to rows. auto: what it is for."""
+
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+DTYPES: dict[Kind, tuple[Dtype, ...]] = {
+    "dense": ("float32", "float16", "ubinary"),
+    "sparse": ("float32", "float16"),
+    "multivector": ("float32", "float16"),
+    "score": ("float32",),
+    "labels": ("float32",),
+}
+"""The first is the default."""
+
+NAMES: dict[Kind, str] = {
+    "dense": "embedding",
+    "sparse": "sparse",
+    "multivector": "multivector",
+    "score": "score",
+    "labels": "label",
+}
+"""Of the columns, unless others are given."""
+
+MOST_OUTPUTS = 16
+
+
+class OutputSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A column of results, as a job asks for it."""
+
+    name: str
+    kind: Kind
+    dtype: Dtype = "float32"
+    dim: int | None = None
+    """Dimensions of a dense vector, the first of the model's; None: all of them."""
+
+    def check(self) -> None:
+        """Raise `UsageError` for what no model gives."""
+        if self.dtype not in DTYPES[self.kind]:
+            raise UsageError(f"--emit {self}: {self.kind} comes in {' or '.join(DTYPES[self.kind])}")
+        if self.dim is not None and self.kind != "dense":
+            raise UsageError(f"--emit {self}: only dense vectors are cut to fewer dimensions")
+        if self.dim is not None and self.dim < 1:
+            raise UsageError(f"--emit {self}: at least 1 dimension")
+        if self.dtype == "ubinary" and (self.dim or 0) % 8:
+            raise UsageError(f"--emit {self}: ubinary packs 8 dimensions into a byte: use a multiple of 8")
+        if not self.name or "\0" in self.name:
+            raise UsageError(f"--emit {self}: name the column")
+
+    def __str__(self) -> str:
+        """As `--emit` takes it."""
+        name = "" if self.name == NAMES[self.kind] else f"={self.name}"
+        dim = "" if self.dim is None else f":{self.dim}"
+        return f"{self.kind}{name}:{self.dtype}{dim}"
+
+
+class Output(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A column of results as it is: what the model really gave."""
+
+    name: str
+    kind: Kind
+    dtype: Dtype
+    dim: int
+    """Of a vector, or of each token's; the size of the vocabulary for sparse ones; how many labels there are."""
+    normalized: bool = False
+    """Whether vectors have length 1 (before their numbers were rounded)."""
+    labels: tuple[str, ...] = ()
+    """Names of the classes."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of its columns in the dataset."""
+        return column_names(self.kind, self.name)
+
+    def __str__(self) -> str:
+        """For people, as `384 dimensions`, or `small (dense, ubinary, 256 dimensions)`."""
+        what = {"sparse": "tokens", "score": "score", "labels": "labels"}.get(self.kind, "dimensions")
+        size = f"{self.dim:,} {what}" if self.dim > 1 else what
+        if (self.name, self.dtype) == (NAMES["dense"], "float32"):
+            return size
+        return f"{self.name} ({', '.join(dict.fromkeys([self.kind, self.dtype, size]))})"
+
+
+def describe(outputs: Sequence[Output]) -> str:
+    """All of them in a line, for people."""
+    return ", ".join(map(str, outputs))
+
+
+def column_names(kind: Kind, name: str) -> tuple[str, ...]:
+    """The columns that an output has in the dataset: one, or three for labels."""
+    if kind != "labels":
+        return (name,)
+    prefix = "" if name == NAMES["labels"] else f"{name}_"
+    return (name, f"{prefix}score", f"{prefix}scores")
+
+
+def parse_emit(text: str) -> OutputSpec:
+    """Read `KIND[=NAME][:DTYPE][:DIM]`, as `dense=small:ubinary:256`. Raises `UsageError`."""
+    head, *rest = text.split(":")
+    kind, has_name, name = head.partition("=")
+    if kind not in KINDS:
+        raise UsageError(f"--emit {text}: begin with {', '.join(KINDS)}: KIND[=NAME][:DTYPE][:DIM]")
+    dtype, dim = "float32", None
+    for word in rest:
+        if word.isascii() and word.isdigit():
+            dim = int(word)
+        elif word in get_args(Dtype):
+            dtype = word
+        else:
+            raise UsageError(f"--emit {text}: {word!r} is neither a dtype ({', '.join(get_args(Dtype))}) nor a number")
+    made = OutputSpec(name=name if has_name else NAMES[kind], kind=kind, dtype=dtype, dim=dim)
+    made.check()
+    return made
+
+
+def check_outputs(outputs: tuple[OutputSpec, ...], taken: frozenset[str] | set[str]) -> None:
+    """Raise `UsageError` for outputs that one dataset cannot have. `taken`: names of its other columns."""
+    if len(outputs) > MOST_OUTPUTS:
+        raise UsageError(f"--emit: {len(outputs)} outputs, at most {MOST_OUTPUTS} are made")
+    named = set(taken)
+    for output in outputs:
+        output.check()
+        for column in column_names(output.kind, output.name):
+            if column in named:
+                raise UsageError(f"--emit {output}: the dataset has a column {column} already: give another name")
+            named.add(column)

@@ -1,0 +1,62 @@
+"""What a job gets of what a model gives. Pure."""
+
+from __future__ import annotations
+
+from embedstream.errors import ModelError
+from embedstream.jobs import JobSpec
+from embedstream.outputs import NAMES, Kind, Output, OutputSpec, Task
+from embedstream_worker.engines.base import EngineInfo
+
+TASKS: dict[Kind, Task] = {
+    "dense": "embed",
+    "sparse": "embed",
+    "multivector": "embed",
+    "score": "rerank",
+    "labels": "classify",
+}
+"""Which task a kind of output is for."""
+
+_GIVES: dict[Kind, str] = {
+    "dense": "dense vectors",
+    "sparse": "sparse vectors",
+    "multivector": "a vector for each token",
+    "score": "scores of pairs",
+    "labels": "labels",
+}
+
+
+def resolve_outputs(spec: JobSpec, info: EngineInfo) -> tuple[Output, ...]:
+    """The columns of a job: those that it asks for, or one for each kind that the model gives for its task.
+
+    Raises:
+        ModelError: the model does not give them, or they would have the names of kept fields.
+    """
+    gives = f"model {spec.model} gives {', '.join(_GIVES[kind] for kind in info.outputs)}"
+    kinds = [kind for kind in info.outputs if spec.task in ("auto", TASKS[kind])]
+    if not kinds:
+        raise ModelError(f"--task {spec.task}: {gives}")
+    made = []
+    for wanted in spec.outputs or [OutputSpec(name=NAMES[kind], kind=kind) for kind in kinds]:
+        if wanted.kind not in kinds:
+            raise ModelError(f"--emit {wanted}: {gives}")
+        given = info.outputs[wanted.kind]
+        dim = wanted.dim or given.dim
+        if dim > given.dim:
+            raise ModelError(f"--emit {wanted}: the model's vectors have {given.dim} dimensions")
+        if wanted.dtype == "ubinary" and dim % 8:
+            raise ModelError(f"--emit {wanted}: {dim} dimensions make no whole bytes: give a multiple of 8")
+        made.append(
+            Output(
+                name=wanted.name,
+                kind=wanted.kind,
+                dtype=wanted.dtype,
+                dim=dim,
+                normalized=given.normalized,
+                labels=given.labels,
+            )
+        )
+    for output in made:
+        if taken := [name for name in output.columns if name in spec.columns]:
+            name = f"{output.kind}=NAME"
+            raise ModelError(f"--keep {taken[0]}: the output has a column of that name: name it with --emit {name}")
+    return tuple(made)
