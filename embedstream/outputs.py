@@ -79,7 +79,7 @@ class Output(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     dim: int
     """Of a vector, or of each token's; the size of the vocabulary for sparse ones; how many labels there are."""
     normalized: bool = False
-    """Whether vectors have length 1 (before their numbers were rounded)."""
+    """Whether vectors have length 1."""
     labels: tuple[str, ...] = ()
     """Names of the classes."""
 

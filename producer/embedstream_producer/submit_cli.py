@@ -11,13 +11,14 @@ import click
 from embedstream.cli.command import Command
 from embedstream.cli.commands import INTERRUPTED, end, on_signals, run
 from embedstream.jobs import DEFAULT_MODEL
+from embedstream.outputs import Task, parse_emit
 
 
 @click.command(
     cls=Command,
     groups={
         "Where": ["output", "redis_url", "queue", "detach", "server_side"],
-        "Model": ["model", "revision", "role", "prompt", "prompt_name", "max_length"],
+        "Model": ["model", "revision", "task", "emit", "role", "prompt", "prompt_name", "max_length"],
         "Rows of the corpus": [
             "id_field",
             "number_rows",
@@ -51,6 +52,19 @@ from embedstream.jobs import DEFAULT_MODEL
     "--model", default=DEFAULT_MODEL, help="A folder, a Hugging Face id, or one an installed package carries."
 )
 @click.option("--revision", help="Commit, tag or branch of a Hugging Face id.")
+@click.option(
+    "--task",
+    type=click.Choice(["auto", "embed", "rerank", "classify"]),
+    default="auto",
+    help="What the model does to a row.  [default: what it is for]",
+)
+@click.option(
+    "--emit",
+    multiple=True,
+    metavar="KIND[=NAME][:DTYPE][:DIM]",
+    help="A column of results; repeatable. KIND: dense, sparse, multivector, score or labels. DTYPE: float32, float16 or "
+    "ubinary. DIM: the first dimensions.  [default: all that the model gives, in float32]",
+)
 @click.option("--role", type=click.Choice(["document", "query"]), default="document", help="What the texts are.")
 @click.option("--id-field", metavar="FIELD", help="[default: _id, id, custom_id or docid]")
 @click.option("--number-rows", is_flag=True, help="An id is the numbers of file and row, as 0-17; none is read.")
@@ -96,6 +110,8 @@ def embed_submit(
     queue: str | None,
     model: str,
     revision: str | None,
+    task: Task,
+    emit: tuple[str, ...],
     role: Literal["document", "query"],
     id_field: str | None,
     number_rows: bool,
@@ -144,6 +160,8 @@ def embed_submit(
         revision=revision or None,
         max_errors=max_errors or "",
         settings={
+            "task": task,
+            "outputs": tuple(map(parse_emit, emit)),
             "role": role,
             "prompt": prompt,
             "prompt_name": prompt_name,

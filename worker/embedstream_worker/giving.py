@@ -51,7 +51,7 @@ def resolve_outputs(spec: JobSpec, info: EngineInfo) -> tuple[Output, ...]:
                 kind=wanted.kind,
                 dtype=wanted.dtype,
                 dim=dim,
-                normalized=given.normalized,
+                normalized=given.normalized and wanted.dtype != "ubinary",
                 labels=given.labels,
             )
         )
