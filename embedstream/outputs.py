@@ -19,6 +19,7 @@ Task = Literal["auto", "embed", "rerank", "classify"]
 """What a model does to rows. auto: what it is for."""
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
+_DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 
 DTYPES: dict[Kind, tuple[Dtype, ...]] = {
     "dense": ("float32", "float16", "ubinary"),
@@ -116,14 +117,15 @@ def parse_emit(text: str) -> OutputSpec:
     kind, has_name, name = head.partition("=")
     if kind not in KINDS:
         raise UsageError(f"--emit {text}: begin with {', '.join(KINDS)}: KIND[=NAME][:DTYPE][:DIM]")
-    dtype, dim = "float32", None
+    dtype: Dtype = "float32"
+    dim = None
     for word in rest:
         if word.isascii() and word.isdigit():
             dim = int(word)
-        elif word in get_args(Dtype):
+        elif word in _DTYPES:
             dtype = word
         else:
-            raise UsageError(f"--emit {text}: {word!r} is neither a dtype ({', '.join(get_args(Dtype))}) nor a number")
+            raise UsageError(f"--emit {text}: {word!r} is neither a dtype ({', '.join(_DTYPES)}) nor a number")
     made = OutputSpec(name=name if has_name else NAMES[kind], kind=kind, dtype=dtype, dim=dim)
     made.check()
     return made

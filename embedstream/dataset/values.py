@@ -59,23 +59,19 @@ def to_columns(output: Output, values: Values) -> list[pa.Array[Any]]:
     """
     types: list[Any] = [field.type for field in output_fields(output)]
     if isinstance(values, Ragged):
-        offsets = pa.array(values.offsets.astype(np.int32))
         numbers = values.values.astype(_NUMPY[output.dtype])
-        if output.kind == "multivector":
-            vectors = _vectors(numbers, types[0].value_type)
-            return [pa.ListArray.from_arrays(offsets, vectors, type=types[0])]
-        indices_type, values_type = (types[0].field(name).type for name in ("indices", "values"))
-        lists = [
-            pa.ListArray.from_arrays(offsets, pa.array(values.indices, pa.uint32()), type=indices_type),
-            pa.ListArray.from_arrays(offsets, pa.array(numbers), type=values_type),
-        ]
-        return [pa.StructArray.from_arrays(lists, fields=list(types[0]))]
+        if values.indices is None:
+            return [_lists(values, _vectors(numbers, types[0].value_type), types[0])]
+        fields = [types[0].field(name) for name in ("indices", "values")]
+        halves = (pa.array(values.indices), pa.array(numbers))
+        lists = [_lists(values, half, field.type) for half, field in zip(halves, fields, strict=True)]
+        return [pa.StructArray.from_arrays(lists, fields=fields)]
     match output.kind:
         case "dense":
             vectors = cut(values, output)
             if output.dtype == "ubinary":
-                bits = np.packbits(vectors > 0, axis=1)
-                return [pa.Array.from_buffers(types[0], len(bits), [None, pa.py_buffer(bits)])]
+                bits = pa.py_buffer(np.packbits(vectors > 0, axis=1).tobytes())
+                return [pa.Array.from_buffers(types[0], len(vectors), [None, bits])]
             return [_vectors(vectors.astype(_NUMPY[output.dtype], copy=False), types[0])]
         case "score":
             return [pa.array(values[:, 0], pa.float32())]
@@ -118,6 +114,11 @@ def from_columns(output: Output, batch: pa.RecordBatch) -> Values:
             return _floats(column).reshape(-1, 1)
         case "labels":
             return _matrix(batch.column(output.columns[2]), output.dim)
+
+
+def _lists(values: Ragged, items: Any, type: Any) -> pa.Array[Any]:
+    offsets: Any = pa.array(values.offsets.astype(np.int32))
+    return pa.ListArray.from_arrays(offsets, items, type=type)
 
 
 def _vectors(numbers: npt.NDArray[Any], type: Any) -> pa.Array[Any]:

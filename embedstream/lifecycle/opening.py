@@ -17,6 +17,7 @@ from embedstream.errors import BrokerError, OutputError
 from embedstream.failpoints import reach
 from embedstream.jobs import JobSpec, JobState, model_address, queue_name
 from embedstream.lifecycle.adoption import Adopted, adopt_shards
+from embedstream.outputs import OutputSpec, Task
 from embedstream.queue.broker import Broker
 from embedstream.queue.job_record import read_spec
 from embedstream.queue.steps import Code
@@ -30,6 +31,8 @@ from embedstream.server.patience import Patience
 class SpecSettings(TypedDict, total=False):
     """The settings of a job beside queue, output, model and parts; see `JobSpec`."""
 
+    task: Task
+    outputs: Sequence[OutputSpec]
     role: Literal["document", "query"]
     prompt: str | None
     prompt_name: str | None
@@ -50,6 +53,7 @@ def make_spec(
     """A checked spec in its canonical spelling. Raises `UsageError`."""
     given = dict(settings)
     given["keep"] = tuple(settings.get("keep", ()))
+    given["outputs"] = tuple(settings.get("outputs", ()))
     spec = JobSpec(
         queue=queue or queue_name(model),
         output=canonical_output(output),

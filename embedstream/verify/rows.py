@@ -81,7 +81,7 @@ def bad_values(
     if not isinstance(values, Ragged):
         if kind == "dense":
             return bad_vectors(values, normalized)
-        return {Kind.NOT_FINITE: ~np.isfinite(values).all(axis=1)}
+        return {Kind.NOT_FINITE: ~np.isfinite(values.sum(axis=1, dtype=np.float64))}
     if kind == "multivector":
         found = {each: values.any_of(mask) for each, mask in bad_vectors(values.values, normalized).items()}
         return {**found, Kind.ZERO: found[Kind.ZERO] | (values.counts == 0)}
@@ -89,10 +89,10 @@ def bad_values(
     follows = np.ones(len(values.values), np.bool_)
     follows[1:] = values.indices[1:] > values.indices[:-1]
     follows[values.offsets[:-1][values.counts > 0]] = True
-    finite = np.isfinite(values.values)
-    wrong = ~follows | (values.indices >= dim) | (finite & (values.values <= 0))
+    known = np.isfinite(values.values)
+    wrong = ~follows | (values.indices >= dim) | (known & (values.values <= 0))
     return {
-        Kind.NOT_FINITE: values.any_of(~finite),
+        Kind.NOT_FINITE: values.any_of(~known),
         Kind.ZERO: (values.counts == 0) & alone,
         Kind.VALUES: values.any_of(wrong),
     }

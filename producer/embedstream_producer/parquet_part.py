@@ -110,7 +110,12 @@ def _batches(opened: _OpenFile, group: int, columns: list[str]) -> Iterator[pa.R
         left = done
         try:
             # Threads take longer to share out a batch than to decode it.
-            for batch in file.iter_batches(batch_size=rows, row_groups=[group], columns=columns, use_threads=False):
+            for batch in file.iter_batches(
+                batch_size=rows,
+                row_groups=[group],
+                columns=None if columns is None else list(columns),
+                use_threads=False,
+            ):
                 new = batch.slice(left)
                 left -= batch.num_rows - new.num_rows
                 done += new.num_rows

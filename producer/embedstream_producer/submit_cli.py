@@ -62,7 +62,7 @@ from embedstream.outputs import Task, parse_emit
     "--emit",
     multiple=True,
     metavar="KIND[=NAME][:DTYPE][:DIM]",
-    help="A column of results; repeatable. KIND: dense, sparse, multivector, score or labels. DTYPE: float32, float16 or "
+    help="A column of results; repeatable. KIND: dense, sparse, multivector, score, labels. DTYPE: float32, float16, "
     "ubinary. DIM: the first dimensions.  [default: all that the model gives, in float32]",
 )
 @click.option("--role", type=click.Choice(["document", "query"]), default="document", help="What the texts are.")

@@ -23,7 +23,7 @@ from sentence_transformers import SentenceTransformer
 
 from embedstream.errors import ModelError
 from embedstream_worker.engines import torch_device
-from embedstream_worker.engines.base import OutOfMemory, TokenBatch
+from embedstream_worker.engines.base import OutOfMemory, Results, TokenBatch
 from embedstream_worker.engines.precision import tokenizer_threads
 from embedstream_worker.engines.text_input import warm_up_batches
 from embedstream_worker.engines.torch_device import pick_dtype, share_cores
@@ -173,11 +173,11 @@ def test_warming_up_runs_the_smallest_and_the_fullest_batch_within_the_budget(
     costs: list[int] = []
     run = engine.run
 
-    def noting(batch: TokenBatch) -> dict[str, npt.NDArray[np.float32]]:
+    def noting(batch: TokenBatch) -> Results:
         costs.append(batch.longest * len(batch))
         return run(batch)
 
-    monkeypatch.setattr(engine, "embed", noting)
+    monkeypatch.setattr(engine, "run", noting)
     engine.warm_up(1024)
     assert (min(costs), max(costs)) == (3, 1024), "one token between the two that enclose a text, and a full batch"
 

@@ -14,6 +14,7 @@ from lab.dataset import DIM, Dataset, dense, make_content, make_spec, vectors
 
 from embedstream.dataset.folder import FolderSink
 from embedstream.dataset.sinks import canonical_output, open_sink
+from embedstream.dataset.values import to_columns
 from embedstream.errors import OutputError, UsageError
 from embedstream_worker.search import search, top_k
 
@@ -60,8 +61,8 @@ def test_the_best_come_first_as_numpy_says(tmp_path: Path, k: int, normalized: b
     assert [hit.row for hit in hits[:10]] == expected[:10]
     # Further down scores differ by less than float32 can tell: each place must hold a row of that place's score.
     assert len({hit.row for hit in hits}) == len(expected)
-    assert np.allclose([true_score[hit.row] for hit in hits], [true_score[row] for row in expected], atol=1e-6)
-    assert np.allclose([hit.score for hit in hits], [true_score[hit.row] for hit in hits], atol=1e-6)
+    assert np.allclose([true_score[hit.row or 0] for hit in hits], [true_score[row] for row in expected], atol=1e-6)
+    assert np.allclose([hit.score for hit in hits], [true_score[hit.row or 0] for hit in hits], atol=1e-6)
     assert (hits[0].id, hits[0].text) == (f"0-{expected[0]}", f"text 0/{expected[0]} café")
 
 
@@ -108,7 +109,7 @@ def test_a_hash_with_another_vector_is_said_and_not_compared(
 
 def test_a_row_that_comes_twice_is_one_hit() -> None:
     matrix = vectors(3)
-    rows = pa.record_batch({"id": ["a", "b", "c"], "v": pa.FixedSizeListArray.from_arrays(matrix.reshape(-1), DIM)})
+    rows = pa.record_batch({"id": ["a", "b", "c"], "v": to_columns(dense(), matrix)[0]})
     hits = top_k([rows, rows.slice(1)], matrix[1], 3, dense(name="v"), ["id"])
     assert sorted(hit.id for hit in hits) == ["a", "b", "c"]
     assert hits[0].id == "b"

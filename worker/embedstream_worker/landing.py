@@ -34,6 +34,7 @@ class _Whole:
         self._values: Matrix = np.zeros((rows, width), np.float32)
 
     def put(self, rows: Rows, values: Values) -> None:
+        assert not isinstance(values, Ragged)
         self._values[rows] = values
 
     def values(self) -> Matrix:

@@ -77,7 +77,7 @@ class Prompts:
         urgent = Urgent(tokens, length, spec.role)
         self._infer.put_first(urgent)
         urgent.done.wait()
-        if urgent.vectors is None:
+        if urgent.results is None:
             raise Closed
         for code, message in urgent.errors.values():
             if code not in ("not_finite", "zero_vector"):  # that may be the fault of the digit

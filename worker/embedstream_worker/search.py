@@ -69,10 +69,9 @@ def search(address: str, query: Vector, k: int = 10, redis_url: str | None = Non
     if query.ndim != 1 or len(query) < output.dim:
         raise UsageError(f"the query has shape {query.shape}, vectors of {mask(address)} have {output.dim} dimensions")
     spec = manifest_spec(manifest)
-    if is_redis(sink.output):
-        place, schema = REDIS_PLACE, read_schema(manifest)
-    else:
-        place, schema = PLACE, dataset_schema(spec, manifest.outputs)
+    in_redis = is_redis(sink.output)
+    place: Sequence[str] = REDIS_PLACE if in_redis else PLACE
+    schema = read_schema(manifest) if in_redis else dataset_schema(spec, manifest.outputs)
     names = [*place, *(["id"] if "id" not in place else []), *(["text"] if spec.text else []), output.name]
     batches = _checked(sink.read(names), [schema.field(name) for name in names], mask(sink.output))
     return top_k(batches, query, k, output, place)

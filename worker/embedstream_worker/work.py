@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -120,7 +120,7 @@ class Work:
 
     def results(self) -> Results:
         """By kind, of all rows; those of failed rows mean nothing."""
-        return {kind: place.values() for kind, place in self._landings.items()}
+        return cast("Results", {kind: place.values() for kind, place in self._landings.items()})
 
     def again(self, pieces: Iterable[Rows]) -> None:
         """A batch did not come back: its pieces are next."""

@@ -5,18 +5,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypedDict
 
 import numpy as np
 import numpy.typing as npt
 
-from embedstream.dataset.values import Values
+from embedstream.dataset.values import Matrix, Ragged
 from embedstream.outputs import Kind
 
 Role = Literal["document", "query"]
 
-Results = dict[Kind, Values]
-"""By kind of output, of n texts: see `Values`."""
+
+class Results(TypedDict, total=False):
+    """What a model gives for n texts, by kind of output."""
+
+    dense: Matrix  # [n, dim]
+    sparse: Ragged
+    multivector: Ragged
+    score: Matrix  # [n, 1]
+    labels: Matrix  # [n, labels]: the score of each
+
 
 HARMLESS = "1"
 """A text that shows whether anything can be embedded: one token in every vocabulary, and part of few added tokens."""
