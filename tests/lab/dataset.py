@@ -14,10 +14,12 @@ import pyarrow as pa
 
 from embedstream.dataset.schema import dataset_schema, errors_schema
 from embedstream.dataset.sink import Sink
+from embedstream.dataset.values import to_columns
 from embedstream.jobs import JobSpec, JobState, JobStatus
 from embedstream.lifecycle.completing import finalize
-from embedstream.outputs import Output
+from embedstream.outputs import Kind, Output
 from embedstream.records import BlockRecord, Manifest, ShardContent, ShardRecord
+from lab.results import some_results
 
 DIM = 8
 
@@ -47,15 +49,21 @@ def make_content(
     rows_per_block: int = 3,
     errors: Sequence[dict[str, object]] = (),
     matrix: npt.NDArray[np.float32] | None = None,
+    outputs: Sequence[Output] = (),
     **changed: Any,
 ) -> ShardContent:
-    """A shard of whole blocks; the errors are counted in the first. Block n of a part begins at row 10 n."""
+    """A shard of whole blocks; the errors are counted in the first. Block n of a part begins at row 10 n.
+
+    `outputs`: one dense one if none are given; of several, those of `EVERY_KIND`.
+    """
     count = rows_per_block
     places = [(part, 10 * block + i) for part, block in blocks for i in range(count)]
-    if matrix is None:
-        matrix = vectors(len(places), seed=int(hashlib.md5(name.encode()).hexdigest()[:6], 16))
-    dim = matrix.shape[1]
-    schema = dataset_schema(spec, [dense(dim)])
+    seed = int(hashlib.md5(name.encode()).hexdigest()[:6], 16)
+    results: dict[Kind, Any] = {"dense": vectors(len(places), seed) if matrix is None else matrix}
+    if len(outputs) > 1:
+        results = some_results([output.kind for output in outputs], len(places), seed)
+    outputs = outputs or (dense(results["dense"].shape[1]),)
+    schema = dataset_schema(spec, outputs)
     texts = [f"text {part}/{row} café" for part, row in places]
     columns: dict[str, pa.Array[Any]] = {
         "part": pa.array([part for part, _ in places], pa.int32()),
@@ -67,10 +75,9 @@ def make_content(
         "truncated": pa.array([row % 10 == 1 for _, row in places], pa.bool_()),
         "input_hash": pa.array([hashlib.md5(text.encode()).digest() for text in texts], pa.binary(16)),
         "lang": pa.array(["en" if row % 2 else None for _, row in places], pa.string()),
-        "embedding": pa.FixedSizeListArray.from_arrays(
-            pa.array(matrix.reshape(-1)), type=schema.field("embedding").type
-        ),
     }
+    for output in outputs:
+        columns |= zip(output.columns, to_columns(output, results[output.kind]), strict=True)
     record = ShardRecord(
         name=name,
         job=spec.job,
@@ -85,7 +92,7 @@ def make_content(
         truncated=sum(row % 10 == 1 for _, row in places),
         tokens=4 * len(places),
         padded=5 * len(places),
-        outputs=(dense(dim),),
+        outputs=tuple(outputs),
         dtype="float32",
         engine="hashing",
         worker="test",

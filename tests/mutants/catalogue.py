@@ -361,15 +361,15 @@ MUTANTS = (
     mutant(
         "NaN passes for a vector",
         "worker/embedstream_worker/work.py",
-        "finite = ~bad[Kind.NOT_FINITE]",
-        "finite = np.ones(len(vectors), np.bool_)",
+        "finite = ~bad[Fault.NOT_FINITE]",
+        "finite = np.ones(len(rows), np.bool_)",
         f"{INFER}::test_a_vector_that_is_not_finite_in_float32_either_is_an_error_and_its_neighbours_are_not",
     ),
     mutant(
         "vectors stay in the order of their lengths",
         "worker/embedstream_worker/work.py",
-        "self.vectors[rows] = vectors",
-        "self.vectors[np.sort(rows)] = vectors",
+        "place.put(rows, results[kind])",
+        "place.put(np.sort(rows), results[kind])",
         f"{INFER}::test_vectors_return_to_their_rows",
     ),
     mutant(

@@ -1,0 +1,191 @@
+"""Columns of every kind: from what a model gave to Parquet and hashes, and back; and spoiled values are found."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import RedisServer
+from hypothesis import given
+from hypothesis import strategies as st
+from lab.dataset import Dataset, make_content, make_spec
+from lab.results import EVERY_KIND, some_results
+from lab.verify import Made, replaced, rewrite
+
+import embedstream
+from embedstream.dataset.redis_values import from_fields, to_fields
+from embedstream.dataset.schema import output_fields
+from embedstream.dataset.sinks import open_sink
+from embedstream.dataset.values import Ragged, Values, from_columns, to_columns
+from embedstream.errors import UsageError
+from embedstream.outputs import DTYPES, KINDS, NAMES, Output, OutputSpec, parse_emit
+from embedstream_producer.verify import verify
+
+ROWS = 40
+
+
+def batch_of(output: Output, values: Values) -> pa.RecordBatch:
+    return pa.RecordBatch.from_arrays(to_columns(output, values), schema=pa.schema(output_fields(output)))
+
+
+def assert_close(ours: Values, theirs: Values, tolerance: float) -> None:
+    if isinstance(ours, Ragged):
+        assert isinstance(theirs, Ragged)
+        np.testing.assert_array_equal(ours.counts, theirs.counts)
+        if ours.indices is not None:
+            np.testing.assert_array_equal(ours.indices, theirs.indices)
+        ours, theirs = ours.values, theirs.values
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("output", EVERY_KIND, ids=lambda output: output.name)
+def test_columns_hold_what_the_model_gave_also_as_a_slice_and_in_hashes_and_in_parquet(
+    output: Output, tmp_path: Path
+) -> None:
+    values = some_results([output.kind], ROWS)[output.kind]
+    batch = batch_of(output, values)
+    if output.dtype == "ubinary":
+        expected: Values = np.where(values > 0, 1, -1)  # type: ignore[operator]
+    elif output.name == "short":
+        expected = values[:, :8] / np.linalg.norm(values[:, :8], axis=1, keepdims=True)  # type: ignore[index]
+    else:
+        expected = values
+    tolerance = 2e-3 if output.dtype == "float16" else 1e-6
+    assert_close(from_columns(output, batch), expected, tolerance)
+    some = np.arange(7, 31)
+    part = expected.take(some) if isinstance(expected, Ragged) else expected[some]
+    assert_close(from_columns(output, batch.slice(7, 24)), part, tolerance)
+    for column, field in zip(batch.slice(7, 24).columns, batch.schema, strict=True):
+        assert from_fields([*to_fields(column)], field.type).equals(column)
+    pq.write_table(pa.Table.from_batches([batch]), tmp_path / "f.parquet")
+    [again] = pq.read_table(tmp_path / "f.parquet").combine_chunks().to_batches()
+    assert_close(from_columns(output, again), expected, tolerance)
+
+
+def test_no_rows_make_empty_columns() -> None:
+    for output in EVERY_KIND:
+        assert batch_of(output, some_results([output.kind], 0)[output.kind]).num_rows == 0
+
+
+@given(
+    st.sampled_from(KINDS),
+    st.one_of(st.none(), st.text("abc_é", min_size=1, max_size=5)),
+    st.integers(0, 3),
+    st.one_of(st.none(), st.integers(1, 2000)),
+)
+def test_an_output_is_read_as_it_is_written(kind: Any, name: str | None, dtype: int, dim: int | None) -> None:
+    spec = OutputSpec(
+        name=name or NAMES[kind],
+        kind=kind,
+        dtype=DTYPES[kind][dtype % len(DTYPES[kind])],
+        dim=dim if kind == "dense" else None,
+    )
+    try:
+        spec.check()
+    except UsageError:
+        assert spec.dtype == "ubinary"
+    else:
+        assert parse_emit(str(spec)) == spec
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("dens", "dense, sparse"),
+        ("", "dense, sparse"),
+        ("dense:float63", "float63"),
+        ("dense:0", "at least 1"),
+        ("dense:ubinary:100", "multiple of 8"),
+        ("sparse:ubinary", "float32 or float16"),
+        ("sparse:7", "only dense"),
+        ("dense=", "name"),
+    ],
+)
+def test_what_is_no_output_is_refused(text: str, says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        parse_emit(text)
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Made:
+    spec = make_spec(str(tmp_path / "out"))
+    made = Dataset(open_sink(spec.output, spec), spec)
+    made.sink.check()
+    made.write(make_content(spec, rows_per_block=ROWS // 4, outputs=EVERY_KIND))
+    return Made(spec, [], made.records, made.end())
+
+
+def test_a_dataset_of_every_kind_is_verified_and_opened_by_its_manifest(written: Made) -> None:
+    assert verify(written.spec.output, (), None).findings == {}
+    table = embedstream.open_dataset(written.spec.output).to_table()
+    assert table.num_rows == ROWS // 4
+    assert {name for output in EVERY_KIND for name in output.columns} <= set(table.column_names)
+
+
+def nan(column: list[Any]) -> None:
+    column[3] = np.nan
+
+
+def in_list(column: list[Any], value: float) -> None:
+    column[3] = [value, *column[3][1:]]
+
+
+def sparse(column: list[Any], change: dict[str, Any]) -> None:
+    column[3] = column[3] | change
+
+
+@pytest.mark.parametrize(
+    ("column", "change", "kind"),
+    [
+        ("embedding", lambda column: in_list(column, np.nan), "not_finite"),
+        ("half", lambda column: in_list(column, np.float16(9)), "norm"),
+        ("short", lambda column: in_list(column, np.inf), "not_finite"),
+        ("sparse", lambda column: sparse(column, {"values": [np.nan] * len(column[3]["values"])}), "not_finite"),
+        ("sparse", lambda column: sparse(column, {"values": [0.0] * len(column[3]["values"])}), "values"),
+        ("sparse", lambda column: sparse(column, {"indices": [7, 7], "values": [1.0, 1.0]}), "values"),
+        ("sparse", lambda column: sparse(column, {"indices": [7, 5], "values": [1.0, 1.0]}), "values"),
+        ("sparse", lambda column: sparse(column, {"indices": [100], "values": [1.0]}), "values"),
+        ("multivector", lambda column: column.__setitem__(3, []), "zero"),
+        ("multivector", lambda column: column.__setitem__(3, [[np.float16(2)] * 4]), "norm"),
+        ("score", nan, "not_finite"),
+        ("topic", lambda column: column.__setitem__(3, "none of them"), "values"),
+        ("topic_score", lambda column: column.__setitem__(3, -1.0), "values"),
+        ("topic_scores", lambda column: in_list(column, np.nan), "not_finite"),
+        ("topic_scores", lambda column: column.__setitem__(3, [9.0, 9.5, 9.0]), "values"),
+    ],
+)
+def test_a_spoiled_value_of_any_kind_is_found(written: Made, column: str, change: Any, kind: str) -> None:
+    path = written.part()
+
+    def spoil(table: pa.Table) -> pa.Table:
+        values = table.column(column).to_pylist()
+        change(values)
+        return replaced(table, column, values)
+
+    rewrite(written, path, spoil)
+    found = verify(written.spec.output, (), None).findings
+    assert {name: each.count for name, each in found.items()} == {kind: 1}
+    assert (found[kind].first[0].row, found[kind].first[0].file) == (3, path.name)
+
+
+def test_hashes_of_every_kind_are_read_and_verified_and_a_spoiled_one_is_found(redis_server: RedisServer) -> None:
+    spec = make_spec(f"{redis_server.url}?prefix=every-kind:")
+    made = Dataset(open_sink(spec.output, spec), spec)
+    made.sink.check()
+    content = make_content(spec, rows_per_block=ROWS // 4, outputs=EVERY_KIND)
+    made.write(content)
+    made.end()
+    assert verify(spec.output, (), None).findings == {}
+    names = [name for output in EVERY_KIND for name in output.columns]
+    read = pa.Table.from_batches(list(made.sink.read(["id", *names]))).sort_by("id")
+    assert read.equals(content.data.select(["id", *names]).sort_by("id"))
+    client: Any = redis_server.client()
+    for field, value in (("sparse", b"\0" * 8), ("multivector", b"\0" * 7), ("score", b"nan"), ("topic", b"x")):
+        whole = client.hget("every-kind:0-3", field)
+        client.hset("every-kind:0-3", field, value)
+        assert sum(each.count for each in verify(spec.output, (), None).findings.values()) == 1, field
+        client.hset("every-kind:0-3", field, whole)
