@@ -96,7 +96,7 @@ def ends(blocks: Iterator[Block]) -> Iterator[tuple[tuple[int, int], tuple[str, 
 def assert_embedded(texts: Sequence[str]) -> None:
     tokens = ENGINE.tokenizer().encode(texts, MAX_LENGTH)
     for rows in cut_batches(tokens.lengths, 65_536, padded=False):
-        vectors = ENGINE.embed(gather_batch(tokens, rows, 0, "document"))["embedding"]
+        vectors = ENGINE.run(gather_batch(tokens, rows, 0, "document"))["dense"]
         assert np.allclose(np.linalg.norm(vectors, axis=1), 1)
 
 

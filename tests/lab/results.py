@@ -46,4 +46,5 @@ def some_results(kinds: Sequence[Kind], rows: int, seed: int = 0) -> dict[Kind, 
 
 
 def _unit(vectors: npt.NDArray[np.float64]) -> Matrix:
-    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+    unit: Matrix = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+    return unit

@@ -39,6 +39,7 @@ def assert_close(ours: Values, theirs: Values, tolerance: float) -> None:
         if ours.indices is not None:
             np.testing.assert_array_equal(ours.indices, theirs.indices)
         ours, theirs = ours.values, theirs.values
+    assert not isinstance(theirs, Ragged)
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance)
 
 
@@ -130,7 +131,7 @@ def nan(column: list[Any]) -> None:
     column[3] = np.nan
 
 
-def in_list(column: list[Any], value: float) -> None:
+def in_list(column: list[Any], value: Any) -> None:
     column[3] = [value, *column[3][1:]]
 
 
