@@ -53,6 +53,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+GRACE_MS = 5_000
+"""How long the workers of a job that is cancelled may take to write and commit what they have computed of it."""
+
 FIRST_POLL_SECONDS = 0.05
 LAST_POLL_SECONDS = 1.0
 """Between two looks at a job: soon for a small one, seldom for a long one."""
@@ -132,13 +135,15 @@ class Job:
         return readable(self.status(), self._sink).read_errors()
 
     def cancel(self) -> bool:
-        """End the job; what is committed stays, and the same submission goes on. False: it has ended in another way.
+        """End the job; what is written stays, and the same submission goes on. False: it has ended in another way.
+
+        Workers commit what they have computed of it, for some seconds at most; `wait` returns when that is over.
 
         Raises:
             JobUnknown: as `status`.
         """
         with explaining(self._url):
-            return was_cancelled(self.id, self._broker.run(self._broker.cancel(self.id)))
+            return was_cancelled(self.id, self._broker.run(self._broker.cancel(self.id, grace_ms=GRACE_MS)))
 
 
 class Client:

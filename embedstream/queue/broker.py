@@ -242,6 +242,11 @@ class Broker(Steps):
 
     # Questions
 
+    def is_closing(self, job: str) -> bool:
+        """Whether workers may still commit what they hold of a job that was cancelled. Raises `RecordDamaged`."""
+        with reading_job(job):
+            return int(self._raw.hget(self.keys.job(job), "closing") or 0) > 0
+
     def active_jobs(self) -> list[str]:
         """Jobs that still have blocks to do, oldest first."""
         return list(self.births())

@@ -288,9 +288,20 @@ class Steps:
         named = {"interactive": keys.interactive, "caller": keys.caller(request), "reply": keys.reply(request)}
         return make_step("reply", _answer, named, {"entry": entry, "payload": payload, "keep": keep_ms})
 
-    def cancel(self, job: str, verdict: JobState = JobState.CANCELLED, reason: str = "") -> Step[Answer]:
-        """End a job early as cancelled or failed: OK, TOO_LATE(state), UNKNOWN_JOB."""
-        args: dict[str, Argument] = {"id": job, "verdict": verdict.value, "reason": reason}
+    def cancel(
+        self, job: str, verdict: JobState = JobState.CANCELLED, reason: str = "", grace_ms: int = 0
+    ) -> Step[Answer]:
+        """End a job early as cancelled or failed: OK, TOO_LATE(state), UNKNOWN_JOB.
+
+        `grace_ms`: for so long workers may commit what they hold of it, before its manifest is written.
+        """
+        args: dict[str, Argument] = {
+            "id": job,
+            "verdict": verdict.value,
+            "reason": reason,
+            "grace": grace_ms,
+            "nobody": RELEASED,
+        }
         return make_step("cancel", _answer, self._job_keys(job), args)
 
     def forget(self, job: str, below: Sequence[str]) -> Step[Answer]:

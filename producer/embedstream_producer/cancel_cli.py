@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import click
 
 from embedstream.cli.command import Command
@@ -15,18 +17,20 @@ from embedstream.errors import UsageError
 @click.option("--queue", help="Look for it on this queue only.  [default: all]")
 @click.version_option(package_name="embedstream")
 def cancel(job: str, redis_url: str | None, queue: str | None) -> None:
-    """End a job early. What is written stays, and the same embed-submit goes on from there.
+    """End a job early. What is computed stays, and the same embed-submit goes on from there.
 
-    JOB may be a compaction, too: its dataset stays as it is.
+    Workers have five seconds to commit what they hold of it; this command waits for that and prints how many rows are
+    kept. JOB may be a compaction, too: its dataset stays as it is.
     """
     if not redis_url:
         raise UsageError("no Redis: give --redis URL, or set EMBEDSTREAM_REDIS_URL")
     # Not at the top: loading it takes a while, in which Ctrl-C shall end this command as at any other time.
-    from embedstream.api.client import find_queue, was_cancelled
+    from embedstream.api.client import GRACE_MS, find_queue, was_cancelled
     from embedstream.queue.broker import Broker
     from embedstream.queue.coordination import compactions, end_compaction
     from embedstream.server.connection import connect, explaining
     from embedstream.server.preflight import check
+    from embedstream.terminal import counted
 
     check(connect(redis_url, retries=0), redis_url)
     with explaining(redis_url):
@@ -43,12 +47,27 @@ def cancel(job: str, redis_url: str | None, queue: str | None) -> None:
             return
         # Its spec is not looked at: a job of another version can be ended, too.
         before = broker.state(job)
-        ended_now = was_cancelled(job, broker.run(broker.cancel(job))) and before is not None and not before.ended
-        state = broker.state(job)
-    if ended_now:
-        click.echo(f"job {job} is cancelled; its manifest is written by a worker, a coordinator, or its embed-submit")
-    else:
-        click.echo(f"job {job} is {state} already")
+        answer = broker.run(broker.cancel(job, grace_ms=GRACE_MS))
+        if not was_cancelled(job, answer) or before is None or before.ended:
+            click.echo(f"job {job} is {broker.state(job)} already")
+            return
+        end = time.monotonic() + GRACE_MS / 1000
+        while broker.is_closing(job) and time.monotonic() < end:
+            time.sleep(0.1)
+        try:
+            status = broker.status(job)
+        except UsageError:  # of another version
+            kept, state = "", broker.state(job)
+        else:
+            most = "" if status.sealed else " submitted"
+            kept = f": {status.rows:,} of {counted(status.submitted, f'{most} row'.strip())} are kept"
+            state = status.state
+    next_step = (
+        "the same embed-submit goes on from there"
+        if state is not None and state.ended
+        else "its manifest is written by a worker, a coordinator, or its embed-submit"
+    )
+    click.echo(f"job {job} is cancelled{kept}; {next_step}")
 
 
 def main() -> None:

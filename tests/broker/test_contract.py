@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 import redis
-from lab.broker import Lab, make_entry, make_record, to_commit
+from lab.broker import HOUR_MS, Lab, make_entry, make_record, to_commit
 
 from embedstream.errors import BrokerError, JobUnknown
 from embedstream.jobs import JobState, decode_spec
@@ -404,6 +404,41 @@ def test_commit_to_an_ended_job_is_dropped(lab: Lab) -> None:
     lab.finalize(job, JobState.CANCELLED)
     assert lab.commit(job, mine) == Answer(Code.DROPPED, detail="cancelled")
     assert lab.broker.status(job).rows == 0
+
+
+def test_what_is_in_hand_of_a_cancelled_job_counts_until_its_manifest_is_written(lab: Lab) -> None:
+    job = lab.create()
+    lab.fill(job, 4)
+    mine = lab.claim(job, count=3)
+    lab.broker.run(lab.broker.cancel(job, grace_ms=HOUR_MS))
+    assert lab.broker.run(lab.broker.take_finalize(job, HOUR_MS)) is None, "workers are waited for"
+    assert lab.commit(job, mine[:1], "first").code is Code.COMMITTED
+    assert lab.commit(job, mine[:1], "again") == Answer(Code.CONFLICT, blocks=((0, 0),))
+    assert lab.broker.is_closing(job)
+    assert lab.broker.run(lab.broker.take_finalize(job, HOUR_MS)) is None
+    assert lab.commit(job, mine[1:2], "second").code is Code.COMMITTED
+    lab.broker.free_finalize(job)  # as the grace ends
+    lease = lab.broker.run(lab.broker.take_finalize(job, HOUR_MS))
+    assert lease is not None
+    assert not lab.broker.is_closing(job)
+    assert lab.commit(job, mine[2:], "late") == Answer(Code.DROPPED, detail="finalizing")
+    assert lab.broker.shard_names(job) == {"first", "second"}
+    assert (lab.broker.status(job).done, lab.queued_bytes()) == (2, 0)
+
+
+def test_a_cancelled_job_waits_no_longer_than_for_what_is_in_hand(lab: Lab) -> None:
+    job = lab.create()
+    lab.fill(job, 3)
+    mine = lab.claim(job, count=2)
+    lab.broker.run(lab.broker.cancel(job, grace_ms=HOUR_MS))
+    lab.commit(job, mine)
+    assert lab.finalize(job, JobState.CANCELLED).verdict == "cancelled"
+    idle = lab.create("/idle")
+    lab.fill(idle, 3)
+    lab.broker.run(lab.broker.release(lab.keys.blocks(idle), "w1", [c.entry for c in lab.claim(idle)]))
+    lab.broker.run(lab.broker.cancel(idle, grace_ms=HOUR_MS))
+    assert not lab.broker.is_closing(idle), "what was handed back is in nobody's hands"
+    lab.finalize(idle, JobState.CANCELLED)
 
 
 def test_commit_to_a_reopened_job_counts_and_its_new_entry_is_never_worked_on(lab: Lab) -> None:

@@ -222,10 +222,15 @@ class BrokerMachine(BrokerSteps):
         if found:
             self.send(lambda: self.commit_now(n, name, found, space), twice)
 
-    @rule(n=jobs, verdict=st.sampled_from([None, None, JobState.CANCELLED, JobState.FAILED]), twice=st.booleans())
-    def cancel(self, n: int, verdict: JobState | None, twice: bool) -> None:
+    @rule(
+        n=jobs,
+        verdict=st.sampled_from([None, None, JobState.CANCELLED, JobState.FAILED]),
+        grace_ms=st.sampled_from([0, HOUR_MS]),
+        twice=st.booleans(),
+    )
+    def cancel(self, n: int, verdict: JobState | None, grace_ms: int, twice: bool) -> None:
         if verdict is not None:
-            self.send(lambda: self.cancel_now(n, verdict), twice)
+            self.send(lambda: self.cancel_now(n, verdict, grace_ms), twice)
 
     @precondition(lambda self: self.model.jobs)
     @rule(n=jobs, lease_ms=st.sampled_from([0, HOUR_MS]), twice=st.booleans())
@@ -235,9 +240,10 @@ class BrokerMachine(BrokerSteps):
     @precondition(lambda self: any(job.finalizing for job in self.model.jobs.values()))
     @rule(n=jobs)
     def finalizer_dies(self, n: int) -> None:
+        """Or the grace of a cancelled job is over."""
         self.client.zadd(self.lab.keys.finalize, {self.id(n): 0}, xx=True)
         if (job := self.job(n)) is not None:
-            job.leased = False
+            job.leased = job.graced = False
 
     @precondition(lambda self: self.leases)
     @rule(at=choices, failed=st.booleans(), twice=st.booleans())

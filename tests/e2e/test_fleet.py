@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from pathlib import Path
 
 import pytest
+from lab_engines import paced
 
 from e2e.harness import (
     Fleet,
@@ -14,12 +16,14 @@ from e2e.harness import (
     assert_no_leftovers,
     fleet,
     read_errors,
+    read_manifest,
     run,
     start_submit,
     wait_until,
     write_corpus,
 )
 from embedstream.jobs import job_id
+from embedstream.queue.workers import in_hand_of
 
 
 @pytest.fixture
@@ -153,6 +157,43 @@ def test_a_cancelled_job_goes_on_with_the_same_command(workers: Fleet, tmp_path:
     done = run("embed-submit", *args)
     assert done.returncode == 0, done.stderr
     assert_exact(tmp_path / "out", texts, every=20)
+
+
+def test_what_is_computed_of_a_cancelled_job_is_kept(workers: Fleet, tmp_path: Path) -> None:
+    texts = write_corpus(tmp_path / "c.jsonl", 8000)
+    args = submit_args(workers, tmp_path / "c.jsonl", tmp_path / "out")
+    assert run("embed-submit", *args, "--detach").returncode == 0
+    job = job_id("hashing", str(tmp_path / "out"))
+    worker = workers.start_worker("--window-tokens", 4000, "--batch-tokens", 2000, "--no-warmup", **paced(40_000))
+    wait_until(lambda: in_hand_of(job, workers.broker.workers(), {}).rows > 500, "rows that are computed")
+    assert workers.broker.status(job).rows == 0, "and not yet written"
+    cancelled = run("embed-cancel", job, "--redis", workers.url)
+    said = re.fullmatch(rf"job {job} is cancelled: ([\d,]+) of 8,000 rows are kept; .*\n", cancelled.stdout)
+    assert said is not None, cancelled
+    kept = int(said[1].replace(",", ""))
+    assert kept > 500
+    wait_until(lambda: workers.broker.state(job) == "cancelled", "the cancelled job's manifest")
+    assert read_manifest(tmp_path / "out")["rows"] == kept == workers.broker.status(job).rows
+    assert run("embed-verify", tmp_path / "out").returncode == 0
+    worker.kill()
+    workers.start_worker()
+    assert run("embed-submit", *args).returncode == 0
+    assert_exact(tmp_path / "out", texts, every=20)
+
+
+def test_a_job_is_cancelled_in_seconds_though_the_worker_that_held_it_is_dead(workers: Fleet, tmp_path: Path) -> None:
+    write_corpus(tmp_path / "c.jsonl", 5000)
+    args = submit_args(workers, tmp_path / "c.jsonl", tmp_path / "out")
+    worker = workers.start_worker("--lease-seconds", 600, "--no-warmup", **paced(1))
+    submit = start_submit(*args, "--json")
+    job = job_id("hashing", str(tmp_path / "out"))
+    stream = workers.broker.keys.blocks(job)
+    wait_until(lambda: workers.broker.state(job) == "running" and holds_blocks(workers, stream), "blocks in its hands")
+    worker.kill()
+    cancelled = run("embed-cancel", job, "--redis", workers.url)
+    assert f"job {job} is cancelled: 0 of 5,000 rows are kept; " in cancelled.stdout
+    out, _ = submit.communicate(timeout=30)
+    assert (submit.returncode, json.loads(out)["state"]) == (4, "cancelled")
 
 
 def test_an_output_that_no_worker_may_write_is_refused(workers: Fleet, tmp_path: Path) -> None:

@@ -101,8 +101,9 @@ class BrokerSteps(RuleBasedStateMachine):
         self.model.drop(n, blocks)
         self.expect(self.broker.drop(self.id(n), blocks), Answer(Code.OK))
 
-    def cancel_now(self, n: int, verdict: JobState) -> None:
-        self.expect(self.broker.cancel(self.id(n), verdict, "because"), self.model.cancel(n, verdict))
+    def cancel_now(self, n: int, verdict: JobState, grace_ms: int) -> None:
+        step = self.broker.cancel(self.id(n), verdict, "because", grace_ms)
+        self.expect(step, self.model.cancel(n, verdict, grace_ms))
 
     def take_now(self, n: int, lease_ms: int) -> None:
         lease = self.broker.run(self.broker.take_finalize(self.id(n), lease_ms))

@@ -30,6 +30,8 @@ class JobModel:
     space: str = ""
     epoch: int = 0
     leased: bool = False
+    closing: int = 0  # blocks in hands when it was cancelled, less those that were committed since
+    graced: bool = False  # whether finalizers wait for them
     added: int = 0
     submitted: int = 0
     next: list[int] = field(default_factory=list)
@@ -188,7 +190,7 @@ class QueueModel:
             return Answer(Code.UNKNOWN_JOB)
         if name in job.shards:
             return Answer(Code.ALREADY)
-        if not job.open:
+        if not job.open and not job.closing > 0:
             return Answer(Code.DROPPED, detail=job.state)
         if job.space and job.space != space:
             return Answer(Code.OTHER_SPACE, detail=job.space)
@@ -207,6 +209,9 @@ class QueueModel:
             job.sums[b.part, b.block] = b.sum
         job.shards.add(name)
         job.space = space
+        if job.closing:
+            job.closing -= sum(b.entry != "" for b in blocks)
+            job.graced = job.graced and job.closing > 0
         job.finish_if_done()
         return Answer(Code.COMMITTED)
 
@@ -237,20 +242,23 @@ class QueueModel:
             if job and (b.part, b.block) in job.done:
                 job.clear(b.entry)
 
-    def cancel(self, n: int, verdict: JobState) -> Answer:
+    def cancel(self, n: int, verdict: JobState, grace_ms: int) -> Answer:
         job = self.jobs.get(n)
         if job is None:
             return Answer(Code.UNKNOWN_JOB)
         if job.open:
+            held = sum(p.owner != RELEASED for p in job.pending.values()) if grace_ms else 0
             job.end(verdict)
+            job.closing, job.graced = held, held > 0
             return Answer(Code.OK)
         return Answer(Code.OK) if job.verdict == verdict else Answer(Code.TOO_LATE, detail=job.state)
 
     def take(self, n: int, lease_ms: int) -> bool:
         """Whether the job can be leased."""
         job = self.jobs.get(n)
-        if job is None or not job.finalizing or job.leased:
+        if job is None or not job.finalizing or job.leased or job.graced:
             return False
+        job.closing = 0
         job.epoch += 1
         job.leased = lease_ms > 0
         return True

@@ -243,9 +243,16 @@ MUTANTS = (
     mutant(
         "commit counts for a job that has ended",
         f"{SCRIPTS}/commit.lua",
-        "if not is_open(state) then return {'DROPPED', state} end\n",
+        "if not is_open(state) and not closing then return {'DROPPED', state} end\n",
         "",
         f"{CONTRACT}::test_commit_to_an_ended_job_is_dropped",
+    ),
+    mutant(
+        "commit counts for a cancelled job whose manifest is being written",
+        f"{SCRIPTS}/take_finalize.lua",
+        "redis.call('HDEL', job, 'closing')",
+        "",
+        f"{CONTRACT}::test_what_is_in_hand_of_a_cancelled_job_counts_until_its_manifest_is_written",
     ),
     mutant(
         "adopted blocks get no done bits",

@@ -67,8 +67,12 @@ def test_the_page_names_every_field_of_a_jobs_hash_and_no_other() -> None:
     record = make_record(job, "shard", [(0, 0)])
     assert lab.broker.run(lab.broker.commit(record, [to_commit(claimed)])).code is Code.COMMITTED
     assert lab.broker.run(lab.broker.take_finalize(job, 1000)) is not None
-    stored: Any = client.hgetall(lab.keys.job(job))
-    fields = {field.decode() for field in stored}
+    cancelled = lab.create("/cancelled")
+    lab.fill(cancelled, 1)
+    assert lab.claim(cancelled)
+    lab.broker.run(lab.broker.cancel(cancelled, grace_ms=1000))
+    stored: list[Any] = [client.hgetall(lab.keys.job(each)) for each in (job, cancelled)]
+    fields = {field.decode() for hashes in stored for field in hashes}
     named = {re.sub(r"(?<=:)[A-Z]+$", "", name) for name in first_cells(section("Keys").split("The job's hash:")[1])}
     assert {re.sub(r"(?<=:).+$", "", field) for field in fields} == named
     assert all(f"`{state}`" in section("Keys") for state in JobState)

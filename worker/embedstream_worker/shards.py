@@ -22,6 +22,9 @@ from embedstream_worker.shared import Shared
 ASK_SECONDS = 0.1
 """How often Redis is asked, per shard, whether its job has more to come."""
 
+CANCELLED_SECONDS = 0.5
+"""How often it is asked while more of the job is in the pipeline: of one that was cancelled, what is there counts."""
+
 IDLE_SECONDS = 1.0
 """A shard of a job that is still being submitted closes when nothing came for so long."""
 
@@ -113,21 +116,20 @@ class OpenShards:
             return True  # what is in the model may not come back in time
         if shard.job.id in waiting:
             return False
-        if self._held.entries(shard.stream) - {block.entry for block in shard.blocks.values()}:
-            return False  # more of the job is in the pipeline
-        if self._held.awaited:
+        more = bool(self._held.entries(shard.stream) - {block.entry for block in shard.blocks.values()})
+        if self._held.awaited and not more:
             return True
         now = time.monotonic()
-        if now - shard.asked < ASK_SECONDS:
+        if now - shard.asked < (CANCELLED_SECONDS if more else ASK_SECONDS):
             return False
         shard.asked = now
         try:
             with reading(f"job {shard.job.id}'s record"):
                 match self._broker.state(shard.job.id):
                     case JobState.SUBMITTING:
-                        return now - shard.grown >= IDLE_SECONDS
+                        return not more and now - shard.grown >= IDLE_SECONDS
                     case JobState.RUNNING:
-                        return not self._broker.unclaimed(shard.job.id)
+                        return not more and not self._broker.unclaimed(shard.job.id)
         except redis.RedisError:
             return False
         except RecordDamaged:

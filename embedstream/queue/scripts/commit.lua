@@ -23,7 +23,8 @@ worked = tonumber(worked)
 local state = redis.call('HGET', job, 'state')
 if not state then return {'UNKNOWN_JOB'} end
 if redis.call('HEXISTS', shards, name) == 1 then return {'ALREADY'} end
-if not is_open(state) then return {'DROPPED', state} end
+local closing = state == 'finalizing' and number(job, 'closing') > 0 -- it was cancelled a moment ago
+if not is_open(state) and not closing then return {'DROPPED', state} end
 if spec ~= '' and redis.call('HGET', job, 'spec') ~= spec then return {'DROPPED', 'replaced'} end
 
 local pinned = redis.call('HGET', job, 'space')
@@ -55,7 +56,7 @@ if #conflict > 1 then
 end
 if #changed > 1 then return changed end
 -- Nothing below may fail in the middle: what it writes of the job's has been read above, or is here.
-local wrong = no_counter(job, 'done', 'rows', 'failed', 'skipped', 'truncated', 'tokens', 'padded', 'queued', 'by:' .. worker)
+local wrong = no_counter(job, 'done', 'rows', 'failed', 'skipped', 'truncated', 'tokens', 'padded', 'queued', 'closing', 'by:' .. worker)
 if wrong then return wrong end
 redis.call('XLEN', stream)
 
@@ -94,5 +95,12 @@ redis.call('HINCRBY', job, 'padded', padded)
 redis.call('HSET', job, 'space', space, 'committed', now_ms())
 if worker ~= '' then redis.call('HINCRBY', job, 'by:' .. worker, rows) end
 if worked > 0 then keep_pace() end
+if closing then
+  local held = 0
+  for i = FIRST, #ARGV, 5 do
+    if ARGV[i + 3] ~= '' then held = held + 1 end
+  end
+  if redis.call('HINCRBY', job, 'closing', -held) <= 0 then put('ZADD', finalize, 'XX', 0, id) end
+end
 finish_if_done(job, id, stream, jobs, bytes, finalize)
 return {'COMMITTED'}

@@ -80,6 +80,17 @@ local function clear_entry(stream, job, bytes, id, size)
   if redis.call('XDEL', stream, id) == 1 then unqueue(job, bytes, tonumber(size)) end
 end
 
+-- How many entries of a stream are in workers' hands. `nobody`: the consumer of those that were handed back.
+local function in_hands(stream, nobody)
+  local pending, held = redis.pcall('XPENDING', stream, GROUP), 0
+  if not pending.err then
+    for _, owner in ipairs(pending[4] or {}) do
+      if owner[1] ~= nobody then held = held + owner[2] end
+    end
+  end
+  return held
+end
+
 -- Drop what is queued as a whole (entry by entry would stop the server) and put the job into the outbox.
 local function to_outbox(job, id, stream, jobs, bytes, finalize, verdict)
   redis.call('UNLINK', stream)

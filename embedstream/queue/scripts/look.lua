@@ -10,15 +10,8 @@ local nobody = unpack(ARGV)
 local found = {}
 for i, stream in ipairs(KEYS) do
   local first = redis.pcall('XRANGE', stream, '-', '+', 'COUNT', 1)
-  local pending = redis.pcall('XPENDING', stream, GROUP)
-  local held = 0
-  if not pending.err then
-    for _, owner in ipairs(pending[4] or {}) do
-      if owner[1] ~= nobody then held = held + owner[2] end
-    end
-  end
   local added = (not first.err and first[1]) and string.match(first[1][1], '^%d+') or '0'
   local entries = redis.pcall('XLEN', stream)
-  found[i] = {type(entries) == 'number' and entries or 0, held, added}
+  found[i] = {type(entries) == 'number' and entries or 0, in_hands(stream, nobody), added}
 end
 return found

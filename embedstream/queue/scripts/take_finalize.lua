@@ -25,4 +25,5 @@ if wrong then return wrong end
 let_through(job)
 redis.call('ZADD', finalize, now + tonumber(lease), id)
 redis.call('HSET', job, 'taking', name)
+redis.call('HDEL', job, 'closing') -- what is listed from now on is all that counts
 return {'TAKEN', redis.call('HINCRBY', job, 'epoch', 1), now, redis.call('HGET', job, 'verdict')}
