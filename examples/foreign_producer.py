@@ -8,10 +8,10 @@ and output finds this very job.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import struct
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -174,5 +174,15 @@ def submit(url: str, model: str, corpus: Path, output: Path) -> str:
     return job
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Submit lines of JSON with id and text as one job; prints its id.")
+    parser.add_argument("redis", help="redis://host:6379/0")
+    parser.add_argument("model", help="the name that the fleet's workers have")
+    parser.add_argument("corpus", type=Path)
+    parser.add_argument("output", type=Path, help="a folder that the workers may write")
+    chosen = parser.parse_args()
+    print(submit(chosen.redis, chosen.model, chosen.corpus.absolute(), chosen.output.absolute()))
+
+
 if __name__ == "__main__":
-    print(submit(sys.argv[1], sys.argv[2], Path(sys.argv[3]).absolute(), Path(sys.argv[4]).absolute()))
+    main()

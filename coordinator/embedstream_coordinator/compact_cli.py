@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import click
 
 from embedstream.cli.command import Command
@@ -13,8 +15,14 @@ from embedstream.settings import MIB
 @click.argument("output")
 @click.option("--redis", "redis_url", help="Have it done by the coordinators of this fleet, and leave at once.")
 @click.option("--shard-mib", type=click.IntRange(min=1, max=1024), default=192, help="Size of a merged shard, in MiB.")
+@click.option(
+    "--progress",
+    type=click.Choice(["auto", "json"]),
+    default="auto",
+    help="json: one event a line on standard error; auto: a bar on a terminal, lines in a log.",
+)
 @click.version_option(package_name="embedstream")
-def compact(output: str, redis_url: str | None, shard_mib: int) -> None:
+def compact(output: str, redis_url: str | None, shard_mib: int, progress: Literal["auto", "json"]) -> None:
     """Merge a dataset's small shards into large ones. OUTPUT must be finished; its rows are ordered by part and row.
 
     The new manifest is written before the old shards are removed. A program that reads by the old manifest meanwhile
@@ -32,10 +40,12 @@ def compact(output: str, redis_url: str | None, shard_mib: int) -> None:
     from embedstream.terminal import counted, echo
     from embedstream_coordinator.compaction import compact as compact_here
     from embedstream_coordinator.compaction import open_finished
+    from embedstream_producer.progress import WorkProgress
 
     address = canonical_output(output)
     if redis_url is None:
-        before, after = compact_here(address, shard_mib * MIB)
+        with WorkProgress(progress) as shown:
+            before, after = compact_here(address, shard_mib * MIB, shown)
         echo(f"{mask(address)}: {counted(before, 'shard')} before, {after:,} now")
         return
     broker = Broker(connect(redis_url), "")

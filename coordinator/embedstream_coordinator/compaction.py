@@ -18,9 +18,11 @@ from embedstream.dataset.roots import is_redis
 from embedstream.dataset.sinks import open_sink
 from embedstream.errors import OutputError, UsageError
 from embedstream.jobs import JobState
+from embedstream.lifecycle.opening import no_dataset
 from embedstream.records import BlockRun, Manifest, ManifestShard, ShardRecord, errors_file, part_file
 from embedstream.server.connection import mask
 from embedstream_coordinator.merging import Group, write_group
+from embedstream_producer.progress import WorkProgress
 
 TARGET_BYTES = 192 * 1024 * 1024
 """Of a merged shard: large enough for readers, small enough to be held in memory while it is written."""
@@ -74,8 +76,13 @@ def open_finished(output: str, roots: Sequence[str] = ()) -> tuple[FolderSink, M
     if is_redis(output):
         raise UsageError(f"{mask(output)}: an output in Redis has no shards to merge")
     manifest = open_sink(output).read_manifest()
-    if manifest is None or manifest.state != JobState.COMPLETED:
-        raise OutputError(f"{mask(output)}: no finished dataset, so there is nothing to merge: wait for its job")
+    if manifest is None:
+        raise no_dataset(output)
+    if manifest.state != JobState.COMPLETED:
+        raise OutputError(
+            f"{mask(output)}: its job is {manifest.state}, and only a completed dataset can be compacted: "
+            f"run the same embed-submit again"
+        )
     sink = open_sink(output, msgspec.structs.replace(manifest_spec(manifest), output=output), roots=roots)
     assert isinstance(sink, FolderSink), "an output in files"
     return sink, manifest
@@ -117,13 +124,17 @@ def remove_unlisted(sink: FolderSink, manifest: Manifest) -> int:
     return len(names)
 
 
-def compact(output: str, target_bytes: int = TARGET_BYTES) -> tuple[int, int]:
+def compact(output: str, target_bytes: int = TARGET_BYTES, progress: WorkProgress | None = None) -> tuple[int, int]:
     """All of it, here and now; returns how many shards there were, and how many there are. Raises as the steps do."""
     sink, manifest = open_finished(output)
     before = len(manifest.shards)
     groups = plan_groups(manifest, target_bytes)
     if groups:
-        manifest = replace_manifest(sink, manifest, groups, [write_group(sink, manifest, each) for each in groups])
+        merged = {name for group in groups for name in group.blocks}
+        progress = progress or WorkProgress(quiet=True)
+        progress.begin("merging", sum(shard.rows for shard in manifest.shards if shard.name in merged))
+        written = [write_group(sink, manifest, each, progress.advance) for each in groups]
+        manifest = replace_manifest(sink, manifest, groups, written)
     remove_unlisted(sink, manifest)
     return before, len(manifest.shards)
 

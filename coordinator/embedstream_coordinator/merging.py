@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -39,11 +39,16 @@ class Group:
     """By shard that holds them now."""
 
 
-def write_group(sink: FolderSink, manifest: Manifest, group: Group) -> ShardRecord:
-    """Write the group's shard; doing it twice writes the same. Raises `OutputError`."""
+def write_group(
+    sink: FolderSink, manifest: Manifest, group: Group, on_rows: Callable[[float], None] = lambda _: None
+) -> ShardRecord:
+    """Write the group's shard; doing it twice writes the same. Raises `OutputError`.
+
+    `on_rows`: called with how many more rows are done with; one that is read and not yet written is a half.
+    """
     listed = {shard.name: shard for shard in manifest.shards}
     room = _Room(LEAST_HELD_BYTES + HELD_RATIO * sum(listed[name].bytes for name in group.blocks), sink.output)
-    data, errors = _Rows("rows", room), _Rows("failed", room)
+    data, errors = _Rows("rows", room, on_rows), _Rows("failed", room)
     blocks: list[BlockRecord] = []
     sources: list[ShardRecord] = []
     padded = 0
@@ -108,8 +113,9 @@ class _Room:
 class _Rows:
     """The rows or error rows of some blocks, read shard by shard, to be written in the order of the corpus."""
 
-    def __init__(self, counted_as: str, room: _Room) -> None:
+    def __init__(self, counted_as: str, room: _Room, on_rows: Callable[[float], None] = lambda _: None) -> None:
         self._counted_as = counted_as
+        self._on_rows = on_rows
         self._room = room
         self._pieces: dict[Place, list[pa.RecordBatch]] = defaultdict(list)
         self.count = 0
@@ -145,6 +151,7 @@ class _Rows:
             self._pieces[place].append(batch.slice(at, high - low))
             at += high - low
         self.count += wanted
+        self._on_rows(wanted / 2)
 
     def sum(self, column: str) -> int:
         """Over all rows."""
@@ -158,6 +165,7 @@ class _Rows:
             for piece in self._pieces.pop(place):
                 group.append(piece)
                 size += piece.nbytes
+                self._on_rows(piece.num_rows / 2)
             if size >= ROW_GROUP_BYTES:
                 yield group
                 group, size = [], 0

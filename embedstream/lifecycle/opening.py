@@ -121,6 +121,13 @@ def is_here(output: str) -> bool:
     return is_redis(output) or is_object(output) or os.path.isdir(output)  # noqa: PTH112
 
 
+def no_dataset(output: str) -> OutputError:
+    """What to say of an output that has no manifest."""
+    if not is_here(output):
+        return OutputError(f"{mask(output)}: no such folder: give the output of an embed-submit")
+    return OutputError(f"{mask(output)}: no manifest: not a dataset, or its job has not ended yet")
+
+
 @dataclass(frozen=True)
 class Opened:
     """A job that was made or found."""

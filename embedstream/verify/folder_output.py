@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from io import BufferedReader
 from itertools import zip_longest
@@ -38,10 +38,19 @@ _PAGES_PER_FULL_ONE = 64
 class FolderCheck:
     """One reading of a dataset. `compare`: also keep what is needed to compare it with its corpus."""
 
-    def __init__(self, sink: FolderSink, manifest: Manifest, findings: Findings, compare: bool = False) -> None:
+    def __init__(
+        self,
+        sink: FolderSink,
+        manifest: Manifest,
+        findings: Findings,
+        compare: bool = False,
+        on_rows: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        """`on_rows`: called with how many more rows of the dataset are checked."""
         self.sink = sink
         self.manifest = manifest
         self.spec = manifest_spec(manifest)
+        self._on_rows = on_rows
         self.findings = findings
         most = _SPARE_PAGES + _PAGES_PER_FULL_ONE * ((manifest.rows + manifest.failed) // PAGE_ROWS + 1)
         self.good, self.failed = Places(most), Places(most)
@@ -155,6 +164,7 @@ class FolderCheck:
             sums += [_sum(batch.column("n_tokens")), _sum(batch.column("truncated"))]
             spans.add(start, batch.column("row").to_numpy())
             start += batch.num_rows
+            self._on_rows(batch.num_rows)
         for what in _TOTALS:
             self._totals[what] += getattr(record, what)
         self._count(name, "tokens", record.tokens, int(sums[0]))

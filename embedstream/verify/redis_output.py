@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,11 +26,15 @@ _KEYS_PART = (1 << 24) - 1
 class HashCheck:
     """One reading of a job's hashes."""
 
-    def __init__(self, sink: RedisSink, manifest: Manifest, findings: Findings) -> None:
+    def __init__(
+        self, sink: RedisSink, manifest: Manifest, findings: Findings, on_rows: Callable[[int], None] = lambda _: None
+    ) -> None:
+        """`on_rows`: called with how many more hashes are checked."""
         self.sink = sink
         self.manifest = manifest
         self.findings = findings
         self.spec = manifest_spec(manifest)
+        self._on_rows = on_rows
         self.bytes = 0
         """Of vectors, read so far."""
         self.foreign: list[str] = []
@@ -87,6 +91,7 @@ class HashCheck:
                 if keys[at] != self.sink.key(name):
                     self.findings.add(Kind.OTHER_ID, "the hash has another id than its key", key, id=name)
             self._check_results([keys[at] for at in mine], [found[at] for at in mine])
+            self._on_rows(len(mine))
         if self.compared is None and len(index) != self.manifest.rows:
             message = (
                 f"{len(index):,} keys, the manifest says {self.manifest.rows:,} rows (keys may expire or be evicted)"

@@ -14,7 +14,7 @@ from rich.console import Console
 from embedstream.jobs import JobStatus
 from embedstream.masking import mask_text
 from embedstream.queue.workers import InHand, Rate
-from embedstream_producer.progress_views import Figures, JsonView, LiveView, PlainView, SilentView, View
+from embedstream_producer.progress_views import Figures, JsonView, LiveView, PlainView, SilentView, View, Work
 from embedstream_producer.report import Spent
 
 ProgressFormat = Literal["auto", "json"]
@@ -150,6 +150,45 @@ class Progress:
         if not self._total_bytes or not status.submitted or read < self._total_bytes / 100:
             return None
         return status.submitted * max(1.0, self._total_bytes / read)
+
+
+class WorkProgress:
+    """Phases of work, each over a known number of rows, shown as `Progress` shows a job."""
+
+    def __init__(self, format: ProgressFormat = "auto", console: Console | None = None, *, quiet: bool = False) -> None:
+        self._view = make_view(quiet, console or Console(stderr=True, highlight=False), format)
+        self._phase, self._expected = "", 0
+        self._rows, self._began = 0.0, 0.0
+
+    def __enter__(self) -> Self:
+        self._view.open()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._view.close()
+
+    def begin(self, phase: str, expected: int) -> None:
+        """The next phase, of so many rows."""
+        self._phase, self._expected = phase, expected
+        self._rows, self._began = 0.0, time.monotonic()
+        self.advance(0)
+
+    def advance(self, rows: float) -> None:
+        """So many more are done with; a half is one that is read and will be written."""
+        self._rows = min(self._rows + rows, self._expected)
+        seconds = time.monotonic() - self._began
+        rate = self._rows / seconds if seconds >= LEAST_RATE_SECONDS and self._rows else None
+        self._view.work(
+            Work(
+                phase=self._phase,
+                rows=int(self._rows),
+                expected=self._expected,
+                rows_per_second=rate,
+                seconds_left=(self._expected - self._rows) / rate if rate else None,
+            )
+        )
 
 
 def make_view(quiet: bool, console: Console, format: ProgressFormat) -> View:

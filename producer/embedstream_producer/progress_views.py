@@ -14,7 +14,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from embedstream.terminal import printable, printable_lines
+from embedstream.terminal import counted, printable, printable_lines
 from embedstream_producer.report import duration
 
 PLAIN_SECONDS = 10.0
@@ -55,6 +55,17 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
         return self.rows + self.failed
 
 
+class Work(msgspec.Struct, frozen=True, kw_only=True):
+    """Where work of known size stands. The event `work` of `--progress json` has the same fields."""
+
+    phase: str
+    rows: int
+    """Of the phase, done with."""
+    expected: int
+    rows_per_second: float | None
+    seconds_left: float | None
+
+
 class View:
     """What a view does. This one shows notices and what must be said, and nothing else."""
 
@@ -88,6 +99,9 @@ class View:
     def figures(self, figures: Figures) -> None:
         """A new look."""
 
+    def work(self, work: Work) -> None:
+        """A new look at work that is no job's."""
+
 
 class SilentView(View):
     """`--quiet`."""
@@ -112,6 +126,12 @@ class PlainView(View):
         if figures.rows_per_second and now - self._printed >= PLAIN_SECONDS:
             self._printed = now
             self.say(in_words(figures))
+
+    def work(self, work: Work) -> None:
+        now = time.monotonic()
+        if now - self._printed >= PLAIN_SECONDS:
+            self._printed = now
+            self.say(f"{work.phase}: {', '.join(said.strip() for said in _worked(work))}")
 
 
 class JsonView(View):
@@ -141,6 +161,12 @@ class JsonView(View):
         if self._due():
             self._event("progress", **msgspec.structs.asdict(figures))
 
+    def work(self, work: Work) -> None:
+        now = time.monotonic()
+        if now - self._printed >= JSON_SECONDS or work.rows >= work.expected:
+            self._printed = now
+            self._event("work", **msgspec.structs.asdict(work))
+
     def _due(self) -> bool:
         now = time.monotonic()
         due = now - self._printed >= JSON_SECONDS
@@ -160,6 +186,7 @@ class LiveView(View):
         super().__init__(console)
         self._spinner = Spinner("dots" if console.encoding.startswith("utf") else "line")
         self._figures: Figures | None = None
+        self._work: Work | None = None
         self._notice = ""
         self._phase = ("", 0.0)
         self._reading: tuple[int, int | None] | None = None
@@ -187,8 +214,13 @@ class LiveView(View):
     def figures(self, figures: Figures) -> None:
         self._figures = figures
 
+    def work(self, work: Work) -> None:
+        self._work = work
+
     def _render(self) -> RenderableType:
         rows: list[RenderableType] = []
+        if (work := self._work) is not None:
+            rows.append(self._bar(work.phase, work.rows, work.expected, Text("  ".join(_worked(work)))))
         figures, (phase, since) = self._figures, self._phase
         if figures is not None and not figures.exact and figures.submitted:
             rows.append(self._bar("reading", figures.read_bytes, figures.total_bytes, _reading(figures)))
@@ -208,7 +240,8 @@ class LiveView(View):
     def _bar(self, what: str, done: int, total: int | None, said: Text) -> RenderableType:
         if not total:
             return Text(f"{what:{LABEL}}") + said
-        width = max(SHORTEST_BAR, min(LONGEST_BAR, self.console.width - LABEL - 2 - len(said)))
+        room = self.console.width - LABEL - 2 - len(said)
+        width = max(SHORTEST_BAR, min(LONGEST_BAR, room - room % 4))  # the same though a number gets a digit more
         grid = Table.grid()
         grid.add_row(f"{what:{LABEL}}", ProgressBar(total=total, completed=min(done, total), width=width), "  ", said)
         return grid
@@ -233,6 +266,13 @@ def _said(figures: Figures) -> list[str]:
     about = "" if figures.exact else "about "
     left = [f"{about}{duration(figures.seconds_left)} left"] if figures.seconds_left is not None else []
     return [*share, f"{figures.rows:,} rows", *rate, *tokens, *left]
+
+
+def _worked(work: Work) -> list[str]:
+    share = [f"{100 * work.rows // work.expected:3} %"] if work.expected else []
+    rate = [f"{work.rows_per_second:,.0f} rows/s"] if work.rows_per_second else []
+    left = [f"{duration(work.seconds_left)} left"] if work.seconds_left is not None else []
+    return [*share, counted(work.rows, "row"), *rate, *left]
 
 
 def in_words(figures: Figures) -> str:

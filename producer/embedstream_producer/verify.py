@@ -14,8 +14,9 @@ from embedstream.dataset.folder import FolderSink
 from embedstream.dataset.manifest import manifest_spec
 from embedstream.dataset.redis_hashes import RedisSink
 from embedstream.dataset.sinks import open_sink
-from embedstream.errors import ManifestDamaged, OutputError, UsageError
+from embedstream.errors import ManifestDamaged, UsageError
 from embedstream.jobs import JobSpec
+from embedstream.lifecycle.opening import no_dataset
 from embedstream.outputs import Output, describe
 from embedstream.queue.blocks import Block
 from embedstream.records import Manifest
@@ -27,6 +28,7 @@ from embedstream.verify.folder_output import FolderCheck
 from embedstream.verify.manifest_sums import check_manifest
 from embedstream.verify.redis_output import HashCheck
 from embedstream_producer.corpus import check_sources, part_name
+from embedstream_producer.progress import ProgressFormat, WorkProgress
 
 MOST_NAMED = 10
 """Unlisted files that are named; of all others only the number."""
@@ -62,14 +64,17 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     unlisted_count: int = 0
 
 
-def show_verdict(output: str, corpus: Sequence[str], redis_url: str | None, as_json: bool) -> int:
+def show_verdict(
+    output: str, corpus: Sequence[str], redis_url: str | None, as_json: bool, progress: ProgressFormat
+) -> int:
     """Verify and print; the exit code.
 
     Raises:
         OutputError: no manifest, or the output cannot be read at all.
         UsageError: the corpus given is not made of as many files as the job's.
     """
-    verdict = verify(output, corpus, redis_url)
+    with WorkProgress(progress) as shown:
+        verdict = verify(output, corpus, redis_url, shown)
     if as_json:
         echo_json(verdict)
     else:
@@ -78,9 +83,9 @@ def show_verdict(output: str, corpus: Sequence[str], redis_url: str | None, as_j
     return 0 if verdict.ok else 1
 
 
-def verify(output: str, corpus: Sequence[str], redis_url: str | None) -> Verdict:
+def verify(output: str, corpus: Sequence[str], redis_url: str | None, progress: WorkProgress | None = None) -> Verdict:
     """Read the dataset, and the corpus if given. Raises as `show_verdict`."""
-    begun = time.monotonic()
+    begun, progress = time.monotonic(), progress or WorkProgress(quiet=True)
     sink = open_sink(output, queue_url=redis_url)
     findings = Findings()
     try:
@@ -89,15 +94,15 @@ def verify(output: str, corpus: Sequence[str], redis_url: str | None) -> Verdict
         findings.add(Kind.MANIFEST, str(error))
         return Verdict(output=mask(sink.output), ok=False, findings=_told_of(findings))
     if manifest is None:
-        raise OutputError(f"{mask(output)}: no manifest: not a dataset, or its job has not ended yet")
+        raise no_dataset(output)
     if not check_manifest(findings, manifest):
         return Verdict(output=mask(sink.output), ok=False, findings=_told_of(findings))
     parts = _parts(manifest_spec(manifest), corpus)
     if isinstance(sink, RedisSink):
-        read = _verify_hashes(sink, manifest, parts, findings)
+        read = _verify_hashes(sink, manifest, parts, findings, progress)
     else:
         assert isinstance(sink, FolderSink)
-        read = _verify_files(sink, manifest, parts, findings)
+        read = _verify_files(sink, manifest, parts, findings, progress)
     return Verdict(
         output=mask(sink.output),
         ok=not findings,
@@ -124,26 +129,37 @@ class _Read(NamedTuple):
     unlisted_count: int
 
 
-def _verify_files(sink: FolderSink, manifest: Manifest, parts: Sequence[Part], findings: Findings) -> _Read:
-    check = FolderCheck(sink, manifest, findings, compare=bool(parts))
+def _verify_files(
+    sink: FolderSink, manifest: Manifest, parts: Sequence[Part], findings: Findings, progress: WorkProgress
+) -> _Read:
+    check = FolderCheck(sink, manifest, findings, compare=bool(parts), on_rows=progress.advance)
+    progress.begin("verifying", manifest.rows)
     check.run()
     compared = None
     if parts:
         comparison = CorpusCheck(check)
+        progress.begin("comparing", manifest.rows + manifest.failed)
         with DuplicateIndex() as index:
             for block, label in _blocks(parts, check.spec, index):
                 comparison.add(block, label)
+                progress.advance(block.total)
         comparison.finish([part.label for part in parts])
         compared = comparison.rows
     unlisted = check.unlisted()
     return _Read(check.bytes, compared, unlisted, len(unlisted))
 
 
-def _verify_hashes(sink: RedisSink, manifest: Manifest, parts: Sequence[Part], findings: Findings) -> _Read:
-    check = HashCheck(sink, manifest, findings)
+def _verify_hashes(
+    sink: RedisSink, manifest: Manifest, parts: Sequence[Part], findings: Findings, progress: WorkProgress
+) -> _Read:
+    check = HashCheck(sink, manifest, findings, progress.advance)
     with DuplicateIndex() as index:
+        if parts:
+            progress.begin("comparing", manifest.rows + manifest.failed)
         for block, label in _blocks(parts, check.spec, index):
             check.compare(block, label)
+            progress.advance(block.total)
+        progress.begin("verifying", manifest.rows)
         check.run(index)
     return _Read(check.bytes, check.compared, check.foreign, check.foreign_count)
 
@@ -194,7 +210,7 @@ def verdict_lines(verdict: Verdict) -> Iterator[str]:
         yield f"verified: {what} ({pace})"
     else:
         total = sum(found.count for found in verdict.findings.values())
-        yield f"NOT as it should be: {total:,} finding{'s' * (total != 1)} in {what} ({pace})"
+        yield f"FAILED: {counted(total, 'problem')} in {what} ({pace})"
 
 
 def _told(finding: Finding) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Literal
 
 import click
 
@@ -20,8 +21,21 @@ from embedstream.errors import UsageError
 @click.option("--corpus", multiple=True, metavar="FILE...", help="Compare with the files that the job was made of.")
 @click.option("--redis", "redis_url", help="The queue's Redis, if OUTPUT is redis:?prefix=docs:")
 @click.option("--json", "as_json", is_flag=True, envvar="EMBEDSTREAM_JSON", help="One JSON object on standard output.")
+@click.option(
+    "--progress",
+    type=click.Choice(["auto", "json"]),
+    default="auto",
+    help="json: one event a line on standard error; auto: a bar on a terminal, lines in a log.",
+)
 @click.version_option(package_name="embedstream")
-def verify(output: str, more: tuple[str, ...], corpus: tuple[str, ...], redis_url: str | None, as_json: bool) -> None:
+def verify(
+    output: str,
+    more: tuple[str, ...],
+    corpus: tuple[str, ...],
+    redis_url: str | None,
+    as_json: bool,
+    progress: Literal["auto", "json"],
+) -> None:
     """Prove that a dataset is complete and right. OUTPUT is a folder, an S3 URL or a Redis URL.
 
     Every row once, in the dataset or in its errors; files, counts and vectors as they should be; with --corpus, ids and
@@ -34,7 +48,7 @@ def verify(output: str, more: tuple[str, ...], corpus: tuple[str, ...], redis_ur
     # Not at the top: loading it takes a while, in which Ctrl-C shall end this command as at any other time.
     from embedstream_producer.verify import show_verdict
 
-    sys.exit(show_verdict(output, [*corpus, *more], redis_url or None, as_json))
+    sys.exit(show_verdict(output, [*corpus, *more], redis_url or None, as_json, progress))
 
 
 def main() -> None:

@@ -74,9 +74,14 @@ def test_small_shards_become_one_in_the_order_of_the_corpus(tmp_path: Path) -> N
     made = make_dataset(tmp_path, ROWS)
     before, rows = read_manifest(made.folder), contents(made.folder)
     errors = (made.folder / "_errors.jsonl").read_bytes()
-    done = run("embed-compact", made.folder)
+    done = run("embed-compact", made.folder, "--progress", "json")
     assert done.returncode == 0, done.stderr
     assert "3 shards before, 1 now" in done.stdout
+    last = json.loads(done.stderr.splitlines()[-1])
+    assert (last["event"], last["phase"], last["rows"], last["expected"]) == (
+        *("work", "merging"),
+        *(before["rows"], before["rows"]),
+    )
     after = read_manifest(made.folder)
     assert {**after, "shards": 0} == {**before, "shards": 0}, "only the list of shards may change"
     assert part_files(made.folder) == listed_files(made.folder)
@@ -87,7 +92,7 @@ def test_small_shards_become_one_in_the_order_of_the_corpus(tmp_path: Path) -> N
     places = list(zip(table["part"].to_pylist(), table["row"].to_pylist(), strict=True))
     assert places == sorted(places)
     again = run("embed-compact", made.folder)
-    assert "1 shard before, 1 now" in again.stdout
+    assert ("1 shard before, 1 now" in again.stdout, again.stderr) == (True, "")
     assert read_manifest(made.folder) == after
 
 
@@ -167,7 +172,7 @@ def test_several_groups_are_merged_by_several_coordinators_though_one_is_killed_
 def test_what_cannot_be_merged_is_told_in_one_sentence(workers: Fleet, tmp_path: Path) -> None:
     missing = run("embed-compact", tmp_path / "nothing")
     assert missing.returncode == 2
-    assert "no finished dataset, so there is nothing to merge" in missing.stderr
+    assert f"{tmp_path}/nothing: no such folder" in missing.stderr
     hashes = run("embed-compact", f"{workers.url}?prefix=docs:")
     assert hashes.returncode == 2
     assert "an output in Redis has no shards to merge" in hashes.stderr
@@ -181,7 +186,7 @@ def test_what_cannot_be_merged_is_told_in_one_sentence(workers: Fleet, tmp_path:
     (tmp_path / "nothing").mkdir()
     seen = run("embed-compact", tmp_path / "nothing", "--redis", workers.url)
     assert seen.returncode == 2
-    assert "no finished dataset" in seen.stderr
+    assert "no manifest: not a dataset" in seen.stderr
     ended = run("embed-cancel", asked["id"], "--redis", workers.url)
     assert ended.returncode == 0, ended.stderr
     assert compactions(workers.broker) == []

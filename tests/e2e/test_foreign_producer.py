@@ -26,6 +26,11 @@ def test_the_foreign_producer_imports_nothing_of_ours() -> None:
     assert not any(name.startswith("embedstream") for name in imported)
 
 
+def test_the_foreign_producer_says_how_it_is_called() -> None:
+    helped = subprocess.run([sys.executable, PROGRAM, "--help"], check=True, capture_output=True, text=True)
+    assert "usage: foreign_producer.py [-h] redis model corpus output" in helped.stdout
+
+
 def test_what_a_foreign_producer_submits_is_taken_up_by_embed_submit(tmp_path: Path, redis_url: str) -> None:
     corpus, output, queue = tmp_path / "ж.jsonl", tmp_path / "out", f"foreign-{uuid.uuid4().hex[:8]}"
     texts = [f"text {row} ✓" for row in range(600)]

@@ -11,8 +11,9 @@ from rich.console import Console
 
 from embedstream.jobs import JobSpec, JobState, JobStatus
 from embedstream.queue.workers import InHand, Rate, WorkerRecord, in_hand_of
+from embedstream_producer import progress as progress_module
 from embedstream_producer import progress_views
-from embedstream_producer.progress import Progress, ProgressFormat, with_in_hand
+from embedstream_producer.progress import Progress, ProgressFormat, WorkProgress, with_in_hand
 
 STATUS = JobStatus(
     job="0123456789abcdef", state=JobState.RUNNING,
@@ -179,3 +180,43 @@ def test_a_narrow_terminal_shows_the_time_left_and_all_that_is_waited_for() -> N
     shown = " ".join(said.getvalue().split())
     assert " left" in shown
     assert "redis://h:6379/0`" in shown
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_work_of_known_size_has_a_bar_its_pace_and_the_time_left(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: clock[0])
+    screen = Screen(width=width)
+    with WorkProgress(console=screen.console) as progress:
+        progress.begin("verifying", 10_000_000)
+        clock[0] = 2.0
+        progress.advance(2_500_000)
+    (line,) = {line.strip() for line in screen.text.split("\n") if "2,500,000" in line}
+    assert "verifying" in line
+    assert "━━━" in line
+    assert line.endswith(" 25 %  2,500,000 rows  1,250,000 rows/s  6.0 s left")
+
+
+def test_work_is_a_line_now_and_then_in_a_log_and_an_object_for_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress_views, "PLAIN_SECONDS", 0.0)
+    formats: tuple[ProgressFormat, ...] = ("auto", "json")
+    for format in formats:
+        screen = Screen(terminal=False, width=200)
+        with WorkProgress(format, screen.console) as progress:
+            progress.begin("merging", 100)
+            progress.advance(99.5)
+            progress.advance(7)
+        lines = screen.text.splitlines()
+        if format == "auto":
+            assert lines == ["merging: 0 %, 0 rows", "merging: 99 %, 99 rows", "merging: 100 %, 100 rows"]
+        else:
+            last = json.loads(lines[-1])
+            assert (last["event"], last["phase"], last["rows"], last["expected"]) == ("work", "merging", 100, 100)
+
+
+def test_quick_work_says_nothing_in_a_log() -> None:
+    screen = Screen(terminal=False)
+    with WorkProgress(console=screen.console) as progress:
+        progress.begin("verifying", 100)
+        progress.advance(100)
+    assert screen.text == ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -25,11 +26,13 @@ from lab.verify import (
     with_vectors,
     write_lines,
 )
+from rich.console import Console
 
 from embedstream.dataset.folder import FolderSink
 from embedstream.errors import OutputError, UsageError
 from embedstream.jobs import JobState
 from embedstream.verify.findings import MOST_SHOWN, Finding
+from embedstream_producer.progress import WorkProgress
 from embedstream_producer.verify import Verdict, verdict_lines, verify
 
 
@@ -53,6 +56,23 @@ def made(pristine: Made) -> Any:
 
 def check(made: Made, corpus: bool = False) -> Verdict:
     return verify(str(made.folder), list(map(str, made.corpus)) if corpus else [], None)
+
+
+def test_each_phase_is_followed_to_its_last_row(pristine: Made) -> None:
+    said = io.StringIO()
+    with WorkProgress("json", Console(file=said, width=20)) as progress:
+        verdict = verify(str(pristine.folder), list(map(str, pristine.corpus)), None, progress)
+    events = [json.loads(line) for line in said.getvalue().splitlines()]
+    last = {event["phase"]: (event["rows"], event["expected"]) for event in events}
+    compared = verdict.rows + verdict.failed
+    assert last == {"verifying": (verdict.rows, verdict.rows), "comparing": (compared, compared)}
+
+
+def test_an_output_that_is_not_there_is_told_from_one_without_a_manifest(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="nowhere: no such folder: give the output of an embed-submit"):
+        verify(str(tmp_path / "nowhere"), [], None)
+    with pytest.raises(OutputError, match="no manifest: not a dataset"):
+        verify(str(tmp_path), [], None)
 
 
 def kinds(verdict: Verdict) -> dict[str, int]:
@@ -264,7 +284,7 @@ def test_a_finding_names_its_file_once(made: Made) -> None:
 def test_one_finding_is_one(made: Made) -> None:
     path = made.part()
     path.unlink()
-    assert "NOT as it should be: 1 finding in " in list(verdict_lines(check(made)))[-1]
+    assert "FAILED: 1 problem in " in list(verdict_lines(check(made)))[-1]
 
 
 def test_a_column_that_may_be_null_is_told_apart_from_one_that_may_not(made: Made) -> None:
@@ -559,7 +579,7 @@ def test_findings_are_bounded_in_words_and_counted_in_full(made: Made) -> None:
     assert lines[0] == f"zero: {made.records[1].rows}"
     assert len(lines) == MOST_SHOWN + 3
     assert lines[-2] == f"  … and {made.records[1].rows - MOST_SHOWN} more"
-    assert lines[-1].startswith("NOT as it should be")
+    assert lines[-1].startswith("FAILED: ")
 
 
 def test_without_a_manifest_there_is_nothing_to_verify(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from embedstream.dataset.schema import dataset_schema
 from embedstream.dataset.sinks import open_sink
 from embedstream.dataset.values import Ragged, from_columns
 from embedstream.errors import OutputError, UsageError
+from embedstream.lifecycle.opening import no_dataset
 from embedstream.outputs import DTYPES, Output, describe
 from embedstream.records import Manifest
 from embedstream.server.connection import mask
@@ -60,7 +61,7 @@ def search(address: str, query: Vector, k: int = 10, redis_url: str | None = Non
     sink = open_sink(address, queue_url=redis_url)
     manifest = sink.read_manifest()
     if manifest is None:
-        raise OutputError(f"{mask(address)}: no manifest: not a dataset, or its job has not ended yet")
+        raise no_dataset(address)
     if k < 1:
         raise UsageError(f"-k {k}: must be at least 1")
     if not manifest.rows:

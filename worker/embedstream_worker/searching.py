@@ -7,11 +7,15 @@ import re
 import click
 import numpy as np
 import numpy.typing as npt
+from rich.console import Console
+from rich.padding import Padding
+from rich.text import Text
 
 from embedstream.dataset.manifest import manifest_spec
 from embedstream.dataset.sinks import open_sink
 from embedstream.errors import ModelError, OutputError
 from embedstream.jobs import JobSpec, model_address, model_folder
+from embedstream.lifecycle.opening import no_dataset
 from embedstream.masking import mask
 from embedstream.records import Manifest
 from embedstream_worker import known_models
@@ -24,6 +28,8 @@ from embedstream_worker.model_folder import NOTHING, Trust
 from embedstream_worker.models import is_carried, resolve_model
 from embedstream_worker.search import search
 from embedstream_worker.tokenizing import encode_each
+
+INDENT = 7
 
 TEXT_WIDTH = 200
 """Characters of a text that are shown."""
@@ -50,14 +56,24 @@ def show_nearest(
     """
     manifest = open_sink(output, queue_url=redis_url).read_manifest()
     if manifest is None:
-        raise OutputError(f"{mask(output)}: no manifest: not a dataset, or its job has not ended yet")
+        raise no_dataset(output)
     if not manifest.rows:
         raise OutputError(f"{mask(output)}: the dataset is empty")
-    vector = embed_query(query, manifest, manifest_spec(manifest), model, trust, prompt)
+    spec, console = manifest_spec(manifest), Console(highlight=False)
+    vector = embed_query(query, manifest, spec, model, trust, prompt)
     for hit in search(output, vector, k, redis_url):
         click.echo(f"{hit.score:.3f}  {printable(hit.id)}")
         if hit.text is not None:
-            click.echo(f"       {printable(hit.text)}")
+            # Where titles are the ids, the text begins with what the line above says.
+            show_text(printable(hit.text.removeprefix(hit.id + spec.title_sep)), console)
+
+
+def show_text(text: str, console: Console) -> None:
+    """Below its id, indented: on a terminal as a paragraph of its width, elsewhere as one line."""
+    if console.is_terminal:
+        console.print(Padding(Text(text), (0, 0, 0, INDENT)))
+    else:
+        click.echo(" " * INDENT + text)
 
 
 def embed_query(
