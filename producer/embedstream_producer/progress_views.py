@@ -7,9 +7,11 @@ from typing import Any
 
 import msgspec
 from rich.console import Console, Group, RenderableType
+from rich.control import Control
 from rich.live import Live
 from rich.markup import escape
 from rich.progress_bar import ProgressBar
+from rich.segment import ControlType, Segment
 from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
@@ -190,6 +192,9 @@ class LiveView(View):
         self._notice = ""
         self._phase = ("", 0.0)
         self._reading: tuple[int, int | None] | None = None
+        self._lengths: list[int] = []
+        """Of the last frame's lines, which was drawn on a terminal of this width."""
+        self._width = console.width
         self._live = Live(console=console, get_renderable=self._render, refresh_per_second=FRAMES, transient=True)
 
     def open(self) -> None:
@@ -235,7 +240,18 @@ class LiveView(View):
                 rows.append(self._bar("reading", read, total, Text(said)))
         if self._notice:
             rows.append(Text(printable(self._notice)))
-        return Group(*rows)
+        frame = Group(*rows)
+        self._erase_broken_lines()
+        self._lengths = [Segment.get_line_length(line) for line in self.console.render_lines(frame, pad=False)]
+        self._width = self.console.width
+        return frame
+
+    def _erase_broken_lines(self) -> None:
+        """Of the last frame, if the terminal became narrower and wrapped its lines: rich knows no pieces."""
+        width = self.console.width
+        pieces = sum(max(0, length - 1) // width for length in self._lengths) if width < self._width else 0
+        if pieces:
+            self.console.control(Control(*[(ControlType.CURSOR_UP, 1), (ControlType.ERASE_IN_LINE, 2)] * pieces))
 
     def _bar(self, what: str, done: int, total: int | None, said: Text) -> RenderableType:
         if not total:

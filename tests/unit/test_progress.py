@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import time
+from collections.abc import Callable
 
 import msgspec
 import pytest
@@ -212,6 +214,27 @@ def test_work_is_a_line_now_and_then_in_a_log_and_an_object_for_a_program(monkey
         else:
             last = json.loads(lines[-1])
             assert (last["event"], last["phase"], last["rows"], last["expected"]) == ("work", "merging", 100, 100)
+
+
+def test_a_terminal_that_becomes_narrower_keeps_no_piece_of_an_older_line() -> None:
+    screen = Screen(width=120)
+    with WorkProgress(console=screen.console) as progress:
+        progress.begin("verifying", 100)
+        progress.advance(50)
+        wait_for(lambda: "50 rows" in screen.text)
+        before = len(screen.text)
+        screen.console.width = 30
+        wait_for(lambda: "━" in screen.text[before:])
+    piece = "\x1b[1A\x1b[2K"
+    assert screen.text[before:].startswith(2 * piece), "of 69 columns there are two more lines of 30"
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    """Until it holds: frames are drawn by a thread."""
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def test_quick_work_says_nothing_in_a_log() -> None:
