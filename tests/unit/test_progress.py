@@ -13,7 +13,6 @@ from rich.console import Console
 
 from embedstream.jobs import JobSpec, JobState, JobStatus
 from embedstream.queue.workers import InHand, Rate, WorkerRecord, in_hand_of
-from embedstream_producer import progress as progress_module
 from embedstream_producer import progress_views
 from embedstream_producer.progress import Progress, ProgressFormat, WorkProgress, with_in_hand
 
@@ -187,7 +186,7 @@ def test_a_narrow_terminal_shows_the_time_left_and_all_that_is_waited_for() -> N
 @pytest.mark.parametrize("width", [80, 120])
 def test_work_of_known_size_has_a_bar_its_pace_and_the_time_left(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
-    monkeypatch.setattr(progress_module.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr("embedstream_producer.progress.time.monotonic", lambda: clock[0])
     screen = Screen(width=width)
     with WorkProgress(console=screen.console) as progress:
         progress.begin("verifying", 10_000_000)
