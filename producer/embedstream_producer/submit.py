@@ -40,6 +40,8 @@ from embedstream_producer import report
 from embedstream_producer.corpus import STDIN, check_sources, part_name, total_bytes
 from embedstream_producer.embedded import OutputLock
 from embedstream_producer.embedded_run import Embedded, check_installed, made_folders
+from embedstream_producer.plan import lines as plan_lines
+from embedstream_producer.plan import make_plan
 from embedstream_producer.progress import LogHandler, Progress, ProgressFormat
 from embedstream_producer.refusals import Refusals
 from embedstream_producer.retry_failed import FailedRows
@@ -79,6 +81,7 @@ class Options:
     settings: SpecSettings
     retry_failed: bool = False
     trust_unchanged: bool = False
+    plan: bool = False
     worker: tuple[str, ...] = ()
     """Flags of embed-worker for the one that this command starts."""
     detach: bool = False
@@ -99,6 +102,8 @@ def submit(options: Options) -> int:
         raise UsageError("--server-side needs --redis: coordinators find the job there")
     if options.server_side and options.retry_failed:
         raise UsageError("--server-side and --retry-failed exclude each other: failed rows are read on this machine")
+    if options.plan and (options.server_side or options.retry_failed):
+        raise UsageError("--plan reads the corpus here, and all of it: leave out --server-side and --retry-failed")
     if options.redis_url is not None:
         connect(options.redis_url)  # refuses what is no URL, also where nobody is asked because all is finished
     output = resolve_output(options)
@@ -110,6 +115,8 @@ def submit(options: Options) -> int:
         parts=part_names(options.corpus) if options.server_side else [part_name(source) for source in options.corpus],
         settings=options.settings,
     )
+    if options.plan:
+        return _plan(options, spec)
     sink = open_sink(spec.output, spec, options.redis_url)
     if options.server_side:
         return _submit_server_side(options, spec, sink)
@@ -120,6 +127,24 @@ def submit(options: Options) -> int:
             failed = stack.enter_context(FailedRows(sink, spec))
             spec, sink = failed.spec, open_sink(spec.output, failed.spec, options.redis_url)
         return _submit(options, spec, sink, parts, failed)
+
+
+def _plan(options: Options, spec: JobSpec) -> int:
+    parts = check_sources(options.corpus, notice=_tell(options), spec=spec)
+    with Progress(options.quiet, total_bytes(parts), format=options.progress) as progress:
+        for part in parts:
+            progress.tell(part.advice or "")
+        progress.phase("reading the corpus")
+        try:
+            plan, words = make_plan(spec, parts, options.redis_url, progress.reading)
+        except KeyboardInterrupt:
+            return DETACHED
+    if options.json:
+        echo_json(plan)
+    else:
+        for line in plan_lines(plan, words):
+            echo(line)
+    return 0
 
 
 def _submit_server_side(options: Options, spec: JobSpec, sink: Sink) -> int:

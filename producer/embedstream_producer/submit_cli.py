@@ -29,6 +29,7 @@ from embedstream.outputs import Task, parse_emit
             "no_text",
             "empty",
         ],
+        "Before embedding": ["plan"],
         "Failed rows": ["max_errors", "retry_failed"],
         "A finished output": ["trust_unchanged"],
         "This machine's worker, without --redis": ["device", "engine", "dtype", "no_warmup"],
@@ -81,6 +82,7 @@ from embedstream.outputs import Task, parse_emit
 @click.option("--max-length", type=click.IntRange(min=1), help="Tokens of a text.  [default: the model's own]")
 @click.option("--max-errors", metavar="N|P%", help="The job fails when more rows fail; otherwise exit 0.")
 @click.option("--retry-failed", is_flag=True, help="Run again the rows of a finished output that failed in a worker.")
+@click.option("--plan", is_flag=True, help="Embed nothing: read the corpus, and print what the job would be.")
 @click.option(
     "--trust-unchanged", is_flag=True, help="Do not read the corpus to see whether it is the one that was embedded."
 )
@@ -127,6 +129,7 @@ def embed_submit(
     max_errors: str | None,
     retry_failed: bool,
     trust_unchanged: bool,
+    plan: bool,
     device: str | None,
     engine: str | None,
     dtype: str | None,
@@ -177,6 +180,7 @@ def embed_submit(
         },
         retry_failed=retry_failed,
         trust_unchanged=trust_unchanged,
+        plan=plan,
         worker=(*worker, *(["--no-warmup"] if no_warmup else [])),
         detach=detach,
         server_side=server_side,

@@ -37,12 +37,15 @@ def _pooling(folder: Path) -> tuple[str, str]:
     if not (folder / "modules.json").is_file():
         return "mean", ASSUMED
     modules = list_modules(folder)
-    found = [mode for module in modules if module.kind == "Pooling" for mode in _modes(module.folder / "config.json")]
+    found = [
+        mode for module in modules if module.kind == "Pooling" for mode in pooling_modes(module.folder / "config.json")
+    ]
     found += ["mean" for module in modules if module.kind == "StaticEmbedding"]
     return "+".join(dict.fromkeys(found)), FOLDER
 
 
-def _modes(config: Path) -> Iterator[str]:
+def pooling_modes(config: Path) -> Iterator[str]:
+    """Of a Pooling module, one or more, each of which gives a vector. Raises `ModelError`."""
     settings: dict[str, Any] = read_settings(config) if config.is_file() else {}
     newer = settings.get("pooling_mode")
     if newer:
@@ -78,7 +81,7 @@ def in_words(recipe: Recipe) -> str:
     prompt = f'prompt "{printable(recipe.prompt, 200)}"' if recipe.prompt else "no prompt"
     said = [
         f"{recipe.model} ({recipe.source})" if recipe.source else recipe.model,
-        f"{recipe.engine} in {recipe.dtype}",
+        *([f"{recipe.engine} in {recipe.dtype}"] if recipe.engine else []),
         *([f"{recipe.pooling} pooling ({recipe.pooling_from})"] if recipe.pooling else []),
         "normalized" if recipe.normalized else "not normalized",
         f"at most {recipe.max_length:,} tokens ({recipe.max_length_from})",

@@ -1,0 +1,50 @@
+"""What `embed-submit --plan` and the process that counts tokens for it say to each other, over a pipe.
+
+Each message is its length (4 bytes, little-endian) and MessagePack. First comes the job's spec, answered by a
+`TokenCounter`; then lists of texts, each answered by their `Counted`.
+"""
+
+from __future__ import annotations
+
+from typing import IO, TypeVar
+
+import msgspec
+
+from embedstream.records import Recipe
+
+T = TypeVar("T")
+
+
+class TokenCounter(msgspec.Struct, frozen=True, kw_only=True):
+    """What is known of the model without loading it."""
+
+    trouble: str = ""
+    """Why tokens cannot be counted; nothing else is said then."""
+    recipe: Recipe | None = None
+    words: str = ""
+    """The recipe for people."""
+    warning: str = ""
+    dim: int | None = None
+
+
+class Counted(msgspec.Struct, frozen=True, array_like=True):
+    """Of some texts."""
+
+    tokens: list[int]
+    """Of each, its prompt and special tokens included, after the cut."""
+    truncated: list[bool]
+
+
+def send(stream: IO[bytes], message: object) -> None:
+    """Raises `OSError` if the other side is gone."""
+    data = msgspec.msgpack.encode(message)
+    stream.write(len(data).to_bytes(4, "little") + data)
+    stream.flush()
+
+
+def receive(stream: IO[bytes], kind: type[T]) -> T | None:
+    """The next message; None at the end."""
+    size = stream.read(4)
+    if len(size) < 4:
+        return None
+    return msgspec.msgpack.decode(stream.read(int.from_bytes(size, "little")), type=kind)

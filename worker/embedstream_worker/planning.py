@@ -1,0 +1,106 @@
+"""`python -m embedstream_worker.planning`: counts tokens for `embed-submit --plan`, by a model's files alone.
+
+It needs `tokenizers` and NumPy, and neither the weights in memory nor a model library.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from embedstream.dataset.input_hash import model_inputs
+from embedstream.errors import EmbedstreamError
+from embedstream.jobs import JobSpec
+from embedstream.planning import Counted, TokenCounter, receive, send
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a job's texts would be tokenized."""
+
+    tokenizer: Any
+    """A `TextTokenizer`."""
+    prompt: str
+    max_length: int
+    about: TokenCounter
+
+    def count(self, texts: list[str]) -> Counted:
+        """Texts that the tokenizer cannot bear count as none."""
+        from embedstream_worker.tokenizing import encode_each
+
+        lengths: list[int] = []
+        truncated: list[bool] = []
+        for inputs in model_inputs(texts, self.prompt):
+            tokens, _ = encode_each(self.tokenizer, inputs, self.max_length)
+            lengths += tokens.lengths.tolist()
+            truncated += tokens.truncated.tolist()
+        return Counted(lengths, truncated)
+
+
+def plan_of(spec: JobSpec) -> Plan:
+    """Raises `ModelError`: the model is not here, or its files do not tell how texts are tokenized."""
+    from embedstream_worker.engines import HASHING_MODEL
+    from embedstream_worker.engines.base import EngineInfo, OutputInfo
+    from embedstream_worker.families import card_prompts, missing
+    from embedstream_worker.recipe import NOWHERE, in_words, origin_of, recipe_of
+
+    if spec.model == HASHING_MODEL:
+        from embedstream_worker.engines.hashing import HashingEngine
+
+        engine = HashingEngine()
+        info, prompt = engine.info, engine.prompt(spec.role, spec.prompt, spec.prompt_name)
+        tokenizer: Any = engine.tokenizer()
+    else:
+        from embedstream_worker.model_files import read_text_model
+        from embedstream_worker.models import resolve_model
+
+        folder = resolve_model(spec.model, spec.revision, offline=True)
+        model = read_text_model(folder)
+        prompt, tokenizer = model.prompt(spec.role, spec.prompt, spec.prompt_name), model.input.tokenizer()
+        info = EngineInfo(
+            engine="",
+            device="",
+            dtype="",
+            fingerprint="",
+            max_length=model.input.max_length,
+            padded=True,
+            batch_tokens=0,
+            outputs={"embedding": OutputInfo("dense", model.dim, model.normalized)},
+            card_prompts=card_prompts(folder.name, folder.path),
+            origin=origin_of(folder),
+        )
+    max_length = spec.max_length or info.max_length
+    recipe = recipe_of(info, spec, prompt, max_length)
+    about = TokenCounter(
+        recipe=recipe,
+        words=in_words(recipe),
+        warning=missing(info, spec.role) if recipe.prompt_from == NOWHERE else "",
+        dim=info.outputs["embedding"].dim or None,
+    )
+    return Plan(tokenizer, prompt, max_length, about)
+
+
+def main() -> None:
+    """Answer until the other side is gone."""
+    ask, answer = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a library prints is no answer
+    spec = receive(ask, JobSpec)
+    if spec is None:
+        return
+    try:
+        plan = plan_of(spec)
+    except ModuleNotFoundError as error:
+        send(answer, TokenCounter(trouble=f"{error.name} is not installed: pip install 'embedstream[worker]'"))
+        return
+    except EmbedstreamError as error:
+        send(answer, TokenCounter(trouble=str(error)))
+        return
+    send(answer, plan.about)
+    while (texts := receive(ask, list[str])) is not None:
+        send(answer, plan.count(texts))
+
+
+if __name__ == "__main__":
+    main()
