@@ -67,7 +67,7 @@ def plan_of(spec: JobSpec) -> Plan:
             max_length=model.input.max_length,
             padded=True,
             batch_tokens=0,
-            outputs={"embedding": OutputInfo("dense", model.dim, model.normalized)},
+            outputs={"dense": OutputInfo(dim=model.dim, normalized=model.normalized)},
             card_prompts=card_prompts(folder.name, folder.path),
             origin=origin_of(folder),
         )
@@ -77,7 +77,7 @@ def plan_of(spec: JobSpec) -> Plan:
         recipe=recipe,
         words=in_words(recipe),
         warning=missing(info, spec.role) if recipe.prompt_from == NOWHERE else "",
-        dim=info.outputs["embedding"].dim or None,
+        dim=info.outputs["dense"].dim or None,
     )
     return Plan(tokenizer, prompt, max_length, about)
 
