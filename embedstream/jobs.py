@@ -7,7 +7,7 @@ import hashlib
 import math
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import msgspec
 
@@ -30,6 +30,8 @@ LONGEST_SETTING_BYTES = 8 * 1024
 
 MOST_TOKENS = 2**20
 """No text within a block's bounds has more."""
+
+KeptType: TypeAlias = Literal["string", "int64", "float64", "bool"]
 
 RESERVED_COLUMNS = frozenset(
     {"part", "row", "id", "chunk", "start", "end", "text", "text_pair", "n_tokens", "truncated", "input_hash"}
@@ -68,6 +70,8 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
     title_field: str | None = None
     title_sep: str = " "
     keep: tuple[str, ...] = ()
+    keep_types: dict[str, KeptType] = {}
+    """Types of their columns, by name; strings, where none is given."""
     text: bool = True
     """Whether the dataset keeps the text column."""
     empty: Literal["error", "skip"] = "error"
@@ -92,6 +96,11 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
     def columns(self) -> frozenset[str]:
         """Names of the dataset's columns that are no output's."""
         return RESERVED_COLUMNS.union(self.keep)
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """The kept fields with their types, as `--keep` takes them."""
+        return tuple(f"{name}:{self.keep_types[name]}" if name in self.keep_types else name for name in self.keep)
 
     def encode(self) -> bytes:
         """Canonical JSON: equal specs give equal bytes."""
@@ -120,6 +129,8 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
             raise UsageError(f"--keep names {len(self.keep):,} fields: at most {MOST_KEPT:,} are carried")
         if len(set(self.keep)) != len(self.keep):
             raise UsageError("--keep names a field twice")
+        if unknown := self.keep_types.keys() - set(self.keep):
+            raise UsageError(f"a type is given for {min(unknown)}, which is not kept (--keep)")
 
 
 def check_prompting(prompt: str | None, prompt_name: str | None, max_length: int | None) -> None:

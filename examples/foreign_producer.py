@@ -54,6 +54,7 @@ def spec_of(queue: str, model: str, corpus: str, output: str) -> bytes:
         "title_field": None,
         "title_sep": " ",
         "keep": [],
+        "keep_types": {},
         "text": True,
         "empty": "error",
         "outputs": [{"name": "embedding", "kind": "dense", "dtype": "float32", "dim": None, "normalized": None}],

@@ -211,9 +211,11 @@ class Client:
         self, records: Records, spec: JobSpec, max_errors: str, patience: Patience, *, trust_unchanged: bool
     ) -> Job:
         """What `submit` does with its spec. Raises `Stopped` as `patience` does."""
+        part = records_part(records)
+        spec = part.typed(spec)
+        part.check(spec)
         broker, sink = Broker(self._redis, spec.queue), open_sink(spec.output, spec, self.url)
         with explaining(self.url), DuplicateIndex() as index:
-            part = records_part(records, spec)
             bound = patience(lambda: broker.memory_bound(self.settings.queue_bytes))
             pushed, begun = Pushed.LOST, False
             try:

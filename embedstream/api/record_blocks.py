@@ -10,11 +10,12 @@ from typing import Any, Protocol, TypeAlias
 import pyarrow as pa
 
 from embedstream.corpus.advice import Sample
-from embedstream.corpus.columns import ColumnReader
+from embedstream.corpus.columns import ColumnReader, kept_types
 from embedstream.corpus.parts import Part
 from embedstream.corpus.records import Outcome, RecordReader
 from embedstream.errors import InputError, UsageError
-from embedstream.jobs import JobSpec
+from embedstream.jobs import JobSpec, KeptType
+from embedstream.lifecycle.opening import with_types
 
 RECORDS = "records"
 """The name of a part that is no file."""
@@ -32,26 +33,37 @@ class ArrowStream(Protocol):
 Records: TypeAlias = "Iterable[Mapping[str, object] | str] | ArrowStream"
 
 
-def records_part(records: Records, spec: JobSpec) -> Part:
+def records_part(records: Records) -> RecordsPart:
     """The one part of a job over Python records. An iterator can be read only once; anything else again and again.
 
     Raises:
         UsageError: these are no records.
-        InputError: no row has a field that the job names; or a table lacks the columns that it needs.
     """
     if isinstance(records, (str, bytes, Mapping)):
         raise UsageError("records: give a list or another iterable of records, or a table, not one record")
-    part = _Columns(records) if _is_table(records) else _Rows(records)
-    if lacking := part.lacking(spec):
-        raise InputError(lacking)
-    return part
+    return _Columns(records) if _is_table(records) else _Rows(records)
 
 
-class _Records(Part):
+class RecordsPart(Part):
+    """Python records."""
+
     def __init__(self, records: Any) -> None:
         super().__init__(0, RECORDS, RECORDS, once=isinstance(records, Iterator))
         self._records = records
         self._taken = False
+
+    def typed(self, spec: JobSpec) -> JobSpec:
+        """The spec with the types of the kept fields; raises `UsageError` as `with_types`."""
+        return with_types(spec, [self.types_of(spec.keep)])
+
+    def types_of(self, keep: Sequence[str]) -> Mapping[str, KeptType]:
+        """Types of the kept columns; rows of Python do not tell any."""
+        return dict.fromkeys(keep, "string")
+
+    def check(self, spec: JobSpec) -> None:
+        """Raise `InputError` if no row has a field that the job names; or a table lacks the columns that it needs."""
+        if lacking := self.lacking(spec):
+            raise InputError(lacking)
 
     @abstractmethod
     def lacking(self, spec: JobSpec) -> str:
@@ -70,7 +82,7 @@ class _Records(Part):
         return self.judged(spec)
 
 
-class _Rows(_Records):
+class _Rows(RecordsPart):
     def __init__(self, records: Any) -> None:
         try:
             iter(records)
@@ -89,12 +101,15 @@ class _Rows(_Records):
             yield batch
 
 
-class _Columns(_Records):
+class _Columns(RecordsPart):
     def __init__(self, records: Any) -> None:
         super().__init__(records)
         self._opened: list[pa.RecordBatchReader] = [_stream(records)]
         self._schema = self._opened[0].schema
         self._empty = hasattr(records, "__len__") and not len(records)  # no row tells a column's type
+
+    def types_of(self, keep: Sequence[str]) -> Mapping[str, KeptType]:
+        return {} if self._empty else kept_types(self._schema, keep)
 
     def lacking(self, spec: JobSpec) -> str:
         return "" if self._empty else ColumnReader(spec, self._schema, RECORDS).lacking

@@ -24,7 +24,8 @@ from embedstream.corpus.records import (
     kept_value,
 )
 from embedstream.errors import InputError
-from embedstream.jobs import JobSpec
+from embedstream.jobs import JobSpec, KeptType
+from embedstream.queue.kept import fits, kept_type
 from embedstream.queue.refusals import Code, RowRefused, refusal
 from embedstream.settings import BLOCK_LIMITS
 from embedstream.terminal import printable
@@ -140,6 +141,11 @@ class ColumnReader:
             values, readable = _as_strings(batch.column(name))
             unusual = pc.match_substring(values, "\0").fill_null(False)
             clean = pc.and_(clean, pc.and_not(readable, unusual))
+            wanted = self._spec.keep_types.get(name, "string")
+            if wanted not in ("string", kept_type(batch.column(name).type)):
+                clean = pc.and_(
+                    clean, pa.array([text is None or fits(text, wanted) for text in values.to_pylist()], pa.bool_())
+                )
             total = pc.add(total, pc.binary_length(values).fill_null(0))
             columns.append(values.to_pylist())
         return zip(*columns, strict=True), pc.and_(clean, pc.less_equal(total, LONGEST_KEPT_BYTES))
@@ -190,6 +196,14 @@ class ColumnReader:
     def _not_usable(self, name: str, rule: str) -> InputError:
         type = printable(str(_type(self._schema, name)), NAME_CHARACTERS)
         return InputError(f"{self._label}: column {_named(name)} is {type}; {rule}")
+
+
+def kept_types(schema: pa.Schema, keep: Sequence[str]) -> dict[str, KeptType]:
+    """The types that kept columns have in the dataset, unless the job says others; of those that are there, and hold
+    more than nulls.
+    """
+    found = {name: _type(schema, name) for name in keep}
+    return {name: kept_type(type) for name, type in found.items() if type is not None and not pa.types.is_null(type)}
 
 
 class _Row(Mapping[str, object]):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 from embedstream.corpus.cutting import cut_part, enter_ids
 from embedstream.corpus.duplicates import DuplicateIndex, Position
 from embedstream.corpus.records import Outcome
-from embedstream.jobs import JobSpec
+from embedstream.jobs import JobSpec, KeptType
 from embedstream.queue.blocks import Block, Refusal
 from embedstream.records import PartContent
 
@@ -18,6 +19,9 @@ class Part(ABC):
 
     content: PartContent | None = None
     """What was read when a reading last came to its end; None for what are no bytes that others can read."""
+
+    kept_types: Mapping[str, KeptType] = MappingProxyType({})
+    """Types of the kept columns, once it was looked into; empty for a part without rows."""
 
     def __init__(self, index: int, name: str, label: str, size: int | None = None, *, once: bool = False) -> None:
         self.index = index

@@ -20,6 +20,7 @@ import msgspec
 
 from embedstream.jobs import JobSpec
 from embedstream.queue.blocks import Refusal
+from embedstream.queue.kept import TAKES, fits
 from embedstream.queue.refusals import Code, RowRefused, refusal
 from embedstream.settings import BLOCK_LIMITS, MIB
 from embedstream.terminal import printable
@@ -122,6 +123,8 @@ class RecordReader:
         self.numbered = f"{part}-" if spec.number_rows else None
         """What the number of a row follows, as its id."""
         self._keep = spec.keep
+        self._types = spec.keep_types
+        self._typed_at = [(at, spec.keep_types[name]) for at, name in enumerate(spec.keep) if name in spec.keep_types]
         self._skip_empty = spec.empty == "skip"
         named = (spec.id_field, spec.text_field, spec.title_field, *spec.keep)
         self._wanted = tuple(dict.fromkeys((*self.ids, *self.texts, self.title, *spec.keep)))
@@ -193,6 +196,8 @@ class RecordReader:
         if self._keep_at:
             kept = tuple([_kept_in_json(values[at]) for at in self._keep_at])
             if sum(map(len, filter(None, kept))) > LONGEST_KEPT_BYTES // 4 or any("\0" in v for v in kept if v):
+                return None
+            if any((value := kept[at]) is not None and not fits(value, type) for at, type in self._typed_at):
                 return None
         return Record(row, id, text, text_bytes, kept, line)
 
@@ -286,6 +291,10 @@ class RecordReader:
                 continue
             if found.kind.startswith(_OF_TYPE) and not found.text:
                 raise RowRefused(Code.BAD_KEPT, f"{_field(name)} is {found.kind}, which JSON cannot hold")
+            type = self._types.get(name, "string")
+            if not fits(found.text, type):
+                value = printable(found.text, NAME_CHARACTERS)
+                raise RowRefused(Code.BAD_KEPT, f"{_field(name)} is {value}; --keep {name}:{type} takes {TAKES[type]}")
             total += _check_characters(_field(name), found.text)
             if total > LONGEST_KEPT_BYTES:
                 raise RowRefused(Code.KEPT_TOO_LONG, f"kept fields have more than {LONGEST_KEPT_BYTES:,} bytes")

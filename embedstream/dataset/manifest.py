@@ -212,6 +212,8 @@ def refuse_other_spec(output: str, made: JobSpec, wanted: JobSpec, way_out: str 
     output = mask(output)
     if field == "no-text":
         raise SpecDiffers(output, field, not made.text, not wanted.text, way_out)
+    if field in ("keep", "keep-types"):
+        raise SpecDiffers(output, "keep", made.kept, wanted.kept, way_out)
     if field == "output":
         raise SpecDiffers(output, field, mask(made.output), mask(wanted.output), way_out)
     name = {"corpus": "parts"}.get(field, field.replace("-", "_"))

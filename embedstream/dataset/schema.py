@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from embedstream.jobs import JobSpec
 from embedstream.outputs import Dtype, Output
+from embedstream.queue.kept import COLUMN_TYPES
 
 INPUT_HASH_BYTES = 16
 """Of the exact text that entered the model, prompt included."""
@@ -76,7 +77,7 @@ def dataset_schema(spec: JobSpec, outputs: Sequence[Output]) -> pa.Schema:
         pa.field("n_tokens", pa.int32(), nullable=False),
         pa.field("truncated", pa.bool_(), nullable=False),
         pa.field("input_hash", pa.binary(INPUT_HASH_BYTES), nullable=False),
-        *(pa.field(name, pa.string()) for name in spec.keep),
+        *(pa.field(name, COLUMN_TYPES[spec.keep_types.get(name, "string")]) for name in spec.keep),
         *(field for output in outputs for field in output_fields(output)),
     ]
     return pa.schema(fields)

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypedDict
+from typing import Literal, TypedDict, get_args
+
+import msgspec
 
 from embedstream.dataset.manifest import manifest_spec, refuse_other_spec
 from embedstream.dataset.objects import is_object
 from embedstream.dataset.roots import allows, is_redis
 from embedstream.dataset.sink import Sink
 from embedstream.dataset.sinks import canonical_output
-from embedstream.errors import BrokerError, OutputError
+from embedstream.errors import BrokerError, OutputError, UsageError
 from embedstream.failpoints import reach
-from embedstream.jobs import JobSpec, JobState, model_address, queue_name
+from embedstream.jobs import JobSpec, JobState, KeptType, model_address, queue_name
 from embedstream.lifecycle.adoption import Adopted, adopt_shards
 from embedstream.outputs import OutputSpec, Task
 from embedstream.queue.broker import Broker
@@ -43,6 +45,7 @@ class SpecSettings(TypedDict, total=False):
     title_field: str | None
     title_sep: str
     keep: Sequence[str]
+    """`NAME`, or `NAME:TYPE` with a `KeptType`."""
     text: bool
     empty: Literal["error", "skip"]
 
@@ -50,9 +53,12 @@ class SpecSettings(TypedDict, total=False):
 def make_spec(
     *, queue: str | None, output: str, model: str, revision: str | None, parts: Sequence[str], settings: SpecSettings
 ) -> JobSpec:
-    """A checked spec in its canonical spelling. Raises `UsageError`."""
+    """A checked spec in its canonical spelling. Raises `UsageError`.
+
+    Kept fields have the types that the settings name; `with_types` adds those that the corpus has.
+    """
     given = dict(settings)
-    given["keep"] = tuple(settings.get("keep", ()))
+    given["keep"], given["keep_types"] = _split_types(settings.get("keep", ()))
     given["outputs"] = tuple(settings.get("outputs", ()))
     spec = JobSpec(
         queue=queue or queue_name(model),
@@ -64,6 +70,42 @@ def make_spec(
     )
     spec.check()
     return spec
+
+
+def _split_types(keep: Iterable[str]) -> tuple[tuple[str, ...], dict[str, KeptType]]:
+    names: list[str] = []
+    types: dict[str, KeptType] = {}
+    for field in keep:
+        name, _, ending = field.rpartition(":")
+        type = next((each for each in get_args(KeptType) if each == ending and name), None)
+        names.append(field if type is None else name)
+        if type is not None:
+            types[name] = type
+    return tuple(names), types
+
+
+def with_types(spec: JobSpec, parts: Iterable[Mapping[str, KeptType]] = ()) -> JobSpec:
+    """The spec with a type for each kept field: the one that it names; else that of its column, if that is the same in
+    all parts that have it; else string. `parts`: types of the kept columns of each part.
+
+    Raises:
+        UsageError: a type is named, and the output is in Redis.
+    """
+    named = {name: type for name, type in spec.keep_types.items() if type != "string"}
+    if is_redis(spec.output):
+        if named:
+            raise UsageError(
+                f"--keep {min(named)}:{named[min(named)]}: hashes in Redis hold text alone: leave the type out"
+            )
+        return msgspec.structs.replace(spec, keep_types={})
+    found: dict[str, set[KeptType]] = {}
+    for part in parts:
+        for name, type in part.items():
+            found.setdefault(name, set()).add(type)
+    for name, types in found.items():
+        if name not in spec.keep_types and len(types) == 1 and types != {"string"}:
+            (named[name],) = types
+    return msgspec.structs.replace(spec, keep_types=named)
 
 
 def finished_manifest(sink: Sink, spec: JobSpec) -> Manifest | None:

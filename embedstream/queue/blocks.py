@@ -12,8 +12,9 @@ import msgspec
 import pyarrow as pa
 
 from embedstream.errors import BlockError
-from embedstream.jobs import FORMAT_VERSION, other_version
+from embedstream.jobs import FORMAT_VERSION, KeptType, other_version
 from embedstream.queue.ipc_bounds import read_batch, read_schema
+from embedstream.queue.kept import typed
 from embedstream.settings import BLOCK_LIMITS, MIB
 
 MAX_BODY_BYTES = 8 * MIB
@@ -40,11 +41,16 @@ BASE_FIELDS: tuple[pa.Field[Any], ...] = (
     pa.field("text_pair", pa.string()),
 )
 
+_NO_TYPES: Mapping[str, KeptType] = {}
+
 _IPC_OPTIONS = pa.ipc.IpcWriteOptions(compression="zstd")
 
 
 def block_schema(keep: tuple[str, ...]) -> pa.Schema:
-    """Columns of a block. Kept fields are nullable strings: a JSON string as it is, anything else as its JSON text."""
+    """Columns of a block. Kept fields are nullable strings: a JSON string as it is, anything else as its JSON text.
+
+    Their types do not show, so that the same rows give the same blocks in every format.
+    """
     return pa.schema([*BASE_FIELDS, *(pa.field(name, pa.string()) for name in keep)])
 
 
@@ -152,8 +158,14 @@ def encode_block(block: Block) -> Entry:
     )
 
 
-def decode_block(fields: Mapping[bytes, bytes], keep: tuple[str, ...], parts: int = MOST_PARTS) -> Block:
-    """Unpack and check a stream entry, from whomever it comes, in bounded memory. `parts`: how many the job has.
+def decode_block(
+    fields: Mapping[bytes, bytes],
+    keep: tuple[str, ...],
+    parts: int = MOST_PARTS,
+    types: Mapping[str, KeptType] = _NO_TYPES,
+) -> Block:
+    """Unpack and check a stream entry, from whomever it comes, in bounded memory. `parts`: how many the job has;
+    `types`: which of its kept fields are not strings.
 
     Raises:
         BlockError: version, sizes, schema or content are not what they should be.
@@ -185,6 +197,7 @@ def decode_block(fields: Mapping[bytes, bytes], keep: tuple[str, ...], parts: in
         if batch.num_rows + len(refused) > MAX_ROWS:
             raise BlockError(f"{name} has {len(refused)} refused rows beside {count} others, {MAX_ROWS} are allowed")
         _check_rows(batch, refused, name)
+        _check_types(batch, types, name)
     except BlockError:
         raise
     except Exception as error:  # whatever Arrow and Python raise for what is none
@@ -219,6 +232,14 @@ def _check_rows(batch: pa.RecordBatch, refused: tuple[Refusal, ...], name: str) 
         raise BlockError(f"{name} has an id of more than {limits.longest_id_bytes:,} bytes")
     if _longest(batch, "text") > limits.longest_text_bytes:
         raise BlockError(f"{name} has a text of more than {limits.longest_text_bytes:,} bytes")
+
+
+def _check_types(batch: pa.RecordBatch, types: Mapping[str, KeptType], name: str) -> None:
+    for field, type in types.items():
+        try:
+            typed(batch.column(field), type)
+        except pa.ArrowInvalid as error:
+            raise BlockError(f"{name} has a {_shown(field)} that does not fit its type, {type}") from error
 
 
 def _list(batch: pa.RecordBatch, column: str) -> list[Any]:

@@ -72,7 +72,7 @@ class CorpusCheck:
         words = "has another text than the one that was embedded"
         self._told(Kind.OTHER_TEXT, part, rows, other_text, ids.to_pylist(), label, words)
         if spec.keep:
-            other = same & (there[:, 2] != kept_numbers(batch, spec.keep))
+            other = same & (there[:, 2] != kept_numbers(batch, spec))
             words = f"has other values of {', '.join(spec.keep)} than the dataset"
             self._told(Kind.OTHER_FIELDS, part, rows, other, ids.to_pylist(), label, words)
 

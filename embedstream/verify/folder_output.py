@@ -226,7 +226,7 @@ class FolderCheck:
         numbers[:, 0] = id_numbers(batch.column("id"))
         numbers[:, 1] = text_numbers(batch.column("input_hash"))
         if self.spec.keep:
-            numbers[:, 2] = kept_numbers(batch, self.spec.keep)
+            numbers[:, 2] = kept_numbers(batch, self.spec)
         if self.spec.text:
             digests = text_digests(strings_of(batch.column("text")), self.manifest.prompt)
             own = np.frombuffer(digests, np.uint64).reshape(-1, 2)[:, 0]

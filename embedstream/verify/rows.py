@@ -13,8 +13,10 @@ import pyarrow.compute as pc
 
 from embedstream.dataset.input_hash import text_digests
 from embedstream.dataset.values import Ragged, Values, from_columns, to_columns
+from embedstream.jobs import JobSpec
 from embedstream.outputs import Kind as OutputKind
 from embedstream.outputs import Output
+from embedstream.queue.kept import typed
 from embedstream.verify.findings import Findings, Kind
 from embedstream.verify.places import Mask
 
@@ -125,9 +127,10 @@ def text_numbers(column: Any) -> npt.NDArray[np.uint64]:
     return data.view(np.uint64).reshape(len(column), -1)[:, 0].copy()
 
 
-def kept_numbers(batch: pa.RecordBatch, keep: Sequence[str]) -> npt.NDArray[np.uint64]:
-    """A hash of each row's kept fields, [n]."""
-    columns = [batch.column(name).to_pylist() for name in keep]
+def kept_numbers(batch: pa.RecordBatch, spec: JobSpec) -> npt.NDArray[np.uint64]:
+    """A hash of each row's kept fields, [n]: the same for a block's text and for the dataset's values."""
+    types = spec.keep_types
+    columns = [typed(batch.column(name), types.get(name, "string")).to_pylist() for name in spec.keep]
     return _numbers([msgspec.json.encode(fields).decode() for fields in zip(*columns, strict=True)])
 
 

@@ -70,6 +70,7 @@ class FilePart(SourcePart["_Head"]):
                 log.warning("%s: %s", self.label, head.stream.warning)
 
     def hint(self, spec: JobSpec) -> str | None:
+        self.kept_types = dict.fromkeys(spec.keep, "string")
         reader, outcomes, refusals = RecordReader(spec, self.index), list[Outcome](), list[Refusal]()
         rows: list[bytes] = []
         for row, lines in self._open().looked_at():

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from embedstream.corpus.columns import ColumnReader
+from embedstream.corpus.columns import ColumnReader, kept_types
 from embedstream.corpus.records import Outcome
 from embedstream.dataset.parquet_rows import RowsRefused, rows_at_once
 from embedstream.errors import InputError
@@ -60,6 +60,7 @@ class ParquetPart(SourcePart[_OpenFile]):
             return None
         with self._explained(opened.source):
             lacking = ColumnReader(spec, opened.parquet.schema_arrow, self.label).lacking
+            self.kept_types = kept_types(opened.parquet.schema_arrow, spec.keep)
         if lacking and self.index == 0:
             raise InputError(lacking)
         return lacking or None

@@ -153,7 +153,7 @@ class SourcePart(Part, Generic[Begun]):
 
     @abstractmethod
     def hint(self, spec: JobSpec) -> str | None:
-        """A sentence of advice from how the part begins.
+        """A sentence of advice from how the part begins; the types of kept columns are known then, too.
 
         Raises:
             NothingUsable: all that was looked at is refused.

@@ -24,6 +24,7 @@ from embedstream.lifecycle.opening import (
     make_spec,
     open_job,
     refuse_forbidden,
+    with_types,
 )
 from embedstream.lifecycle.submission import Pushed, push_job
 from embedstream.lifecycle.unchanged import refuse_changed
@@ -117,10 +118,12 @@ def submit(options: Options) -> int:
     )
     if options.plan:
         return _plan(options, spec)
-    sink = open_sink(spec.output, spec, options.redis_url)
     if options.server_side:
-        return _submit_server_side(options, spec, sink)
+        spec = with_types(spec)
+        return _submit_server_side(options, spec, open_sink(spec.output, spec, options.redis_url))
     parts = check_sources(options.corpus, notice=_tell(options), spec=spec)
+    spec = with_types(spec, (part.kept_types for part in parts))
+    sink = open_sink(spec.output, spec, options.redis_url)
     with contextlib.ExitStack() as stack:
         failed = None
         if options.retry_failed:

@@ -74,7 +74,12 @@ from embedstream.outputs import Task, parse_emit
 )
 @click.option("--title-field", metavar="FIELD", help="Joined in front of the text; '' for none.  [default: title]")
 @click.option("--title-sep", default=" ", show_default="a space", help="Between title and text.")
-@click.option("--keep", multiple=True, metavar="FIELD", help="Carry a field into the dataset; repeatable.")
+@click.option(
+    "--keep",
+    multiple=True,
+    metavar="FIELD[:TYPE]",
+    help="Carry a field into the dataset; repeatable. TYPE: int64, float64, bool or string.",
+)
 @click.option("--no-text", is_flag=True, help="Leave the text column out of the dataset.")
 @click.option("--empty", type=click.Choice(["error", "skip"]), default="error", help="How to treat an empty text.")
 @click.option("--prompt", help="Put in front of every text.  [default: the model's own for the role]")

@@ -11,10 +11,13 @@ from typing import Any
 import duckdb
 import numpy as np
 import polars
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from lab.hashing_reference import reference_vector
 from redisvl.redis.utils import buffer_to_array
 
+import embedstream
 from e2e.harness import Fleet, fleet, run, write_corpus
 from embedstream import AsyncClient, Client
 from embedstream.server.connection import connect
@@ -128,3 +131,60 @@ def test_what_workers_wrote_is_verified_against_its_corpus(workers: Fleet, tmp_p
     assert verdict["findings"]["checksum"]["first"][0]["file"] == shard.name
     assert run("embed-verify", tmp_path / "nothing").returncode == 2
     assert run("embed-verify", tmp_path / "out", path).returncode == 2
+
+
+def test_typed_columns_pass_through_and_are_verified_and_merged(workers: Fleet, tmp_path: Path) -> None:
+    count, out = 600, tmp_path / "out"
+    columns = {
+        "id": [f"d{i}" for i in range(count)],
+        "text": [f"text {i}" for i in range(count)],
+        "year": pa.array([None if i % 7 == 0 else 1900 + i for i in range(count)], pa.int32()),
+        "score": [float("nan") if i == 1 else i / 3 for i in range(count)],
+        "good": [i % 2 == 0 for i in range(count)],
+        "day": pa.array(range(count), pa.date32()),
+    }
+    table, names = pa.table(columns), [tmp_path / "a.parquet", tmp_path / "b.parquet"]
+    pq.write_table(table.slice(0, 300), names[0])
+    pq.write_table(table.slice(300), names[1])
+    workers.start_worker()
+    workers.start_worker()
+    keep = [word for name in ("year", "score", "good", "day") for word in ("--keep", name)]
+    args = [*names, "-o", out, "--redis", workers.url, "--model", "hashing", *keep]
+    done = run("embed-submit", *args)
+    assert done.returncode == 0, done.stderr
+    assert "finished already" in run("embed-submit", *args).stdout
+    for command in (["embed-compact", out], ["embed-verify", out, "--corpus", *names]):
+        ended = run(*command)
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+    read = embedstream.open_dataset(out).to_table().sort_by([("part", "ascending"), ("row", "ascending")])
+    expected = table.select(["year", "score", "good", "day"]).to_pylist()
+    expected[1]["score"] = None
+    assert read.select(["year", "score", "good"]).to_pylist() == [
+        {name: row[name] for name in ("year", "score", "good")} for row in expected
+    ]
+    assert [read.schema.field(name).type for name in ("year", "score", "good", "day")] == [
+        *(pa.int64(), pa.float64(), pa.bool_(), pa.string()),
+    ]
+    assert read["day"][0].as_py() == "1970-01-01"
+    pq.write_table(table.set_column(2, "year", pa.array([1] * count, pa.int32())).slice(0, 300), names[0])
+    changed = run("embed-verify", out, "--corpus", *names)
+    assert changed.returncode == 1
+    assert "has other values of year, score, good, day than the dataset" in changed.stdout
+
+
+def test_a_field_of_json_lines_has_the_type_that_is_named(workers: Fleet, tmp_path: Path) -> None:
+    path, out = tmp_path / "c.jsonl", tmp_path / "out"
+    years: list[object] = [2001, "2002", None, 2003.5]
+    path.write_text("".join(json.dumps({"id": i, "text": f"t {i}", "year": y}) + "\n" for i, y in enumerate(years)))
+    workers.start_worker()
+    args = [path, "-o", out, "--redis", workers.url, "--model", "hashing"]
+    done = run("embed-submit", *args, "--keep", "year:int64")
+    assert done.returncode == 3, done.stderr
+    table = embedstream.open_dataset(out).to_table(columns=["id", "year"]).sort_by("id")
+    assert table.to_pylist() == [{"id": "0", "year": 2001}, {"id": "1", "year": 2002}, {"id": "2", "year": None}]
+    error = json.loads((out / "_errors.jsonl").read_text())
+    assert (error["line"], error["code"]) == (4, "bad_kept")
+    assert error["message"] == 'field "year" is 2003.5; --keep year:int64 takes whole numbers of 64 bits'
+    other = run("embed-submit", *args, "--keep", "year")
+    assert other.returncode == 2
+    assert "made with keep=year:int64, this command says keep=year" in other.stderr

@@ -144,7 +144,7 @@ def test_a_trouble_that_passes_is_waited_for_by_workers_and_producers(
         pushed: list[Pushed] = []
 
         def push() -> None:
-            part, blocks = records_part([], lab.spec("second")), pack(TEXTS, 8)
+            part, blocks = records_part([]), pack(TEXTS, 8)
             patience = Patience(told.append, "HOST")
             pushed.append(push_job(lab.broker, second, [part], lambda _: iter(blocks), BOUND, patience))
 

@@ -43,7 +43,9 @@ def read(*paths: Path, **changed: Any) -> list[Block]:
 def submitted(records: Records, **changed: Any) -> list[Block]:
     with DuplicateIndex() as index:
         spec = make_spec("records", **changed)
-        return list(records_part(records, spec).blocks(spec, index))
+        part = records_part(records)
+        part.check(spec)
+        return list(part.blocks(spec, index))
 
 
 def pairs(blocks: Iterable[Block]) -> list[tuple[str, str]]:

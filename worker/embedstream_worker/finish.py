@@ -12,6 +12,7 @@ import pyarrow as pa
 from embedstream.dataset.schema import dataset_schema, errors_schema
 from embedstream.dataset.values import to_columns
 from embedstream.queue.blocks import Block, Refusal
+from embedstream.queue.kept import typed
 from embedstream.queue.steps import CommitBlock
 from embedstream.records import BlockRecord
 from embedstream_worker.held import EmbeddedGroup, HeldBlock
@@ -116,7 +117,7 @@ def group_table(group: EmbeddedGroup) -> pa.Table:
     parts = np.repeat([block.part for block in blocks], [block.rows.num_rows for block in blocks])
     outputs = tokenized.job.outputs
     schema = dataset_schema(spec, outputs)
-    made: dict[str, pa.Array[Any]] = {
+    made: dict[str, Any] = {
         "part": pa.array(parts, pa.int32()),
         "n_tokens": pa.array(tokens.lengths, pa.int32()),
         "truncated": pa.array(tokens.truncated, pa.bool_()),
@@ -124,6 +125,7 @@ def group_table(group: EmbeddedGroup) -> pa.Table:
     }
     for output in outputs:
         made |= zip(output.columns, to_columns(output, group.results[output.kind]), strict=True)
+    made |= {name: typed(rows.column(name), type) for name, type in spec.keep_types.items()}
     columns = [made[field.name] if field.name in made else _copied(rows.column(field.name)) for field in schema]
     return pa.table(columns, schema=schema)
 

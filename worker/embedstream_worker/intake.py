@@ -261,7 +261,7 @@ class Intake:
         self._meter.claimed(claimed.deliveries)
         try:
             with self._meter.stage("decode"):
-                block = decode_block(claimed.fields, job.spec.keep, len(job.spec.parts))
+                block = decode_block(claimed.fields, job.spec.keep, len(job.spec.parts), job.spec.keep_types)
         except BlockError as error:
             self._held.remove(claimed.stream, [claimed.entry])
             self._jobs.fail(job.id, str(error))
