@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import chart
 import corpora
 import numpy as np
 from contenders import Contender, EndToEnd, Peer, Run, Settings, Task, Vectors
@@ -240,14 +241,18 @@ def main() -> None:
     parser.add_argument("--long", type=int, default=256, help="long texts; 0 leaves them out [default: 256]")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, help="also write the report to this file")
+    parser.add_argument("--chart", type=Path, help="draw the first table into this SVG file")
     chosen = parser.parse_args()
     PLACE.mkdir(parents=True, exist_ok=True)
     if chosen.output:
         chosen.output.write_text("", "utf-8")
 
+    shown: list[str] = []
+
     def show(lines: Sequence[str]) -> None:
         text = "\n".join([*lines, ""])
         print(text, flush=True)
+        shown.append(text)
         if chosen.output:
             with chosen.output.open("a", encoding="utf-8") as file:
                 file.write(text + "\n")
@@ -257,6 +262,8 @@ def main() -> None:
         place = Path(name)
         show([f"{machine()}; {server.product}, append-only file on; {chosen.rounds} rounds, alternating."])
         show(short_texts(server, folder, place, chosen.texts, chosen.rounds))
+        if chosen.chart:
+            chosen.chart.write_text(chart.draw("\n".join(shown)), "utf-8")
         if not chosen.long:
             return
         title = f"Texts of equal length: {chosen.long} of 512 tokens, of which all-MiniLM-L6-v2 takes 256"

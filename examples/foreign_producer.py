@@ -38,7 +38,7 @@ Row = tuple[int, str, str]
 
 def spec_of(queue: str, model: str, corpus: str, output: str) -> bytes:
     """The job's spec: all fields in their order."""
-    spec = {
+    spec: dict[str, object] = {
         "queue": queue,
         "output": output,
         "model": model,

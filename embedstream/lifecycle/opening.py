@@ -91,7 +91,7 @@ def with_types(spec: JobSpec, parts: Iterable[Mapping[str, KeptType]] = ()) -> J
     Raises:
         UsageError: a type is named, and the output is in Redis.
     """
-    named = {name: type for name, type in spec.keep_types.items() if type != "string"}
+    named: dict[str, KeptType] = {name: type for name, type in spec.keep_types.items() if type != "string"}
     if is_redis(spec.output):
         if named:
             raise UsageError(

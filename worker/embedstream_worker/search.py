@@ -25,10 +25,10 @@ from embedstream.terminal import printable
 
 Vector = npt.NDArray[np.float32]
 
-PLACE = ("part", "row", "chunk")
+PLACE: tuple[str, ...] = ("part", "row", "chunk")
 """What tells the rows of a dataset in files apart, in the order of the corpus."""
 
-REDIS_PLACE = ("id",)
+REDIS_PLACE: tuple[str, ...] = ("id",)
 """The same of hashes, which do not say where in the corpus they were."""
 
 
