@@ -153,8 +153,9 @@ def test_typed_columns_pass_through_and_are_verified_and_merged(workers: Fleet, 
     done = run("embed-submit", *args)
     assert done.returncode == 0, done.stderr
     assert "finished already" in run("embed-submit", *args).stdout
-    for command in (["embed-compact", out], ["embed-verify", out, "--corpus", *names]):
-        ended = run(*command)
+    options: dict[str, list[object]] = {"embed-compact": [], "embed-verify": ["--corpus", *names]}
+    for command, more in options.items():
+        ended = run(command, out, *more)
         assert ended.returncode == 0, ended.stdout + ended.stderr
     read = embedstream.open_dataset(out).to_table().sort_by([("part", "ascending"), ("row", "ascending")])
     expected = table.select(["year", "score", "good", "day"]).to_pylist()
