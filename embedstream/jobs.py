@@ -337,11 +337,14 @@ class JobStatus(msgspec.Struct, frozen=True, kw_only=True):
     """One look at a job. Times are Redis seconds (float); rows are chunks."""
 
     job: str
+    """Its id."""
     state: JobState
     spec: JobSpec
     created: float
     ended: float | None
+    """None as long as it goes on."""
     now: float
+    """When it was looked at."""
     pushed: float
     """When the producer last added a block."""
     committed: float
@@ -353,8 +356,11 @@ class JobStatus(msgspec.Struct, frozen=True, kw_only=True):
     failed: int
     """Error rows: refused by the producer or failed in the worker."""
     skipped: int
+    """Rows left out on purpose (`empty="skip"`)."""
     truncated: int
+    """Rows whose text was longer than the model takes."""
     tokens: int
+    """Tokens of the written rows."""
     padded: int
     """Tokens that the model computed, padding included."""
     blocks: int
@@ -362,10 +368,13 @@ class JobStatus(msgspec.Struct, frozen=True, kw_only=True):
     done: int
     """Blocks committed."""
     queued_bytes: int
+    """Of its blocks in Redis."""
     sealed: bool
     """Whether all parts are sealed, so `submitted` is final."""
     space: str
+    """What makes its vectors comparable with others'; empty before the first shard."""
     max_errors: str
+    """The bound on failed rows as it was given."""
     workers: dict[str, int] = {}
     """Rows written, by the worker that wrote them."""
     verdict: str = ""

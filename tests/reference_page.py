@@ -11,9 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import click
-import msgspec
 
-from embedstream import settings
 from embedstream.cli import main
 from embedstream.settings import ENV_PREFIX, Settings
 
@@ -79,8 +77,8 @@ def shown_options(command: click.Command) -> Iterator[click.Option]:
 def page() -> str:
     """The whole page."""
     sections = [_section(name, command) for name, command in commands().items()]
-    own = _table(["variable", "default", "what"], [_setting(name) for name in _without_flag()])
-    others = _table(["variable", "what"], [[f"`{name}`".replace(", ", "`, `"), what] for name, what in OTHERS.items()])
+    own = table(["variable", "default", "what"], [_setting(name) for name in _without_flag()])
+    others = table(["variable", "what"], [[f"`{name}`".replace(", ", "`, `"), what] for name, what in OTHERS.items()])
     return (
         "\n".join([INTRODUCTION, *sections, WITHOUT_FLAGS, own, "What else programs read:\n", others]).rstrip() + "\n"
     )
@@ -92,8 +90,8 @@ def _section(name: str, command: click.Command) -> str:
         usage = " ".join([name, *filter(None, command.collect_usage_pieces(context))])
     help_text = " ".join(inspect.cleandoc(command.help or "").split("\n"))
     paragraphs = [textwrap.fill(each.strip(), 120) for each in help_text.split("  ")]
-    table = _table(["flag", "variable", "default", "what"], rows)
-    return f"## {name}\n\n```\n{usage}\n```\n\n" + "\n\n".join(paragraphs) + f"\n\n{table}"
+    flags = table(["flag", "variable", "default", "what"], rows)
+    return f"## {name}\n\n```\n{usage}\n```\n\n" + "\n\n".join(paragraphs) + f"\n\n{flags}"
 
 
 def _option(option: click.Option, context: click.Context) -> list[str]:
@@ -120,13 +118,13 @@ def _without_flag() -> list[str]:
 def _setting(name: str) -> list[str]:
     default = getattr(Settings(), name)
     shown = "" if default is None else f"`{default}`"
-    return [f"`{ENV_PREFIX}_{name.upper()}`", shown, _field_docs(Settings).get(name, "")]
+    return [f"`{ENV_PREFIX}_{name.upper()}`", shown, field_docs(Settings).get(name, "")]
 
 
-def _field_docs(struct: type[msgspec.Struct]) -> dict[str, str]:
-    """The strings below a struct's fields, which exist in its source alone."""
-    tree = ast.parse(inspect.getsource(settings))
-    (found,) = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == struct.__name__]
+def field_docs(kind: type) -> dict[str, str]:
+    """The strings below a class's fields, which exist in its source alone."""
+    (found,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
+    assert isinstance(found, ast.ClassDef)
     docs = {}
     for field, below in zip(found.body, found.body[1:], strict=False):
         if (
@@ -139,7 +137,8 @@ def _field_docs(struct: type[msgspec.Struct]) -> dict[str, str]:
     return docs
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """In Markdown."""
     lines = [head, ["---"] * len(head), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 

@@ -186,12 +186,14 @@ class Client:
     ) -> Job:
         """Submit records as one job and return when all are with the workers; they are read as a stream.
 
-        `records`: mappings with `id` and `text` (as in files, see `RecordReader`), strings (their positions are their
-        ids), or a table: of pyarrow, a data frame of pandas or polars, or anything else with Arrow's interface. A bad
-        record becomes a row of `_errors.jsonl`. `output`: a folder or a Redis URL, as workers see it. The same records
-        into the same output again: what is done is not done again. If all is, they are read and compared with what was
-        embedded, unless `trust_unchanged`. An output in Redis tells their number alone, one that cannot be read from
-        here nothing.
+        `records`: mappings with `id` and `text` (or the other usual fields, as in files), strings (their positions are
+        their ids), or a table: of pyarrow, a data frame of pandas or polars, or anything else with Arrow's interface. A
+        bad record becomes a row of `_errors.jsonl`. `output`: a folder, an S3 or a Redis URL, as workers see it.
+        `model`: None means EMBEDSTREAM_MODEL. `max_errors`: with more failed rows the job fails, `100` or `0.5%`.
+
+        The same records into the same output again: what is done is not done again. If all is, they are read and
+        compared with what was embedded, unless `trust_unchanged`. An output in Redis tells their number alone, one that
+        cannot be read from here nothing.
 
         Raises:
             UsageError: settings that cannot be used.

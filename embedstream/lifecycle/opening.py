@@ -45,7 +45,7 @@ class SpecSettings(TypedDict, total=False):
     title_field: str | None
     title_sep: str
     keep: Sequence[str]
-    """`NAME`, or `NAME:TYPE` with a `KeptType`."""
+    """Fields to carry into the dataset: `NAME`, or `NAME:TYPE` with `int64`, `float64`, `bool` or `string`."""
     text: bool
     empty: Literal["error", "skip"]
 

@@ -496,6 +496,9 @@ class AsyncBroker(Steps):
     def __init__(self, client: redis.asyncio.Redis, queue: str) -> None:
         super().__init__(queue)
         self._raw: Any = client
+        self._unknown: set[str] = set()
+        """Scripts that the server did not know. fakeredis closes a connection after each error, so that the script may
+        get there only when the caller tries again."""
 
     async def run(self, step: Step[T]) -> T:
         """As `Broker.run`."""
@@ -503,8 +506,11 @@ class AsyncBroker(Steps):
         reach_step(step.script, "before")
         with _reading_keys(self.keys, step.keys):
             try:
+                if step.script in self._unknown:
+                    raise NoScriptError
                 raw = await _in_time(self._raw.evalsha(script.sha, count, *step.keys, *step.args))
             except NoScriptError:
+                self._unknown.add(step.script)
                 raw = await _in_time(self._raw.eval(script.body, count, *step.keys, *step.args))
             reach_step(step.script, "after")
             return step.parse(raw)
