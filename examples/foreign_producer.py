@@ -57,7 +57,8 @@ def spec_of(queue: str, model: str, corpus: str, output: str) -> bytes:
         "keep_types": {},
         "text": True,
         "empty": "error",
-        "outputs": [{"name": "embedding", "kind": "dense", "dtype": "float32", "dim": None, "normalized": None}],
+        "task": "auto",
+        "outputs": [],
         "retry": None,
         "v": 1,
     }

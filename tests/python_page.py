@@ -205,6 +205,7 @@ OF_FLAGS = {
     "title_field": "Put in front of the text; None: `title`; an empty string: none.",
     "title_sep": "Between title and text.",
     "empty": "How to treat an empty text.",
+    "task": "What the model is asked for; as `--task`.",
 }
 """Settings that the flags of embed-submit describe."""
 
@@ -228,7 +229,7 @@ def _states() -> str:
 
 
 def _errors() -> str:
-    def below(kind: type, depth: int = 0) -> Iterator[str]:
+    def below(kind: type[errors.EmbedstreamError], depth: int = 0) -> Iterator[str]:
         public = kind.__name__ in embedstream.__all__
         what = " ".join((inspect.getdoc(kind) or "").split("\n\n")[0].split())
         home = "" if public else " (`embedstream.errors`)"

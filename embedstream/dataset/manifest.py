@@ -216,5 +216,5 @@ def refuse_other_spec(output: str, made: JobSpec, wanted: JobSpec, way_out: str 
         raise SpecDiffers(output, "keep", made.kept, wanted.kept, way_out)
     if field == "output":
         raise SpecDiffers(output, field, mask(made.output), mask(wanted.output), way_out)
-    name = {"corpus": "parts"}.get(field, field.replace("-", "_"))
+    name = {"corpus": "parts", "emit": "outputs"}.get(field, field.replace("-", "_"))
     raise SpecDiffers(output, field, getattr(made, name), getattr(wanted, name), way_out)
