@@ -10,6 +10,9 @@ from embedstream.cli.command import Command
 from embedstream.cli.commands import run
 from embedstream.errors import UsageError
 
+MANIFEST_SECONDS = 2.0
+"""How long a manifest is waited for after that: live workers look for such jobs every second or so."""
+
 
 @click.command(cls=Command, examples=["embed-cancel 0123456789abcdef --redis redis://host:6379/0"])
 @click.argument("job")
@@ -17,10 +20,10 @@ from embedstream.errors import UsageError
 @click.option("--queue", help="Look for it on this queue only.  [default: all]")
 @click.version_option(package_name="embedstream")
 def cancel(job: str, redis_url: str | None, queue: str | None) -> None:
-    """End a job early. What is computed stays, and the same embed-submit goes on from there.
+    """End a job early. What is written stays, and the same embed-submit goes on from there.
 
-    Workers have five seconds to commit what they hold of it; this command waits for that and prints how many rows are
-    kept. JOB may be a compaction, too: its dataset stays as it is.
+    Workers have five seconds to write what they have computed of it; this command waits for that and prints how many
+    rows are kept. JOB may be a compaction, too: its dataset stays as it is.
     """
     if not redis_url:
         raise UsageError("no Redis: give --redis URL, or set EMBEDSTREAM_REDIS_URL")
@@ -51,9 +54,11 @@ def cancel(job: str, redis_url: str | None, queue: str | None) -> None:
         if not was_cancelled(job, answer) or before is None or before.ended:
             click.echo(f"job {job} is {broker.state(job)} already")
             return
-        end = time.monotonic() + GRACE_MS / 1000
-        while broker.is_closing(job) and time.monotonic() < end:
-            time.sleep(0.1)
+        if broker.is_closing(job):
+            click.echo(f"workers write what they have computed of it, for {GRACE_MS // 1000} s at most", err=True)
+            end = time.monotonic() + GRACE_MS / 1000 + MANIFEST_SECONDS
+            while time.monotonic() < end and (state := broker.state(job)) is not None and not state.ended:
+                time.sleep(0.1)
         try:
             status = broker.status(job)
         except UsageError:  # of another version
