@@ -1,7 +1,7 @@
 """What `embed-submit --plan` and the process that counts tokens for it say to each other, over a pipe.
 
 Each message is its length (4 bytes, little-endian) and MessagePack. First comes the job's spec, answered by a
-`TokenCounter`; then lists of texts, each answered by their `Counted`.
+`TokenCounter`; then lists of texts, each answered by their `Counted`, and perhaps a `Measure`, answered by `Measured`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ class TokenCounter(msgspec.Struct, frozen=True, kw_only=True):
     words: str = ""
     """The recipe for people."""
     warning: str = ""
-    dim: int | None = None
+    vector_bytes: int | None = None
+    """Of a row; None: not known."""
 
 
 class Counted(msgspec.Struct, frozen=True, array_like=True):
@@ -35,6 +36,25 @@ class Counted(msgspec.Struct, frozen=True, array_like=True):
     truncated: list[bool]
 
 
+class Measure(msgspec.Struct, frozen=True, kw_only=True):
+    """Asks to embed some texts for some seconds."""
+
+    texts: list[str]
+    seconds: float
+    flags: dict[str, str] = {}
+    """Of the worker: engine, device, dtype."""
+
+
+class Measured(msgspec.Struct, frozen=True, kw_only=True):
+    """What came of it."""
+
+    trouble: str = ""
+    """Why nothing did."""
+    tokens_per_second: float = 0.0
+    recipe: Recipe | None = None
+    words: str = ""
+
+
 def send(stream: IO[bytes], message: object) -> None:
     """Raises `OSError` if the other side is gone."""
     data = msgspec.msgpack.encode(message)
@@ -43,7 +63,7 @@ def send(stream: IO[bytes], message: object) -> None:
 
 
 def receive(stream: IO[bytes], kind: type[T]) -> T | None:
-    """The next message; None at the end."""
+    """The next message; None at the end. `kind` may be a union of types."""
     size = stream.read(4)
     if len(size) < 4:
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import subprocess
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -18,13 +18,14 @@ from embedstream.corpus.parts import Part
 from embedstream.dataset.roots import is_redis
 from embedstream.errors import EmbedstreamError
 from embedstream.jobs import JobSpec
-from embedstream.planning import Counted, TokenCounter, receive, send
+from embedstream.planning import Counted, Measure, Measured, TokenCounter, receive, send
 from embedstream.queue.blocks import Block
 from embedstream.queue.broker import Broker
 from embedstream.queue.queues import look_at_queue
 from embedstream.records import Recipe
 from embedstream.server.connection import connect, mask
 from embedstream.terminal import counted
+from embedstream_producer.progress import Progress
 from embedstream_producer.report import duration
 
 SAMPLE_ROWS = 32_768
@@ -35,6 +36,10 @@ AT_ONCE_ROWS, AT_ONCE_CHARACTERS = 1024, 1024 * 1024
 
 ROW_BYTES = {True: 120, False: 24}
 """Beside vector and text, by whether the output is Redis: keys and their table there, ids and numbers in files."""
+
+MEASURED_SECONDS = 5.0
+
+_ENDED = "the process that counts tokens and embeds has ended"
 
 _ALL = 1 << 64
 _SPREAD = 0x9E3779B97F4A7C15
@@ -74,14 +79,24 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     output_bytes: int | None
     """About: vectors and texts before compression. None: the vectors' length is not known."""
     tokens_per_second: float | None
-    """Of the queue; None: unknown until a worker has run."""
+    """Of the queue, or as measured here; None: unknown until a worker has run."""
+    measured: bool
+    """Whether that was measured here."""
     seconds: float | None
+    seconds_unknown: str
+    """Why nothing could be measured."""
 
 
 def make_plan(
-    spec: JobSpec, parts: Sequence[Part], redis_url: str | None, on_position: Callable[[int, int], None]
+    spec: JobSpec,
+    parts: Sequence[Part],
+    redis_url: str | None,
+    progress: Progress,
+    measure: Mapping[str, str] | None = None,
 ) -> tuple[Plan, str]:
     """Read the corpus, as the job would; returns the plan, and the recipe in words.
+
+    `measure`: embed some texts here, with these flags of a worker, to know how fast that is.
 
     Raises:
         InputError: a part cannot be read.
@@ -92,7 +107,7 @@ def make_plan(
     with CountingProcess(spec) as process, DuplicateIndex() as ids, DuplicateIndex() as texts:
         sample = Sample(process.count)
         for part in parts:
-            for block in part.blocks(spec, ids, on_position=_told(part.index, on_position)):
+            for block in part.blocks(spec, ids, on_position=_told(part.index, progress.reading)):
                 found: list[Any] = block.rows.column("text").to_pylist()
                 places: list[Any] = block.rows.column("row").to_pylist()
                 rows += len(found)
@@ -103,8 +118,12 @@ def make_plan(
                 if process.about.trouble == "":
                     sample.add(part.index, places, found)
         tokens = sample.tokens(rows)
-        about = process.about
-    pace = _pace(redis_url, spec)
+        about, measured = process.about, None
+        if measure is not None and tokens is not None:
+            progress.phase("loading the model, and embedding for some seconds")
+            measured = process.measure(sample.first, measure)
+    pace = _pace(redis_url, spec) if measured is None else measured.tokens_per_second
+    others = rows * ROW_BYTES[is_redis(spec.output)] + text_bytes * spec.text
     plan = Plan(
         rows=rows,
         refused=dict(sorted(refused.items())),
@@ -112,16 +131,16 @@ def make_plan(
         duplicate_texts=repeated,
         tokens=tokens,
         tokens_unknown=about.trouble,
-        recipe=about.recipe,
+        recipe=measured.recipe if measured and measured.recipe else about.recipe,
         warning=about.warning,
         output=mask(spec.output),
-        output_bytes=None
-        if about.dim is None
-        else rows * (4 * about.dim + ROW_BYTES[is_redis(spec.output)]) + text_bytes * spec.text,
-        tokens_per_second=pace,
+        output_bytes=None if about.vector_bytes is None else rows * about.vector_bytes + others,
+        measured=measured is not None and not measured.trouble,
+        tokens_per_second=pace or None,
         seconds=tokens.total / pace if tokens is not None and pace else None,
+        seconds_unknown=measured.trouble if measured else "",
     )
-    return plan, about.words
+    return plan, measured.words if measured and measured.words else about.words
 
 
 def lines(plan: Plan, words: str) -> Iterator[str]:
@@ -151,9 +170,10 @@ def lines(plan: Plan, words: str) -> Iterator[str]:
     if plan.output_bytes is not None:
         yield f"output:  about {plan.output_bytes / 1e6:,.1f} MB in {plan.output}"
     if plan.seconds is None:
-        yield "time:    unknown until a worker has run"
+        yield f"time:    unknown{f': {plan.seconds_unknown}' if plan.seconds_unknown else ' until a worker has run'}"
     else:
-        yield f"time:    about {duration(plan.seconds)}, at the queue's {plan.tokens_per_second:,.0f} tokens/s"
+        whose = "as measured here," if plan.measured else "at the queue's"
+        yield f"time:    about {duration(plan.seconds)}, {whose} {plan.tokens_per_second:,.0f} tokens/s"
 
 
 class Sample:
@@ -166,6 +186,8 @@ class Sample:
         self._waiting: list[tuple[int, str]] = []
         self._characters = 0
         self._lengths: list[tuple[int, int, bool]] = []
+        self.first: list[str] = []
+        """Those of the first message."""
 
     def add(self, part: int, rows: Sequence[int], texts: Sequence[str]) -> None:
         """Rows that are not in the sample are passed over."""
@@ -198,7 +220,9 @@ class Sample:
     def _tokenize(self) -> None:
         if not self._waiting:
             return
-        found = self._count([text for _, text in self._waiting])
+        texts = [text for _, text in self._waiting]
+        self.first = self.first or texts
+        found = self._count(texts)
         self._lengths += [
             (place, length, cut)
             for (place, _), length, cut in zip(self._waiting, found.tokens, found.truncated, strict=True)
@@ -230,7 +254,7 @@ class CountingProcess:
             send(self._ask, spec)
             if (about := receive(self._answer, TokenCounter)) is not None:
                 return about
-        return TokenCounter(trouble="the process that counts tokens has ended")
+        return TokenCounter(trouble=_ENDED)
 
     def count(self, texts: list[str]) -> Counted:
         """Of a model that tells its tokens. A process that died is the end of counting."""
@@ -238,8 +262,16 @@ class CountingProcess:
             send(self._ask, texts)
             if (found := receive(self._answer, Counted)) is not None:
                 return found
-        self.about = TokenCounter(trouble="the process that counts tokens has ended")
+        self.about = TokenCounter(trouble=_ENDED)
         return Counted([], [])
+
+    def measure(self, texts: list[str], flags: Mapping[str, str]) -> Measured:
+        """How fast they are embedded here."""
+        with contextlib.suppress(OSError):
+            send(self._ask, Measure(texts=texts, seconds=MEASURED_SECONDS, flags=dict(flags)))
+            if (found := receive(self._answer, Measured)) is not None:
+                return found
+        return Measured(trouble=_ENDED)
 
     def __enter__(self) -> Self:
         return self

@@ -83,6 +83,7 @@ class Options:
     retry_failed: bool = False
     trust_unchanged: bool = False
     plan: bool = False
+    plan_measure: bool = False
     worker: tuple[str, ...] = ()
     """Flags of embed-worker for the one that this command starts."""
     detach: bool = False
@@ -103,7 +104,7 @@ def submit(options: Options) -> int:
         raise UsageError("--server-side needs --redis: coordinators find the job there")
     if options.server_side and options.retry_failed:
         raise UsageError("--server-side and --retry-failed exclude each other: failed rows are read on this machine")
-    if options.plan and (options.server_side or options.retry_failed):
+    if (options.plan or options.plan_measure) and (options.server_side or options.retry_failed):
         raise UsageError("--plan reads the corpus here, and all of it: leave out --server-side and --retry-failed")
     if options.redis_url is not None:
         connect(options.redis_url)  # refuses what is no URL, also where nobody is asked because all is finished
@@ -116,7 +117,7 @@ def submit(options: Options) -> int:
         parts=part_names(options.corpus) if options.server_side else [part_name(source) for source in options.corpus],
         settings=options.settings,
     )
-    if options.plan:
+    if options.plan or options.plan_measure:
         return _plan(options, spec)
     if options.server_side:
         spec = with_types(spec)
@@ -139,7 +140,7 @@ def _plan(options: Options, spec: JobSpec) -> int:
             progress.tell(part.advice or "")
         progress.phase("reading the corpus")
         try:
-            plan, words = make_plan(spec, parts, options.redis_url, progress.reading)
+            plan, words = make_plan(spec, parts, options.redis_url, progress, _measure(options))
         except KeyboardInterrupt:
             return DETACHED
     if options.json:
@@ -148,6 +149,13 @@ def _plan(options: Options, spec: JobSpec) -> int:
         for line in plan_lines(plan, words):
             echo(line)
     return 0
+
+
+def _measure(options: Options) -> dict[str, str] | None:
+    if not options.plan_measure:
+        return None
+    flags = [word for word in options.worker if word != "--no-warmup"]
+    return {flag.removeprefix("--"): value for flag, value in zip(flags[::2], flags[1::2], strict=True)}
 
 
 def _submit_server_side(options: Options, spec: JobSpec, sink: Sink) -> int:

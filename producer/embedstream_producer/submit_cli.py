@@ -29,7 +29,7 @@ from embedstream.outputs import Task, parse_emit
             "no_text",
             "empty",
         ],
-        "Before embedding": ["plan"],
+        "Before embedding": ["plan", "plan_measure"],
         "Failed rows": ["max_errors", "retry_failed"],
         "A finished output": ["trust_unchanged"],
         "This machine's worker, without --redis": ["device", "engine", "dtype", "no_warmup"],
@@ -89,6 +89,9 @@ from embedstream.outputs import Task, parse_emit
 @click.option("--retry-failed", is_flag=True, help="Run again the rows of a finished output that failed in a worker.")
 @click.option("--plan", is_flag=True, help="Embed nothing: read the corpus, and print what the job would be.")
 @click.option(
+    "--plan-measure", is_flag=True, help="The same, with the time: some texts are embedded here for a few seconds."
+)
+@click.option(
     "--trust-unchanged", is_flag=True, help="Do not read the corpus to see whether it is the one that was embedded."
 )
 @click.option("--device", allow_from_autoenv=False, metavar="NAME", help="As of embed-worker: cpu, cuda:N or mps.")
@@ -135,6 +138,7 @@ def embed_submit(
     retry_failed: bool,
     trust_unchanged: bool,
     plan: bool,
+    plan_measure: bool,
     device: str | None,
     engine: str | None,
     dtype: str | None,
@@ -186,6 +190,7 @@ def embed_submit(
         retry_failed=retry_failed,
         trust_unchanged=trust_unchanged,
         plan=plan,
+        plan_measure=plan_measure,
         worker=(*worker, *(["--no-warmup"] if no_warmup else [])),
         detach=detach,
         server_side=server_side,

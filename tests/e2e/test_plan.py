@@ -68,6 +68,20 @@ def test_a_plan_is_json_with_the_queues_pace_and_the_prompt_counted(tmp_path: Pa
     assert timed["seconds"] == pytest.approx(plain["tokens"]["total"] / 5000)
 
 
+def test_a_plan_that_measures_embeds_here_and_says_the_time_by_the_engine_that_it_had(tmp_path: Path) -> None:
+    path = tmp_path / "c.jsonl"
+    write_corpus(path, 300)
+    plan = json.loads(run("embed-submit", path, "--model", "hashing", "--plan-measure", "--json").stdout)
+    assert (plan["measured"], plan["seconds_unknown"], plan["recipe"]["engine"]) == (True, "", "hashing")
+    assert plan["seconds"] == pytest.approx(plan["tokens"]["total"] / plan["tokens_per_second"])
+    other = run(
+        "embed-submit", path, "--model", "hashing", "--plan-measure", "--engine", "openvino", "--device", "cuda"
+    )
+    assert other.returncode == 0
+    assert "time:    unknown: --device cuda: openvino runs on the CPU" in other.stdout
+    assert [each.name for each in tmp_path.iterdir()] == ["c.jsonl"]
+
+
 def test_what_is_not_known_is_said_and_the_rest_is_counted(tmp_path: Path) -> None:
     model = tmp_path / "model"
     model.mkdir()

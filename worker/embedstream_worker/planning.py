@@ -5,15 +5,24 @@ It needs `tokenizers` and NumPy, and neither the weights in memory nor a model l
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
 import sys
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from embedstream.dataset.input_hash import model_inputs
 from embedstream.errors import EmbedstreamError
 from embedstream.jobs import JobSpec
-from embedstream.planning import Counted, TokenCounter, receive, send
+from embedstream.outputs import Dtype, Output
+from embedstream.planning import Counted, Measure, Measured, TokenCounter, receive, send
+
+_ASKED: Any = list[str] | Measure
+
+_BYTES: dict[Dtype, float] = {"float32": 4, "float16": 2, "ubinary": 1 / 8}
 
 
 @dataclass(frozen=True)
@@ -44,6 +53,7 @@ def plan_of(spec: JobSpec) -> Plan:
     from embedstream_worker.engines import HASHING_MODEL
     from embedstream_worker.engines.base import EngineInfo, OutputInfo
     from embedstream_worker.families import card_prompts, missing
+    from embedstream_worker.giving import resolve_outputs
     from embedstream_worker.recipe import NOWHERE, in_words, origin_of, recipe_of
 
     if spec.model == HASHING_MODEL:
@@ -77,9 +87,15 @@ def plan_of(spec: JobSpec) -> Plan:
         recipe=recipe,
         words=in_words(recipe),
         warning=missing(info, spec.role) if recipe.prompt_from == NOWHERE else "",
-        dim=info.outputs["dense"].dim or None,
+        vector_bytes=_vector_bytes(resolve_outputs(spec, info)),
     )
     return Plan(tokenizer, prompt, max_length, about)
+
+
+def _vector_bytes(outputs: Sequence[Output]) -> int | None:
+    """Of a row's dense vectors; None if their dimensions are not known."""
+    known = all(output.kind == "dense" and output.dim for output in outputs)
+    return sum(math.ceil(output.dim * _BYTES[output.dtype]) for output in outputs) if known else None
 
 
 def main() -> None:
@@ -98,8 +114,40 @@ def main() -> None:
         send(answer, TokenCounter(trouble=str(error)))
         return
     send(answer, plan.about)
-    while (texts := receive(ask, list[str])) is not None:
-        send(answer, plan.count(texts))
+    while (asked := receive(ask, _ASKED)) is not None:
+        send(answer, plan.count(asked) if isinstance(asked, list) else _measured(spec, plan, asked))
+
+
+def _measured(spec: JobSpec, plan: Plan, asked: Measure) -> Measured:
+    try:
+        return measure(spec, plan, asked)
+    except ModuleNotFoundError as error:
+        return Measured(trouble=f"{error.name} is not installed: pip install 'embedstream[worker]'")
+    except EmbedstreamError as error:
+        return Measured(trouble=str(error))
+
+
+def measure(spec: JobSpec, plan: Plan, asked: Measure) -> Measured:
+    """Load the model and embed the texts, over and over until the time is up. Raises `ModelError`."""
+    from embedstream_worker.batching import cut_batches, gather_batch
+    from embedstream_worker.engines import EngineOptions, load_engine
+    from embedstream_worker.recipe import in_words, recipe_of
+
+    engine = load_engine(EngineOptions(spec.model, spec.revision, **asked.flags))  # type: ignore[arg-type]
+    tokens = engine.tokenizer().encode([plan.prompt + text for text in asked.texts], plan.max_length)
+    prompt_length = engine.tokenizer().prompt_length(plan.prompt, plan.max_length)
+    cut = cut_batches(tokens.lengths, engine.info.batch_tokens, engine.info.padded)
+    batches = [gather_batch(tokens, rows, prompt_length, spec.role) for rows in cut]
+    engine.run(batches[0])  # the first one is slow
+    begun, done = time.monotonic(), 0
+    for batch in itertools.cycle(batches):
+        engine.run(batch)
+        done += len(batch.ids)
+        if (spent := time.monotonic() - begun) >= asked.seconds:
+            break
+    recipe = recipe_of(engine.info, spec, plan.prompt, plan.max_length)
+    engine.close()
+    return Measured(tokens_per_second=done / spent, recipe=recipe, words=in_words(recipe))
 
 
 if __name__ == "__main__":
