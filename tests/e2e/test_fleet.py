@@ -43,7 +43,7 @@ def test_a_corpus_becomes_vectors_of_its_texts(workers: Fleet, tmp_path: Path) -
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["state"] == "completed"
-    assert (report["rows"], report["failed"], report["dim"]) == (3000, 0, 384)
+    assert (report["rows"], report["failed"], report["outputs"][0]["dim"]) == (3000, 0, 384)
     assert_exact(tmp_path / "out", texts)
     assert_no_leftovers(tmp_path / "out")
 

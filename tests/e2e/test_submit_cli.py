@@ -126,9 +126,9 @@ def test_the_report_is_one_json_object(tmp_path: Path, url: str, queue: str) -> 
     report = json.loads(done.stdout)
     assert set(report) == {
         *("job", "state", "rows", "failed", "truncated", "tokens"),
-        *("padding", "seconds", "output", "model", "dim"),
+        *("padding", "seconds", "output", "model", "outputs"),
     }
-    assert (report["state"], report["rows"], report["dim"]) == ("completed", 50, 2)
+    assert (report["state"], report["rows"], report["outputs"][0]["dim"]) == ("completed", 50, 2)
     manifest = read_manifest(tmp_path / "out")
     assert report["seconds"] == pytest.approx(manifest["ended"] - manifest["created"], abs=0.001)
 
