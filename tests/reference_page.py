@@ -38,7 +38,7 @@ OTHERS = {
     "Default: `~/.cache/embedstream`.",
     "EMBEDSTREAM_FAILPOINTS": "For tests: where a process kills or stops itself, or loses a reply.",
     "EMBEDSTREAM_EMBEDDED": "Set by `embed-submit` without Redis for its worker: the one output to write.",
-    "XDG_STATE_HOME": "Below it, in `embedstream`, embedded mode keeps what it knows of unfinished outputs. "
+    "XDG_STATE_HOME": "Below it, in `embedstream`, embedded mode keeps its locks and logs while it runs. "
     "Default: `~/.local/state`.",
     "XDG_RUNTIME_DIR": "Where its socket may lie if `/tmp` cannot hold it.",
     "AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL": "The store that `s3://` means, if it is not AWS'.",

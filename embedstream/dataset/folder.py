@@ -134,11 +134,6 @@ class FolderSink:
                 continue
             yield found
 
-    def missing(self, names: Iterable[str]) -> list[str]:
-        """Those of some shards whose data files are not there. Raises `OutputError`."""
-        there = set(self._part_files())
-        return [name for name in names if part_file(name) not in there]
-
     def _footers(self, known: Container[str] = ()) -> Iterator[ShardRecord]:
         """What each readable shard says of itself, but for the `known` ones, in name order."""
         for name in self._part_files():

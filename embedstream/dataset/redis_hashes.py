@@ -18,8 +18,15 @@ import redis
 import redis.exceptions
 
 from embedstream.dataset.content import check_content
-from embedstream.dataset.manifest import decode_manifest, encode_manifest, list_shard, manifest_spec
+from embedstream.dataset.manifest import (
+    decode_manifest,
+    encode_manifest,
+    list_shard,
+    manifest_spec,
+    refuse_other_spec,
+)
 from embedstream.dataset.ordering import Ordering
+from embedstream.dataset.parquet import Footer
 from embedstream.dataset.redis_address import RedisAddress
 from embedstream.dataset.redis_values import from_fields, to_fields
 from embedstream.dataset.schema import ErrorRow, output_fields, placed_errors
@@ -29,7 +36,7 @@ from embedstream.jobs import JobSpec, JobState
 from embedstream.queue.refusals import FOR_GOOD
 from embedstream.records import Manifest, ManifestShard, ShardContent, ShardRecord
 from embedstream.server.connection import connect, explain, mask
-from embedstream.server.foreign import reading
+from embedstream.server.foreign import leaving_out, reading
 
 T = TypeVar("T")
 Fields: TypeAlias = list[bytes | None]
@@ -40,7 +47,7 @@ SLICE_BYTES = 1024 * 1024
 """What goes to the server at once: enough that round trips vanish, little enough that others are served between."""
 
 _OWN_NAME = re.compile(rb"_[a-z]")
-"""How names begin that are no row's: `_errors`, `_manifest`, `_pending`, `_probe-…`. See `_name`."""
+"""How names begin that are no row's: `_errors`, `_manifest`, `_pending`, `_shards`, `_probe-…`. See `_name`."""
 
 
 class RedisSink:
@@ -52,6 +59,7 @@ class RedisSink:
     hash `prefix + "_errors"`, the manifest in the string `prefix + "_manifest"`. With a time to live, each key has it
     from its last writing on. How a row ends that fails, or is run again, is noted by shard in the hash
     `prefix + "_pending"`, and takes effect with a manifest that lists the shard: another one may have been committed.
+    Until its job is completed, each shard that was written whole is noted in the hash `prefix + "_shards"`.
     """
 
     def __init__(self, address: RedisAddress, server: str, spec: JobSpec | None = None) -> None:
@@ -99,6 +107,8 @@ class RedisSink:
         for batch in content.errors.to_batches(max_chunksize=SLICE_ROWS):
             placed = placed_errors(batch, spec.parts)
             self._put("_pending", {_pending(record, *place): error for *place, error in placed})
+        note = Footer(shard=record, spec=msgspec.Raw(spec.encode()))
+        self._put("_shards", {f"{spec.job}:{record.name}": msgspec.json.encode(note)})
         return record
 
     def _write_rows(self, batch: pa.RecordBatch, spec: JobSpec, results: Sequence[str]) -> None:
@@ -168,15 +178,29 @@ class RedisSink:
             OutputError: the server cannot be reached or refuses.
         """
         if self._spec is not None:
-            self._forget(f"{self._spec.job}:{name}:")
+            shard = f"{self._spec.job}:{name}"
+            self._ask(lambda: self._client.hdel(f"{self._prefix}_shards", shard))
+            self._forget("_pending", f"{shard}:")
 
-    def find_shards(self, known: Container[str] = ()) -> Iterator[ShardRecord]:  # noqa: ARG002
-        """None: hashes do not say which shard they came in."""
-        return iter(())
+    def find_shards(self, known: Container[str] = ()) -> Iterator[ShardRecord]:
+        """Shards of this job that were written whole and are not `known` by name, in name order, as they were noted.
 
-    def missing(self, names: Iterable[str]) -> list[str]:  # noqa: ARG002
-        """None, for the same reason."""
-        return []
+        Raises:
+            SpecDiffers: a shard with rows was made by a job with other settings.
+            OutputError: the server cannot be reached or refuses.
+        """
+        spec = self._spec
+        if spec is None:
+            return
+        for field, data in sorted(dict(self._scan_hash("_shards", f"{spec.job}:*")).items()):
+            note = None
+            with leaving_out(f"{mask(self._server)} {self._prefix}_shards"):
+                note = msgspec.json.decode(data, type=Footer)
+                made, named = note.job_spec(), f"{spec.job}:{note.shard.name}".encode() == field
+            if note is None or not named or note.shard.name in known or (made != spec and not note.shard.rows):
+                continue
+            refuse_other_spec(self.output, made, spec)
+            yield note.shard
 
     def read_manifest(self) -> Manifest | None:
         """The manifest; None before the job's end. Raises `OutputError`."""
@@ -204,7 +228,10 @@ class RedisSink:
         pipe.set(f"{self._prefix}_manifest", encode_manifest(manifest), ex=self._ttl)
         self._run(pipe)
         # A job that is not completed may be opened again, and a shard be committed that was written before its end.
-        self._forget(f"{job}:", None if manifest.state == JobState.COMPLETED else shards)
+        completed = manifest.state == JobState.COMPLETED
+        self._forget("_pending", f"{job}:", None if completed else shards)
+        if completed:
+            self._forget("_shards", f"{job}:")
 
     def _ended(self, job: str, shards: set[str]) -> Iterator[tuple[str, bytes]]:
         """Places of the rows in these shards that failed or were run again, each with its error, or with nothing."""
@@ -227,9 +254,9 @@ class RedisSink:
         if late:
             self._ask(lambda: self._client.unlink(*late))
 
-    def _forget(self, beginning: str, shards: set[str] | None = None) -> None:
-        """Take fields out of the pending ones: those of some shards, or (None) all."""
-        key, found = f"{self._prefix}_pending", self._scan_hash("_pending", f"{beginning}*")
+    def _forget(self, name: str, beginning: str, shards: set[str] | None = None) -> None:
+        """Take fields out of a hash: those of some shards, or (None) all."""
+        key, found = f"{self._prefix}{name}", self._scan_hash(name, f"{beginning}*")
         fields = (field for field, _ in found if shards is None or field.decode().split(":")[1] in shards)
         while some := list(islice(fields, SLICE_ROWS)):
             self._ask(partial(self._client.hdel, key, *some))

@@ -27,15 +27,12 @@ class Sink(Protocol):
         """Remove a shard that was refused whole (sinks without files keep it: its rows are overwritten)."""
 
     def find_shards(self, known: Container[str] = ()) -> Iterator[ShardRecord]:
-        """This job's whole shards that lie in the output, listed or not, in name order (none for sinks without files),
-        but for those `known` by name, which need not be read.
+        """This job's whole shards that lie in the output, listed or not, in name order, but for those `known` by name,
+        which need not be read.
 
         Raises:
             SpecDiffers: rows of a job with another spec lie there.
         """
-
-    def missing(self, names: Iterable[str]) -> list[str]:
-        """Those of some shards whose files are not there (none for sinks without files). Raises `OutputError`."""
 
     def read_manifest(self) -> Manifest | None:
         """The manifest, if one was ever written."""

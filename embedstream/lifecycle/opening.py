@@ -194,7 +194,7 @@ def open_job(
 
     `visible`: as `is_visible` says; a completed job whose manifest was visible and is gone is begun anew, and an ended
     one of another spec gives way if nothing of it is left.
-    `always_adopt`: also for a job that goes on; for when nobody else is at work on it.
+    `always_adopt`: also for a job that goes on; for when a call before may have been broken off.
     `patience`: for adoption, as what is broken off there would not be taken up again by calling this once more.
 
     Raises:
@@ -225,8 +225,6 @@ def open_job(
     if fresh or (always_adopt and state in (JobState.SUBMITTING, JobState.RUNNING)):
         shards = sink.find_shards(broker.shard_names(spec.job))
         adopted = adopt_shards(broker, spec.job, shards, patience or Patience())
-    if always_adopt and state is JobState.FINALIZING:
-        broker.free_finalize(spec.job)
     return Opened(state, adopted, resumed=answer.code is not Code.CREATED)
 
 

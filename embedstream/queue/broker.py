@@ -344,10 +344,6 @@ class Broker(Steps):
                 removed += self._raw.unlink(key)
         return removed
 
-    def empty_server(self) -> None:
-        """Remove everything from this server: for one that is all ours."""
-        self._raw.flushall()
-
     def state(self, job: str) -> JobState | None:
         """A job's state; None if there is no such job. Raises `RecordDamaged`."""
         with reading_job(job):

@@ -13,10 +13,11 @@ from types import TracebackType
 from typing import Self
 
 from embedstream.cli.starting import environment, python_command
-from embedstream.errors import STALLED, EmbedstreamError, ModelError, ServerError, UsageError, WorkerError
+from embedstream.errors import STALLED, EmbedstreamError, ModelError, UsageError, WorkerError
 from embedstream.jobs import JobSpec
 from embedstream_producer.embedded import OutputLock, PrivateFolder, PrivateServer
-from embedstream_producer.embedded.state import WORKER_LOG
+from embedstream_producer.embedded.group import Group
+from embedstream_producer.embedded.lock import WORKER_LOG
 
 MOST_DEATHS = 6
 """Deaths in a row without one more committed block: it will not get better. Three find a text that kills the worker,
@@ -71,26 +72,16 @@ class Embedded:
 
     def start_worker(self, done: Callable[[], int]) -> None:
         """Start the worker and keep it running; `done` says how many blocks are committed."""
-        command, state = [*worker_command(self._spec, self.url), *self._flags], self._lock.state
-        own = worker_environment(self._spec)
-        self._worker = WorkerProcess(command, own, state, done, self._server.record_child, self._say)
+        command = [*worker_command(self._spec, self.url), *self._flags]
+        own, state = worker_environment(self._spec), self._lock.state
+        self._worker = WorkerProcess(command, own, self._server.group, state, done, self._say)
         self._stack.enter_context(self._worker)
 
     def check(self) -> None:
         """Raise what makes going on pointless: `WorkerError`, `ModelError`, `ServerError`."""
         if self._worker is not None and self._worker.failure is not None:
             raise self._worker.failure
-        if not self._server.alive():
-            raise ServerError(
-                f"the private Redis server has ended (see {self._lock.state.path}): run the same command again to go on"
-            )
-
-    def remove_state(self) -> None:
-        """Stop all and leave nothing but the dataset."""
-        if self._worker is not None:
-            self._worker.stop()
-        self._server.stop()
-        self._lock.remove_state()
+        self._server.check()
 
 
 def worker_command(spec: JobSpec, url: str) -> list[str]:
@@ -116,16 +107,16 @@ class WorkerProcess:
         self,
         command: list[str],
         environment: dict[str, str],
+        group: Group,
         state: PrivateFolder,
         done: Callable[[], int],
-        record: Callable[[int], None],
         say: Callable[[str], None],
     ) -> None:
         self._command = command
         self._environment = environment
+        self._group = group
         self._state = state
         self._done = done
-        self._record = record
         self._say = say
         self._stopping = threading.Event()
         self._process: subprocess.Popen[bytes] | None = None
@@ -134,7 +125,6 @@ class WorkerProcess:
         self.failure: EmbedstreamError | None = None
 
     def __enter__(self) -> Self:
-        self._state.remove(WORKER_LOG)
         self._thread.start()
         return self
 
@@ -164,7 +154,6 @@ class WorkerProcess:
                 if self._stopping.is_set():
                     return
                 process = self._process = self._start()
-            self._record(process.pid)
             code = process.wait()
             if self._stopping.is_set():
                 return
@@ -186,14 +175,7 @@ class WorkerProcess:
 
     def _start(self) -> subprocess.Popen[bytes]:
         with open(WORKER_LOG, "ab", opener=self._state.opener) as log:
-            return subprocess.Popen(
-                self._command,
-                env=self._environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,  # Ctrl-C in the terminal is for us alone
-            )
+            return self._group.start(self._command, log, self._environment)
 
     def _last_lines(self, count: int) -> str:
         try:

@@ -14,7 +14,7 @@ from embedstream.corpus.parts import Part
 from embedstream.dataset.objects import is_object, parse_object
 from embedstream.dataset.sink import Sink
 from embedstream.dataset.sinks import open_sink
-from embedstream.errors import EmbedstreamError, ModelError, UsageError
+from embedstream.errors import ModelError, UsageError
 from embedstream.jobs import JobSpec, JobState, JobStatus, parse_max_errors
 from embedstream.lifecycle.opening import (
     Opened,
@@ -325,10 +325,7 @@ class Run:
 
             def open_and_start() -> Opened:
                 nonlocal started
-                if not started and self.sink.missing(broker.shard_names(self.spec.job)):
-                    self._progress.tell("vectors of an earlier run are gone from the output: making them again")
-                    broker.empty_server()
-                opened = self._open(broker, patience, visible=True, always_adopt=not started)
+                opened = self._open(broker, patience, visible=True)
                 if not started:
                     started = True
                     embedded.start_worker(lambda: watch.done)
@@ -340,20 +337,11 @@ class Run:
                 watch.check()
 
             patience = Patience(self._progress.notice, embedded.url, tick=check_all)
-            try:
-                status = self._work(broker, watch, patience, open_and_start)
-            except EmbedstreamError:
-                if self._fresh and not watch.done:
-                    embedded.remove_state()
-                raise
+            status = self._work(broker, watch, patience, open_and_start)
             assert status is not None, "embedded mode never detaches"
-            if status.state is JobState.COMPLETED or not status.rows:
-                embedded.remove_state()
             return self._end(status)
 
-    _fresh = False
-
-    def _open(self, broker: Broker, patience: Patience, *, visible: bool, always_adopt: bool = False) -> Opened:
+    def _open(self, broker: Broker, patience: Patience, *, visible: bool) -> Opened:
         # A try whose reply was lost has made the job, and has not adopted what lies in its output.
         again, self._tried = self._tried, True
         opened = open_job(
@@ -362,10 +350,9 @@ class Run:
             self.sink,
             max_errors=self.options.max_errors,
             visible=visible,
-            always_adopt=always_adopt or again,
+            always_adopt=again,
             patience=patience,
         )
-        self._fresh = not opened.resumed and not opened.adopted.shards
         first, self._opened = not self._opened, True
         self._say_opened(opened, first)
         return opened

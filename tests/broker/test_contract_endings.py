@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from lab.broker import HOUR_MS, Lab
 
-from embedstream.dataset.sinks import open_sink
 from embedstream.errors import BrokerError
 from embedstream.jobs import JobState
-from embedstream.lifecycle.opening import open_job
 from embedstream.queue.broker import SHARDS_AT_ONCE
 from embedstream.queue.steps import Answer, Code, Lease
 from embedstream.queue.workers import WorkerRecord
@@ -69,19 +65,6 @@ def test_a_finalizer_whose_lease_was_never_answered_gets_it_by_asking_again(lab:
     assert lab.broker.run(lab.broker.take_finalize(job, HOUR_MS)) is None
     assert lab.broker.run(lab.broker.finalized(lease, JobState.COMPLETED, HOUR_MS)) == Answer(Code.OK)
     assert lab.broker.run(taking) is None
-
-
-def test_the_lease_of_a_finalizer_that_is_surely_gone_is_freed_when_its_job_is_opened_again(
-    lab: Lab, tmp_path: Path
-) -> None:
-    output = str(tmp_path / "out")
-    job, spec = lab.sealed_job(0, output), lab.spec(output)
-    assert lab.broker.run(lab.broker.take_finalize(job, HOUR_MS)) is not None
-    sink = open_sink(output, spec)
-    assert open_job(lab.broker, spec, sink).state is JobState.FINALIZING
-    assert lab.broker.run(lab.broker.take_finalize(job, HOUR_MS)) is None
-    assert open_job(lab.broker, spec, sink, always_adopt=True).state is JobState.FINALIZING
-    lab.finalize(job)
 
 
 def test_only_jobs_of_the_outbox_are_leased(lab: Lab) -> None:

@@ -22,12 +22,12 @@ from e2e.harness import (
     wait_until,
     write_corpus,
 )
-from embedstream_producer.embedded import state_folder
+from embedstream.server.connection import connect
 
 
 @pytest.fixture(autouse=True)
 def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where embedded mode keeps what it knows: all processes of a run name this folder."""
+    """Where embedded mode locks: all processes of a run name this folder."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     return tmp_path / "state"
 
@@ -112,25 +112,26 @@ def test_killed_and_run_again_it_goes_on_and_doubles_nothing(tmp_path: Path) -> 
     assert_no_leftovers(tmp_path / "out")
     manifest = json.loads((tmp_path / "out" / "_manifest.json").read_text())
     listed = {shard["file"] for shard in manifest["shards"]}
-    assert survivors & listed, "no work of the killed run was kept"
-    wait_until(lambda: not processes_mentioning(str(tmp_path)), "every process of both runs to end", 20)
+    assert survivors <= listed, "a shard was not adopted"
+    assert not processes_mentioning(str(tmp_path))
 
 
-def test_a_lost_server_state_is_made_good_from_the_shards(tmp_path: Path) -> None:
-    texts = write_corpus(tmp_path / "c.jsonl", 40_000)
-    args = [tmp_path / "c.jsonl", "-o", tmp_path / "out", "--model", "hashing", "--json"]
+def test_killed_and_run_again_it_goes_on_in_an_output_in_redis(tmp_path: Path, redis_url: str) -> None:
+    write_corpus(tmp_path / "c.jsonl", 40_000)
+    address = f"{redis_url}?prefix=docs:"
+    args = [tmp_path / "c.jsonl", "-o", address, "--model", "hashing", "--json"]
     first = start_submit(*args, **PACED)
-    wait_until(lambda: list((tmp_path / "out").glob("part-*.parquet")), "a first shard")
-    first.send_signal(signal.SIGKILL)
-    first.wait()
-    wait_until(lambda: not processes_mentioning(str(tmp_path)), "the orphans to end", 30)
-    shutil.rmtree(state_folder(str(tmp_path / "out")))
-    survivors = {path.name for path in (tmp_path / "out").glob("part-*.parquet")}
-    again = run("embed-submit", *args)
-    assert again.returncode == 0, again.stderr
-    assert_exact(tmp_path / "out", texts, every=100)
-    manifest = json.loads((tmp_path / "out" / "_manifest.json").read_text())
-    assert survivors <= {shard["file"] for shard in manifest["shards"]}, "a shard was not adopted"
+    with connect(redis_url) as client:
+        wait_until(lambda: client.exists("docs:_shards"), "a first shard")
+        first.send_signal(signal.SIGKILL)
+        first.wait()
+        again = run("embed-submit", *args)
+        assert again.returncode == 0, again.stderr
+        assert "rows that lay in the output already" in again.stderr
+        assert json.loads(again.stdout)["rows"] == 40_000
+        assert not client.exists("docs:_shards", "docs:_pending")
+    verified = run("embed-verify", address, "--corpus", tmp_path / "c.jsonl")
+    assert verified.returncode == 0, verified.stdout + verified.stderr
 
 
 def test_an_unfinished_output_that_was_deleted_is_made_from_the_beginning(tmp_path: Path) -> None:
@@ -143,7 +144,6 @@ def test_an_unfinished_output_that_was_deleted_is_made_from_the_beginning(tmp_pa
     shutil.rmtree(tmp_path / "out")
     again = run("embed-submit", *args)
     assert again.returncode == 0, again.stderr
-    assert "gone from the output: making them again" in again.stderr
     assert_exact(tmp_path / "out", texts, every=100)
 
 

@@ -19,7 +19,7 @@ from redisvl.redis.utils import array_to_buffer, buffer_to_array
 
 from embedstream.dataset.schema import errors_schema
 from embedstream.dataset.sinks import canonical_output, open_sink
-from embedstream.errors import OutputError, UsageError
+from embedstream.errors import OutputError, SpecDiffers, UsageError
 from embedstream.jobs import JobSpec, JobState
 from embedstream.records import BlockRecord, ShardContent
 
@@ -92,7 +92,7 @@ def test_writing_again_leaves_the_same_hashes(make: Make, client: redis.Redis, p
     before = dump(client, prefix)
     dataset.sink.write_shard(content)
     assert dump(client, prefix) == before
-    assert len(before) == 4
+    assert len(before) == 5
 
 
 def dump(client: redis.Redis, prefix: str) -> dict[bytes, dict[bytes, bytes]]:
@@ -119,10 +119,11 @@ def test_a_later_chunk_has_its_number_in_the_key(make: Make, client: redis.Redis
     data = content.data.set_column(3, content.data.schema.field("chunk"), chunks)
     data = data.set_column(2, content.data.schema.field("id"), ids)
     dataset.write(replace(content, data=data))
-    assert sorted(key.decode() for key in dump(client, prefix)) == [f"{prefix}_1:x", f"{prefix}_2:x", f"{prefix}x"]
+    names = ["_1:x", "_2:x", "_shards", "x"]
+    assert sorted(key.decode() for key in keys_below(client, prefix)) == [f"{prefix}{name}" for name in names]
 
 
-NAMES = ("_errors", "_manifest", "_pending", "_probe", "_1:x", "x")
+NAMES = ("_errors", "_manifest", "_pending", "_shards", "_probe", "_1:x", "x")
 LOOK_ALIKES = sorted(
     {f"{mark}{name}{chunk}" for name in NAMES for mark in ("", "_", "__") for chunk in ("", ":0", ":1")}
 )
@@ -289,6 +290,37 @@ def test_the_manifest_lies_beside_the_hashes(make: Make, client: redis.Redis, pr
     assert dataset.end() == manifest
     assert client.get(f"{prefix}_manifest") == msgspec.json.encode(manifest) + b"\n"
     assert list(dataset.sink.find_shards()) == []
+
+
+def test_whole_shards_are_found_until_their_job_is_completed(make: Make, client: redis.Redis, prefix: str) -> None:
+    dataset = make()
+    dataset.write(make_content(dataset.spec, "first"))
+    dataset.write(make_content(dataset.spec, "later", [(0, 1)], errors=[make_error(0, 19)]))
+    dataset.sink.write_shard(make_content(dataset.spec, "late"))
+    dataset.sink.discard_shard("late")
+    assert list(dataset.sink.find_shards()) == dataset.records
+    assert list(dataset.sink.find_shards({"first"})) == dataset.records[1:]
+    dataset.end(JobState.CANCELLED)
+    assert list(dataset.sink.find_shards()) == dataset.records
+    dataset.end()
+    assert list(dataset.sink.find_shards()) == []
+    assert not client.exists(f"{prefix}_shards")
+
+
+def test_shards_of_another_spec_are_refused_and_damaged_notes_are_passed_over(
+    make: Make, client: redis.Redis, prefix: str
+) -> None:
+    dataset = make()
+    record = dataset.write(make_content(dataset.spec, "first"))
+    noted = client.hget(f"{prefix}_shards", f"{dataset.spec.job}:first")
+    assert isinstance(noted, bytes)
+    for name, note in (("damaged", b"{"), ("renamed", noted)):
+        client.hset(f"{prefix}_shards", f"{dataset.spec.job}:{name}", note)
+    assert list(dataset.sink.find_shards()) == [record]
+    other = make(prompt="query: ")
+    assert other.spec.job == dataset.spec.job
+    with pytest.raises(SpecDiffers, match="prompt"):
+        list(other.sink.find_shards())
 
 
 def test_other_jobs_rows_below_the_prefix_are_not_read(make: Make, client: redis.Redis, prefix: str) -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -19,10 +17,11 @@ def output(tmp_path: Path) -> str:
     return str(tmp_path / "an output")
 
 
-def test_a_lock_whose_file_was_removed_by_its_holder_excludes_again() -> None:
+def test_a_lock_whose_file_was_removed_excludes_again() -> None:
     output = "redis:?prefix=removed:"
     first = OutputLock(output)
-    first.remove_state()
+    for name in ("lock", "claim"):
+        (first.state.path / name).unlink()
     with OutputLock(output):
         first.release()
         with pytest.raises(OutputBusy):
@@ -121,7 +120,7 @@ def test_a_state_folder_that_others_may_have_a_say_in_is_refused_untouched(
     state = state_folder(output)
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir(mode=0o700)
-    (elsewhere / "appendonly.aof").write_text("theirs")
+    (elsewhere / "lock").write_text("theirs")
     for folder in (state, state.parent):
         folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         folder.symlink_to(elsewhere)
@@ -138,7 +137,7 @@ def test_a_state_folder_that_others_may_have_a_say_in_is_refused_untouched(
     home.chmod(0o777)
     with pytest.raises(OutputError, match="may be written by all"):
         OutputLock(output)
-    assert [path.name for path in elsewhere.iterdir()] == ["appendonly.aof"]
+    assert [path.read_text() for path in elsewhere.iterdir()] == ["theirs"]
     assert not Path(output).exists()
 
 
@@ -166,31 +165,11 @@ def test_without_a_folder_for_the_state_one_sentence_says_what_to_set(
         OutputLock(output)
 
 
-def test_removing_the_state_removes_nothing_that_we_did_not_make(output: str, tmp_path: Path) -> None:
+def test_a_released_lock_removes_nothing_that_we_did_not_make(output: str, tmp_path: Path) -> None:
     (tmp_path / "data").write_text("keep")
     with OutputLock(output) as lock:
-        for name in ("appendonly.aof", "appendonlydir"):
-            (lock.state.path / name).symlink_to(tmp_path)
+        (lock.state.path / "server.log").symlink_to(tmp_path / "data")
         (lock.state.path / "a note").write_text("not ours")
-        lock.remove_state()
-        assert [path.name for path in lock.state.path.iterdir()] == ["a note"]
+    assert [path.name for path in lock.state.path.iterdir()] == ["a note"]
     assert (tmp_path / "data").read_text() == "keep"
     (lock.state.path / "a note").unlink()
-
-
-def test_the_next_run_removes_what_no_run_will_come_back_to(tmp_path: Path, home: Path) -> None:
-    def unfinished(name: str) -> Path:
-        with OutputLock(str(tmp_path / name)) as lock:
-            (tmp_path / name / "part-a.parquet").write_text("")
-            (lock.state.path / "appendonly.aof").write_text("")
-            return lock.state.path
-
-    unfinished("gone")
-    old, fresh, held = unfinished("old"), unfinished("fresh"), unfinished("held")
-    shutil.rmtree(tmp_path / "gone")
-    month = time.time() - 31 * 86400
-    with OutputLock(str(tmp_path / "held")):
-        for state in (old, held):
-            os.utime(state, (month, month))
-        OutputLock(str(tmp_path / "next")).release()
-        assert sorted(home.glob("embedstream/*")) == sorted([fresh, held])

@@ -1,9 +1,7 @@
-"""A private Redis server for one output on one machine: started, stopped, and taken over from a run that was killed.
+"""A private Redis server for one output on one machine; it and what runs beside it end with the process that starts it.
 
-with OutputLock(output) as lock:
-    with PrivateServer.start(lock) as server:
-        ...                        # server.url; server.record_child(worker.pid)
-    lock.remove_state()            # when the job is complete
+with OutputLock(output) as lock, PrivateServer.start(lock) as server:
+    ...  # server.url; server.group.start(worker)
 """
 
 from embedstream_producer.embedded.lock import OutputLock

@@ -16,23 +16,23 @@ import msgspec
 
 from embedstream.errors import OutputBusy, OutputError
 from embedstream.masking import mask
-from embedstream_producer.embedded.private import PrivateFolder, is_folder, open_state, other_states, state_folder
-from embedstream_producer.embedded.state import CLAIM, MADE
+from embedstream_producer.embedded.private import PrivateFolder, is_folder, open_state, state_folder
 
 LOCK = "lock"
+CLAIM = "claim"
+SERVER_LOG = "server.log"
+WORKER_LOG = "worker.log"
 
-OLDEST_DAYS = 30.0
-"""The state of an unfinished run whose command was not repeated for so long is removed: nobody will come back to it."""
+CLAIM_SECONDS = 30.0
+"""Processes of a killed run are killed with it, but one may be in a call of the system that takes its time."""
 
 
 class _Holder(msgspec.Struct, frozen=True):
-    """Who holds a lock, written into it for the message of those who come second, and for `_is_stale`."""
+    """Who holds a lock, written into it for the message of those who come second."""
 
     pid: int
     host: str
     command: str
-    folder: str
-    """The output, if it is a folder."""
 
 
 class OutputLock:
@@ -41,11 +41,13 @@ class OutputLock:
     The folder of the output is locked itself, with no file in it, so other users are excluded too. The file in the
     state folder excludes this user's runs also from an output that is no folder, or one that was removed and made anew.
 
-    Children never inherit it (a process made by a bare fork would: start children by exec). A context manager; once
+    Children never inherit it (a process made by a bare fork would: start children by exec). `claim`, an open file, is
+    for them to inherit: the lock is not given while a process of an earlier run holds that. A context manager; once
     released it is done with. What was made for it goes away with it, as far as nobody has put anything there.
 
     Raises:
-        OutputBusy: another run holds it; the message names the process if it is one of this user.
+        OutputBusy: another run holds it; the message names the process if it is one of this user. Or a process of an
+            earlier run does not end.
         OutputError: the output's folder cannot be made, lies where folders cannot be locked, or there is no folder for
             the state that is this user's alone.
     """
@@ -58,6 +60,7 @@ class OutputLock:
         try:
             with contextlib.ExitStack() as held:
                 self.state, self._fd = self._acquire(held)
+                self.claim = self._claim(held)
                 self._held = held.pop_all()
         except OSError as error:
             self._unmake_folders()
@@ -69,20 +72,16 @@ class OutputLock:
             self._unmake_folders()
             raise
         self.held = True
-        _remove_stale(self.state.path)
-
-    def remove_state(self) -> None:
-        """Delete what is kept. For a finished job, after its server has stopped."""
-        if self.held and self.state.is_named(LOCK, self._fd):
-            _empty(self.state)
 
     def release(self) -> None:
         """Give the lock up. Twice is harmless."""
         if not self.held:
             return
         self.held = False
-        if self.state.is_named(LOCK, self._fd) and self.state.names() == [LOCK]:
-            _empty(self.state)
+        if self.state.is_named(LOCK, self._fd):
+            for name in (WORKER_LOG, SERVER_LOG, CLAIM, LOCK):  # the lock last, so that nobody finds the rest unlocked
+                self.state.remove(name)
+            self.state.drop()
         self._unmake_folders()
         self._held.close()
 
@@ -95,10 +94,7 @@ class OutputLock:
         self.release()
 
     def _acquire(self, held: contextlib.ExitStack) -> tuple[PrivateFolder, int]:
-        """Lock the state, so that a run of this user is named, then the output.
-
-        The output's folder is made before, lest another run takes the state for a stale one.
-        """
+        """Lock the state, so that a run of this user is named, then the output."""
         while True:
             if self._folder is not None:
                 self._make_folder(self._folder)
@@ -124,11 +120,23 @@ class OutputLock:
                     if not _is_at(self._folder, folder):
                         continue
                 command = shlex.join(map(mask, sys.argv))
-                holder = _Holder(os.getpid(), socket.gethostname(), command, str(self._folder or ""))
+                holder = _Holder(os.getpid(), socket.gethostname(), command)
                 os.ftruncate(lock, 0)
                 os.pwrite(lock, msgspec.json.encode(holder), 0)
                 held.push(tried.pop_all())
                 return state, lock
+
+    def _claim(self, held: contextlib.ExitStack) -> int:
+        claim = _opened(held, self.state.opener(CLAIM, os.O_RDWR | os.O_CREAT))
+        deadline = time.monotonic() + CLAIM_SECONDS
+        while not _lock(claim):
+            if time.monotonic() >= deadline:
+                raise OutputBusy(
+                    f"{mask(self.output)}: a process of an earlier run does not end: "
+                    f"end it (it holds {self.state.path / CLAIM} open) and run this again"
+                )
+            time.sleep(0.02)
+        return claim
 
     def _make_folder(self, folder: Path) -> None:
         missing = [each for each in (folder, *folder.parents) if not each.exists()]
@@ -171,45 +179,10 @@ def _is_at(path: Path | None, descriptor: int) -> bool:
         return False
 
 
-def _empty(state: PrivateFolder) -> None:
-    """Remove what we and our server make; the lock goes last, so that nobody finds the rest unlocked."""
-    for name in state.names():
-        if name.startswith(MADE):
-            state.remove(name)
-    state.remove(LOCK)
-    state.drop()
-
-
-def _decode_holder(data: bytes | None) -> _Holder | None:
-    try:
-        return msgspec.json.decode(data or b"", type=_Holder)
-    except msgspec.MsgspecError:
-        return None  # it has the lock and has not yet written its name
-
-
 def _read_holder(lock: int) -> str:
-    holder = _decode_holder(os.pread(lock, 1 << 20, 0))
-    if holder is None:
-        return ""
+    try:
+        holder = msgspec.json.decode(os.pread(lock, 1 << 20, 0), type=_Holder)
+    except msgspec.MsgspecError:
+        return ""  # it has the lock and has not yet written its name
     where = "" if holder.host == socket.gethostname() else f" on {holder.host}"
     return f"(pid {holder.pid}{where}: {holder.command}) "
-
-
-def _remove_stale(state: Path) -> None:
-    """Remove what runs left that nobody will repeat, so that the folder of states stays small. Never raises."""
-    with contextlib.suppress(OSError):
-        for other in other_states(state):
-            with contextlib.suppress(OSError), contextlib.ExitStack() as opened:
-                if not _is_stale(other) or not _lock(_opened(opened, other.opener(LOCK, os.O_RDWR | os.O_CREAT))):
-                    continue
-                # Again, as a run may have been there meanwhile; and no server may be left of one.
-                if _is_stale(other) and _lock(_opened(opened, other.opener(CLAIM, os.O_RDWR | os.O_CREAT))):
-                    _empty(other)
-
-
-def _is_stale(state: PrivateFolder) -> bool:
-    """Whether the output's folder is gone, or no run was there for `OLDEST_DAYS`."""
-    holder = _decode_holder(state.read(LOCK))
-    if holder is not None and holder.folder and not Path(holder.folder).exists():
-        return True
-    return state.modified() < time.time() - OLDEST_DAYS * 86400

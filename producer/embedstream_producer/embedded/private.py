@@ -1,7 +1,7 @@
 """The user's own folder for what embedded mode keeps, `$XDG_STATE_HOME/embedstream/<hash of the output>`.
 
-Whoever fills it has a Redis server replay commands and ends processes, so no output, which others may have made or may
-write, has a say in it: it lies elsewhere, belongs to this user alone, and its files are reached through its descriptor.
+Whoever fills it has a run wait or write where he likes, so no output, which others may have made or may write, has a
+say in it: it lies elsewhere, belongs to this user alone, and its files are reached through its descriptor.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import errno
 import hashlib
 import os
 import stat
-from collections.abc import Iterator
 from pathlib import Path
 
 from embedstream.errors import OutputError
@@ -43,19 +42,10 @@ class PrivateFolder:
         except FileNotFoundError:
             return None
 
-    def modified(self) -> float:
-        """When a file was last made or removed in it, Unix seconds."""
-        return os.fstat(self._descriptor).st_mtime
-
-    def names(self) -> list[str]:
-        return _names(self._descriptor)
-
-    def rename(self, old: str, new: str) -> None:
-        os.rename(old, new, src_dir_fd=self._descriptor, dst_dir_fd=self._descriptor)
-
     def remove(self, name: str) -> None:
-        """Remove a file, a link, or a folder and the files in it; nothing if it is not there."""
-        _remove(name, self._descriptor)
+        """Remove a file or a link; nothing if it is not there."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name, dir_fd=self._descriptor)
 
     def is_named(self, name: str, descriptor: int) -> bool:
         """Whether a name still leads to this open file."""
@@ -107,28 +97,6 @@ def open_state(path: Path) -> PrivateFolder:
         return PrivateFolder(path, _open_private(path, above))
 
 
-def other_states(state: Path) -> Iterator[PrivateFolder]:
-    """The state folders beside one, each closed when the next is asked for, but for those that cannot be opened."""
-    above = _open_private(state.parent)
-    try:
-        for path in [state.parent / name for name in _names(above) if name != state.name]:
-            with contextlib.suppress(OSError, OutputError):
-                folder = PrivateFolder(path, _open_private(path, above, make=False))
-                with contextlib.closing(folder):
-                    yield folder
-    finally:
-        os.close(above)
-
-
-def is_own_folder(path: Path) -> bool:
-    """Whether a path is a folder, no link, that only this user may enter."""
-    try:
-        found = path.lstat()
-    except OSError:
-        return False
-    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o077
-
-
 def _root() -> Path:
     given = os.environ.get("XDG_STATE_HOME", "")
     with contextlib.suppress(RuntimeError):  # nobody knows a home of this user
@@ -147,12 +115,11 @@ def _refuse_shared(base: Path) -> None:
         raise _unusable(base, "may be written by all")
 
 
-def _open_private(path: Path, above: int | None = None, *, make: bool = True) -> int:
+def _open_private(path: Path, above: int | None = None) -> int:
     """Open a folder for nobody else, made if need be; `above` is the descriptor of the one it lies in."""
     name = path.name if above is not None else str(path)
-    if make:
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(name, 0o700, dir_fd=above)
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(name, 0o700, dir_fd=above)
     try:
         descriptor = os.open(name, _OPEN_FOLDER, dir_fd=above)
     except OSError as error:
@@ -178,24 +145,3 @@ def _unusable(path: Path, why: str) -> OutputError:
         f"{path}: {why}, and what embedded mode keeps must lie where this user alone can write: "
         f"set XDG_STATE_HOME to such a folder, or name a running Redis (--redis)"
     )
-
-
-def _names(descriptor: int) -> list[str]:
-    return sorted(os.listdir(descriptor))
-
-
-def _remove(name: str, above: int) -> None:
-    try:
-        found = os.stat(name, dir_fd=above, follow_symlinks=False)
-    except FileNotFoundError:
-        return
-    if not stat.S_ISDIR(found.st_mode):
-        os.unlink(name, dir_fd=above)
-        return
-    descriptor = os.open(name, _OPEN_FOLDER, dir_fd=above)
-    try:
-        for file in _names(descriptor):
-            os.unlink(file, dir_fd=descriptor)
-    finally:
-        os.close(descriptor)
-    os.rmdir(name, dir_fd=above)

@@ -7,10 +7,9 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-
-import msgspec
 
 from embedstream.cli.starting import environment, find_executable, python_command
 from embedstream.errors import ServerError
@@ -21,7 +20,8 @@ OLDEST = (6, 2)
 FAKE = "fakeredis"
 
 
-class Program(msgspec.Struct, frozen=True):
+@dataclass(frozen=True)
+class Program:
     """A server that can be started."""
 
     product: str
@@ -30,21 +30,9 @@ class Program(msgspec.Struct, frozen=True):
     command: tuple[str, ...]
 
     @property
-    def keeps_data(self) -> bool:
-        return self.product != FAKE
-
-    @property
     def release(self) -> tuple[int, ...]:
-        """Major and minor version: file formats change with these."""
+        """Major and minor version."""
         return tuple(int(number) for number in re.findall(r"\d+", self.version)[:2])
-
-    def reads_files_of(self, writer: Program) -> bool:
-        """Whether it surely reads what `writer` left on disk.
-
-        Newer releases read older files. An older one may refuse them or, worse, find none where a newer one writes
-        (Redis 6.2 sees no append-only folder of 7.0); products went separate ways.
-        """
-        return self.product == writer.product and self.release >= writer.release
 
 
 def find_program() -> Program:
@@ -72,7 +60,7 @@ def find_program() -> Program:
 
 
 def fake_program() -> Program:
-    """The stand-in, which keeps nothing on disk."""
+    """The stand-in."""
     return Program(FAKE, version("fakeredis"), tuple(python_command("embedstream_producer.embedded.fake_server")))
 
 
