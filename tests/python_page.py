@@ -27,12 +27,25 @@ INTRODUCTION = """\
 # Python API
 
 A `Client` submits records as jobs, follows them, reads their vectors, and embeds a few texts at once. With the URL of a
-fleet's Redis `pip install .` without extras is enough, as the models run in the workers. `open_dataset` needs neither a
-client nor Redis.
+fleet's Redis `pip install .` without extras is enough, as the models run in the workers. Without one it works on this
+machine alone, as `embed-submit` does, and needs `pip install '.[local]'`. `open_dataset` needs neither.
 
 ## Examples
 
-Submit records as a stream, wait, and read the vectors:
+On one machine, without a server of your own; the first use of a model starts a worker, which takes some seconds:
+
+```python
+import embedstream
+
+with embedstream.Client() as client:
+    job = client.submit(["one text", "another", "a third"], output="three.vectors")
+    print(job.wait().rows, "rows")
+    print(client.embed("a question").shape)
+
+print(embedstream.open_dataset("three.vectors").head(1, columns=["id", "text"]).to_pylist())
+```
+
+With a fleet: submit records as a stream, wait, and read the vectors:
 
 ```python
 import embedstream
@@ -97,7 +110,7 @@ asyncio.run(main())
 EXPLAINED = {"submit": "`settings`: [those of the job](#settings-of-a-job), as the flags of `embed-submit`."}
 """What a method's docstring leaves to the types."""
 
-INTERNAL = {"push", "make_spec", "queue_of", "unanswered", "look"}
+INTERNAL = {"check", "push", "make_spec", "queue_of", "unanswered", "look"}
 """Public between our own modules alone."""
 
 

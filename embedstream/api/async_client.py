@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, Self, TypeVar, Unpack
 import pyarrow as pa
 
 from embedstream.api import interactive
-from embedstream.api.client import Client, Job, Waiting, checked, make_request, warn
+from embedstream.api.client import Client, Job, Waiting, checked, make_request, needed_url, warn
 from embedstream.api.record_blocks import AT_ONCE, Records
 from embedstream.dataset.schema import ErrorRow
 from embedstream.jobs import JobStatus
@@ -20,6 +20,7 @@ from embedstream.lifecycle.opening import SpecSettings
 from embedstream.queue.broker import AsyncBroker
 from embedstream.server.connection import connect_async, explaining
 from embedstream.server.patience import Patience, Stopped
+from embedstream.settings import Settings
 
 if TYPE_CHECKING:
     import numpy as np
@@ -85,8 +86,8 @@ class AsyncClient:
     """As `Client`, with coroutines."""
 
     def __init__(self, redis_url: str | None = None, queue: str | None = None) -> None:
-        """As `Client`."""
-        self._client = Client(redis_url, queue)
+        """As `Client`, but Redis must be named. Raises `UsageError` if it is not."""
+        self._client = Client(needed_url(Settings.from_environment(redis_url=redis_url)), queue)
         self.settings, self.url = self._client.settings, self._client.url
         self._requests = connect_async(self.url)
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, Self, Unpack
+from typing import TYPE_CHECKING, Literal, Protocol, Self, Unpack
 
 import pyarrow as pa
 import redis
@@ -65,15 +66,23 @@ class Job:
     """One job, by its id. Its progress is asked of Redis; where its vectors lie is not."""
 
     def __init__(
-        self, id: str, broker: Broker, url: str, settings: Settings, sink: Sink | None, spec: JobSpec | None = None
+        self,
+        id: str,
+        broker: Broker,
+        url: str,
+        settings: Settings,
+        sink: Sink | None,
+        spec: JobSpec | None = None,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
-        """`sink`: its output, as the caller names it. `spec`: as this process submitted it."""
+        """`sink`: its output, as the caller names it. `spec`: as this process submitted it. `check`: see `Client`."""
         self.id = id
         self._broker = broker
         self._url = url
         self._settings = settings
         self._sink = sink
         self._spec = spec
+        self._check = check
 
     def __repr__(self) -> str:
         return f"Job({self.id!r})"
@@ -108,6 +117,7 @@ class Job:
             RecordDamaged: its spec in Redis is not the one that was submitted.
             JobUnknown: as `status`.
             OutputError: the manifest cannot be written.
+            ModelError, WorkerError, ServerError: without Redis: the worker or the server here has ended.
         """
         waiting = Waiting(timeout)
         while not (status := self.look(Patience(warn, self._url, until=waiting.end))).state.ended:
@@ -118,6 +128,7 @@ class Job:
 
     def look(self, patience: Patience) -> JobStatus:
         """One look of `wait`."""
+        self._check()
         with explaining(self._url):
             return patience(lambda: look(self._broker, self.id, self._url, self._settings, self._spec))
 
@@ -147,21 +158,35 @@ class Job:
 
 
 class Client:
-    """Everything that a program needs of a fleet. Not for sharing between threads while it submits."""
+    """Everything that a program needs of a fleet, or of this machine. Not for sharing between threads while it submits.
+
+    Without a Redis URL it starts a private Redis server and a worker for each model that is used, as `embed-submit`
+    does; that needs `embedstream[local]`. Outputs are folders then. Server and worker end with `close`, or with this
+    process, however it ends; an unfinished job goes on by the same submission.
+    """
 
     def __init__(self, redis_url: str | None = None, queue: str | None = None) -> None:
         """`redis_url`: None means EMBEDSTREAM_REDIS_URL; `queue`: None means EMBEDSTREAM_QUEUE, else the model's.
 
         Raises:
-            UsageError: no Redis is named.
+            UsageError: a URL that is none.
         """
         self.settings = Settings.from_environment(redis_url=redis_url, queue=queue)
-        self.url = needed_url(self.settings)
+        self._embedded = None if self.settings.redis_url is not None else embedded_fleet(self.settings)
+        self.check: Callable[[], None] = lambda: None
+        """Raises what makes waiting for a worker pointless."""
+        if self.settings.redis_url is None:
+            return
+        self.url = self.settings.redis_url
         self._redis = connect(self.url)
         # A request is repeated by `ask`, as long as its caller waits.
         self._requests = connect(self.url, retries=0, timeout=REQUEST_TIMEOUT_SECONDS)
 
     def close(self) -> None:
+        """Close the connections. Without a Redis URL, end the private server and the workers, too."""
+        if self._embedded is not None:
+            self._embedded.close()
+            return
         self._redis.close()
         self._requests.close()
 
@@ -200,14 +225,25 @@ class Client:
             SpecDiffers: the output holds a job with other settings.
             CorpusDiffers: the output is finished, and was made of other records.
             CorpusChanged: the unfinished job in this output began with other records.
-            OutputError: no live worker may write there.
+            OutputError: no live worker may write there; without Redis: another run writes there.
             InputError: a table lacks a column that is named or needed; or Redis lost blocks and the records cannot be
                 read again.
             BrokerError: Redis refuses.
             Exception: what the records raise. The job is cancelled then, and the same submission goes on with it.
         """
-        spec = self.make_spec(output, model, revision, settings)
-        return self.push(records, spec, max_errors, Patience(warn, self.url), trust_unchanged=trust_unchanged)
+        if self._embedded is not None:
+            client = self._embedded.to_write(output, model, revision)
+            return client.submit(
+                records,
+                output=output,
+                model=model,
+                revision=revision,
+                max_errors=max_errors,
+                trust_unchanged=trust_unchanged,
+                **settings,
+            )
+        spec, patience = self.make_spec(output, model, revision, settings), Patience(warn, self.url, tick=self.check)
+        return self.push(records, spec, max_errors, patience, trust_unchanged=trust_unchanged)
 
     def push(
         self, records: Records, spec: JobSpec, max_errors: str, patience: Patience, *, trust_unchanged: bool
@@ -235,7 +271,7 @@ class Client:
         if not begun and not trust_unchanged and (manifest := finished_manifest(sink, spec)) is not None:
             for remark in refuse_changed(manifest, spec, sink, [part]):
                 log.warning(remark)
-        return Job(spec.job, broker, self.url, self.settings, sink, spec)
+        return Job(spec.job, broker, self.url, self.settings, sink, spec, self.check)
 
     def make_spec(self, output: str, model: str | None, revision: str | None, settings: SpecSettings) -> JobSpec:
         """What `submit` is told, checked. Raises `UsageError`."""
@@ -255,6 +291,10 @@ class Client:
             JobUnknown: there is none.
             UsageError: an output that cannot be used.
         """
+        if self._embedded is not None:
+            raise UsageError(
+                f"job {id}: without Redis there are no jobs but those that submit() returns: give redis_url"
+            )
         sink = None if output is None else open_sink(output, queue_url=self.url)
         with explaining(self.url):
             nowhere = Broker(self._redis, "")
@@ -279,6 +319,9 @@ class Client:
             RequestError: no worker answered in time (the message says whether one is alive), or a text failed.
             BrokerError: Redis could not be used in this time, or refuses. A server that hangs costs some seconds more.
         """
+        if self._embedded is not None:
+            client = self._embedded.to_embed(model)
+            return client.embed(texts, role, prompt, prompt_name, timeout, model=model, max_length=max_length)
         request = make_request(texts, role, prompt, prompt_name, max_length)
         broker = Broker(self._requests, self.queue_of(model))
         with explaining(self.url):
@@ -320,6 +363,22 @@ def warn(notice: str) -> None:
     """What a submission waits for."""
     if notice:
         log.warning(notice)
+
+
+class Fleet(Protocol):
+    """What a `Client` without Redis works with: `embedstream_producer.embedded_client.EmbeddedFleet`."""
+
+    def to_write(self, output: str, model: str | None, revision: str | None) -> Client: ...
+
+    def to_embed(self, model: str | None) -> Client: ...
+
+    def close(self) -> None: ...
+
+
+def embedded_fleet(settings: Settings) -> Fleet:
+    """The applications know this package, not the other way round: theirs is found by its name."""
+    fleet: Fleet = importlib.import_module("embedstream_producer.embedded_client").EmbeddedFleet(settings)
+    return fleet
 
 
 def needed_url(settings: Settings) -> str:

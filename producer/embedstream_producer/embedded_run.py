@@ -33,14 +33,14 @@ HASHING = "hashing"
 """The model of tests and measurements, which needs none of the model libraries."""
 
 
-def check_installed(model: str) -> None:
-    """Raise `UsageError` if a worker could not even start here."""
+def check_installed(model: str, otherwise: str = "name a fleet's Redis (--redis)") -> None:
+    """Raise `UsageError` if a worker could not even start here. `otherwise`: what may be done instead."""
     needed = ["embedstream_worker", "numpy", *([] if model == HASHING else ["torch", "sentence_transformers"])]
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         raise UsageError(
-            f"{missing[0]} is not installed, and without --redis the vectors are computed here: "
-            f"pip install 'embedstream[local]', or name a fleet's Redis (--redis)"
+            f"{missing[0]} is not installed, and without a fleet's Redis the vectors are computed here: "
+            f"pip install 'embedstream[local]', or {otherwise}"
         )
 
 

@@ -16,7 +16,13 @@ from e2e.harness import environment
 
 URL = "redis://host:6379/0"
 EXAMPLES = re.findall(r"```python\n(.*?)```", python_page.INTRODUCTION, re.DOTALL)
-SAYS = ["completed 1000 rows, 0 failed", "3 c empty_text", "exclude each other", "(2, 384) float32"]
+SAYS = [
+    "3 rows\n(1, 384)\n[{'id': '0', 'text': 'one text'}]",
+    "completed 1000 rows, 0 failed",
+    "3 c empty_text",
+    "exclude each other",
+    "(2, 384) float32",
+]
 
 
 def test_the_page_is_what_signatures_and_docstrings_say() -> None:
@@ -45,7 +51,8 @@ def url(folder: Path) -> Iterator[str]:
 def test_an_example_runs_as_it_stands(number: int, folder: Path, url: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", EXAMPLES[number].replace(URL, url).replace("/data", str(folder))],
-        env=environment(EMBEDSTREAM_MODEL="hashing"),
+        env=environment(EMBEDSTREAM_MODEL="hashing", XDG_STATE_HOME=str(folder)),
+        cwd=folder,
         capture_output=True,
         text=True,
         check=False,

@@ -1,0 +1,103 @@
+"""What stands behind a `Client` without Redis: for each model a private server and one worker, on this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import tempfile
+import time
+
+import redis
+
+from embedstream.api.client import Client
+from embedstream.dataset.sinks import canonical_output
+from embedstream.errors import EmbedstreamError, UsageError
+from embedstream.jobs import model_address
+from embedstream.lifecycle.opening import make_spec
+from embedstream.masking import mask
+from embedstream.queue.broker import Broker
+from embedstream.server.connection import connect
+from embedstream.settings import Settings
+from embedstream_producer.embedded import OutputLock
+from embedstream_producer.embedded_run import Embedded, check_installed
+
+log = logging.getLogger("embedstream.client")
+
+ALL_FOLDERS = "/"
+"""Where the worker may write: it works for this process alone."""
+
+LOOK_SECONDS = 0.05
+
+
+class EmbeddedFleet:
+    """Clients of private servers, each with a worker that serves one model. All end with `close`, or this process."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._held = contextlib.ExitStack()
+        self._clients: dict[tuple[str, str | None], Client] = {}
+        self._outputs: set[str] = set()
+
+    def close(self) -> None:
+        """End workers and servers; what they wrote stays, and the same submissions go on from there."""
+        self._clients.clear()
+        self._outputs.clear()
+        self._held.close()
+
+    def to_write(self, output: str, model: str | None, revision: str | None) -> Client:
+        """A client whose worker writes to the output, which is locked until `close`.
+
+        Raises:
+            UsageError: the output is no folder, or what a worker needs is not installed.
+            OutputBusy: another run has it.
+            ServerError: no server can be started.
+        """
+        place = canonical_output(output)
+        if not place.startswith("/"):
+            raise UsageError(
+                f"output {mask(place)}: without Redis a Client writes into folders alone: name a folder, or give "
+                f"redis_url='redis://host:6379/0'"
+            )
+        client = self._of(model, revision)
+        if place not in self._outputs:
+            self._held.enter_context(OutputLock(place))
+            self._outputs.add(place)
+        return client
+
+    def to_embed(self, model: str | None) -> Client:
+        """A client whose worker is ready. Raises as `to_write`, and what the worker failed of."""
+        client = self._of(model, None)
+        broker = Broker(connect(client.url), client.queue_of(model))
+        while not any(worker.state == "ready" for worker in broker.workers()):
+            client.check()
+            time.sleep(LOOK_SECONDS)
+        return client
+
+    def _of(self, model: str | None, revision: str | None) -> Client:
+        key = model_address(model or self._settings.model), revision
+        if key not in self._clients:
+            check_installed(key[0], "give Client the redis_url of a fleet")
+            with contextlib.ExitStack() as held:
+                self._clients[key] = self._start(held, *key)
+                self._held.push(held.pop_all())
+        return self._clients[key]
+
+    def _start(self, held: contextlib.ExitStack, model: str, revision: str | None) -> Client:
+        spec = make_spec(
+            queue=self._settings.queue, output=ALL_FOLDERS, model=model, revision=revision, parts=(), settings={}
+        )
+        # Not of an output, of which there may be many: the server's own.
+        place = held.enter_context(tempfile.TemporaryDirectory(prefix="embedstream-"))
+        embedded = held.enter_context(Embedded(spec, held.enter_context(OutputLock(place)), log.warning))
+        client = held.enter_context(Client(embedded.url, spec.queue))
+        client.check = embedded.check
+        broker, done = Broker(connect(embedded.url), spec.queue), 0
+
+        def committed() -> int:
+            nonlocal done
+            with contextlib.suppress(redis.RedisError, EmbedstreamError):
+                done = sum(broker.status(job).done for job in broker.active_jobs())
+            return done
+
+        embedded.start_worker(committed)
+        return client
