@@ -23,7 +23,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """What is tunable by environment in every command and in the Python API."""
 
     redis_url: str | None = None
-    """None: embedded mode for commands, an error for the Python API."""
+    """None: embedded mode; an error for `AsyncClient`."""
     model: str = DEFAULT_MODEL
     queue: str | None = None
     """None: named after the model."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import tempfile
 import time
+import uuid
 
 import redis
 
@@ -86,9 +86,9 @@ class EmbeddedFleet:
         spec = make_spec(
             queue=self._settings.queue, output=ALL_FOLDERS, model=model, revision=revision, parts=(), settings={}
         )
-        # Not of an output, of which there may be many: the server's own.
-        place = held.enter_context(tempfile.TemporaryDirectory(prefix="embedstream-"))
-        embedded = held.enter_context(Embedded(spec, held.enter_context(OutputLock(place)), log.warning))
+        # Of no output, as there may be many: a place for the logs of this server and worker.
+        place = held.enter_context(OutputLock(f"client://{uuid.uuid4().hex}"))
+        embedded = held.enter_context(Embedded(spec, place, log.warning))
         client = held.enter_context(Client(embedded.url, spec.queue))
         client.check = embedded.check
         broker, done = Broker(connect(embedded.url), spec.queue), 0
