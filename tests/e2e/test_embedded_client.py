@@ -13,7 +13,7 @@ import pytest
 
 import embedstream
 from e2e.harness import environment, run, wait_until
-from embedstream import AsyncClient, Client, UsageError
+from embedstream import Client, UsageError
 from embedstream.errors import ModelError, OutputBusy
 
 ROWS = 20_000
@@ -95,8 +95,6 @@ def test_what_needs_a_fleet_says_so() -> None:
             assert "secret" not in str(error.value)
         with pytest.raises(UsageError, match="give redis_url"):
             client.job("0" * 16)
-    with pytest.raises(UsageError, match="no Redis: give redis_url"):
-        AsyncClient()
 
 
 def test_without_the_worker_s_libraries_one_sentence_names_what_to_install() -> None:

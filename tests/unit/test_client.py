@@ -393,10 +393,10 @@ def test_an_unanswered_request_names_the_command_that_starts_a_worker(client: Cl
         client.embed(["a"], timeout=0.2)
 
 
-def test_without_a_redis_url_the_client_says_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_redis_url_the_client_for_asyncio_says_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("EMBEDSTREAM_REDIS_URL", raising=False)
     with pytest.raises(UsageError, match="EMBEDSTREAM_REDIS_URL"):
-        Client()
+        AsyncClient()
 
 
 def test_one_record_in_place_of_many_is_refused(client: Client, tmp_path: Path) -> None:
