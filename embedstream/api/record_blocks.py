@@ -9,13 +9,16 @@ from typing import Any, Protocol, TypeAlias
 
 import pyarrow as pa
 
-from embedstream.corpus.advice import Sample
+from embedstream.corpus.advice import SAMPLE_ROWS, Sample
 from embedstream.corpus.columns import ColumnReader, kept_types
 from embedstream.corpus.parts import Part
 from embedstream.corpus.records import Outcome, RecordReader
 from embedstream.errors import InputError, UsageError
 from embedstream.jobs import JobSpec, KeptType
 from embedstream.lifecycle.opening import with_types
+from embedstream.queue.blocks import Refusal
+from embedstream.queue.refusals import HOPELESS
+from embedstream.terminal import counted
 
 RECORDS = "records"
 """The name of a part that is no file."""
@@ -61,13 +64,13 @@ class RecordsPart(Part):
         return dict.fromkeys(keep, "string")
 
     def check(self, spec: JobSpec) -> None:
-        """Raise `InputError` if no row has a field that the job names; or a table lacks the columns that it needs."""
+        """Raise `InputError` if no row can be used, or has a field that the job names; or if a table lacks columns."""
         if lacking := self.lacking(spec):
             raise InputError(lacking)
 
     @abstractmethod
     def lacking(self, spec: JobSpec) -> str:
-        """A sentence on fields that the job names and no row has, if there are any."""
+        """A sentence on why no row can be used, or which fields of the job no row has; empty if all is well."""
 
     @abstractmethod
     def judged(self, spec: JobSpec) -> Iterator[Sequence[Outcome]]: ...
@@ -91,7 +94,15 @@ class _Rows(RecordsPart):
         super().__init__(records.to_pylist() if isinstance(records, pa.Array | pa.ChunkedArray) else records)
 
     def lacking(self, spec: JobSpec) -> str:
-        lacking = "" if self.once else Sample(self._records).lacking(spec)
+        if self.once:
+            return ""
+        reader = RecordReader(spec)
+        first = [reader.record(row, record) for row, record in enumerate(islice(self._records, SAMPLE_ROWS))]
+        refused = [outcome for outcome in first if isinstance(outcome, Refusal) and outcome.code in HOPELESS]
+        if refused and len(refused) == len(first):
+            lacking = f"the first {counted(len(first), 'record')} cannot be used: {refused[0].message}"
+        else:
+            lacking = Sample(self._records).lacking(spec)
         return lacking and f"{RECORDS}: {lacking}"
 
     def judged(self, spec: JobSpec) -> Iterator[Sequence[Outcome]]:

@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
@@ -54,6 +55,12 @@ def run(command: click.Command, tell: Callable[[str], None] = tell_error) -> NoR
     `tell`: what says the sentence.
     """
     protect_own_environment()
+    _fill_closed_streams()
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        tell("the folder that this was started in has been removed: change into another one (cd)")
+        sys.exit(UsageError.exit_code)
     if isinstance(sys.stdout, io.TextIOWrapper):  # terminals that lack a character show another; standard error does
         sys.stdout.reconfigure(errors="replace")
     if logging.lastResort is not None:  # of commands that set up no log: warnings, as lines for people
@@ -89,6 +96,16 @@ def run(command: click.Command, tell: Callable[[str], None] = tell_error) -> NoR
         click.echo(f"Error: standard output cannot be written: {error.strerror}; the work itself is done", err=True)
         sys.exit(1)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fill_closed_streams() -> None:
+    """Where a standard stream is closed, the next file that is opened would take its place, and what is printed go into
+    it."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            descriptor = os.open(os.devnull, os.O_RDWR)
+            if name != "stdin":  # one who asks for it is told that it is closed
+                setattr(sys, name, open(descriptor, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
 
 
 def _leave_service_links_out(command: click.Command) -> None:

@@ -5,7 +5,7 @@ Every row ends as `RecordReader.record` would end it. Rows in which anything is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import repeat
 from typing import Any
 
@@ -188,8 +188,9 @@ class ColumnReader:
         return usable
 
     def _missing(self, what: str, flag: str) -> InputError:
-        names = [_named(name) for name in self._schema.names[:NAMED_COLUMNS]]
-        more = len(self._schema.names) - len(names)
+        every = list(_paths(self._schema))
+        names = [_named(name) for name in every[:NAMED_COLUMNS]]
+        more = len(every) - len(names)
         there = ", ".join(names) + (f" and {more} more" if more else "")
         return InputError(f"{self._label}: has no {what} (there are: {there or 'none'}): name one ({flag})")
 
@@ -281,6 +282,15 @@ def _type(schema: pa.Schema, name: str) -> Any:
     head, dot, rest = name.partition(".")
     inside = _type(schema, head) if dot else None
     return _type(pa.schema(list(inside)), rest) if inside is not None and pa.types.is_struct(inside) else None
+
+
+def _paths(fields: Iterable[Any], above: str = "") -> Iterator[str]:
+    """The names of columns; in place of a struct those of its fields, with dots (`body.input`)."""
+    for field in fields:
+        if pa.types.is_struct(field.type) and "." not in field.name:
+            yield from _paths(field.type, f"{above}{field.name}.")
+        else:
+            yield above + field.name
 
 
 def _column(batch: Any, name: str) -> Column:

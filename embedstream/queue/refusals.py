@@ -37,6 +37,11 @@ FOR_GOOD = frozenset(Code)
 """What the producer refuses would be refused again; every other code of an error row is a worker's."""
 
 
+OF_THE_FORMAT = frozenset({Code.INVALID_JSON, Code.NOT_UTF8, Code.NOT_AN_OBJECT})
+HOPELESS = OF_THE_FORMAT | {Code.MISSING_ID, Code.BAD_ID, Code.MISSING_FIELD, Code.TEXT_NOT_STRING}
+"""Where the first rows all end by these, format or fields are not the expected ones: the rest is not worth a start."""
+
+
 class RowRefused(Exception):
     """Carries a verdict out of the functions that judge a row."""
 

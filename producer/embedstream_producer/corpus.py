@@ -19,7 +19,7 @@ from embedstream.dataset.objects import is_object, parse_object
 from embedstream.errors import InputError, UsageError
 from embedstream.jobs import JobSpec
 from embedstream.queue.blocks import Refusal
-from embedstream.queue.refusals import Code
+from embedstream.queue.refusals import HOPELESS, OF_THE_FORMAT, Code
 from embedstream.records import PartContent
 from embedstream.terminal import is_utf8, printable
 from embedstream_producer.lines import ByteStream, LineStream
@@ -44,7 +44,11 @@ follow are opened again when it is their turn."""
 MOST_HELD_BYTES = LONGEST_LINE_BYTES
 """Looked at in search of a row that the job can use, beyond the lines that come first."""
 
-_HOPELESS = frozenset({Code.INVALID_JSON, Code.NOT_UTF8, Code.NOT_AN_OBJECT, Code.MISSING_ID, Code.MISSING_FIELD})
+
+_OTHER_FIELDS: dict[str, str] = {
+    Code.BAD_ID: "; --id-field takes another, --number-rows none",
+    Code.TEXT_NOT_STRING: "; --text-field takes another",
+}
 
 
 class FilePart(SourcePart["_Head"]):
@@ -76,7 +80,7 @@ class FilePart(SourcePart["_Head"]):
         for row, lines in self._open().looked_at():
             rows += islice((line for line in lines if not _is_blank(line)), SAMPLE_ROWS - len(rows))
             outcomes += islice(_judge(reader, row, lines), SAMPLE_ROWS - len(outcomes))
-            refusals = [outcome for outcome in outcomes if isinstance(outcome, Refusal) and outcome.code in _HOPELESS]
+            refusals = [outcome for outcome in outcomes if isinstance(outcome, Refusal) and outcome.code in HOPELESS]
             if len(refusals) < len(outcomes) or len(outcomes) == SAMPLE_ROWS:
                 break
         if len(refusals) < len(outcomes) or not refusals:
@@ -84,7 +88,7 @@ class FilePart(SourcePart["_Head"]):
         code, _ = Counter(refusal.code for refusal in refusals).most_common(1)[0]
         first = next(refusal for refusal in refusals if refusal.code == code)
         which = f"the first {len(refusals)} rows are all" if len(refusals) > 1 else "the first row is"
-        more = "" if code in (Code.MISSING_ID, Code.MISSING_FIELD) else "; a corpus has one JSON object per line"
+        more = "; a corpus has one JSON object per line" if code in OF_THE_FORMAT else _OTHER_FIELDS.get(code, "")
         told = Sample(rows).advised(first, reader.ids)
         raise NothingUsable(f"{self.label}: {which} refused: line {first.row + 1}: {told}{more}")
 
@@ -107,6 +111,8 @@ def part_name(source: str) -> str:
     """
     if source == STDIN:
         return STDIN
+    if not source:
+        raise UsageError("a corpus file's name is empty: was it meant to come from a variable that is not set?")
     if is_object(source):
         return parse_object(source, "corpus").url
     path = os.path.abspath(source)  # noqa: PTH100  (keeps symbolic links)

@@ -45,11 +45,14 @@ _FOREIGN = (
     (b"\xfd7zXZ\x00", "compressed with xz", _REPACK),
     (b"\x04\x22\x4d\x18", "compressed with lz4", _REPACK),
     (b"\x1f\x9d", "compressed with compress", _REPACK),
+    *((tag, "compressed with zlib", _REPACK) for tag in (b"x\x01", b"x\x9c", b"x\xda")),
     (b"\xff\x06\x00\x00sNaPpY", "compressed with snappy", _REPACK),
     (b"\x1f\x8b", "compressed twice", "unpack it once"),
     (b"\x28\xb5\x2f\xfd", "compressed twice", "unpack it once"),
     (b"\xff\xfe\x00\x00", "UTF-32 text", "convert it (iconv -f UTF-32 -t UTF-8)"),
     (b"\x00\x00\xfe\xff", "UTF-32 text", "convert it (iconv -f UTF-32 -t UTF-8)"),
+    (b"{\x00\x00\x00", "UTF-32 text", "convert it (iconv -f UTF-32LE -t UTF-8)"),
+    (b"\x00\x00\x00{", "UTF-32 text", "convert it (iconv -f UTF-32BE -t UTF-8)"),
     (b"{\x00", "UTF-16 text", "convert it (iconv -f UTF-16LE -t UTF-8)"),
     (b"\x00{", "UTF-16 text", "convert it (iconv -f UTF-16BE -t UTF-8)"),
     (b"\xff\xfe", "UTF-16 text", "convert it (iconv -f UTF-16 -t UTF-8)"),
@@ -64,7 +67,6 @@ _FOREIGN = (
     (b"\x89HDF", "an HDF5 file", _CONVERT),
     (b"\x93NUMPY", "a NumPy array", _CONVERT),
     (b"%PDF-", "a PDF document", _CONVERT),
-    *((tag, "HTML or XML", "fetch the data itself") for tag in (b"<!DOCTYPE", b"<!doctype", b"<html", b"<?xml")),
 )
 _HEAD_BYTES = 6
 _TAR_HEADER = 512
@@ -260,6 +262,8 @@ class LineStream:
         first = next((line for line in lines if line and not line.isspace()), None)
         if first is None:
             return False
+        if first.lstrip().startswith(b"<"):
+            raise InputError(f"{self._label}: is HTML or XML, not JSON Lines: fetch the data itself")
         if first.lstrip().startswith(b"["):
             raise InputError(
                 f"{self._label}: is a JSON array, not JSON Lines (one object per line): "

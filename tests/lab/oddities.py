@@ -35,7 +35,7 @@ MISSING_ID, BAD_ID, ID_TOO_LONG = Code("missing_id"), Code("bad_id"), Code("id_t
 MISSING_FIELD, TEXT_NOT_STRING, EMPTY_TEXT = Code("missing_field"), Code("text_not_string"), Code("empty_text")
 NUL, LONE, NOT_UTF8 = Code("nul_in_text"), Code("lone_surrogate"), Code("not_utf8")
 INVALID_JSON, NOT_AN_OBJECT, DUPLICATE_ID = Code("invalid_json"), Code("not_an_object"), Code("duplicate_id")
-HOPELESS = {INVALID_JSON, NOT_UTF8, NOT_AN_OBJECT, MISSING_ID, MISSING_FIELD}
+HOPELESS = {INVALID_JSON, NOT_UTF8, NOT_AN_OBJECT, MISSING_ID, BAD_ID, MISSING_FIELD, TEXT_NOT_STRING}
 """Lines that begin with 100 such rows, or have nothing else, are not worth a start; columns are known by name."""
 
 

@@ -191,7 +191,7 @@ def test_an_ended_job_keeps_its_output_while_a_shard_is_left(client: Client, tmp
 @pytest.mark.usefixtures("worker")
 def test_a_job_that_failed_without_a_row_does_not_hold_its_output(client: Client, tmp_path: Path) -> None:
     records, out = [{"id": "a", "body": "x"}, {"id": "b", "body": "yy"}], tmp_path / "out"
-    failed = client.submit(records, output=str(out), keep=["body"])
+    failed = client.submit(iter(records), output=str(out), keep=["body"])
     assert failed.wait(30, check=False).state is JobState.FAILED
     assert list(out.glob("part-*"))
     job = client.submit(records, output=str(out), text_field="body")

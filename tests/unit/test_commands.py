@@ -95,6 +95,30 @@ def test_an_output_that_takes_nothing_is_one_sentence(command: str) -> None:
     assert len(ended.stderr.splitlines()) == 1, ended.stderr
 
 
+def by_a_shell(script: str, *args: str) -> tuple[int, str]:
+    """The exit code of a command (`"$@"`) as a shell starts it, and what it says on standard error."""
+    command = ["sh", "-c", script, "sh", str(Path(sys.executable).parent / args[0]), *args[1:]]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return ended.returncode, ended.stderr
+
+
+@pytest.mark.parametrize("closed", [">&-", "<&- >&-", "<&-"])
+def test_a_standard_stream_that_is_closed_takes_what_is_printed_and_no_file_gets_its_place(
+    closed: str, tmp_path: Path
+) -> None:
+    assert by_a_shell(f'exec "$@" {closed}', "embed-status", "--help") == (0, "")
+    code, said = by_a_shell(f'exec "$@" {closed}', "embed-verify", str(tmp_path / "none"))
+    assert (code, len(said.splitlines())) == (2, 1)
+
+
+def test_a_working_folder_that_was_removed_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "gone").mkdir()
+    script = f'cd "{tmp_path}/gone" && rmdir "{tmp_path}/gone" && exec "$@"'
+    code, said = by_a_shell(script, "embed-submit", "c.jsonl", "--model", "hashing")
+    assert code == 2
+    assert said == "Error: the folder that this was started in has been removed: change into another one (cd)\n"
+
+
 @pytest.mark.parametrize(
     ("args", "says"),
     [

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import threading
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -248,7 +249,12 @@ def test_a_file_that_is_not_compressed_as_named_is_refused(label: str) -> None:
         ("{}\n".encode("utf-16-le"), "UTF-16 .*LE"),
         ("{}\n".encode("utf-16-be"), "UTF-16 .*BE"),
         ("{}\n".encode("utf-32"), "UTF-32"),
+        ("{}\n".encode("utf-32-le"), "UTF-32 .*LE"),
+        ("{}\n".encode("utf-32-be"), "UTF-32 .*BE"),
         (b"<!DOCTYPE html>", "HTML"),
+        (b"\n  <HTML><BODY>404</BODY></HTML>", "HTML or XML"),
+        (b"<Error><Code>AccessDenied</Code></Error>", "HTML or XML"),
+        (zlib.compress(b"{}\n"), "compressed with zlib"),
         (b"\x1e{}\n", "a sequence of JSON texts"),
         (b'[{"id": 1}]', "a JSON array.*jq"),
         (b'\n [\n  {"id": 1}\n]\n', "a JSON array.*jq"),

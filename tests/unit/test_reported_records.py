@@ -318,3 +318,43 @@ def test_whole_decimals_are_ids(tmp_path: Path) -> None:
     ids = pa.array([decimal.Decimal(7), decimal.Decimal(10**30)], pa.decimal128(38, 0))
     assert pairs(read(parquet(tmp_path / "c.parquet", id=ids, text=["x", "y"]))) == [("7", "x"), (str(10**30), "y")]
     assert pairs(submitted([{"id": decimal.Decimal("7.5"), "text": "x"}])) == [("7.5", "x")]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (
+            [{"custom_id": f"r{i}", "body": {"input": ["a", "b"]}} for i in range(3)],
+            "a text must be a string; --text-f",
+        ),
+        (
+            [{"id": None, "text": f"text {i}"} for i in range(3)],
+            "an id must be .*; --id-field takes another, --number-",
+        ),
+    ],
+)
+def test_vllm_7132_a_corpus_of_which_no_row_can_be_used_starts_nothing(
+    lines: Any, rows: list[dict[str, Any]], message: str
+) -> None:
+    path = lines(*rows)
+    with pytest.raises(InputError, match=f"the first 3 rows are all refused: .*{message}.*: nothing was"):
+        check_sources([str(path)], spec=make_spec(str(path)))
+    with pytest.raises(InputError, match=r"^records: the first 3 records cannot be used: field"):
+        submitted(rows)
+
+
+@pytest.mark.parametrize("rows", [[("a", "x")], [b"x"], [["a", "x"], ["b", "y"]]])
+def test_sentence_transformers_3371_a_list_of_what_are_no_records_is_refused(rows: Any) -> None:
+    with pytest.raises(InputError, match=r"used: a record must be a mapping or a string, not (tuple|bytes|list)"):
+        submitted(rows)
+
+
+def test_vllm_7132_fields_of_structs_are_among_the_columns_that_there_are(tmp_path: Path) -> None:
+    path = parquet(tmp_path / "c.parquet", id=["a"], doc=[{"body": "x", "more": {"lang": "en"}}])
+    with pytest.raises(InputError, match=r"\(there are: id, doc\.body, doc\.more\.lang\): name one \(--text-field\)"):
+        hint(path)
+
+
+def test_a_name_that_is_empty_is_no_file() -> None:
+    with pytest.raises(UsageError, match="a corpus file's name is empty"):
+        check_sources([""])
