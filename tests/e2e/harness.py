@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pyarrow.parquet as pq
-from lab.forked import can_fork, run_forked
+from lab.forked import Forked, run_forked
 from lab.hashing_reference import reference_vector
 
 from embedstream.queue.broker import Broker
@@ -60,17 +60,7 @@ def start_submit(*args: object, **env: str) -> subprocess.Popen[str]:
 
 def run(command: str, *args: object, timeout: float = 120, **env: str) -> subprocess.CompletedProcess[str]:
     """One of the commands, to its end."""
-    argv, own = [str(BIN / command), *map(str, args)], environment(**env)
-    if can_fork(command, own):
-        return run_forked(argv, own, timeout)
-    return subprocess.run(
-        argv,
-        env=own,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
+    return run_forked([str(BIN / command), *map(str, args)], environment(**env), timeout)
 
 
 def wait_until(condition: Callable[[], Any], what: str, seconds: float = 60) -> Any:
@@ -84,44 +74,57 @@ def wait_until(condition: Callable[[], Any], what: str, seconds: float = 60) -> 
     raise AssertionError(f"{what}: not within {seconds} s")
 
 
+Process = Forked | subprocess.Popen[bytes]
+
+
 class Fleet:
     """Workers on one Redis, all killed at the end."""
 
-    def __init__(self, redis_url: str, root: Path) -> None:
+    def __init__(self, redis_url: str, root: Path, forked: bool = True) -> None:
+        """`forked`: processes are forks of one that has loaded them; else each is loaded anew, as a user's are."""
         self.url = redis_url
         self.root = root
+        self.forked = forked
         self.broker = Broker(connect(redis_url), MODEL)
-        self.processes: list[subprocess.Popen[bytes]] = []
+        self.processes: list[Process] = []
 
-    def start_worker(self, *args: object, wait: bool = True, **env: str) -> subprocess.Popen[bytes]:
+    def start_worker(self, *args: object, wait: bool = True, **env: str) -> Process:
         """A worker of the hashing engine; returns once it is ready."""
-        log = (self.root / f"worker-{len(self.processes)}.log").open("wb")
         command = [str(BIN / "embed-worker"), "--model", MODEL, "--redis", self.url, "--lease-seconds", "2"]
         roots = ["--output-root", str(self.root), "--output-root", "redis:"]
-        process = subprocess.Popen([*command, *roots, *map(str, args)], env=environment(**env), stderr=log)
-        self.processes.append(process)
+        process, log = self._start([*command, *roots, *map(str, args)], "worker", env)
         if wait:
-            wait_until(lambda: self.is_ready(process), f"worker ready ({log.name})")
+            wait_until(lambda: self.is_ready(process), f"worker ready ({log})")
         return process
 
-    def is_ready(self, process: subprocess.Popen[bytes]) -> bool:
+    def is_ready(self, process: Process) -> bool:
         assert process.poll() is None, f"the worker left with {process.returncode}"
         return any(w.pid == process.pid and w.state == "ready" for w in self.broker.workers())
 
-    def start_coordinator(self, *args: object, **env: str) -> subprocess.Popen[bytes]:
+    def start_coordinator(self, *args: object, **env: str) -> Process:
         """A coordinator; returns once it is there."""
-        log = (self.root / f"coordinator-{len(self.processes)}.log").open("wb")
         roots = ["--input-root", str(self.root), "--output-root", str(self.root), "--output-root", "redis:"]
         command = [str(BIN / "embed-coordinator"), "--redis", self.url, *roots, *map(str, args)]
-        process = subprocess.Popen(command, env=environment(**env), stderr=log)
-        self.processes.append(process)
+        process, log = self._start(command, "coordinator", env)
 
         def is_there() -> bool:
             assert process.poll() is None, f"the coordinator left with {process.returncode}"
             return any(c.pid == process.pid for c in coordinators(self.broker))
 
-        wait_until(is_there, f"coordinator ready ({log.name})")
+        wait_until(is_there, f"coordinator ready ({log})")
         return process
+
+    def _start(self, command: list[str], kind: str, env: dict[str, str]) -> tuple[Process, Path]:
+        """The process, and where its standard error goes."""
+        log = self.root / f"{kind}-{len(self.processes)}.log"
+        process: Process
+        if self.forked:
+            process = Forked(command, environment(**env), log)
+        else:
+            with log.open("wb") as err:
+                process = subprocess.Popen(command, env=environment(**env), stderr=err)
+        self.processes.append(process)
+        return process, log
 
     def close(self) -> None:
         for process in self.processes:
@@ -131,16 +134,16 @@ class Fleet:
 
 
 @contextlib.contextmanager
-def fleet(redis_url: str, root: Path) -> Iterator[Fleet]:
+def fleet(redis_url: str, root: Path, forked: bool = True) -> Iterator[Fleet]:
     """A fleet for one test."""
-    made = Fleet(redis_url, root)
+    made = Fleet(redis_url, root, forked)
     try:
         yield made
     finally:
         made.close()
 
 
-def kill_with_children(process: subprocess.Popen[bytes]) -> None:
+def kill_with_children(process: Process) -> None:
     """So that none of them goes on with what it was at."""
     children = psutil.Process(process.pid).children(recursive=True)
     process.kill()

@@ -78,7 +78,7 @@ def test_embedding_and_searching_run_nothing_from_it(trap: Path, caught: Callabl
 
 def test_a_fleet_runs_nothing_from_it(trap: Path, redis_url: str, caught: Callable[[], list[str]]) -> None:
     write_corpus(trap / "c.jsonl", 20)
-    with fleet(redis_url, trap) as machines:
+    with fleet(redis_url, trap, forked=False) as machines:
         machines.start_coordinator("--processes", "1")
         machines.start_worker()
         run("embed-submit", "c.jsonl", "--model", "hashing", "--redis", redis_url, "--server-side", "-o", trap / "out")

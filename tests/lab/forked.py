@@ -8,44 +8,82 @@ from __future__ import annotations
 import importlib
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+import embedstream_worker
+from embedstream import failpoints
 from embedstream.cli.main import COMMANDS
 
 _LOADED = [
     "embedstream.api.client",
     "embedstream_coordinator.compaction",
+    "embedstream_coordinator.serving",
     "embedstream_producer.status",
     "embedstream_producer.submit",
     "embedstream_producer.verify",
-    *(entry.partition(":")[0] for name, entry in COMMANDS.items() if name not in ("worker", "search", "cache")),
+    "embedstream_worker.engines.hashing",
+    "embedstream_worker.searching",
+    "embedstream_worker.serving",
+    *(entry.partition(":")[0] for entry in COMMANDS.values()),
 ]
 
 _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(_LOADED)
 
 
-def can_fork(command: str, environment: dict[str, str]) -> bool:
-    """Whether the program loads nothing that a fork could not take, and reads no variable as it is loaded."""
-    name = command.removeprefix("embed-")
-    return name not in ("worker", "search", "coordinator") and "EMBEDSTREAM_FAILPOINTS" not in environment
+class Forked:
+    """A fork that runs, to be used as a `subprocess.Popen` without pipes."""
+
+    def __init__(self, argv: list[str], environment: dict[str, str], err: Path, out: Path = Path(os.devnull)) -> None:
+        """What it prints is added to the two files."""
+        self.args = argv
+        where = (str(Path.cwd()), str(out), str(err))
+        self._process = _processes.Process(target=_run, args=(argv, environment, *where))
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid: int = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Raises `subprocess.TimeoutExpired`."""
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired(self.args, timeout or 0)
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
 
 
 def run_forked(argv: list[str], environment: dict[str, str], timeout: float) -> subprocess.CompletedProcess[str]:
     """As `subprocess.run` with captured text. Raises `subprocess.TimeoutExpired`."""
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
-        process = _processes.Process(target=_run, args=(argv, environment, str(Path.cwd()), str(out), str(err)))
-        process.start()
-        process.join(timeout)
-        if process.exitcode is None:
+        process = Forked(argv, environment, err, out)
+        try:
+            code = process.wait(timeout)
+        except subprocess.TimeoutExpired:
             process.kill()
-            process.join()
-            raise subprocess.TimeoutExpired(argv, timeout)
-        return subprocess.CompletedProcess(argv, process.exitcode, out.read_text("utf-8"), err.read_text("utf-8"))
+            process.wait()
+            raise
+        return subprocess.CompletedProcess(argv, code, out.read_text("utf-8"), err.read_text("utf-8"))
 
 
 def _run(argv: list[str], environment: dict[str, str], folder: str, out: str, err: str) -> None:
@@ -53,7 +91,7 @@ def _run(argv: list[str], environment: dict[str, str], folder: str, out: str, er
     os.environ.clear()
     os.environ.update(environment)
     for path, stream in (os.devnull, 0), (out, 1), (err, 2):
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
         os.dup2(descriptor, stream)
         os.close(descriptor)
     sys.stdin, sys.stdout, sys.stderr = (
@@ -61,5 +99,9 @@ def _run(argv: list[str], environment: dict[str, str], folder: str, out: str, er
         for number, mode in enumerate("rww")
     )
     sys.argv = list(argv)
+    # What the environment decides while a program is loaded, and what loading sets there.
+    sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
+    failpoints.arm(environment.get(failpoints.VARIABLE, ""))
+    importlib.reload(embedstream_worker)
     module = COMMANDS[Path(argv[0]).name.removeprefix("embed-")].partition(":")[0]
     importlib.import_module(module).main()
