@@ -20,11 +20,11 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def texts() -> list[str]:
-    """520 real texts, 20 of them beyond MiniLM's 256 tokens, and one-token ones."""
+    """220 real texts, 20 of them beyond MiniLM's 256 tokens, and one-token ones."""
     found = docstrings()
     by_length = sorted(found, key=len)
-    usual = by_length[: -100 : -(-len(found) // 500)] + by_length[::7]
-    return ["a", "the", "?", *usual[:497], *by_length[-20:]]
+    usual = by_length[: -100 : -(-len(found) // 200)] + by_length[::7]
+    return ["a", "the", "?", *usual[:197], *by_length[-20:]]
 
 
 @pytest.fixture(scope="session")

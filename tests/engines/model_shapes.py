@@ -120,6 +120,9 @@ def _bert_pooled(mode: PoolingMode) -> Shape:
     return make
 
 
+bert_cls = _bert_pooled("cls")
+
+
 def old_pooling_spelling(folder: Path, minilm: Path, texts: list[str]) -> Path:
     """One boolean for each way of pooling, two of them true."""
     model = _bert_pooled("mean")(folder, minilm, texts)
@@ -285,7 +288,8 @@ def _save(folder: Path, model: SentenceTransformer) -> Path:
 
 
 SHAPES: list[Shape] = [
-    *map(_bert_pooled, get_args(PoolingMode)),
+    bert_cls,
+    *map(_bert_pooled, get_args(PoolingMode)[1:]),
     old_pooling_spelling,
     bert_without_prompt,
     bert_mean_without_prompt,

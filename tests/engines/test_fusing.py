@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from engines.embedding import MINILM, load_reference
+from engines.embedding import load_reference
 from engines.model_shapes import (
     SHAPES,
     Shape,
@@ -24,17 +24,8 @@ from engines.model_shapes import (
 from sentence_transformers import SentenceTransformer
 
 from embedstream_worker.engines.fusing import fuse_gelu, fuse_projections
-from embedstream_worker.models import resolve_model
 
 LAYERS = 2  # of the shapes with layers, but ModernBERT
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> Callable[[Shape], Path]:
-    def make(shape: Shape) -> Path:
-        return shape(tmp_path_factory.mktemp("shape"), resolve_model(MINILM).path, texts)
-
-    return make
 
 
 def vectors(model: SentenceTransformer, texts: list[str]) -> torch.Tensor:

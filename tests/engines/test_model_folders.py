@@ -7,10 +7,11 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
-from engines.embedding import MINILM, Vectors, embed, load_reference, lowest_cosine
+from engines.embedding import Vectors, embed, load_reference, lowest_cosine
 from engines.model_shapes import (
     SHAPES,
     Shape,
@@ -47,14 +48,13 @@ class Sample:
 
 
 @pytest.fixture(scope="module")
-def sample(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> Callable[[Shape], Sample]:
+def sample(folder: Callable[[Shape], Path], texts: list[str]) -> Callable[[Shape], Sample]:
     @functools.cache
     def make(shape: Shape) -> Sample:
-        folder = shape(tmp_path_factory.mktemp("shape"), resolve_model(MINILM).path, texts)
-        reference = load_reference(folder)
+        reference = load_reference(folder(shape))
         some = texts[:40] + texts[-4:]
         vectors = {"document": reference.encode_document(some), "query": reference.encode_query(some)}
-        return Sample(resolve_model(str(folder)), some, vectors)  # type: ignore[arg-type]
+        return Sample(resolve_model(str(folder(shape))), some, vectors)  # type: ignore[arg-type]
 
     return make
 

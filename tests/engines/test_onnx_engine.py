@@ -13,7 +13,7 @@ import torch
 import transformers
 from engines.embedding import MINILM, Vectors, embed, load_reference, lowest_cosine
 from engines.fitting import assert_it_goes_on_after_a_batch_too_large
-from engines.model_shapes import bert_mean_without_prompt, bert_without_prompt
+from engines.model_shapes import bert_cls, bert_mean_without_prompt, bert_without_prompt
 
 from embedstream.errors import ModelError
 from embedstream.machine import cpu_cores
@@ -66,7 +66,7 @@ class Transformer(torch.nn.Module):
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor, types: torch.Tensor) -> torch.Tensor:
         tokens: torch.Tensor = self.model(input_ids=ids, attention_mask=mask, token_type_ids=types).last_hidden_state
-        return torch.nn.functional.normalize(tokens[:, 0], dim=1) if self.pooled else tokens
+        return tokens[:, 0] if self.pooled else tokens
 
 
 def carry(folder: Path, weights: Path, output: str = "last_hidden_state") -> None:
@@ -117,12 +117,7 @@ def test_a_carried_model_that_gives_vectors_of_texts_needs_no_more(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, texts: list[str]
 ) -> None:
     caplog.set_level("INFO")
-    minilm = resolve_model(MINILM)
-    shutil.copytree(minilm.path, tmp_path / "model")
-    (tmp_path / "model" / "1_Pooling" / "config.json").write_text(
-        '{"word_embedding_dimension": 384, "pooling_mode_cls_token": true, "pooling_mode_mean_tokens": false}'
-    )
-    folder = resolve_model(str(tmp_path / "model"))
+    folder = resolve_model(str(bert_cls(tmp_path, resolve_model(MINILM).path, texts)))
     carry(folder.path, folder.path, "sentence_embedding")
     engine = started(folder, tmp_path / "cache")
     assert "model.onnx as it is" in caplog.text
@@ -131,13 +126,11 @@ def test_a_carried_model_that_gives_vectors_of_texts_needs_no_more(
 
 
 def of_another_model(folder: Path) -> None:
-    other = folder.parent / "other"
-    carry(folder, bert_mean_without_prompt(other, resolve_model(MINILM).path, []))
     weights = transformers.AutoModel.from_pretrained(folder)
     for parameter in weights.parameters():
         torch.nn.init.normal_(parameter)
-    weights.save_pretrained(other / "random")
-    carry(folder, other / "random")
+    weights.save_pretrained(folder.parent / "random")
+    carry(folder, folder.parent / "random")
 
 
 def cut_off(folder: Path) -> None:

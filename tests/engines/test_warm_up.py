@@ -18,7 +18,7 @@ from embedstream_worker.models import resolve_model
 
 BATCH_TOKENS = 1024
 REQUESTS = 10
-FRESH_STARTS = 5
+FRESH_STARTS = 3
 FLOOR_SECONDS = 0.010
 """What caches and other programs may add to a request of one or two milliseconds; loading and compiling add more."""
 
