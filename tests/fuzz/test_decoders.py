@@ -85,7 +85,7 @@ edits = st.lists(st.tuples(st.integers(0, len(BODY) - 1), st.binary(min_size=1, 
 numbers_put_in = st.lists(st.tuples(st.integers(0, len(BODY) // 8 - 1), words), max_size=4)
 
 
-@fuzz(1500)
+@fuzz(600)
 @given(edits, numbers_put_in, st.none() | st.integers(0, len(BODY)))
 def test_a_mutated_block(edited: list[tuple[int, bytes]], numbers: list[tuple[int, int]], cut: int | None) -> None:
     body = bytearray(BODY)
@@ -96,7 +96,7 @@ def test_a_mutated_block(edited: list[tuple[int, bytes]], numbers: list[tuple[in
     decodes_or_says_why({**VALID, b"body": bytes(body[:cut])})
 
 
-@fuzz(500)
+@fuzz(300)
 @given(st.binary(max_size=3000), st.binary(max_size=500))
 def test_a_block_of_any_bytes(body: bytes, refused: bytes) -> None:
     decodes_or_says_why({**VALID, b"body": body})
@@ -104,7 +104,7 @@ def test_a_block_of_any_bytes(body: bytes, refused: bytes) -> None:
     decodes_or_says_why({**VALID, b"refused": refused})
 
 
-@fuzz(500)
+@fuzz(300)
 @given(st.dictionaries(st.sampled_from([*VALID, b"skipped", b"refused", b"x"]), st.binary(max_size=40)), st.data())
 def test_an_entry_of_any_fields(fields: dict[bytes, bytes], data: st.DataObject) -> None:
     decodes_or_says_why({**VALID, **fields})
@@ -143,7 +143,7 @@ def judged(line: bytes) -> None:
     RecordReader(SPEC).line(0, line)
 
 
-@fuzz(1000)
+@fuzz(300)
 @given(rows, st.binary(max_size=8), st.integers(0, 2000))
 def test_a_row_of_any_values(row: dict[str, object], noise: bytes, at: int) -> None:
     line = json.dumps(row).encode()
@@ -202,7 +202,7 @@ urls = st.builds(
 names = st.one_of(st.text(max_size=30), paths, urls)
 
 
-@fuzz(1000)
+@fuzz(300)
 @given(st.binary(max_size=400) | values.map(lambda value: json.dumps(value).encode()))
 def test_a_spec_of_any_bytes(data: bytes) -> None:
     with contextlib.suppress(UsageError):
@@ -219,14 +219,14 @@ def test_a_spec_nested_too_deeply(start: bytes) -> None:
         decode_manifest(start + b"[" * 200_000, "here")
 
 
-@fuzz(600)
+@fuzz(300)
 @given(st.dictionaries(st.sampled_from(JobSpec.__struct_fields__), values | names, max_size=4))
 def test_a_spec_with_any_fields_changed(changed: dict[str, object]) -> None:
     with contextlib.suppress(UsageError):
         decode_spec(json.dumps({**json.loads(SPEC.encode()), **changed}))
 
 
-@fuzz(600)
+@fuzz(300)
 @given(names)
 def test_names_of_models_and_outputs(name: str) -> None:
     with contextlib.suppress(UsageError):

@@ -63,7 +63,7 @@ SEED = int(os.environ.get("EMBEDSTREAM_FUZZ_SEED", "1"))
 TRIALS = int(os.environ.get("EMBEDSTREAM_FUZZ_TRIALS", "100000"))
 """Of the long test."""
 
-SHARE = 600
+SHARE = 300
 """Trials of the short test."""
 
 MODEL = EngineOptions("hashing")

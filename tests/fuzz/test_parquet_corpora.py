@@ -56,7 +56,7 @@ def reads_or_says_why(path: Path, data: bytes) -> None:
         assert most() < 4 * COLUMN_BYTES, f"Arrow took {most():,} bytes"
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
 @given(
     st.sampled_from(FILES),
     st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.binary(min_size=1, max_size=6)), min_size=1, max_size=5),

@@ -30,6 +30,7 @@ class BrokerSteps(RuleBasedStateMachine):
         self.lab = Lab(self.client)
         self.broker = self.lab.broker
         self.specs: list[JobSpec] = [self.lab.spec(f"/out-{n}", parts=n + 1) for n in range(2)]
+        self.ids = [spec.job for spec in self.specs]
         self.model = QueueModel()
         self.held: dict[str, list[tuple[int, Claimed]]] = {"w1": [], "w2": [], "w3": []}  # what consumers remember
         self.leases: list[tuple[int, Lease]] = []
@@ -59,7 +60,7 @@ class BrokerSteps(RuleBasedStateMachine):
         return self.model.jobs.get(n)
 
     def id(self, n: int) -> str:
-        return self.specs[n].job
+        return self.ids[n]
 
     def create_now(self, n: int, other: bool) -> None:
         other = other and n in self.model.jobs  # a job's own spec is always the first
@@ -156,6 +157,8 @@ class BrokerSteps(RuleBasedStateMachine):
                     pipe.get(keys.done(self.id(n), part))
                 if job.open:
                     pipe.xpending_range(keys.blocks(self.id(n)), "workers", "-", "+", 100)
+                for key in job_keys(keys, self.id(n), job.parts):
+                    pipe.pttl(key)
             raw = iter(pipe.execute())
         assert int(next(raw) or 0) == sum(job.queued for _, job in known)
         for which in ("open", "finalizing", "ended"):
@@ -163,7 +166,7 @@ class BrokerSteps(RuleBasedStateMachine):
         assert next(raw) != -1
         for n, job in known:
             self.check_job(n, job, raw)
-        self.check_expiries(known)
+            self.check_expiries(n, job, raw)
 
     def check_job(self, n: int, job: JobModel, raw: Any) -> None:
         fields, entries, shards, suspects = next(raw), next(raw), next(raw), next(raw)
@@ -199,18 +202,11 @@ class BrokerSteps(RuleBasedStateMachine):
         else:
             assert entries == []
 
-    def check_expiries(self, jobs: list[tuple[int, JobModel]]) -> None:
+    def check_expiries(self, n: int, job: JobModel, raw: Any) -> None:
         """Every key of an ended job expires; none of another job does."""
-        keys = self.lab.keys
-        with self.client.pipeline(transaction=False) as pipe:
-            for n, job in jobs:
-                for key in job_keys(keys, self.id(n), job.parts):
-                    pipe.pttl(key)
-            found = iter(pipe.execute())
-        for n, job in jobs:
-            for key in job_keys(keys, self.id(n), job.parts):
-                expiry = next(found)
-                assert expiry == -2 or (expiry > 0) == job.ended, f"{key}: {job.state}, expiry {expiry}"
+        for key in job_keys(self.lab.keys, self.id(n), job.parts):
+            expiry = next(raw)
+            assert expiry == -2 or (expiry > 0) == job.ended, f"{key}: {job.state}, expiry {expiry}"
 
 
 def set_bits(bitmap: bytes | None) -> list[int]:
