@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import redis
+from e2e.harness import Process
 
 from chaos.world import World
 
@@ -26,7 +27,7 @@ def _signal_producer(world: World, *signals: tuple[int, float]) -> bool:
     return bool(living) and _send(world.rng.choice(living), *signals)
 
 
-def _send(process: subprocess.Popen[bytes], *signals: tuple[int, float]) -> bool:
+def _send(process: Process, *signals: tuple[int, float]) -> bool:
     """Each signal, then so many seconds."""
     if process.poll() is not None:
         return False

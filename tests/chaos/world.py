@@ -15,6 +15,7 @@ from pathlib import Path
 
 import redis
 from e2e.harness import environment
+from lab.forked import Forked
 from lab_engines import faulty
 
 from chaos.corpora import Expected, write_corpus
@@ -119,7 +120,7 @@ class Job:
     corpus: Path
     output: str
     expected: Expected
-    process: subprocess.Popen[bytes] | None = None
+    process: Forked | None = None
     ends: list[int] = field(default_factory=list)
     finished: bool = False
 
@@ -134,7 +135,7 @@ class World:
             folder.mkdir(exist_ok=True)
         self.server = Server(place)
         self.jobs: list[Job] = []
-        self.workers: list[subprocess.Popen[bytes]] = []
+        self.workers: list[Forked] = []
         self.calm = False
         self.ordered = 0
         """Failpoints given to new processes."""
@@ -159,7 +160,7 @@ class World:
         """Start again who ended."""
         for place, worker in enumerate(self.workers):
             if worker.poll() is not None:
-                self.worker_ends.append(worker.returncode)
+                self.worker_ends.append(worker.wait())
                 self.workers[place] = self._start_worker()
         for job in self.running():
             assert job.process is not None
@@ -195,7 +196,7 @@ class World:
                 process.kill()
                 process.wait()
 
-    def _start_worker(self) -> subprocess.Popen[bytes]:
+    def _start_worker(self) -> Forked:
         command = [str(BIN / "embed-worker"), "--model", "hashing", "--queue", QUEUE, "--redis", self.server.url]
         command += ["--lease-seconds", "2", "--window-tokens", "4000", "--batch-tokens", "1000"]
         return self._run(
@@ -207,16 +208,14 @@ class World:
         command += ["--queue", QUEUE, "--model", "hashing", "--quiet", "--max-errors", "100"]
         job.process = self._run(f"producer-{job.number}", command, PRODUCER_ORDERS)
 
-    def _run(self, name: str, command: list[str], orders: Sequence[str] = ()) -> subprocess.Popen[bytes]:
+    def _run(self, name: str, command: list[str], orders: Sequence[str] = ()) -> Forked:
         order = ""
         if orders and not self.calm and self.rng.random() < 0.5:
             point, _, action = self.rng.choice(orders).partition("=")
             order = f"{point}#{self.rng.randint(1, 4)}={action}"
             self.ordered += 1
-        with (self.logs / f"{name}.log").open("ab") as log:
-            return subprocess.Popen(
-                command, env=self._environment(order), stdin=subprocess.DEVNULL, stdout=log, stderr=log
-            )
+        log = self.logs / f"{name}.log"
+        return Forked(command, self._environment(order), err=log, out=log)
 
     def _environment(self, order: str = "") -> dict[str, str]:
         base = environment()

@@ -5,9 +5,11 @@ A fork runs the entry point of the installed program, with arguments, environmen
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 import multiprocessing
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -19,6 +21,7 @@ from embedstream import failpoints
 from embedstream.cli.main import COMMANDS
 
 _LOADED = [
+    "__main__",  # else each fork would load that of pytest
     "embedstream.api.client",
     "embedstream_coordinator.compaction",
     "embedstream_coordinator.serving",
@@ -100,7 +103,13 @@ def _run(argv: list[str], environment: dict[str, str], folder: str, out: str, er
     )
     sys.argv = list(argv)
     # What the environment decides while a program is loaded, and what loading sets there.
-    sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
+    added = list(filter(None, environment.get("PYTHONPATH", "").split(os.pathsep)))
+    sys.path[:0] = added
+    if "PYTHONFAULTHANDLER" in environment:
+        faulthandler.enable()
+    for path in (Path(entry, "sitecustomize.py") for entry in added):
+        if path.exists():
+            runpy.run_path(str(path))
     failpoints.arm(environment.get(failpoints.VARIABLE, ""))
     importlib.reload(embedstream_worker)
     module = COMMANDS[Path(argv[0]).name.removeprefix("embed-")].partition(":")[0]
