@@ -8,6 +8,7 @@ the compose file (as compose itself reads it) and from the Dockerfile.
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import re
 import signal
@@ -58,7 +59,7 @@ class Stack:
     """Variables for every process: faults to inject, windows small enough for several workers."""
 
     def __post_init__(self) -> None:
-        self.services = services(self.env_file)
+        self.services = copy.deepcopy(services(self.env_file))
         self.dockerfile = Dockerfile()
         self.ports: dict[str, int] = {}
         self.containers: list[Container] = []

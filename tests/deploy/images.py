@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import shutil
@@ -34,8 +35,9 @@ def compose(*arguments: str, env_file: Path) -> subprocess.CompletedProcess[str]
     )
 
 
+@functools.cache
 def services(env_file: Path) -> dict[str, Any]:
-    """Every service of every profile, merged and interpolated."""
+    """Every service of every profile, merged and interpolated: to be read, not changed."""
     done = compose("--profile", "*", "config", "--format", "json", env_file=env_file)
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout)["services"]

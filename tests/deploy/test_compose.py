@@ -25,9 +25,9 @@ SLOW = "[[fault:slow]]"
 """0.2 s of a worker's time in each text that holds it."""
 
 
-@pytest.fixture
-def env_file(tmp_path: Path) -> Path:
-    return write_env(tmp_path / "env", REDIS_PASSWORD="word")
+@pytest.fixture(scope="module")
+def env_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_env(tmp_path_factory.mktemp("compose") / "env", REDIS_PASSWORD="word")
 
 
 def service_names(env_file: Path, *profiles: str) -> set[str]:
