@@ -17,6 +17,13 @@ if TYPE_CHECKING:
     import redis
     from lab.s3 import S3Server
 
+with contextlib.suppress(ModuleNotFoundError):
+    import hypothesis
+
+    # How long an example takes says how busy the machine is.
+    hypothesis.settings.register_profile("embedstream", deadline=None)
+    hypothesis.settings.load_profile("embedstream")
+
 
 @dataclass(frozen=True)
 class RedisServer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -13,6 +14,7 @@ TESTS = Path(__file__).parents[1]
 DOCS = TESTS.parent / "docs"
 
 
+@functools.cache
 def marked() -> dict[str, list[str]]:
     """What is held, and by which tests."""
     found = defaultdict(list)

@@ -13,7 +13,6 @@ import pytest
 import tokenizers
 from huggingface_hub import constants, hf_hub_download, snapshot_download
 from lab.hub import COMMIT, hub_of
-from sentence_transformers import SentenceTransformer
 from tokenizers.models import WordLevel
 
 from embedstream.errors import ModelError
@@ -163,9 +162,12 @@ def test_fastembed_251_each_role_takes_its_sides_prompt_under_any_of_the_names_i
     assert (model.prompt("document", None, None), model.prompt("query", None, None)) == (document, query)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prompts", [{"query": "Q "}, {"query": "Q ", "document": "D "}, {}])
 def test_sentence_transformers_own_names_give_what_it_puts_in_front(prompts: dict[str, str], minilm: Path) -> None:
     (minilm / "config_sentence_transformers.json").write_text(json.dumps({"prompts": prompts}))
+    from sentence_transformers import SentenceTransformer  # loading it takes seconds
+
     theirs = SentenceTransformer(str(minilm), device="cpu")
     ours = of_names(**{name: prompt or "" for name, prompt in theirs.prompts.items()})
     sides: list[tuple[Any, Role]] = [(theirs.encode_query, "query"), (theirs.encode_document, "document")]
