@@ -6,7 +6,6 @@ import contextlib
 import json
 import signal
 import socket
-import subprocess
 import threading
 import urllib.request
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from lab.worker import Gate, ScriptedEngine, worker_lab
 from lab_engines import faulty
 from prometheus_client import CollectorRegistry, Gauge, Metric
 
-from e2e.harness import Fleet, fleet, read_manifest, run, wait_until, write_corpus
+from e2e.harness import Fleet, Process, fleet, read_manifest, run, wait_until, write_corpus
 from e2e.scraping import get, logged_url, scrape, value
 from embedstream.api.interactive import EmbedRequest, ask
 from embedstream.jobs import job_id
@@ -332,7 +331,7 @@ def test_a_log_in_json_names_worker_and_job_on_its_lines(workers: Fleet, tmp_pat
     assert run("embed-submit", tmp_path / "c.jsonl", *args).returncode == 0
     job = job_id("hashing", str(tmp_path / "out"))
 
-    def over(process: subprocess.Popen[bytes]) -> bool:
+    def over(process: Process) -> bool:
         return process.poll() is not None or workers.broker.status(job).state.ended
 
     for _ in range(3):

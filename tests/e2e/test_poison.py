@@ -16,6 +16,7 @@ from lab_engines import faulty, paced
 
 from e2e.harness import (
     Fleet,
+    Process,
     assert_exact,
     assert_no_leftovers,
     fleet,
@@ -376,7 +377,7 @@ def test_a_fleet_with_killers_and_paused_workers_loses_and_doubles_nothing(
     job = detach(workers, tmp_path)
     args: list[object] = ["--lease-seconds", 1, "--window-tokens", 4000]
 
-    def start() -> subprocess.Popen[bytes]:
+    def start() -> Process:
         return workers.start_worker(*args, wait=False, **faulty(strikes))
 
     crew = [start() for _ in range(3)]
