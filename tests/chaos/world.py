@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import redis
-from e2e.harness import environment
+from e2e.harness import Process, environment
 from lab.forked import Forked
 from lab_engines import faulty
 
@@ -191,7 +191,9 @@ class World:
                 worker.wait()
 
     def close(self) -> None:
-        for process in [*self.workers, *(job.process for job in self.jobs if job.process), self.server.process]:
+        ours = (*self.workers, *(job.process for job in self.jobs if job.process))
+        processes: list[Process] = [*ours, self.server.process]
+        for process in processes:
             if process.poll() is None:
                 process.kill()
                 process.wait()

@@ -107,9 +107,9 @@ def _run(argv: list[str], environment: dict[str, str], folder: str, out: str, er
     sys.path[:0] = added
     if "PYTHONFAULTHANDLER" in environment:
         faulthandler.enable()
-    for path in (Path(entry, "sitecustomize.py") for entry in added):
-        if path.exists():
-            runpy.run_path(str(path))
+    for customizing in (Path(entry, "sitecustomize.py") for entry in added):
+        if customizing.exists():
+            runpy.run_path(str(customizing))
     failpoints.arm(environment.get(failpoints.VARIABLE, ""))
     importlib.reload(embedstream_worker)
     module = COMMANDS[Path(argv[0]).name.removeprefix("embed-")].partition(":")[0]
