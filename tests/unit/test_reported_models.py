@@ -138,6 +138,29 @@ def test_a_git_lfs_pointer_in_the_place_of_weights_says_what_to_run(minilm: Path
         resolve_model(str(minilm))
 
 
+def test_a_git_lfs_pointer_in_the_place_of_a_tokenizer_says_what_to_run(minilm: Path) -> None:
+    (minilm / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 466247\n")
+    with pytest.raises(ModelError, match=r"tokenizer\.json: a Git LFS pointer, not the file itself; run `git lfs"):
+        resolve_model(str(minilm))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("adapter_config.json", "this is an adapter: merge it into its base model"),
+        ("model-q4.gguf", r"its weights are for llama\.cpp"),
+        ("onnx/model.onnx", "its weights are for ONNX Runtime alone"),
+        ("notes.json", "fetch the model again"),
+    ],
+)
+def test_spiceai_12970_a_folder_with_other_weights_alone_says_so(minilm: Path, name: str, message: str) -> None:
+    (minilm / "model.safetensors").unlink()
+    (minilm / name).parent.mkdir(exist_ok=True)
+    (minilm / name).write_text("{}")
+    with pytest.raises(ModelError, match=rf"model\.safetensors: missing; {message}"):
+        resolve_model(str(minilm))
+
+
 def of_names(**prompts: str) -> TextModel:
     source = TextInput(InputKind.FLAT, tokenizers.Tokenizer(WordLevel({"a": 0}, unk_token="a")), Limits(9, 1), 9)
     return TextModel("m", source, prompts, None, {"document": 2, "query": 2}, True, False)

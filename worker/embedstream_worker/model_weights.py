@@ -13,6 +13,15 @@ from embedstream_worker.model_settings import read_settings
 
 _LONGEST_HEADER_BYTES = 100_000_000  # safetensors' own bound
 _INDEX, _PICKLED_INDEX = "model.safetensors.index.json", "pytorch_model.bin.index.json"
+_POINTER = b"version https://git-lfs"
+_SETTINGS = (".json", ".txt", ".model")
+"""Settings and tokenizers, by the ends of their names."""
+_OTHER_WEIGHTS = (
+    ("adapter_config.json", "this is an adapter: merge it into its base model, and save that"),
+    ("**/*.gguf", "its weights are for llama.cpp: fetch the model that they were made of"),
+    ("**/*.onnx", "its weights are for ONNX Runtime alone: fetch the model that they were made of"),
+)
+"""What lies where there are no others, and what to do."""
 _PICKLES = ("pytorch_model*.bin", _PICKLED_INDEX, "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -24,6 +33,10 @@ def check_weights(folder: Path, split: bool, needed: bool, allow_pickle: bool) -
     Raises:
         ModelError: weights are missing or broken, or are a pickle that is not allowed.
     """
+    for path in sorted(path for path in folder.iterdir() if path.suffix in _SETTINGS and path.is_file()):
+        with path.open("rb") as file:
+            if file.read(len(_POINTER)) == _POINTER:
+                raise ModelError(f"{path}: a Git LFS pointer, not the file itself; run `git lfs pull` in its folder")
     weights = folder / "model.safetensors"
     if weights.is_file():
         check_safetensors(weights)
@@ -47,7 +60,8 @@ def check_weights(folder: Path, split: bool, needed: bool, allow_pickle: bool) -
                 f"(EMBEDSTREAM_ALLOW_PICKLE=1)"
             )
     if needed:
-        raise ModelError(f"{weights}: missing; fetch the model again")
+        told = (what for pattern, what in _OTHER_WEIGHTS if any(folder.glob(pattern)))
+        raise ModelError(f"{weights}: missing; {next(told, 'fetch the model again')}")
     return False
 
 
