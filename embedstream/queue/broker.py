@@ -298,6 +298,11 @@ class Broker(Steps):
                 raw, (seconds, micros) = pipe.execute()
         return parse_status(job, raw, seconds + micros / 1e6)
 
+    def stored_spec(self, job: str) -> bytes:
+        """A job's spec as it was created with; empty if there is no such job. Raises `RecordDamaged`."""
+        with reading_job(job):
+            return self._raw.hget(self.keys.job(job), "spec") or b""
+
     def prove_keys(self, job: str, parts: int) -> None:
         """Raise `RecordDamaged` if one of the keys that the job's blocks need is of another type."""
         keys = self.keys

@@ -215,13 +215,13 @@ class Steps:
         return make_step("drop", _answer, named, {}, more_args=groups)
 
     def commit(
-        self, record: ShardRecord, blocks: Iterable[CommitBlock], spec: JobSpec | None = None, worked_ms: int = 0
+        self, record: ShardRecord, blocks: Iterable[CommitBlock], spec: bytes = b"", worked_ms: int = 0
     ) -> Step[Answer]:
         """Commit a durable shard, or adopt one found on disk (blocks without entries): COMMITTED, ALREADY,
         CONFLICT(blocks), CHANGED(blocks), DROPPED(state), OTHER_SPACE(space), UNKNOWN_JOB.
 
-        `spec`: what the shard was made by; if the job has another by now, that is DROPPED. `worked_ms`: how long the
-        worker was at work for this shard, from which the queue's pace is known.
+        `spec`: what the shard was made by, as it lay in Redis; if the job has another by now, that is DROPPED.
+        `worked_ms`: how long the worker was at work for this shard, from which the queue's pace is known.
         """
         keys, job = self.keys, record.job
         groups = [item for b in blocks for item in (b.part, b.block, b.sum, b.entry, b.size)]
@@ -250,7 +250,7 @@ class Steps:
                 "truncated": r.truncated,
                 "tokens": r.tokens,
                 "padded": r.padded,
-                "spec": spec.encode() if spec else "",
+                "spec": spec,
                 "worker": r.worker,
                 "worked": worked_ms,
             },

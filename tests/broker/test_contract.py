@@ -78,10 +78,10 @@ def test_what_was_computed_for_a_replaced_job_is_dropped(lab: Lab) -> None:
     lab.broker.run(lab.broker.create(wanted))
     lab.fill(job, 1)
     record = make_record(job, "late", [(0, 0)], "old")
-    step = lab.broker.commit(record, [to_commit(late)], lab.spec())
+    step = lab.broker.commit(record, [to_commit(late)], lab.spec().encode())
     assert lab.broker.run(step) == Answer(Code.DROPPED, detail="replaced")
     assert lab.broker.status(job).done == 0
-    step = lab.broker.commit(record, [to_commit(c) for c in lab.claim(job)], wanted)
+    step = lab.broker.commit(record, [to_commit(c) for c in lab.claim(job)], wanted.encode())
     assert lab.broker.run(step) == Answer(Code.COMMITTED)
 
 

@@ -196,6 +196,18 @@ def test_a_job_is_cancelled_in_seconds_though_the_worker_that_held_it_is_dead(wo
     assert (submit.returncode, json.loads(out)["state"]) == (4, "cancelled")
 
 
+def test_a_job_whose_spec_an_older_version_wrote_with_fewer_fields_is_done(workers: Fleet, tmp_path: Path) -> None:
+    texts = write_corpus(tmp_path / "c.jsonl", 600)
+    args = submit_args(workers, tmp_path / "c.jsonl", tmp_path / "out")
+    assert run("embed-submit", *args, "--detach").returncode == 0
+    key = workers.broker.keys.job(job_id("hashing", str(tmp_path / "out")))
+    spec = json.loads(workers.broker.stored_spec(key.rpartition(":")[2]))
+    del spec["number_rows"]
+    workers.broker.client.hset(key, "spec", json.dumps(spec))
+    assert workers.start_worker("--burst", wait=False).wait(60) == 0
+    assert_exact(tmp_path / "out", texts)
+
+
 def test_an_output_that_no_worker_may_write_is_refused(workers: Fleet, tmp_path: Path) -> None:
     write_corpus(tmp_path / "c.jsonl", 10)
     workers.start_worker()

@@ -270,7 +270,7 @@ class Queue:
         address = (block.block.part, block.block.number)
         record = make_record(job.id, "s{}-{}".format(*address), [address], job.space)
         commit = CommitBlock(*address, block.block.sum, block.entry, block.size)
-        return self.broker.run(self.broker.commit(record, [commit], job.spec, worked_ms=5)).code
+        return self.broker.run(self.broker.commit(record, [commit], job.stored, worked_ms=5)).code
 
     def _answer(self, healthy: bool) -> None:
         """Interactive requests: at least the good ones have their answers."""

@@ -80,7 +80,7 @@ MUTANTS = (
         "            return shard.job.sink.write_shard(self._content(shard))\n",
         (
             "            content, blocks = self._content(shard), [block.commit for block in shard.blocks.values()]\n"
-            "            self._broker.run(self._broker.commit(content.record, blocks, shard.job.spec))\n"
+            "            self._broker.run(self._broker.commit(content.record, blocks, shard.job.stored))\n"
             "            return shard.job.sink.write_shard(content)\n"
         ),
         walk("worker-file.written#2=kill"),

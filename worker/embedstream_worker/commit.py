@@ -89,7 +89,7 @@ class Commits:
     def _commit(self, shard: Shard, record: ShardRecord) -> Answer | None:
         """The broker's answer; None if Redis refuses for good. Raises `redis.RedisError` for what passes."""
         blocks = [block.commit for block in shard.blocks.values()]
-        step = self._broker.commit(record, blocks, shard.job.spec, round(1000 * shard.worked))
+        step = self._broker.commit(record, blocks, shard.job.stored, round(1000 * shard.worked))
         try:
             with reading(f"job {record.job}'s record"), self._meter.stage("commit"):
                 return self._broker.run(step)

@@ -61,6 +61,8 @@ class OpenJob:
     """What the dataset has of it."""
     sink: Sink
     recipe: Recipe
+    stored: bytes = b""
+    """The spec as it lies in Redis: another version may leave fields out, or have more."""
 
 
 class NotForThisWorker(EmbedstreamError):
@@ -211,6 +213,7 @@ class Jobs:
 
     def _openable(self, job: str) -> OpenJob:
         """Without the length of its prompt. Raises `NotForThisWorker`, and whatever reading the job may raise."""
+        stored = self._broker.stored_spec(job)  # before it is read: of a job that is replaced meanwhile, nothing counts
         status = self._broker.status(job)
         self._broker.prove_keys(job, len(status.spec.parts))
         if not status.state.open:
@@ -218,7 +221,7 @@ class Jobs:
         why = self._unfit(status.spec)
         if why:
             raise NotForThisWorker(why)
-        opened = self._opened(job, status)
+        opened = replace(self._opened(job, status), stored=stored)
         if status.space and status.space != opened.space:
             raise NotForThisWorker(f"its vectors are of space {status.space}, this worker's would be of {opened.space}")
         if status.done and not is_here(status.spec.output):
