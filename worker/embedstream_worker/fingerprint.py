@@ -8,9 +8,22 @@ from uuid import uuid4
 
 from embedstream_worker.cache import cache_folder
 from embedstream_worker.model_folder import model_files
+from embedstream_worker.purpose import HEADS
 
 DECIDING_SUFFIXES = frozenset(
-    {".codes", ".jinja", ".json", ".model", ".safetensors", ".spm", ".tiktoken", ".tokenizer", ".txt", ".vocab"}
+    {
+        ".codes",
+        ".jinja",
+        ".json",
+        ".metadata",
+        ".model",
+        ".safetensors",
+        ".spm",
+        ".tiktoken",
+        ".tokenizer",
+        ".txt",
+        ".vocab",
+    }
 )
 """Weights, configurations, tokenizers. Not: read-me files, and what is loaded only if it is trusted and needed."""
 
@@ -44,7 +57,7 @@ def deciding_files(folder: Path, code: bool = False, pickle: bool = False) -> li
     found = model_files(folder)
     deciding = {path for path in found if path.suffix in DECIDING_SUFFIXES and path.name not in _LEFT_OUT}
     if pickle:
-        deciding.update(path for path in found if path.match(PICKLED_WEIGHTS))
+        deciding.update(path for path in found if path.match(PICKLED_WEIGHTS) or path.name in HEADS)
     if code:
         deciding.update(path for path in folder.rglob("*.py") if path.is_file())
     return sorted(deciding, key=lambda path: path.relative_to(folder).as_posix())

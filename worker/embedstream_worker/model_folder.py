@@ -12,25 +12,22 @@ from typing import Any
 from embedstream.errors import ModelError
 from embedstream_worker.model_settings import MODULE_KINDS, check_settings, read_json, read_settings
 from embedstream_worker.model_weights import check_weights
+from embedstream_worker.purpose import has_heads
 
 TRUST_REMOTE_CODE = "Run Python files in the model's folder, if it needs them: only of authors that you trust."
 ALLOW_PICKLE = "Load pickled weights if there are no others: only of authors that you trust."
 """How the flags of the commands put it."""
 
-_HAVE_WEIGHTS = {"CNN", "Dense", "LayerNorm", "StaticEmbedding", "Transformer", "WeightedLayerPooling"}
+_HAVE_WEIGHTS = {
+    *("CNN", "Dense", "LayerNorm", "SparseAutoEncoder", "SparseStaticEmbedding", "StaticEmbedding", "Transformer"),
+    "WeightedLayerPooling",
+}
 _PLAIN = "sentence_transformers.models.Transformer"  # what a folder without modules.json is read as
-_HEADS = {
-    "ForSequenceClassification": "a reranker or classifier of texts",
+_OTHER_TASKS = {
     "ForTokenClassification": "a classifier of tokens",
     "ForQuestionAnswering": "a model that answers questions",
     "ForMultipleChoice": "a model that chooses between answers",
 }
-_OTHER_KINDS = {
-    "CrossEncoder": "scores of pairs",
-    "SparseEncoder": "sparse vectors",
-    "MultiVectorEncoder": "a vector for each token",
-}
-"""sentence-transformers' other kinds of models, and what they give."""
 _OR_TRUST = "or, if you trust its authors, start the worker with --trust-remote-code (EMBEDSTREAM_TRUST_REMOTE_CODE=1)"
 
 
@@ -75,9 +72,10 @@ def check_folder(folder: Path, trust: Trust = NOTHING) -> Trust:
     """
     try:
         needs = NOTHING
-        _refuse_other_kinds(folder / "config_sentence_transformers.json")
         for module in list_modules(folder):
             needs |= _check_module(folder, module, trust)
+        if trust.pickle and has_heads(folder):
+            needs |= Trust(pickle=True)
         for path in folder.rglob("*"):  # also what is no module's: libraries look for templates, graphs and more
             if path.is_symlink():
                 _check_link(folder, path)
@@ -156,7 +154,7 @@ def _module(root: Path, base: Path, path: str, type_name: object, listing: Path)
 
 
 def _check_module(root: Path, module: Module, trust: Trust) -> Trust:
-    if not module.type_name.startswith("sentence_transformers."):
+    if module.kind is None and not module.type_name.startswith("sentence_transformers."):
         if not trust.code:
             raise ModelError(
                 f"{module.listing}: module type {module.type_name} is code of the model's own, which is not run; "
@@ -171,6 +169,9 @@ def _check_module(root: Path, module: Module, trust: Trust) -> Trust:
         )
     alone = not (root / "modules.json").is_file()
     needs = _check_transformer(module.folder, trust, alone) if module.kind == "Transformer" else NOTHING
+    settings = module.folder / "config.json"
+    if module.kind == "SparseStaticEmbedding" and settings.is_file() and read_settings(settings).get("path"):
+        raise ModelError(f"{settings}: path names another file; save the model with its weights")
     if module.kind in _HAVE_WEIGHTS:
         needs |= Trust(pickle=check_weights(module.folder, module.kind == "Transformer", True, trust.pickle))
     return needs
@@ -202,21 +203,12 @@ def _check_transformer(folder: Path, trust: Trust, alone: bool) -> Trust:
     return needs
 
 
-def _refuse_other_kinds(config: Path) -> None:
-    kind = read_settings(config).get("model_type") if config.is_file() else None
-    if isinstance(kind, str) and kind in _OTHER_KINDS:
-        raise ModelError(
-            f"{config}: is a {kind} model, which gives {_OTHER_KINDS[kind]}, not one vector for each text; "
-            f"use an embedding model"
-        )
-
-
 def _refuse_other_tasks(settings: dict[str, Any], config: Path) -> None:
-    """Raise `ModelError` for a model that was trained for scores or labels: the mean of its tokens means nothing."""
+    """Raise `ModelError` for a model that was trained for something else: the mean of its tokens means nothing."""
     for name in settings.get("architectures") or ():
-        task = next((task for head, task in _HEADS.items() if str(name).endswith(head)), None)
+        task = next((task for head, task in _OTHER_TASKS.items() if str(name).endswith(head)), None)
         if task is not None:
-            raise ModelError(f"{config}: {name} is {task}, and gives no vectors; use an embedding model")
+            raise ModelError(f"{config}: {name} is {task}, which embedstream does not run; use another model")
 
 
 def _references(auto_map: object) -> list[str]:

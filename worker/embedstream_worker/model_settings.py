@@ -24,6 +24,12 @@ _DENSE = {
     "StaticEmbedding": "static_embedding",
     "WeightedLayerPooling": "weighted_layer_pooling",
 }
+_SPARSE = {
+    "SparseAutoEncoder": "sparse_auto_encoder",
+    "SparseStaticEmbedding": "sparse_static_embedding",
+    "SpladePooling": "splade_pooling",
+}
+_TOKENS = {"MultiVectorMask": "multi_vector_mask"}
 _OLD, _NEW = "sentence_transformers.models", "sentence_transformers.sentence_transformer.modules"
 
 
@@ -40,7 +46,16 @@ def _spellings() -> dict[str, str]:
                 f"{home}.{file}.{kind}",
             )
             kinds |= dict.fromkeys(names, kind)
-    return kinds
+    for encoder, files in ("sparse_encoder", _SPARSE), ("multi_vector_encoder", _TOKENS):
+        for home in (f"sentence_transformers.{encoder}.{modules}" for modules in ("models", "modules")):
+            for kind, file in files.items():
+                kinds |= dict.fromkeys((f"{home}.{kind}", f"{home}.{kind}.{kind}", f"{home}.{file}.{kind}"), kind)
+            kinds |= {f"{home}.{kind}": kind for kind in _BASE}
+    for home in "models", "modules":
+        sparse = f"sentence_transformers.sparse_encoder.{home}"
+        names = (f"{sparse}.MLMTransformer", f"{sparse}.mlm_transformer.MLMTransformer")
+        kinds |= dict.fromkeys((*names, f"{sparse}.MLMTransformer.MLMTransformer"), "Transformer")
+    return kinds | {"pylate.models.Dense.Dense": "Dense"}
 
 
 MODULE_KINDS = _spellings()
@@ -115,6 +130,9 @@ _PIECES = {"alpha", "enable_sampling", "nbest_size", "add_bos", "add_eos", "reve
 _MOST = ((re.compile(r".*layers?"), 1000), (re.compile(r".*experts"), 10_000), (re.compile(r"num_labels"), 100_000))
 """Numbers of what is made before a weight is read, by the setting's name; far above those of any model."""
 
+_TASKS = (None, "feature-extraction", "fill-mask", "sequence-classification")
+_MODEL_TYPES = (None, "SentenceTransformer", "SparseEncoder", "CrossEncoder", "MultiVectorEncoder", "ColBERT")
+
 _ACTIVATION = re.compile(r"torch\.nn\.(modules\.(activation|linear)\.)?[A-Z]\w*")
 
 
@@ -154,8 +172,18 @@ def _in_config(settings: dict[str, Any]) -> Iterator[str]:
     if name is not None and not (isinstance(name, str) and _TOKENIZER_CLASS.fullmatch(name)):
         yield f"tokenizer_class {name}"
     activation = settings.get("activation_function")
-    if isinstance(activation, str) and "." in activation and not _ACTIVATION.fullmatch(activation):
-        yield f"activation_function {activation}"
+    if isinstance(activation, str) and "." in activation:
+        yield from _in_activation("activation_function", activation)
+    name = "sbert_ce_default_activation_function"
+    yield from _in_activation(name, settings.get(name))
+    if isinstance(own := settings.get("sentence_transformers"), dict):
+        yield from _in_activation("activation_fn", own.get("activation_fn"))
+
+
+def _in_activation(setting: str, name: object) -> Iterator[str]:
+    """What sentence-transformers would import and call."""
+    if name is not None and not (isinstance(name, str) and _ACTIVATION.fullmatch(name)):
+        yield f"{setting} {name}"
 
 
 def _in_tokenizer(settings: dict[str, Any]) -> Iterator[str]:
@@ -205,7 +233,7 @@ def _in_transformer(settings: dict[str, Any]) -> Iterator[str]:
             yield from (f"{key}.{refused}" for refused in _in_arguments(value, _ARGUMENTS[key]))
         elif key not in _TRANSFORMER_KEYS:
             yield key
-    if (task := settings.get("transformer_task")) not in (None, "feature-extraction"):
+    if (task := settings.get("transformer_task")) not in _TASKS:
         yield f"transformer_task {task}"
     modalities = settings.get("modality_config") or {}
     for name, modality in modalities.items() if isinstance(modalities, dict) else [("", None)]:
@@ -225,9 +253,10 @@ def _in_arguments(arguments: object, allowed: set[str]) -> Iterator[str]:
 
 
 def _in_model(settings: dict[str, Any]) -> Iterator[str]:
-    """Models of other kinds are rebuilt by sentence-transformers out of modules that are not listed."""
-    if (kind := settings.get("model_type")) not in (None, "SentenceTransformer"):
+    """The refused settings of sentence-transformers' own file."""
+    if (kind := settings.get("model_type")) not in _MODEL_TYPES:
         yield f"model_type {kind}"
+    yield from _in_activation("activation_fn", settings.get("activation_fn"))
 
 
 _CHECKS: dict[str, Callable[[dict[str, Any]], Iterator[str]]] = {

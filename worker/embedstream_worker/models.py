@@ -12,6 +12,7 @@ from embedstream.errors import ModelError
 from embedstream.jobs import model_folder
 from embedstream_worker.fingerprint import DECIDING_SUFFIXES, PICKLED_WEIGHTS, file_sha256, folder_fingerprint
 from embedstream_worker.model_folder import NOTHING, Trust, check_folder
+from embedstream_worker.purpose import HEADS, Purpose, purpose_of
 
 HUB_TIMEOUT_SECONDS = 10.0
 """How long the hub may take to answer before it counts as out of reach."""
@@ -34,6 +35,11 @@ class ModelFolder:
     """Where it comes from, for printing."""
     needs: Trust = NOTHING
     """What of the worker's trust it cannot do without."""
+
+    @property
+    def purpose(self) -> Purpose:
+        """What it is for."""
+        return purpose_of(self.path)
 
     def fingerprint(self) -> str:
         """What decides its vectors, as 32 hex digits: with its code and its pickles, if these are loaded."""
@@ -81,7 +87,8 @@ def resolve_model(name: str, revision: str | None = None, trust: Trust = NOTHING
         found = (None if revision else _find_carried(name)) or find(name, revision, _wanted(trust))
     needs = check_folder(found.path, trust)
     source = found.source + ", runs code of its own" * needs.code + ", pickled weights" * needs.pickle
-    source += "" if (found.path / _MODULES).is_file() else f", mean pooling assumed (it has no {_MODULES})"
+    if found.purpose is Purpose.VECTORS and not (found.path / _MODULES).is_file():
+        source += f", mean pooling assumed (it has no {_MODULES})"
     return replace(found, needs=needs, source=source)
 
 
@@ -93,7 +100,7 @@ def is_carried(name: str) -> bool:
 def _wanted(trust: Trust) -> list[str]:
     """Files of a hub's model that are fetched: those that its fingerprint covers."""
     patterns = [f"*{suffix}" for suffix in sorted(DECIDING_SUFFIXES)]
-    return patterns + ["*.py"] * trust.code + [f"*{PICKLED_WEIGHTS}"] * trust.pickle
+    return patterns + ["*.py"] * trust.code + [f"*{PICKLED_WEIGHTS}", *HEADS] * trust.pickle
 
 
 def _find_carried(name: str) -> ModelFolder | None:

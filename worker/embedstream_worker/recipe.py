@@ -13,6 +13,7 @@ from embedstream_worker.engines.base import EngineInfo, Origin
 from embedstream_worker.model_folder import list_modules
 from embedstream_worker.model_settings import read_settings
 from embedstream_worker.models import ModelFolder
+from embedstream_worker.purpose import Purpose, purpose_of
 
 ASSUMED, FOLDER, FLAG, NOWHERE = "assumed", "folder", "flag", "none in the folder"
 
@@ -35,7 +36,7 @@ def origin_of(folder: ModelFolder) -> Origin:
 
 def _pooling(folder: Path) -> tuple[str, str]:
     if not (folder / "modules.json").is_file():
-        return "mean", ASSUMED
+        return ("mean", ASSUMED) if purpose_of(folder) is Purpose.VECTORS else ("", FOLDER)
     modules = list_modules(folder)
     found = [
         mode for module in modules if module.kind == "Pooling" for mode in pooling_modes(module.folder / "config.json")

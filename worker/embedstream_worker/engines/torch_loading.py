@@ -7,10 +7,11 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import tokenizers
 import torch
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import CrossEncoder, MultiVectorEncoder, SentenceTransformer, SparseEncoder
 from sentence_transformers.base.modules import Normalize, Router, Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling, StaticEmbedding
 from transformers import PreTrainedTokenizerBase
@@ -21,6 +22,7 @@ from embedstream_worker.engines.base import HARMLESS
 from embedstream_worker.engines.text_input import InputKind, TextInput
 from embedstream_worker.models import ModelFolder
 from embedstream_worker.panics import panics_are_errors
+from embedstream_worker.purpose import Purpose
 from embedstream_worker.tokenizing import UNLIMITED, Limits
 
 _OTHER_TABLES = ("wpe", "embed_positions", "position_embedding", "pos_embedding")
@@ -29,8 +31,16 @@ _OTHER_TABLES = ("wpe", "embed_positions", "position_embedding", "pos_embedding"
 _MISSING = re.compile(r"^(?:\x1b\[[0-9;]*m)*([\w.{}, \-]+?)\s*\|\s*(?:\x1b\[[0-9;]*m)*MISSING", re.MULTILINE)
 
 
-def load_model(folder: ModelFolder, device: torch.device) -> SentenceTransformer:
-    """Load a checked folder in float32.
+_CLASSES: dict[Purpose, Any] = {
+    Purpose.VECTORS: SentenceTransformer,
+    Purpose.SPARSE: SparseEncoder,
+    Purpose.MULTIVECTOR: MultiVectorEncoder,
+    Purpose.PAIRS: CrossEncoder,
+}
+
+
+def load_model(folder: ModelFolder, device: torch.device) -> Any:
+    """Load a checked folder in float32, by the class of sentence-transformers that it is for.
 
     Raises:
         ModelError: it cannot be loaded, or weights are missing from it.
@@ -38,7 +48,7 @@ def load_model(folder: ModelFolder, device: torch.device) -> SentenceTransformer
     with quiet() as reports:
         try:  # whatever loading raises, the user gets one sentence
             with panics_are_errors():
-                model = SentenceTransformer(
+                model = _CLASSES[folder.purpose](
                     str(folder.path),
                     device=str(device),
                     local_files_only=True,
@@ -60,17 +70,21 @@ def load_model(folder: ModelFolder, device: torch.device) -> SentenceTransformer
     return model.float().eval()
 
 
-def read_input(model: SentenceTransformer, name: str) -> TextInput:
-    """How the model wants its tokens.
+def read_input(model: Any, name: str, documents: bool = False) -> TextInput:
+    """How the model wants its tokens. `documents`: those of documents alone, where queries have a way of their own.
 
     Raises:
         ModelError: it wants them in a way that this engine does not know.
     """
     first = next(model.children())
-    modules = [next(route.children()) for route in first.sub_modules.values()] if isinstance(first, Router) else [first]
+    modules = [first]
+    if isinstance(first, Router):
+        routes = first.sub_modules
+        chosen = [routes["document"]] if documents and "document" in routes else routes.values()
+        modules = [next(route.children()) for route in chosen]
     try:
         with panics_are_errors():
-            inputs = [_read_module(module, name) for module in modules]
+            inputs = [_read_module(module, name, documents) for module in modules]
     except ModelError:
         raise
     except Exception as error:  # its settings may hold values of any type
@@ -92,7 +106,7 @@ def excludes_prompt(model: SentenceTransformer) -> bool:
     return any(isinstance(part, Pooling) and not part.include_prompt for part in model.modules())
 
 
-def _read_module(module: torch.nn.Module, name: str) -> TextInput:
+def _read_module(module: torch.nn.Module, name: str, documents: bool) -> TextInput:
     if isinstance(module, StaticEmbedding):
         source = getattr(module.tokenizer, "backend_tokenizer", module.tokenizer)
         cut = source.truncation or {}
@@ -111,11 +125,13 @@ def _read_module(module: torch.nn.Module, name: str) -> TextInput:
         raise ModelError(f"model {name} is not a text model")
     if "message" in module.modality_config:
         raise ModelError(f"model {name} puts texts into a chat template, which is not supported")
-    if module.query_expansion is not None or module.query_length is not None or module.document_length is not None:
+    own_lengths = (module.query_expansion, module.query_length, module.document_length)
+    if not documents and any(length is not None for length in own_lengths):
         raise ModelError(f"model {name} has a length of its own for each role, which is not supported")
     options = dict(module.processing_kwargs)
     text_options = dict(options.pop("text", {}))
     max_length = int(text_options.pop("max_length", None) or module.max_seq_length or UNLIMITED)
+    max_length = int((documents and module.document_length) or max_length)
     if options or text_options:
         raise ModelError(f"model {name} sets processing options ({sorted({*options, *text_options})}) not supported")
     probe = tokenizer(HARMLESS)

@@ -1,0 +1,166 @@
+"""Models that give something else than one vector for each text, or more: in torch, in padded batches."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from typing import Any, cast
+
+import numpy as np
+import torch
+from sentence_transformers.base.modules import Transformer
+from sentence_transformers.sparse_encoder.modules import SpladePooling
+
+from embedstream.dataset.values import Ragged
+from embedstream.errors import ModelError
+from embedstream_worker.engines.base import EngineInfo, OutOfMemory, Results, TokenBatch
+from embedstream_worker.engines.checking import check_batches
+from embedstream_worker.engines.heads import FusedSplade, heads_of, sparse
+from embedstream_worker.engines.precision import Dtype
+from embedstream_worker.engines.text_engine import TextEngine
+from embedstream_worker.engines.text_input import InputKind, TextModel
+from embedstream_worker.engines.torch_device import pick_device, share_cores
+from embedstream_worker.engines.torch_engine import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS, is_out_of_memory
+from embedstream_worker.engines.torch_features import padded_features, vocabulary_size
+from embedstream_worker.engines.torch_loading import excludes_prompt, is_normalized, load_model, read_input
+from embedstream_worker.families import card_prompts
+from embedstream_worker.models import ModelFolder
+from embedstream_worker.purpose import Purpose
+from embedstream_worker.recipe import origin_of
+
+log = logging.getLogger(__name__)
+
+_DIFFERENCE = 1e-4
+"""How far a faster way may be off, in float32."""
+
+
+class HeadedEngine(TextEngine):
+    """Sparse vectors, a vector for each token, scores of pairs, labels: equal to what sentence-transformers gives.
+
+    One pass through the model serves all kinds. In float32. Documents alone, as queries of such models often go
+    another way.
+    """
+
+    def __init__(self, folder: ModelFolder, device: str = "auto", dtype: Dtype = "auto") -> None:
+        """Load the model and try it. Raises `ModelError`."""
+        super().__init__()
+        if dtype not in ("auto", "float32"):
+            raise ModelError(f"--dtype {dtype}: model {folder.name} runs in float32; leave it out")
+        place = pick_device(device)
+        share_cores(place)
+        self.modules: Any = load_model(folder, torch.device("cpu"))
+        self._purpose = folder.purpose
+        self._vocabulary = vocabulary_size(self.modules)
+        self._fused: FusedSplade | None = None
+        text_input = read_input(self.modules, folder.name, documents=True)
+        if text_input.kind is not InputKind.PADDED:
+            raise ModelError(f"model {folder.name} begins with a table of vectors, which gives no such results")
+        dense = self._purpose is Purpose.VECTORS
+        self.text_model = TextModel(
+            name=folder.name,
+            input=text_input,
+            prompts={name: str(prompt) for name, prompt in self.modules.prompts.items()},
+            default_prompt_name=self.modules.default_prompt_name,
+            roles={"document": 1},
+            normalized=dense and is_normalized(self.modules),
+            excludes_prompt=excludes_prompt(self.modules),
+        )
+        try:
+            sample = self._forward(text_input.sample(2, 8, "document"))
+            self._heads = heads_of(self.modules, self._purpose, folder.path, sample, self.text_model.normalized)
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise ModelError(f"model {folder.name} cannot run: {type(error).__name__}: {error}") from error
+        self._fuse()
+        self.modules.to(place)
+        self.info = EngineInfo(
+            engine="torch",
+            device=str(place),
+            dtype="float32",
+            fingerprint=folder.fingerprint(),
+            max_length=text_input.max_length,
+            padded=True,
+            batch_tokens=CPU_BATCH_TOKENS if place.type == "cpu" else GPU_BATCH_TOKENS // 8,
+            origin=origin_of(folder),
+            outputs={head.kind: head.info for head in self._heads},
+            card_prompts=card_prompts(folder.name, folder.path),
+        )
+
+    def run(self, batch: TokenBatch) -> Results:
+        """What the model gives, by kind, in the batch's order. Raises `OutOfMemory`."""
+        try:
+            return self._run(batch)
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        raise OutOfMemory(f"{len(batch)} texts of up to {batch.longest} tokens: {reason}")
+
+    def close(self) -> None:
+        """Give the model's memory back."""
+        super().close()
+        del self.modules, self._heads, self._fused
+        gc.collect()
+
+    @torch.inference_mode()
+    def _run(self, batch: TokenBatch) -> Results:
+        if self._fused is not None:
+            return {"sparse": sparse(self._fused(self._features(batch)))}
+        features = self._forward(batch)
+        wanted = [head for head in self._heads if batch.kinds is None or head.kind in batch.kinds]
+        return cast("Results", {head.kind: head(features) for head in wanted})
+
+    @torch.inference_mode()
+    def _forward(self, batch: TokenBatch) -> dict[str, Any]:
+        if self._vocabulary is not None and len(batch.ids) and int(batch.ids.max()) >= self._vocabulary:
+            raise ValueError(f"token {batch.ids.max()} is beyond the model's vocabulary of {self._vocabulary}")
+        features = self._features(batch)
+        given: dict[str, Any] = {"modality": "text", **features}
+        if self._purpose is not Purpose.PAIRS:
+            given["task"] = batch.role
+            return {**features, **self.modules(given, task=batch.role)}
+        return {**features, **self.modules(given)}
+
+    def _features(self, batch: TokenBatch) -> dict[str, Any]:
+        device = next(self.modules.parameters()).device
+        ids = torch.from_numpy(batch.ids).to(device)
+        starts = torch.from_numpy(batch.offsets.astype(np.int32)).to(device)
+        return padded_features(self.text_model.input, batch, ids, starts)
+
+    def _fuse(self) -> None:
+        """Run SPLADE the faster way, if its vectors stay what they are."""
+        modules = [*self.modules.children()]
+        if [type(module) for module in modules] != [Transformer, SpladePooling]:
+            return
+        batches = check_batches(self.text_model)
+        references = [self._run(batch)["sparse"] for batch in batches]
+        try:
+            fused = FusedSplade(*modules)
+        except TypeError as error:
+            log.info("model %s: its last layer is not fused: %s", self.text_model.name, error)
+            return
+        self._fused = fused
+        try:
+            off = max(_off(self._run(batch)["sparse"], ours) for batch, ours in zip(batches, references, strict=True))
+        except (RuntimeError, ValueError, IndexError) as error:
+            off = float("inf")
+            log.info("model %s: %s", self.text_model.name, error)
+        if off > _DIFFERENCE:
+            fused.restore()
+            self._fused = None
+            name = self.text_model.name
+            log.warning("model %s: its last layer is not fused, as weights would be off by %.2g", name, off)
+
+
+def _off(ours: Ragged, theirs: Ragged) -> float:
+    """The greatest difference between two sparse results."""
+    assert ours.indices is not None
+    assert theirs.indices is not None
+    weights = [dict[tuple[int, int], float](), dict[tuple[int, int], float]()]
+    for found, values in zip(weights, (ours, theirs), strict=True):
+        rows = np.repeat(np.arange(len(values)), values.counts)
+        assert values.indices is not None
+        found.update(zip(zip(rows.tolist(), values.indices.tolist(), strict=True), values.values.tolist(), strict=True))
+    one, other = weights
+    return max((abs(one.get(place, 0.0) - other.get(place, 0.0)) for place in one.keys() | other.keys()), default=0.0)
