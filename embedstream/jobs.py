@@ -69,6 +69,8 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
     text_field: str | None = None
     title_field: str | None = None
     title_sep: str = " "
+    query_field: str | None = None
+    """The kept field that is the first of a pair, the text being the second; None: a row is one text."""
     keep: tuple[str, ...] = ()
     keep_types: dict[str, KeptType] = {}
     """Types of their columns, by name; strings, where none is given."""
@@ -111,6 +113,12 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
         if not self.queue or any(c in self.queue for c in "{}\0\n"):
             raise UsageError(f"queue name {self.queue!r}: use letters, digits, dots, slashes and dashes (--queue)")
         named = ("queue", "output", "model", "revision", "id_field", "text_field", "title_field", "title_sep")
+        if self.query_field is not None and self.query_field not in self.keep:
+            raise UsageError(f"--query-field {self.query_field}: keep it, too (--keep)")
+        if self.query_field is not None and self.keep_types.get(self.query_field, "string") != "string":
+            raise UsageError(f"--query-field {self.query_field}: is a text: leave the type out of --keep")
+        if self.query_field is not None and (self.prompt is not None or self.prompt_name is not None):
+            raise UsageError("--query-field: no prompt goes in front of a pair: leave --prompt out")
         for name in named:
             check_setting(f"--{name.replace('_', '-')}", getattr(self, name))
         if self.number_rows and self.id_field is not None:

@@ -35,6 +35,22 @@ def strings_of(column: pa.Array[Any]) -> list[str]:
     return cast("list[str]", column.to_pylist())
 
 
+def entered(rows: Any, query_field: str | None) -> list[str]:
+    """What entered the model of each row of a block or of a dataset, prompt left out: the text, or the texts of a pair.
+
+    A pair's are its first, a zero character and its second; a first that is null counts as empty.
+    """
+    texts = strings_of(rows.column("text"))
+    if query_field is None:
+        return texts
+    return [f"{first or ''}\0{text}" for first, text in zip(firsts(rows, query_field), texts, strict=True)]
+
+
+def firsts(rows: Any, query_field: str) -> list[str | None]:
+    """The first of each pair."""
+    return cast("list[str | None]", rows.column(query_field).to_pylist())
+
+
 def text_digests(texts: Sequence[str], prompt: str = "") -> bytes:
     """BLAKE2b of 16 bytes over the UTF-8 of each text with the prompt in front, one after the other."""
     if not prompt:

@@ -6,7 +6,7 @@ import os
 import socket
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypedDict, get_args
+from typing import Any, Literal, TypedDict, get_args
 
 import msgspec
 
@@ -17,7 +17,7 @@ from embedstream.dataset.sink import Sink
 from embedstream.dataset.sinks import canonical_output
 from embedstream.errors import BrokerError, OutputError, UsageError
 from embedstream.failpoints import reach
-from embedstream.jobs import JobSpec, JobState, KeptType, model_address, queue_name
+from embedstream.jobs import JobSpec, JobState, KeptType, model_address, model_folder, queue_name
 from embedstream.lifecycle.adoption import Adopted, adopt_shards
 from embedstream.outputs import OutputSpec, Task
 from embedstream.queue.broker import Broker
@@ -28,6 +28,9 @@ from embedstream.records import Manifest
 from embedstream.server.connection import mask
 from embedstream.server.foreign import leaving_out
 from embedstream.server.patience import Patience
+
+QUERY_FIELD = "query"
+"""The first of a pair, unless another field is named."""
 
 
 class SpecSettings(TypedDict, total=False):
@@ -44,6 +47,8 @@ class SpecSettings(TypedDict, total=False):
     text_field: str | None
     title_field: str | None
     title_sep: str
+    query_field: str | None
+    """The first of a pair; None: `query`, if the task is to rerank."""
     keep: Sequence[str]
     """Fields to carry into the dataset: `NAME`, or `NAME:TYPE` with `int64`, `float64`, `bool` or `string`."""
     text: bool
@@ -58,8 +63,13 @@ def make_spec(
     Kept fields have the types that the settings name; `with_types` adds those that the corpus has.
     """
     given = dict(settings)
-    given["keep"], given["keep_types"] = _split_types(settings.get("keep", ()))
+    keep, given["keep_types"] = _split_types(settings.get("keep", ()))
     given["outputs"] = tuple(settings.get("outputs", ()))
+    task = settings.get("task", "auto")
+    query = settings.get("query_field")
+    if query is None and (task == "rerank" or (task == "auto" and scores_pairs(model))):
+        query = given["query_field"] = QUERY_FIELD
+    given["keep"] = keep if query is None or query in keep else (*keep, query)
     spec = JobSpec(
         queue=queue or queue_name(model),
         output=canonical_output(output),
@@ -70,6 +80,20 @@ def make_spec(
     )
     spec.check()
     return spec
+
+
+def scores_pairs(model: str) -> bool:
+    """Whether a model is a folder of this machine that says that it gives one score to a pair of texts."""
+    folder = model_folder(model)
+    if folder is None:
+        return False
+    try:
+        config: Any = msgspec.json.decode((folder / "config.json").read_bytes())
+        names = [str(name) for name in config.get("architectures") or ()]
+        labels = config.get("num_labels") or len(config.get("id2label") or (0, 0))
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
+        return False  # the worker says what is wrong with it
+    return labels == 1 and any(name.endswith("ForSequenceClassification") for name in names)
 
 
 def _split_types(keep: Iterable[str]) -> tuple[tuple[str, ...], dict[str, KeptType]]:
@@ -103,7 +127,7 @@ def with_types(spec: JobSpec, parts: Iterable[Mapping[str, KeptType]] = ()) -> J
         for name, type in part.items():
             found.setdefault(name, set()).add(type)
     for name, types in found.items():
-        if name not in spec.keep_types and len(types) == 1 and types != {"string"}:
+        if name != spec.query_field and name not in spec.keep_types and len(types) == 1 and types != {"string"}:
             (named[name],) = types
     return msgspec.structs.replace(spec, keep_types=named)
 

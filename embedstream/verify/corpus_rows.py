@@ -6,7 +6,7 @@ from bisect import bisect_right
 
 import numpy as np
 
-from embedstream.dataset.input_hash import strings_of, text_digests
+from embedstream.dataset.input_hash import entered, text_digests
 from embedstream.queue.blocks import Block
 from embedstream.records import Manifest
 from embedstream.verify.findings import MOST_SHOWN, Finding, Kind
@@ -66,7 +66,7 @@ class CorpusCheck:
         other_id = (good | failed) & (there[:, 0] != id_numbers(ids))
         self._told(Kind.OTHER_ID, part, rows, other_id, ids.to_pylist(), label, "has another id in the dataset")
         same = good & ~failed & ~other_id
-        digests = text_digests(strings_of(batch.column("text")), self._check.manifest.prompt)
+        digests = text_digests(entered(batch, self._check.spec.query_field), self._check.manifest.prompt)
         texts = np.frombuffer(digests, np.uint64).reshape(-1, 2)[:, 0]
         other_text = same & (there[:, 1] != texts)
         words = "has another text than the one that was embedded"

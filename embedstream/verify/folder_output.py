@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from embedstream.dataset.folder import BATCH_ROWS, ERRORS, MANIFEST, FolderSink
-from embedstream.dataset.input_hash import strings_of, text_digests
+from embedstream.dataset.input_hash import entered, text_digests
 from embedstream.dataset.manifest import manifest_spec
 from embedstream.dataset.schema import ErrorRow, dataset_schema
 from embedstream.errors import OutputError
@@ -228,7 +228,7 @@ class FolderCheck:
         if self.spec.keep:
             numbers[:, 2] = kept_numbers(batch, self.spec)
         if self.spec.text:
-            digests = text_digests(strings_of(batch.column("text")), self.manifest.prompt)
+            digests = text_digests(entered(batch, self.spec.query_field), self.manifest.prompt)
             own = np.frombuffer(digests, np.uint64).reshape(-1, 2)[:, 0]
             located.add(Kind.OTHER_TEXT, own != numbers[:, 1])
         return numbers

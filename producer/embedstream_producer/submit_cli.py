@@ -25,6 +25,7 @@ from embedstream.outputs import Task, parse_emit
             "text_field",
             "title_field",
             "title_sep",
+            "query_field",
             "keep",
             "no_text",
             "empty",
@@ -74,6 +75,7 @@ from embedstream.outputs import Task, parse_emit
 )
 @click.option("--title-field", metavar="FIELD", help="Joined in front of the text; '' for none.  [default: title]")
 @click.option("--title-sep", default=" ", show_default="a space", help="Between title and text.")
+@click.option("--query-field", metavar="FIELD", help="The first text of a pair.  [default: query, for rerankers]")
 @click.option(
     "--keep",
     multiple=True,
@@ -128,6 +130,7 @@ def embed_submit(
     text_field: str | None,
     title_field: str | None,
     title_sep: str,
+    query_field: str | None,
     keep: tuple[str, ...],
     no_text: bool,
     empty: Literal["error", "skip"],
@@ -183,6 +186,7 @@ def embed_submit(
             "text_field": text_field,
             "title_field": title_field,
             "title_sep": title_sep,
+            "query_field": query_field,
             "keep": keep,
             "text": not no_text,
             "empty": empty,

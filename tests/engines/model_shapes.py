@@ -38,7 +38,7 @@ def _fast(tokenizer: Tokenizer, **special: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)  # type: ignore[no-untyped-call]
 
 
-def _unigram_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+def unigram_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     special = ["<s>", "<pad>", "</s>", "<unk>"]
     tokenizer = Tokenizer(Unigram())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -199,7 +199,7 @@ def bert_mean_without_prompt(folder: Path, minilm: Path, _: list[str]) -> Path:
 
 def xlm_roberta(folder: Path, _: Path, texts: list[str]) -> Path:
     """Positions that begin after the padding's, an own sentencepiece-like tokenizer, three poolings at once."""
-    tokenizer = _unigram_tokenizer(texts)
+    tokenizer = unigram_tokenizer(texts)
     config = transformers.XLMRobertaConfig(
         vocab_size=len(tokenizer),
         hidden_size=32,

@@ -55,12 +55,12 @@ class FaultyTokenizer(HashingTokenizer):
     def __init__(self, strikes: Path) -> None:
         self._strikes = strikes
 
-    def encode(self, texts: Sequence[str], max_length: int) -> Tokens:
+    def encode(self, texts: Sequence[str], max_length: int, firsts: Sequence[str] | None = None) -> Tokens:
         for text in texts:
             fault = _FAULT.search(text)
             if fault is not None and fault["stage"] and strike(fault, text, self._strikes):
                 break_down(fault["kind"])
-        return super().encode(texts, max_length)
+        return super().encode(texts, max_length, firsts)
 
 
 class FaultyHashingEngine(HashingEngine):

@@ -257,10 +257,10 @@ def test_what_comes_out_is_what_a_sink_takes(tmp_path: Path) -> None:
 class Picky(HashingTokenizer):
     """Cannot bear some texts."""
 
-    def encode(self, texts: Sequence[str], max_length: int) -> Any:
+    def encode(self, texts: Sequence[str], max_length: int, firsts: Any = None) -> Any:
         if any("bad" in text for text in texts):
             raise ValueError("cannot bear this")
-        return super().encode(texts, max_length)
+        return super().encode(texts, max_length, firsts)
 
 
 def test_a_text_that_the_tokenizer_cannot_bear_is_an_error_row() -> None:
@@ -290,7 +290,7 @@ def test_blocks_tokenized_in_several_threads_come_out_in_their_order_each_error_
 
 def test_a_tokenizer_that_can_do_nothing_blames_no_text() -> None:
     class Broken(HashingTokenizer):
-        def encode(self, texts: Sequence[str], max_length: int) -> Any:  # noqa: ARG002
+        def encode(self, texts: Sequence[str], max_length: int, firsts: Any = None) -> Any:  # noqa: ARG002
             raise ValueError("broken")
 
     with pytest.raises(ValueError, match="broken"):

@@ -82,6 +82,15 @@ def join_tokens(pieces: Sequence[Tokens]) -> Tokens:
         ids=np.concatenate([np.empty(0, np.int32), *(piece.ids for piece in pieces)]),
         offsets=np.cumsum(np.concatenate([np.zeros(1, np.int64), *lengths])),
         truncated=np.concatenate([np.empty(0, np.bool_), *(piece.truncated for piece in pieces)]),
+        types=_join_types(pieces),
+    )
+
+
+def _join_types(pieces: Sequence[Tokens]) -> npt.NDArray[np.int8] | None:
+    if all(piece.types is None for piece in pieces):
+        return None
+    return np.concatenate(
+        [np.zeros(len(piece.ids), np.int8) if piece.types is None else piece.types for piece in pieces]
     )
 
 
@@ -95,11 +104,13 @@ def gather_batch(
     lengths = tokens.lengths[rows]
     offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
     shift = np.repeat(tokens.offsets[rows] - offsets[:-1], lengths)
+    places = np.arange(offsets[-1]) + shift
     return TokenBatch(
-        ids=tokens.ids[np.arange(offsets[-1]) + shift],
+        ids=tokens.ids[places],
         offsets=offsets,
         longest=int(lengths.max(initial=0)),
         prompt_length=prompt_length,
         role=role,
+        types=None if tokens.types is None else tokens.types[places],
         kinds=kinds,
     )

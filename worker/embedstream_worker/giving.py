@@ -35,6 +35,10 @@ def resolve_outputs(spec: JobSpec, info: EngineInfo) -> tuple[Output, ...]:
     kinds = [kind for kind in info.outputs if spec.task in ("auto", TASKS[kind])]
     if not kinds:
         raise ModelError(f"--task {spec.task}: {gives}")
+    if spec.query_field is not None and not info.pairs:
+        raise ModelError(f"--query-field {spec.query_field}: {gives}, of one text each")
+    if spec.query_field is None and "score" in kinds:
+        raise ModelError(f"{gives}: name the field of a pair's first text with --query-field (query, if --task rerank)")
     made = []
     for wanted in spec.outputs or [OutputSpec(name=NAMES[kind], kind=kind) for kind in kinds]:
         if wanted.kind not in kinds:

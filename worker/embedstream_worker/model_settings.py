@@ -53,8 +53,9 @@ def _spellings() -> dict[str, str]:
             kinds |= {f"{home}.{kind}": kind for kind in _BASE}
     for home in "models", "modules":
         sparse = f"sentence_transformers.sparse_encoder.{home}"
-        names = (f"{sparse}.MLMTransformer", f"{sparse}.mlm_transformer.MLMTransformer")
-        kinds |= dict.fromkeys((*names, f"{sparse}.MLMTransformer.MLMTransformer"), "Transformer")
+        kinds |= {
+            f"{sparse}.{file}MLMTransformer": "Transformer" for file in ("", "mlm_transformer.", "MLMTransformer.")
+        }
     return kinds | {"pylate.models.Dense.Dense": "Dense"}
 
 

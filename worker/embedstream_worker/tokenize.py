@@ -9,7 +9,7 @@ from queue import SimpleQueue
 import numpy as np
 import pyarrow as pa
 
-from embedstream.dataset.input_hash import input_hashes, model_inputs, strings_of
+from embedstream.dataset.input_hash import entered, firsts, input_hashes, model_inputs, strings_of
 from embedstream_worker.ahead import Ahead
 from embedstream_worker.batching import join_tokens
 from embedstream_worker.engines.base import TextTokenizer, Tokens
@@ -77,19 +77,24 @@ class Tokenize:
         return TokenizedGroup(job, blocks, tokens, pa.concat_arrays([hashes for _, hashes in pieces]), errors)
 
     def _encode(self, job: OpenJob, held: HeldBlock) -> tuple[Encoded, pa.FixedSizeBinaryArray]:
-        texts = strings_of(held.block.rows.column("text"))
+        rows, query = held.block.rows, job.spec.query_field
         tokenizer = self._tokenizers.get()
         try:
             with self._activity.computing():
-                encoded = encode_rows(tokenizer, texts, job.prompt, job.max_length)
+                if query is not None:
+                    encoded = encode_pairs(tokenizer, firsts(rows, query), strings_of(rows.column("text")), job)
+                else:
+                    encoded = encode_rows(tokenizer, strings_of(rows.column("text")), job.prompt, job.max_length)
         finally:
             self._tokenizers.put(tokenizer)
-        return encoded, input_hashes(texts, job.prompt)
+        return encoded, input_hashes(entered(rows, query), job.prompt)
 
     def _tried(self, job: OpenJob, held: HeldBlock) -> TokenizedGroup:
         """A block with which workers died, row by row. Raises `NotOurs`."""
         trial = Trial(self._broker, self._held, self._life, held)
-        texts = strings_of(held.block.rows.column("text"))
+        rows, query = held.block.rows, job.spec.query_field
+        texts = strings_of(rows.column("text"))
+        ahead = None if query is None else firsts(rows, query)
         tokenizer, errors, pieces = self._tokenizers.get(), trial.errors, [_NONE]
         try:
             for row, text in enumerate(texts):
@@ -98,14 +103,17 @@ class Tokenize:
                     continue
                 trial.note(row)
                 with self._activity.computing():
-                    tokens, failed = encode_rows(tokenizer, [text], job.prompt, job.max_length)
+                    if ahead is not None:
+                        tokens, failed = encode_pairs(tokenizer, [ahead[row]], [text], job)
+                    else:
+                        tokens, failed = encode_rows(tokenizer, [text], job.prompt, job.max_length)
                 pieces.append(tokens)
                 if failed:
                     errors[row] = failed[0]
             trial.note(None)
         finally:
             self._tokenizers.put(tokenizer)
-        hashes = input_hashes(texts, job.prompt)
+        hashes = input_hashes(entered(rows, query), job.prompt)
         return TokenizedGroup(job, [held], join_tokens(pieces), hashes, errors, trial.note)
 
 
@@ -124,6 +132,14 @@ def encode_rows(tokenizer: TextTokenizer, texts: Sequence[str], prompt: str, max
         Exception: what the tokenizer raises for any text at all.
     """
     return _joined([encode_each(tokenizer, inputs, max_length) for inputs in model_inputs(texts, prompt)])
+
+
+def encode_pairs(tokenizer: TextTokenizer, firsts: Sequence[str | None], texts: Sequence[str], job: OpenJob) -> Encoded:
+    """Token ids of pairs; one without its first half has none, and an error. Raises as `encode_rows`."""
+    lacking = [row for row, first in enumerate(firsts) if not first]
+    tokens, errors = encode_each(tokenizer, texts, job.max_length, [first or "" for first in firsts])
+    message = f'the row has no "{job.spec.query_field}", the first of its pair'
+    return tokens, errors | dict.fromkeys(lacking, ("missing_query", message))
 
 
 def _joined(pieces: Sequence[Encoded]) -> Encoded:

@@ -72,16 +72,23 @@ class FastTokenizer:
         self._add_special_tokens = add_special_tokens
         self._max_length: int | None = None
 
-    def encode(self, texts: Sequence[str], max_length: int) -> Tokens:
+    def encode(self, texts: Sequence[str], max_length: int, firsts: Sequence[str] | None = None) -> Tokens:
         """Token ids with special tokens, cut at `max_length` tokens. Raises `ModelError` for an impossible length."""
         self._set_max_length(max_length)
-        from_end = self._side == "left"
-        inputs, cut = cut_characters(texts, _CHARACTERS_PER_TOKEN * max_length + _CHARACTERS_MORE, from_end)
-        encodings = self._encode(inputs)
+        from_end, most = self._side == "left", _CHARACTERS_PER_TOKEN * max_length + _CHARACTERS_MORE
+        inputs, cut = cut_characters(texts, most, from_end)
+        if firsts is None:
+            encodings = self._encode(inputs)
+        else:
+            short, longer = cut_characters(firsts, most, from_end)
+            encodings = self._encode(list(zip(short, inputs, strict=True)))
+            cut = sorted({*cut, *longer})
         doubtful = [row for row in cut if sum(map(len, encodings[row].overflowing)) < _ENOUGH_OVERFLOW]
-        for row, encoding in zip(doubtful, self._encode([texts[row] for row in doubtful]), strict=True):
+        whole = [texts[row] if firsts is None else (firsts[row], texts[row]) for row in doubtful]
+        for row, encoding in zip(doubtful, self._encode(whole), strict=True):
             encodings[row] = encoding
-        tokens = _flatten([encoding.ids for encoding in encodings])
+        types = None if firsts is None else [encoding.type_ids for encoding in encodings]
+        tokens = _flatten([encoding.ids for encoding in encodings], types)
         for row in np.flatnonzero(tokens.lengths >= max_length).tolist():
             tokens.truncated[row] = bool(encodings[row].overflowing)
         return tokens
@@ -92,7 +99,7 @@ class FastTokenizer:
             return 0
         return _prompt_length(self.encode([prompt], max_length), self._special_ids)
 
-    def _encode(self, texts: list[str]) -> list[tokenizers.Encoding]:
+    def _encode(self, texts: Sequence[str | tuple[str, str]]) -> list[tokenizers.Encoding]:
         with panics_are_errors():
             encodings: list[tokenizers.Encoding] = self._backend.encode_batch_fast(
                 texts, add_special_tokens=self._add_special_tokens
@@ -114,8 +121,10 @@ class PythonTokenizer:
         self._tokenizer = copy.deepcopy(tokenizer)
         self._limits = limits
 
-    def encode(self, texts: Sequence[str], max_length: int) -> Tokens:
+    def encode(self, texts: Sequence[str], max_length: int, firsts: Sequence[str] | None = None) -> Tokens:
         """Token ids with special tokens, cut at `max_length` tokens. Raises `ModelError` for an impossible length."""
+        if firsts is not None:
+            raise ModelError("the model's tokenizer is written in Python, which is too slow for pairs")
         self._limits.check(max_length)
         ids = self._encode(list(texts), truncation=False)
         longer = [row for row, row_ids in enumerate(ids) if len(row_ids) > max_length]
@@ -141,7 +150,7 @@ class PythonTokenizer:
 
 
 def encode_each(
-    tokenizer: TextTokenizer, texts: Sequence[str], max_length: int
+    tokenizer: TextTokenizer, texts: Sequence[str], max_length: int, firsts: Sequence[str] | None = None
 ) -> tuple[Tokens, dict[int, tuple[str, str]]]:
     """Token ids of each text; one that the tokenizer cannot bear has none, and an error: row -> (code, message).
 
@@ -149,13 +158,13 @@ def encode_each(
         Exception: what the tokenizer raises for any text at all.
     """
     try:
-        return tokenizer.encode(texts, max_length), {}
+        return tokenizer.encode(texts, max_length, firsts), {}
     except Exception:  # noqa: BLE001 - whatever it raises, it is the fault of some text, or of the tokenizer
         tokenizer.encode([HARMLESS], max_length)
     pieces, errors = [], {}
     for row, text in enumerate(texts):
         try:
-            pieces.append(tokenizer.encode([text], max_length))
+            pieces.append(tokenizer.encode([text], max_length, None if firsts is None else [firsts[row]]))
         except Exception as error:  # noqa: BLE001
             pieces.append(NO_TOKENS)
             errors[row] = ("tokenizer_error", f"{type(error).__name__}: {error}")
@@ -171,11 +180,12 @@ def make_tokenizer(tokenizer: PreTrainedTokenizerBase, limits: Limits) -> TextTo
     )
 
 
-def _flatten(ids: list[list[int]]) -> Tokens:
+def _flatten(ids: list[list[int]], types: list[list[int]] | None = None) -> Tokens:
     offsets = np.zeros(len(ids) + 1, np.int64)
     np.cumsum(np.fromiter(map(len, ids), np.int64, len(ids)), out=offsets[1:])
     flat = np.fromiter(chain.from_iterable(ids), np.int32, int(offsets[-1]))
-    return Tokens(flat, offsets, np.zeros(len(ids), np.bool_))
+    kinds = None if types is None else np.fromiter(chain.from_iterable(types), np.int8, int(offsets[-1]))
+    return Tokens(flat, offsets, np.zeros(len(ids), np.bool_), kinds)
 
 
 def _prompt_length(tokens: Tokens, special_ids: frozenset[int]) -> int:

@@ -37,6 +37,7 @@ class Tokens:
     ids: npt.NDArray[np.int32]  # [total]
     offsets: npt.NDArray[np.int64]  # [n + 1]
     truncated: npt.NDArray[np.bool_]  # [n]: the text was longer than the limit
+    types: npt.NDArray[np.int8] | None = None  # [total]: of pairs, 1 for tokens of the second text; None: all 0
 
     @cached_property
     def lengths(self) -> npt.NDArray[np.int64]:
@@ -53,6 +54,7 @@ class TokenBatch:
     longest: int
     prompt_length: int  # leading tokens that belong to the prompt; 0 when there is none
     role: Role
+    types: npt.NDArray[np.int8] | None = None  # as in `Tokens`
     kinds: frozenset[Kind] | None = None  # what is wanted of it; None: all that the model gives
 
     def __len__(self) -> int:
@@ -94,6 +96,7 @@ class EngineInfo:
     max_length: int  # tokens, special tokens included
     padded: bool  # whether a batch costs longest x n (True) or the sum of its tokens
     batch_tokens: int  # a good token budget per batch on this device
+    pairs: bool = field(default=False, kw_only=True)  # whether it takes pairs of texts
     outputs: dict[Kind, OutputInfo]  # what the model gives
     card_prompts: dict[Role, str] = field(default_factory=dict)  # what its card wants in front of texts
     origin: Origin = Origin()
@@ -102,8 +105,11 @@ class EngineInfo:
 class TextTokenizer(Protocol):
     """Turns texts into token ids. Not safe to share between threads: make one per thread."""
 
-    def encode(self, texts: Sequence[str], max_length: int) -> Tokens:
-        """Token ids with special tokens, cut at `max_length` tokens."""
+    def encode(self, texts: Sequence[str], max_length: int, firsts: Sequence[str] | None = None) -> Tokens:
+        """Token ids with special tokens, cut at `max_length` tokens.
+
+        `firsts`: the first texts of pairs, of which `texts` are the second; the longer one is cut first.
+        """
 
     def prompt_length(self, prompt: str, max_length: int) -> int:
         """How many leading tokens of a prompted text belong to the prompt."""

@@ -29,8 +29,9 @@ U64 = npt.NDArray[np.uint64]
 class HashingTokenizer:
     """A token is 4 UTF-8 bytes of the text, little-endian, the last one filled up with zeros."""
 
-    def encode(self, texts: Sequence[str], max_length: int) -> Tokens:
-        """Token ids, cut at `max_length`; the empty text is the single token 0."""
+    def encode(self, texts: Sequence[str], max_length: int, firsts: Sequence[str] | None = None) -> Tokens:
+        """Token ids, cut at `max_length`; the empty text is the single token 0. It takes no pairs."""
+        assert firsts is None
         strings = pa.array(texts, pa.large_string())
         _, starts_buffer, bytes_buffer = strings.buffers()
         count = len(texts)

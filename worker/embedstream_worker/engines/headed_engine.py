@@ -80,10 +80,16 @@ class HeadedEngine(TextEngine):
             max_length=text_input.max_length,
             padded=True,
             batch_tokens=CPU_BATCH_TOKENS if place.type == "cpu" else GPU_BATCH_TOKENS // 8,
+            pairs=self._purpose is Purpose.PAIRS,
             origin=origin_of(folder),
             outputs={head.kind: head.info for head in self._heads},
             card_prompts=card_prompts(folder.name, folder.path),
         )
+
+    @property
+    def fused(self) -> bool:
+        """Whether it runs SPLADE the faster way."""
+        return self._fused is not None
 
     def run(self, batch: TokenBatch) -> Results:
         """What the model gives, by kind, in the batch's order. Raises `OutOfMemory`."""

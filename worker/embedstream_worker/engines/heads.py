@@ -53,10 +53,10 @@ def heads_of(model: Any, purpose: Purpose, folder: Path, sample: Features, norma
         case Purpose.VECTORS:
             dim = model.truncate_dim or sample["sentence_embedding"].shape[1]
             weights, vectors = (_linear(folder / name) for name in HEADS)
-            special = set(model.tokenizer.all_special_ids) - {model.tokenizer.mask_token_id}
+            special = {getattr(model.tokenizer, f"{name}_token_id") for name in ("cls", "eos", "pad", "unk")} - {None}
             return [
                 DenseHead(model, dim, normalized),
-                TokenWeightsHead(weights, special, model.tokenizer.vocab_size),
+                TokenWeightsHead(weights, special, model[0].model.get_input_embeddings().num_embeddings),
                 TokenVectorsHead(vectors),
             ]
 
@@ -152,7 +152,7 @@ class ScoreHead:
     kind: Kind = "score"
 
     def __init__(self, model: CrossEncoder) -> None:
-        self._activation: Callable[[torch.Tensor], torch.Tensor] = model.activation_fn
+        self._activation: Callable[[torch.Tensor], torch.Tensor] = model.activation_fn or torch.nn.Identity()
         self.info = OutputInfo(1)
 
     def __call__(self, features: Features) -> Values:

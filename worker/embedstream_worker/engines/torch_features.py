@@ -41,7 +41,11 @@ def padded_features(text_input: TextInput, batch: TokenBatch, ids: torch.Tensor,
     mask = (place >= 0) & (place < lengths)
     source = (starts[:-1].unsqueeze(1) + place).clamp_(0, max(len(batch.ids) - 1, 0)).long()
     padded = torch.where(mask, ids[source], text_input.pad_id).long()
-    return _with_extras(text_input, batch, {"input_ids": padded, "attention_mask": mask.long()})
+    features = _with_extras(text_input, batch, {"input_ids": padded, "attention_mask": mask.long()})
+    if text_input.token_types and batch.types is not None:
+        types = torch.from_numpy(batch.types).to(ids.device)
+        features["token_type_ids"] = torch.where(mask, types[source], 0).long()
+    return features
 
 
 def packed_features(

@@ -1,0 +1,182 @@
+"""Sparse vectors, vectors of tokens, scores and labels are those of the libraries that such models are made for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from engines.kinds import (
+    LABELS,
+    bge_m3,
+    classifier,
+    colbert,
+    cross_encoder,
+    inference_free,
+    multi_label,
+    reranker,
+    splade,
+    splade_sum,
+    splade_twice,
+)
+from engines.model_shapes import Shape
+from sentence_transformers import CrossEncoder, MultiVectorEncoder, SentenceTransformer, SparseEncoder
+
+from embedstream.dataset.values import Matrix, Ragged
+from embedstream.errors import ModelError
+from embedstream.lifecycle.opening import scores_pairs
+from embedstream.outputs import Kind
+from embedstream_worker.batching import cut_batches, gather_batch
+from embedstream_worker.engines import EngineOptions, load_engine
+from embedstream_worker.engines.base import Engine, Results
+from embedstream_worker.engines.headed_engine import HeadedEngine
+from embedstream_worker.landing import landing
+from embedstream_worker.model_folder import Trust
+
+Folder = Callable[[Shape], Path]
+
+PICKLES = Trust(pickle=True)
+
+
+@pytest.fixture(scope="module")
+def some(texts: list[str]) -> list[str]:
+    """300 texts: of one token, usual ones, and some that are cut."""
+    return [*texts[:280], *texts[-20:]]
+
+
+def results(
+    engine: Engine, texts: list[str], firsts: list[str] | None = None, kinds: list[Kind] | None = None
+) -> Results:
+    """The worker's way: sorted, in batches, back at their rows."""
+    tokens = engine.tokenizer().encode(texts, engine.info.max_length, firsts)
+    assert tokens.truncated.any()
+    wanted = kinds or list(engine.info.outputs)
+    landings = {kind: landing(kind, engine.info.outputs[kind], len(texts)) for kind in wanted}
+    for rows in cut_batches(tokens.lengths, 2048, engine.info.padded):
+        found = engine.run(gather_batch(tokens, rows, 0, "document", frozenset(wanted)))
+        assert set(found) == set(wanted)
+        for kind in wanted:
+            landings[kind].put(rows, found[kind])
+    return cast("Results", {kind: place.values() for kind, place in landings.items()})
+
+
+def whole(sparse: Ragged, vocabulary: int) -> Matrix:
+    """As a matrix [n, vocabulary]."""
+    assert sparse.indices is not None
+    made = np.zeros((len(sparse), vocabulary), np.float32)
+    made[np.repeat(np.arange(len(sparse)), sparse.counts), sparse.indices] = sparse.values
+    return made
+
+
+@pytest.mark.parametrize(
+    ("shape", "fused"), [(splade, True), (splade_twice, True), (splade_sum, False), (inference_free, False)]
+)
+def test_sparse_vectors_are_those_of_sparse_encoder(shape: Shape, fused: bool, folder: Folder, some: list[str]) -> None:
+    path = folder(shape)
+    some = some if shape is splade else some[::6]
+    engine = load_engine(EngineOptions(str(path)))
+    assert isinstance(engine, HeadedEngine)
+    assert engine.fused == fused
+    reference: Any = SparseEncoder(str(path), device="cpu", local_files_only=True)
+    theirs = reference.encode_document(some, convert_to_sparse_tensor=False).numpy()
+    ours = results(engine, some)["sparse"]
+    assert engine.info.outputs["sparse"].dim == theirs.shape[1]
+    assert (ours.counts > 0).all()
+    np.testing.assert_allclose(whole(ours, theirs.shape[1]), theirs, rtol=0, atol=1e-4)
+
+
+def test_vectors_of_tokens_are_those_of_multi_vector_encoder(folder: Folder, some: list[str]) -> None:
+    path = folder(colbert)
+    engine = load_engine(EngineOptions(str(path)))
+    reference: Any = MultiVectorEncoder(str(path), device="cpu", local_files_only=True)
+    theirs = reference.encode_document(some, convert_to_numpy=True)
+    ours = results(engine, some)["multivector"]
+    assert ours.counts.tolist() == [len(vectors) for vectors in theirs]
+    np.testing.assert_allclose(ours.values, np.concatenate(theirs), rtol=0, atol=1e-4)
+    assert engine.info.outputs["multivector"].normalized
+
+
+@pytest.mark.parametrize("shape", [cross_encoder, reranker])
+def test_scores_of_pairs_are_those_of_cross_encoder(shape: Shape, folder: Folder, some: list[str]) -> None:
+    path = folder(shape)
+    engine = load_engine(EngineOptions(str(path)))
+    assert engine.info.pairs
+    assert scores_pairs(str(path))
+    firsts = [*reversed(some)]
+    reference: Any = CrossEncoder(str(path), device="cpu", local_files_only=True)
+    theirs = reference.predict(list(zip(firsts, some, strict=True)))
+    ours = results(engine, some, firsts)["score"]
+    np.testing.assert_allclose(ours[:, 0], theirs, rtol=0, atol=1e-4)
+    assert np.ptp(theirs) > 1e-3
+
+
+@pytest.mark.parametrize("shape", [classifier, multi_label])
+def test_labels_are_those_of_a_pipeline(shape: Shape, folder: Folder, some: list[str]) -> None:
+    path = folder(shape)
+    engine = load_engine(EngineOptions(str(path)))
+    assert not scores_pairs(str(path))
+    assert engine.info.outputs["labels"].labels == LABELS
+    pipeline: Any = transformers.pipeline(
+        "text-classification", model=str(path), top_k=None, truncation=True, device="cpu"
+    )
+    theirs = [{each["label"]: each["score"] for each in found} for found in pipeline(some)]
+    ours = results(engine, some)["labels"]
+    np.testing.assert_allclose(ours, [[found[name] for name in LABELS] for found in theirs], rtol=0, atol=1e-4)
+
+
+def test_pairs_are_classified_too(folder: Folder, some: list[str]) -> None:
+    engine = load_engine(EngineOptions(str(folder(classifier))))
+    firsts = [*reversed(some)]
+    reference: Any = CrossEncoder(str(folder(classifier)), device="cpu", local_files_only=True)
+    theirs = reference.predict(list(zip(firsts, some, strict=True)), apply_softmax=True)
+    np.testing.assert_allclose(results(engine, some, firsts)["labels"], theirs, rtol=0, atol=1e-4)
+
+
+def test_three_results_of_one_pass_are_those_of_bge_m3(folder: Folder, some: list[str]) -> None:
+    """By FlagEmbedding's formulas; 1.4.2 itself gave the same to 1e-7."""
+    path = folder(bge_m3)
+    engine = load_engine(EngineOptions(str(path), trust=PICKLES))
+    ours = results(engine, some)
+    reference = SentenceTransformer(str(path), device="cpu", local_files_only=True)
+    np.testing.assert_allclose(ours["dense"], reference.encode(some), rtol=0, atol=1e-5)
+    states: Any = reference.encode(some, output_value="token_embeddings")
+    tokens = reference.tokenizer(some, truncation=True)["input_ids"]
+    sparse_head, token_head = (torch.load(path / f"{name}_linear.pt") for name in ("sparse", "colbert"))
+    special = {getattr(reference.tokenizer, f"{name}_token_id") for name in ("cls", "eos", "pad", "unk")}
+    offsets = ours["sparse"].offsets
+    assert ours["sparse"].counts.max() > 3
+    begun = 0
+    for row, (text, ids) in enumerate(zip(states, tokens, strict=True)):
+        text = text[: len(ids)]
+        weights = torch.relu(text @ sparse_head["weight"].T + sparse_head["bias"])[:, 0].tolist()
+        expected: dict[int, float] = {}
+        for id, weight in zip(ids, weights, strict=True):
+            if id not in special and weight > expected.get(id, 0):
+                expected[id] = weight
+        assert ours["sparse"].indices is not None
+        mine = slice(offsets[row], offsets[row + 1])
+        found = dict(zip(ours["sparse"].indices[mine].tolist(), ours["sparse"].values[mine].tolist(), strict=True))
+        assert found == pytest.approx(expected, abs=1e-4)
+        vectors = torch.nn.functional.normalize(text[1:] @ token_head["weight"].T + token_head["bias"], dim=-1)
+        here = ours["multivector"].values[begun : begun + len(vectors)]
+        np.testing.assert_allclose(here, vectors.numpy(), rtol=0, atol=1e-4)
+        assert ours["multivector"].counts[row] == len(vectors)
+        begun += len(vectors)
+    dense = results(engine, some[-30:] + some[:5], kinds=["dense"])
+    np.testing.assert_allclose(dense["dense"][:30], ours["dense"][-30:], rtol=0, atol=1e-6)
+
+
+def test_heads_that_are_pickles_are_left_out_unless_pickles_are_allowed(folder: Folder) -> None:
+    engine = load_engine(EngineOptions(str(folder(bge_m3))))
+    assert list(engine.info.outputs) == ["dense"]
+    assert engine.info.fingerprint != load_engine(EngineOptions(str(folder(bge_m3)), trust=PICKLES)).info.fingerprint
+
+
+@pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
+def test_an_engine_for_vectors_alone_is_refused(engine: str, folder: Folder) -> None:
+    with pytest.raises(ModelError, match="use --engine torch"):
+        load_engine(EngineOptions(str(folder(splade)), engine=engine))
