@@ -90,17 +90,18 @@ class Output(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         return column_names(self.kind, self.name)
 
     def __str__(self) -> str:
-        """For people, as `384 dimensions`, or `small (dense, ubinary, 256 dimensions)`."""
-        what = {"sparse": "tokens", "score": "score", "labels": "labels"}.get(self.kind, "dimensions")
-        size = f"{self.dim:,} {what}" if self.dim > 1 else what
+        """For people, as `384 dimensions`, or `small: dense in ubinary, 256 dimensions`."""
+        what = {"sparse": "tokens", "labels": "labels"}.get(self.kind, "dimensions")
+        size = "" if self.kind == "score" else f", {self.dim:,} {what}"
         if (self.name, self.dtype) == (NAMES["dense"], "float32"):
-            return size
-        return f"{self.name} ({', '.join(dict.fromkeys([self.kind, self.dtype, size]))})"
+            return size[2:]
+        name = "" if self.name == NAMES[self.kind] else f"{self.name}: "
+        return f"{name}{self.kind}{'' if self.dtype == 'float32' else f' in {self.dtype}'}{size}"
 
 
 def describe(outputs: Sequence[Output]) -> str:
     """All of them in a line, for people."""
-    return ", ".join(map(str, outputs))
+    return "; ".join(map(str, outputs))
 
 
 def column_names(kind: Kind, name: str) -> tuple[str, ...]:

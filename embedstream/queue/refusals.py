@@ -25,6 +25,7 @@ class Code(enum.StrEnum):
     DUPLICATE_ID = "duplicate_id"  # an earlier row of the corpus has this id
     MISSING_FIELD = "missing_field"  # none of the text fields, or not the one the spec names
     TEXT_NOT_STRING = "text_not_string"  # text or title is not a string
+    MISSING_QUERY = "missing_query"  # a pair without its first text
     EMPTY_TEXT = "empty_text"  # nothing that can be seen once the title is joined
     TEXT_TOO_LONG = "text_too_long"  # more than BLOCK_LIMITS.longest_text_bytes
     NUL_IN_TEXT = "nul_in_text"  # U+0000 in id, text or a kept string: most stores cannot hold it

@@ -124,9 +124,12 @@ def lines(
         said.append(f"truncated: {counted(report.truncated, 'text')} longer than the model takes")
     if report.rows:
         output = shlex.quote(report.output)
-        said.append(f"vectors: {report.output}" + (f" ({describe(report.outputs)})" if report.outputs else ""))
+        vectors = not report.outputs or any(output.kind == "dense" for output in report.outputs)
+        what = f" ({describe(report.outputs)})" if report.outputs else ""
+        said.append(f"{'vectors' if vectors else 'results'}: {report.output}{what}")
         option = redis_option(redis_url) if redis_url and report.output.startswith("redis:?") else ""
-        said.append(f'search:  embed-search {output} "your question"{option}')
+        if vectors:
+            said.append(f'search:  embed-search {output} "your question"{option}')
         said.append(f"verify:  embed-verify {output}{option}")
         said.append(f"read:    {sink.describe()}")
     return said

@@ -43,8 +43,8 @@ def splade_sum(folder: Path, minilm: Path, _: list[str]) -> Path:
 def inference_free(folder: Path, minilm: Path, _: list[str]) -> Path:
     """Queries are looked up in a table."""
     base = _base(folder, minilm, transformers.AutoModelForMaskedLM)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(minilm)
-    routes: dict[str, list[torch.nn.Module]] = {
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(minilm)
+    routes: dict[str, list[Any]] = {
         "query": [SparseStaticEmbedding(tokenizer, torch.rand(len(tokenizer)))],
         "document": [Transformer(base, transformer_task="fill-mask"), SpladePooling("max")],
     }

@@ -114,6 +114,8 @@ class Interactive:
     def _embed(self, request: EmbedRequest) -> EmbedReply:
         request.check()
         info = self._engine.info
+        if "dense" not in info.outputs:
+            raise ModelError(f"the model gives {', '.join(info.outputs)} and no dense vectors: submit a job")
         prompt = self._engine.prompt(request.role, request.prompt, request.prompt_name)
         max_length = request.max_length or info.max_length
         with self._activity.computing():

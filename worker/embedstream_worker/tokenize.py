@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from embedstream.dataset.input_hash import entered, firsts, input_hashes, model_inputs, strings_of
+from embedstream.queue.refusals import Code
 from embedstream_worker.ahead import Ahead
 from embedstream_worker.batching import join_tokens
 from embedstream_worker.engines.base import TextTokenizer, Tokens
@@ -139,7 +140,7 @@ def encode_pairs(tokenizer: TextTokenizer, firsts: Sequence[str | None], texts: 
     lacking = [row for row, first in enumerate(firsts) if not first]
     tokens, errors = encode_each(tokenizer, texts, job.max_length, [first or "" for first in firsts])
     message = f'the row has no "{job.spec.query_field}", the first of its pair'
-    return tokens, errors | dict.fromkeys(lacking, ("missing_query", message))
+    return tokens, errors | dict.fromkeys(lacking, (Code.MISSING_QUERY.value, message))
 
 
 def _joined(pieces: Sequence[Encoded]) -> Encoded:
