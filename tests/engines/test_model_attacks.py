@@ -107,7 +107,6 @@ WHOLE_MODELS = (
     "sentence_transformers.models.WordEmbeddings",
     "sentence_transformers.models.CLIPModel",
     "sentence_transformers.models.BoW",
-    "sentence_transformers.sparse_encoder.models.MLMTransformer",
     "sentence_transformers.util.import_from_string",
 )
 ROUTERS = (

@@ -21,6 +21,7 @@ from embedstream_worker.engines.text_input import InputKind, TextInput, TextMode
 from embedstream_worker.families import card_prompts
 from embedstream_worker.model_folder import Trust
 from embedstream_worker.models import resolve_model
+from embedstream_worker.purpose import Purpose
 from embedstream_worker.tokenizing import Limits
 
 NAME = "someone/model"
@@ -101,8 +102,6 @@ def test_spiceai_12970_a_repository_of_pickled_weights_names_the_flag_and_is_fet
 @pytest.mark.parametrize(
     ("architecture", "is_"),
     [
-        ("BertForSequenceClassification", "a reranker or classifier"),
-        ("XLMRobertaForSequenceClassification", "a reranker or classifier"),
         ("BertForTokenClassification", "a classifier of tokens"),
         ("RobertaForQuestionAnswering", "a model that answers questions"),
     ],
@@ -114,15 +113,28 @@ def test_mem0_4033_a_model_for_another_task_is_refused_with_what_it_is_for(
     (minilm / "config.json").write_text(json.dumps({**config, "architectures": [architecture]}))
     resolve_model(str(minilm))  # its modules.json says that it pools
     (minilm / "modules.json").unlink()
-    with pytest.raises(ModelError, match=rf"config.json: {architecture} is {is_}.*use an embedding model"):
+    with pytest.raises(ModelError, match=rf"config.json: {architecture} is {is_}.*use another model"):
         resolve_model(str(minilm))
+
+
+@pytest.mark.parametrize("architecture", ["BertForSequenceClassification", "XLMRobertaForSequenceClassification"])
+def test_mem0_4033_a_reranker_or_classifier_is_never_taken_for_an_embedding_model(
+    minilm: Path, architecture: str
+) -> None:
+    config = json.loads((minilm / "config.json").read_text())
+    (minilm / "config.json").write_text(json.dumps({**config, "architectures": [architecture]}))
+    (minilm / "modules.json").unlink()
+    found = resolve_model(str(minilm))
+    assert found.purpose is Purpose.PAIRS
+    assert "mean pooling" not in found.source
 
 
 @pytest.mark.parametrize("kind", ["CrossEncoder", "SparseEncoder", "MultiVectorEncoder"])
-def test_mem0_4033_another_kind_of_sentence_transformers_is_refused_too(minilm: Path, kind: str) -> None:
+def test_mem0_4033_another_kind_of_sentence_transformers_is_known_by_what_it_says_of_itself(
+    minilm: Path, kind: str
+) -> None:
     (minilm / "config_sentence_transformers.json").write_text(json.dumps({"model_type": kind}))
-    with pytest.raises(ModelError, match=rf"is a {kind} model, which gives .*use an embedding model"):
-        resolve_model(str(minilm))
+    assert resolve_model(str(minilm)).purpose == kind
 
 
 def test_nativ_370_an_index_that_was_left_beside_whole_weights_is_passed_over(minilm: Path) -> None:

@@ -18,6 +18,9 @@ TRUST_REMOTE_CODE = "Run Python files in the model's folder, if it needs them: o
 ALLOW_PICKLE = "Load pickled weights if there are no others: only of authors that you trust."
 """How the flags of the commands put it."""
 
+_ALIASES = {"pylate.models.Dense.Dense": "sentence_transformers.base.modules.dense.Dense"}
+"""PyLate's modules, in whose place sentence-transformers takes its own."""
+
 _HAVE_WEIGHTS = {
     *("CNN", "Dense", "LayerNorm", "SparseAutoEncoder", "SparseStaticEmbedding", "StaticEmbedding", "Transformer"),
     "WeightedLayerPooling",
@@ -59,7 +62,8 @@ class Module:
     @property
     def kind(self) -> str | None:
         """Its class in sentence-transformers; None for any other."""
-        return MODULE_KINDS.get(self.type_name)
+        kind = MODULE_KINDS.get(_ALIASES.get(self.type_name, self.type_name))
+        return "Transformer" if kind == "MLMTransformer" else kind
 
 
 def check_folder(folder: Path, trust: Trust = NOTHING) -> Trust:

@@ -25,11 +25,11 @@ _DENSE = {
     "WeightedLayerPooling": "weighted_layer_pooling",
 }
 _SPARSE = {
+    "MLMTransformer": "mlm_transformer",
     "SparseAutoEncoder": "sparse_auto_encoder",
     "SparseStaticEmbedding": "sparse_static_embedding",
     "SpladePooling": "splade_pooling",
 }
-_TOKENS = {"MultiVectorMask": "multi_vector_mask"}
 _OLD, _NEW = "sentence_transformers.models", "sentence_transformers.sentence_transformer.modules"
 
 
@@ -46,17 +46,17 @@ def _spellings() -> dict[str, str]:
                 f"{home}.{file}.{kind}",
             )
             kinds |= dict.fromkeys(names, kind)
-    for encoder, files in ("sparse_encoder", _SPARSE), ("multi_vector_encoder", _TOKENS):
-        for home in (f"sentence_transformers.{encoder}.{modules}" for modules in ("models", "modules")):
-            for kind, file in files.items():
-                kinds |= dict.fromkeys((f"{home}.{kind}", f"{home}.{kind}.{kind}", f"{home}.{file}.{kind}"), kind)
-            kinds |= {f"{home}.{kind}": kind for kind in _BASE}
-    for home in "models", "modules":
-        sparse = f"sentence_transformers.sparse_encoder.{home}"
-        kinds |= {
-            f"{sparse}.{file}MLMTransformer": "Transformer" for file in ("", "mlm_transformer.", "MLMTransformer.")
-        }
-    return kinds | {"pylate.models.Dense.Dense": "Dense"}
+    sparse, old = "sentence_transformers.sparse_encoder.modules", "sentence_transformers.sparse_encoder.models"
+    for kind, file in _SPARSE.items():
+        names = (f"{old}.{kind}", f"{old}.{kind}.{kind}", f"{sparse}.{kind}", f"{sparse}.{file}.{kind}")
+        kinds |= dict.fromkeys((*names, f"{old}.{file}.{kind}"), kind)
+    for home in (sparse, old):
+        kinds |= {f"{home}.{kind}": kind for kind in _BASE if kind != "Normalize"}
+    tokens = "sentence_transformers.multi_vector_encoder.modules"
+    kinds |= dict.fromkeys(
+        (f"{tokens}.MultiVectorMask", f"{tokens}.multi_vector_mask.MultiVectorMask"), "MultiVectorMask"
+    )
+    return kinds
 
 
 MODULE_KINDS = _spellings()
