@@ -11,7 +11,7 @@ import redis
 
 from embedstream.api.client import Client
 from embedstream.dataset.sinks import canonical_output
-from embedstream.errors import EmbedstreamError, UsageError
+from embedstream.errors import EmbedstreamError, ServerError, UsageError
 from embedstream.jobs import model_address
 from embedstream.lifecycle.opening import make_spec
 from embedstream.masking import mask
@@ -89,6 +89,11 @@ class EmbeddedFleet:
         # Of no output, as there may be many: a place for the logs of this server and worker.
         place = held.enter_context(OutputLock(f"client://{uuid.uuid4().hex}"))
         embedded = held.enter_context(Embedded(spec, place, log.warning))
+        if not embedded.url.startswith("unix:"):  # any user of this machine could have the worker write anywhere
+            raise ServerError(
+                "a Client without Redis needs a server that no other user reaches: install redis or valkey, or "
+                "`pip install 'embedstream[embedded]'`, or give redis_url='redis://host:6379/0'"
+            )
         client = held.enter_context(Client(embedded.url, spec.queue))
         client.check = embedded.check
         broker, done = Broker(connect(embedded.url), spec.queue), 0

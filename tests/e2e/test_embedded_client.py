@@ -14,7 +14,9 @@ import pytest
 import embedstream
 from e2e.harness import environment, run, wait_until
 from embedstream import Client, UsageError
-from embedstream.errors import ModelError, OutputBusy
+from embedstream.errors import ModelError, OutputBusy, ServerError
+from embedstream_producer.embedded import server
+from embedstream_producer.embedded.programs import fake_program
 
 ROWS = 20_000
 
@@ -95,6 +97,12 @@ def test_what_needs_a_fleet_says_so() -> None:
             assert "secret" not in str(error.value)
         with pytest.raises(UsageError, match="give redis_url"):
             client.job("0" * 16)
+
+
+def test_a_server_that_other_users_could_reach_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "find_program", fake_program)
+    with Client() as client, pytest.raises(ServerError, match="that no other user reaches: install redis or valkey"):
+        client.submit(["a text"], output=str(tmp_path / "out"), model="hashing")
 
 
 def test_without_the_worker_s_libraries_one_sentence_names_what_to_install() -> None:
