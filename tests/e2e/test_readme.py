@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import click
 import pytest
 from reference_page import commands
 
@@ -129,6 +130,14 @@ def test_flags_in_shell_blocks_are_those_of_their_commands(number: int) -> None:
         ):
             used = set(re.findall(r"(?<!\S)--?[a-z][\w-]*", rest.partition(" #")[0].partition(" && ")[0]))
             assert used <= known[f"embed-{name}"], rest
+
+
+def test_a_command_of_the_readme_names_all_that_it_must_be_given() -> None:
+    shown = "".join(block for language, block, _ in BLOCKS if language == "sh")
+    for name, rest in re.findall(r"^embedstream (\w+)(.*)", shown, re.M):
+        command = commands()[f"embed-{name}"]
+        needed = {param.opts[0] for param in command.params if isinstance(param, click.Option) and param.required}
+        assert needed <= set(rest.split()), f"embedstream {name}{rest}"
 
 
 def headings(page: str) -> set[str]:

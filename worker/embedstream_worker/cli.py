@@ -17,7 +17,7 @@ from embedstream.cli.commands import run
 from embedstream.cli.logs import LogFormat, set_up, tell_error
 from embedstream.cli.service_options import service_options
 from embedstream.errors import UsageError
-from embedstream.jobs import model_address, queue_name
+from embedstream.jobs import DEFAULT_MODEL, model_address, queue_name
 from embedstream.settings import ENV_PREFIX, WorkerSettings
 from embedstream_worker.engines import ENGINES, GROUP, HASHING_MODEL, EngineOptions
 from embedstream_worker.model_folder import ALLOW_PICKLE, TRUST_REMOTE_CODE, Trust
@@ -72,22 +72,24 @@ def usable_device(name: str) -> str:
     ],
 )
 @click.option(
-    "--model", required=True, help="A folder, a Hugging Face id, an id an installed package carries, or `hashing`."
+    "--model",
+    default=DEFAULT_MODEL,
+    help="A folder, a Hugging Face id, an id an installed package carries, or `hashing`.",
 )
 @click.option("--revision", help="Commit, tag or branch of a Hugging Face id.")
 @click.option("--redis", "redis_url", required=True, help="The fleet's Redis: redis://host:6379/0, rediss://, unix://.")
-@click.option("--queue", help="[default: the model's name]")
+@click.option("--queue", help="Name of the queue.  [default: the model's name]")
 @click.option(
     "--device",
     default="auto",
     callback=lambda _context, _option, name: usable_device(name),
-    help="auto (of several GPUs the one that fewest workers here have), cpu, cuda:N or mps.",
+    help="auto (of several GPUs the one that the fewest workers of this machine use), cpu, cuda:N or mps.",
 )
 @click.option(
     "--engine",
     type=EngineName(ENGINES),
     default="auto",
-    help=f"Or the name of one that an installed package offers, by an entry point of the group {GROUP}.",
+    help=f"auto: the fastest that is right. Installed packages may add others by an entry point of the group {GROUP}.",
 )
 @click.option(
     "--dtype",
@@ -95,7 +97,9 @@ def usable_device(name: str) -> str:
     default="auto",
     help="auto: bfloat16 where the device has it. int8 only when asked for: faster, less exact.",
 )
-@click.option("--threads", type=click.IntRange(min=1), help="Of one batch, for onnxruntime. [default: by cores]")
+@click.option(
+    "--threads", type=click.IntRange(min=1), help="Threads of one batch, for onnxruntime. [default: by cores]"
+)
 @click.option(
     "--compile",
     "compiles",
@@ -112,19 +116,19 @@ def usable_device(name: str) -> str:
     "--lease-seconds",
     type=Seconds(min=1),
     default=DEFAULTS.lease_seconds,
-    help="Idle time after which others take a block over.",
+    help="Other workers take a block from a worker that gave no sign of life for so long.",
 )
 @click.option(
     "--stall-seconds",
     type=Seconds(min=0, min_open=True),
     default=DEFAULTS.stall_seconds,
-    help="Leave with exit code 75, to be started again, if a batch takes longer than this, and than its work can need.",
+    help="End with exit code 75 (start it again) if a batch takes longer than this, and longer than its work needs.",
 )
 @click.option(
     "--drain-seconds",
     type=Seconds(min=0),
     default=DEFAULTS.drain_seconds,
-    help="After SIGTERM, time to finish and commit what is in the model; the rest is handed back.",
+    help="Time after SIGTERM to finish and commit what is in the model; the rest is handed back.",
 )
 @click.option(
     "--output-root",
@@ -134,7 +138,7 @@ def usable_device(name: str) -> str:
     help="Folder or URL below which jobs may write; repeatable. [default: the current folder, and redis:]",
 )
 @click.option("--no-warmup", is_flag=True, help="Be ready as soon as the model is loaded; the first batches are slow.")
-@click.option("--burst", is_flag=True, help="Leave when no unfinished job is left on the queue.")
+@click.option("--burst", is_flag=True, help="End when no unfinished job is left on the queue.")
 @click.option(
     "--check",
     "only_check",
@@ -176,8 +180,8 @@ def worker(
 ) -> None:
     """Embed the blocks of a queue with one model, until it is told to stop.
 
-    Exit codes: 0 told to stop, or --burst and nothing left; 1 it failed; 2 it can never run so; 75 its device hangs or
-    is lost: start it again.
+    Exit codes: 0 told to stop, or --burst and nothing left; 1 it failed; 2 it cannot run with these settings;
+    75 its device hangs or is lost: start it again.
     """
     set_up(log_format)
     if revision and model == HASHING_MODEL:
