@@ -192,7 +192,8 @@ def _prose(text: str, more: str = "") -> str:
         shown.append(textwrap.fill(f"Raises {' '.join(last.split())}", WIDTH))
     if raised:
         items = re.split(r"\n(?=\S)", textwrap.dedent(raised).strip())
-        listed = [re.sub(r"\b([A-Z]\w+): ", r"`\1`: ", " ".join(item.split())) for item in items]
+        named = (" ".join(item.split()).partition(": ") for item in items)
+        listed = [f"`{names.replace(', ', '`, `')}`: {when}" for names, _, when in named]
         filled = (textwrap.fill(f"- {each}", WIDTH, subsequent_indent="  ") for each in listed)
         shown.append("Raises:\n\n" + "\n".join(filled))
     return "\n\n".join(shown) + "\n\n" if shown else ""
@@ -218,7 +219,7 @@ OF_FLAGS = {
     "title_field": "Put in front of the text; None: `title`; an empty string: none.",
     "title_sep": "Between title and text.",
     "empty": "How to treat an empty text.",
-    "task": "What the model is asked for; as `--task`.",
+    "task": "What the model does with a row: `auto`, `embed`, `rerank` or `classify`.",
 }
 """Settings that the flags of embed-submit describe."""
 

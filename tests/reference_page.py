@@ -23,8 +23,8 @@ INTRODUCTION = """\
 
 Made from the code by `python tests/reference_page.py`; a test compares. A flag comes before its variable, and both
 before the default. A variable holds for every command that has it; an empty one counts as not set. For a flag that is
-repeatable its values are separated by spaces; for one without a value it is 1 or 0. All commands have `--version` and
-`--help`, too.
+repeatable its values are separated by spaces; for one without a value it is 1 or 0. All commands have `--version`,
+`--help` and `-h`, too.
 """
 
 WITHOUT_FLAGS = """\
@@ -34,15 +34,15 @@ WITHOUT_FLAGS = """\
 """
 
 OTHERS = {
-    "EMBEDSTREAM_CACHE_DIR": "Where workers keep what they found out about models and machines. "
+    "EMBEDSTREAM_CACHE_DIR": "Where workers keep converted models, and what they measured on this machine. "
     "Default: `~/.cache/embedstream`.",
     "EMBEDSTREAM_FAILPOINTS": "For tests: where a process kills or stops itself, or loses a reply.",
-    "EMBEDSTREAM_EMBEDDED": "Set by `embed-submit` without Redis for its worker: the one output to write.",
+    "EMBEDSTREAM_EMBEDDED": "Set by `embed-submit` without Redis for its worker: the one output that it may write.",
     "XDG_STATE_HOME": "Below it, in `embedstream`, embedded mode keeps its locks and logs while it runs. "
     "Default: `~/.local/state`.",
-    "XDG_RUNTIME_DIR": "Where its socket may lie if `/tmp` cannot hold it.",
+    "XDG_RUNTIME_DIR": "Where the socket of embedded mode's server may lie if `/tmp` cannot hold it.",
     "AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL": "The store that `s3://` means, if it is not AWS'.",
-    "AWS_REGION, AWS_DEFAULT_REGION": "Its region. Credentials come by AWS' usual variables and files, too.",
+    "AWS_REGION, AWS_DEFAULT_REGION": "Its region. AWS' usual variables and files give the credentials.",
 }
 
 
@@ -88,10 +88,15 @@ def _section(name: str, command: click.Command) -> str:
     with click.Context(command, info_name=name, **command.context_settings) as context:
         rows = [_option(option, context) for option in shown_options(command)]
         usage = " ".join([name, *filter(None, command.collect_usage_pieces(context))])
-    help_text = " ".join(inspect.cleandoc(command.help or "").split("\n"))
-    paragraphs = [textwrap.fill(each.strip(), 120) for each in help_text.split("  ")]
-    flags = table(["flag", "variable", "default", "what"], rows)
-    return f"## {name}\n\n```\n{usage}\n```\n\n" + "\n\n".join(paragraphs) + f"\n\n{flags}"
+    paragraphs = map(_paragraph, inspect.cleandoc(command.help or "").split("\n\n"))
+    flags = table(["flag", "variable", "default", "what"], rows) if rows else ""
+    return "\n\n".join([f"## {name}\n\n```\n{usage}\n```", *paragraphs, flags]).rstrip() + "\n"
+
+
+def _paragraph(text: str) -> str:
+    """Of a help page: filled, unless its lines are to stay as they are."""
+    kept = text.removeprefix("\b\n")
+    return textwrap.fill(" ".join(text.split()), 120) if kept == text else f"```\n{kept}\n```"
 
 
 def _option(option: click.Option, context: click.Context) -> list[str]:
