@@ -271,9 +271,9 @@ def differing_field(existing: JobSpec, wanted: JobSpec) -> str | None:
 
 class JobState(enum.StrEnum):
     SUBMITTING = "submitting"  # the producer is still adding blocks
-    RUNNING = "running"  # every part is sealed, blocks are left to do
+    RUNNING = "running"  # all rows are submitted, and not all are committed
     FINALIZING = "finalizing"  # all blocks are done, or the job was ended early; the manifest is not written yet
-    COMPLETED = "completed"  # the manifest stands; some rows may have failed
+    COMPLETED = "completed"  # the manifest is written; some rows may have failed
     FAILED = "failed"  # every row failed, or more than `max_errors`; the manifest is partial or full of errors
     CANCELLED = "cancelled"  # ended by the user; the manifest is partial
 
@@ -342,7 +342,7 @@ def verdict(rows: int, failed: int, max_errors: MaxErrors) -> JobState:
 
 
 class JobStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """One look at a job. Times are Redis seconds (float); rows are chunks."""
+    """A job at one moment. Times are Unix seconds of the Redis server's clock."""
 
     job: str
     """Its id."""
@@ -350,9 +350,9 @@ class JobStatus(msgspec.Struct, frozen=True, kw_only=True):
     spec: JobSpec
     created: float
     ended: float | None
-    """None as long as it goes on."""
+    """None until it has ended."""
     now: float
-    """When it was looked at."""
+    """When this status was read."""
     pushed: float
     """When the producer last added a block."""
     committed: float
@@ -376,7 +376,7 @@ class JobStatus(msgspec.Struct, frozen=True, kw_only=True):
     done: int
     """Blocks committed."""
     queued_bytes: int
-    """Of its blocks in Redis."""
+    """Bytes of its blocks in Redis."""
     sealed: bool
     """Whether all parts are sealed, so `submitted` is final."""
     space: str
@@ -386,7 +386,7 @@ class JobStatus(msgspec.Struct, frozen=True, kw_only=True):
     workers: dict[str, int] = {}
     """Rows written, by the worker that wrote them."""
     verdict: str = ""
-    """As what a job that was ended early will end, or did: cancelled or failed."""
+    """`cancelled` or `failed` if the job was ended early; else empty."""
     reason: str = ""
     """Why a job was ended early."""
     manifest: str = ""

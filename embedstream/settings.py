@@ -32,7 +32,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     job_days: float = 7.0
     """How long an ended job can be looked up."""
     failed_days: float = 30.0
-    """The same for failed and cancelled jobs, which somebody may want to resume."""
+    """The same for failed and cancelled jobs, which a user may want to resume."""
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] = os.environ, **given: object) -> Settings:

@@ -32,7 +32,7 @@ PROCESSES = 2
     "--processes",
     type=click.IntRange(min=1),
     default=PROCESSES,
-    help="Jobs done at once: parts of corpora read, manifests written.",
+    help="How many jobs to do at once: reading parts of corpora, writing manifests.",
 )
 @click.option(
     "--input-root",
@@ -70,7 +70,7 @@ def coordinator(
     """Read corpora and write manifests for a fleet. It reads the corpora that were submitted with --server-side.
 
     Any number of coordinators may run, on any machine that sees corpora and outputs. Exit codes: 0 told to stop; 1 it
-    failed; 2 it can never run so.
+    failed; 2 it cannot run with these settings.
     """
     if only_check:
         sys.exit(0 if is_there(redis_url) else 1)

@@ -13,7 +13,7 @@ from embedstream.settings import MIB
 
 @click.command(cls=Command, examples=["embed-compact corpus.jsonl.vectors", "embed-compact vectors/ --shard-mib 512"])
 @click.argument("output")
-@click.option("--redis", "redis_url", help="Have it done by the coordinators of this fleet, and leave at once.")
+@click.option("--redis", "redis_url", help="Let the coordinators of this fleet do it, and end at once.")
 @click.option("--shard-mib", type=click.IntRange(min=1, max=1024), default=192, help="Size of a merged shard, in MiB.")
 @click.option(
     "--progress",

@@ -63,7 +63,7 @@ LAST_POLL_SECONDS = 1.0
 
 
 class Job:
-    """One job, by its id. Its progress is asked of Redis; where its vectors lie is not."""
+    """One job, by its id. Redis knows its progress; its vectors are read from its output."""
 
     def __init__(
         self,
@@ -92,7 +92,7 @@ class Job:
         return self._broker.queue
 
     def status(self) -> JobStatus:
-        """One look. Raises `JobUnknown` if it never was, has expired, or Redis was emptied."""
+        """The job's state now. Raises `JobUnknown` if it never existed or has expired, or if Redis was emptied."""
         with explaining(self._url):
             return self._broker.status(self.id)
 
@@ -103,16 +103,19 @@ class Job:
         check: bool = True,
         progress: Callable[[JobStatus], object] | None = None,
     ) -> JobStatus:
-        """Wait until the job has ended, and return how. Rows may have failed: see `failed` of the result, and `errors`.
+        """Wait until the job has ended, and return its last status. Rows may have failed: see `failed` there, and
+        `errors`.
 
-        `check`: raise if the job failed or was cancelled. `progress` is called with each look, at most once a second.
+        `check`: raise if the job failed or was cancelled. `progress` is called with each status, at most once a second.
 
-        The process that submitted it also writes the manifest if it can reach the output; for a job of `Client.job`
-        that is left to others. While Redis cannot be used, that is waited for, too, with one line in the log.
+        In the process that submitted the job this also writes the manifest, if the process can reach the output. For a
+        job of `Client.job` a worker or coordinator writes it. While Redis cannot be used, this waits, with one line in
+        the log.
 
         Raises:
             TimeoutError: it has not ended after `timeout` seconds; it goes on.
-            JobFailed: it failed. JobCancelled: it was cancelled. Neither if `check` is false.
+            JobFailed: it failed, and `check` is true.
+            JobCancelled: it was cancelled, and `check` is true.
             BrokerError: Redis refuses, or could not be used when `timeout` was over.
             RecordDamaged: its spec in Redis is not the one that was submitted.
             JobUnknown: as `status`.
@@ -146,9 +149,9 @@ class Job:
         return readable(self.status(), self._sink).read_errors()
 
     def cancel(self) -> bool:
-        """End the job; what is written stays, and the same submission goes on. False: it has ended in another way.
+        """End the job; what is written stays, and the same submission continues it. False: it has ended in another way.
 
-        Workers commit what they have computed of it, for some seconds at most; `wait` returns when that is over.
+        Workers have some seconds to commit what they have computed of it; `wait` returns after that.
 
         Raises:
             JobUnknown: as `status`.
@@ -158,18 +161,18 @@ class Job:
 
 
 class Client:
-    """Everything that a program needs of a fleet, or of this machine. Not for sharing between threads while it submits.
+    """Everything that a program needs of a fleet, or of this machine. Do not share it between threads while it submits.
 
     Without a Redis URL it starts a private Redis server and a worker for each model that is used, as `embed-submit`
     does; that needs `embedstream[local]`. Outputs are folders then. Server and worker end with `close`, or with this
-    process, however it ends; an unfinished job goes on by the same submission.
+    process, however it ends; the same submission continues an unfinished job.
     """
 
     def __init__(self, redis_url: str | None = None, queue: str | None = None) -> None:
         """`redis_url`: None means EMBEDSTREAM_REDIS_URL; `queue`: None means EMBEDSTREAM_QUEUE, else the model's.
 
         Raises:
-            UsageError: a URL that is none.
+            UsageError: the URL is not one of Redis.
         """
         self.settings = Settings.from_environment(redis_url=redis_url, queue=queue)
         self._embedded = None if self.settings.redis_url is not None else embedded_fleet(self.settings)
@@ -214,14 +217,14 @@ class Client:
         `records`: mappings with `id` and `text` (or the other usual fields, as in files), strings (their positions are
         their ids), or a table: of pyarrow, a data frame of pandas or polars, or anything else with Arrow's interface. A
         bad record becomes a row of `_errors.jsonl`. `output`: a folder, an S3 or a Redis URL, as workers see it.
-        `model`: None means EMBEDSTREAM_MODEL. `max_errors`: with more failed rows the job fails, `100` or `0.5%`.
+        `model`: None means EMBEDSTREAM_MODEL. `max_errors`: the job fails if more rows fail than this: `100` or `0.5%`.
 
         The same records into the same output again: what is done is not done again. If all is, they are read and
-        compared with what was embedded, unless `trust_unchanged`. An output in Redis tells their number alone, one that
-        cannot be read from here nothing.
+        compared with what was embedded, unless `trust_unchanged`. Of an output in Redis only the number of rows
+        can be compared; of one that cannot be read from here, nothing.
 
         Raises:
-            UsageError: settings that cannot be used.
+            UsageError: settings cannot be used.
             SpecDiffers: the output holds a job with other settings.
             CorpusDiffers: the output is finished, and was made of other records.
             CorpusChanged: the unfinished job in this output began with other records.
@@ -229,7 +232,7 @@ class Client:
             InputError: a table lacks a column that is named or needed; or Redis lost blocks and the records cannot be
                 read again.
             BrokerError: Redis refuses.
-            Exception: what the records raise. The job is cancelled then, and the same submission goes on with it.
+            Exception: whatever the records raise. The job is then cancelled, and the same submission continues it.
         """
         if self._embedded is not None:
             client = self._embedded.to_write(output, model, revision)
@@ -285,11 +288,11 @@ class Client:
         )
 
     def job(self, id: str, *, output: str | None = None) -> Job:
-        """A job by its id, on whichever queue it is. `output`: where its vectors lie, for `Job.results`.
+        """A job by its id, on any queue. `output`: where its vectors lie, for `Job.results`.
 
         Raises:
-            JobUnknown: there is none.
-            UsageError: an output that cannot be used.
+            JobUnknown: there is no such job.
+            UsageError: the output cannot be used.
         """
         if self._embedded is not None:
             raise UsageError(
@@ -311,7 +314,7 @@ class Client:
         model: str | None = None,
         max_length: int | None = None,
     ) -> npt.NDArray[np.float32]:
-        """Vectors of a few texts now, before any job's: float32 [n, dim].
+        """Vectors of a few texts now, ahead of all jobs: float32 [n, dim].
 
         `role` chooses the model's prompt unless `prompt` (a text) or `prompt_name` is given. `timeout` in seconds.
 

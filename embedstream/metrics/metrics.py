@@ -31,7 +31,7 @@ class Metric:
 
 CLAIMED_BLOCKS = Metric("embedstream_claimed_blocks_total", "counter", "Blocks that this worker claimed.")
 REDELIVERED_BLOCKS = Metric(
-    "embedstream_redelivered_blocks_total", "counter", "Those of them with which an earlier worker died."
+    "embedstream_redelivered_blocks_total", "counter", "Claimed blocks that an earlier worker held when it died."
 )
 COMMITTED_SHARDS = Metric("embedstream_committed_shards_total", "counter", "Shards that this worker committed.")
 COMMITTED_BLOCKS = Metric("embedstream_committed_blocks_total", "counter", "Blocks in committed shards.")
@@ -45,9 +45,7 @@ TRUNCATED_ROWS = Metric(
     "embedstream_truncated_rows_total", "counter", "Rows in committed shards that were longer than the model takes."
 )
 COMMITTED_TOKENS = Metric("embedstream_committed_tokens_total", "counter", "Tokens of the rows in committed shards.")
-PADDING_TOKENS = Metric(
-    "embedstream_padding_tokens_total", "counter", "Tokens computed beside them, that were nothing but padding."
-)
+PADDING_TOKENS = Metric("embedstream_padding_tokens_total", "counter", "Padding tokens computed in addition to them.")
 BATCH_TOKENS = Metric(
     "embedstream_batch_tokens",
     "histogram",
@@ -70,33 +68,37 @@ READY = Metric("embedstream_ready", "gauge", "1 while the worker takes work: war
 WORKER_INFO = Metric(
     "embedstream_worker_info",
     "gauge",
-    "1, with what the worker is in its labels, once its model is loaded.",
+    "1 once the model is loaded; the labels describe the worker.",
     ("queue", "worker", "model", "engine", "device", "dtype"),
 )
 
 # What lies in Redis, whoever asks: the same from every worker and coordinator, so take the maximum over instances
 
-REDIS_UP = Metric("embedstream_redis_up", "gauge", "1 if Redis answered; without it none of the following is told.", ())
+REDIS_UP = Metric("embedstream_redis_up", "gauge", "1 if Redis answered; otherwise the following are left out.", ())
 QUEUE_BYTES = Metric("embedstream_queue_bytes", "gauge", "Bytes of blocks that are not committed yet.")
 QUEUE_BLOCKS = Metric("embedstream_queue_blocks", "gauge", "Blocks that are not committed yet.")
-QUEUE_CLAIMED = Metric("embedstream_queue_claimed_blocks", "gauge", "Those of them that are in workers' hands.")
+QUEUE_CLAIMED = Metric(
+    "embedstream_queue_claimed_blocks", "gauge", "Blocks that a worker has claimed and not committed yet."
+)
 QUEUE_OLDEST = Metric(
-    "embedstream_queue_oldest_block_age_seconds", "gauge", "Age of the oldest of them; 0 if there is none."
+    "embedstream_queue_oldest_block_age_seconds",
+    "gauge",
+    "Age of the oldest block that is not committed yet; 0 if there is none.",
 )
 QUEUE_TOKENS = Metric(
     "embedstream_queue_tokens",
     "gauge",
-    "Tokens of those that somebody takes, estimated from their bytes and from recent commits.",
+    "Tokens of the blocks that a live worker accepts, estimated from their bytes and from recent commits.",
 )
 QUEUE_PACE = Metric(
     "embedstream_queue_worker_tokens_per_second",
     "gauge",
-    "What one worker does, over recent commits; kept for 30 days without any. Before the first a guess: 1000.",
+    "Tokens per second of one worker, from recent commits; kept for 30 days. Before the first commit a guess: 1000.",
 )
 QUEUE_DRAIN = Metric(
     "embedstream_queue_drain_seconds",
     "gauge",
-    "Seconds to drain: queued tokens / (what one worker does x ready workers, at least one).",
+    "Seconds to drain: queued tokens / (tokens per second of one worker x ready workers, at least one).",
 )
 QUEUE_WORKERS = Metric(
     "embedstream_queue_workers", "gauge", "Live workers by state: starting, ready, draining.", ("queue", "state")

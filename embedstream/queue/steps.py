@@ -53,7 +53,7 @@ class Code(enum.StrEnum):
     UNKNOWN_JOB = "UNKNOWN_JOB"
     TAKEN = "TAKEN"
     NONE = "NONE"
-    STALE = "STALE"  # somebody else holds the lease now
+    STALE = "STALE"  # another program holds the lease now
     TOO_LATE = "TOO_LATE"  # detail: the job's state
     PENDING = "PENDING"
     BUSY = "BUSY"  # too many interactive requests wait

@@ -17,15 +17,16 @@ from embedstream.errors import UsageError
 )
 @click.argument("job", required=False)
 @click.option("--redis", "redis_url", help="The fleet's Redis: redis://host:6379/0, rediss://, unix://.")
-@click.option("--queue", help="Look at this queue only.  [default: all]")
-@click.option("--watch", is_flag=True, help="Look again every second, until the job has ended.")
-@click.option("--json", "as_json", is_flag=True, envvar="EMBEDSTREAM_JSON", help="One JSON object per look.")
+@click.option("--queue", help="Show this queue only.  [default: all]")
+@click.option("--watch", is_flag=True, help="Refresh every second, until the job has ended.")
+@click.option("--json", "as_json", is_flag=True, envvar="EMBEDSTREAM_JSON", help="One JSON object each time.")
 @click.version_option(package_name="embedstream")
 def status(job: str | None, redis_url: str | None, queue: str | None, watch: bool, as_json: bool) -> None:
     """Show one JOB, or all queues with their jobs and workers.
 
-    Exit codes: 0; 2 no such job, or Redis cannot be used; 130 ended by Ctrl-C. With JOB and --watch as the job ended:
-    0 all written, or failures within its --max-errors; 1 failed; 3 written, but some rows failed; 4 cancelled.
+    Exit codes: 0 shown; 2 no such job, or Redis cannot be used; 130 ended by Ctrl-C. JOB with --watch also tells how
+    the job ended: 0 all written, or failures within its --max-errors; 1 failed; 3 written, but some rows failed; 4
+    cancelled.
     """
     if not redis_url:
         raise UsageError("no Redis: give --redis URL, or set EMBEDSTREAM_REDIS_URL")

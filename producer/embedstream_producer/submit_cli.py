@@ -49,7 +49,7 @@ from embedstream.outputs import Task, parse_emit
     help="A folder, s3://bucket/prefix, or redis://host/db?prefix=docs:  [default: CORPUS.vectors for one file]",
 )
 @click.option("--redis", "redis_url", help="The fleet's Redis. Without it, all happens on this machine.")
-@click.option("--queue", help="[default: the model's name]")
+@click.option("--queue", help="Name of the queue.  [default: the model's name]")
 @click.option(
     "--model", default=DEFAULT_MODEL, help="A folder, a Hugging Face id, or one an installed package carries."
 )
@@ -58,7 +58,8 @@ from embedstream.outputs import Task, parse_emit
     "--task",
     type=click.Choice(["auto", "embed", "rerank", "classify"]),
     default="auto",
-    help="What the model does to a row.  [default: what it is for]",
+    show_default="what the model is made for",
+    help="What the model does with a row.",
 )
 @click.option(
     "--emit",
@@ -68,10 +69,14 @@ from embedstream.outputs import Task, parse_emit
     "ubinary. DIM: the first dimensions.  [default: all that the model gives, in float32]",
 )
 @click.option("--role", type=click.Choice(["document", "query"]), default="document", help="What the texts are.")
-@click.option("--id-field", metavar="FIELD", help="[default: _id, id, custom_id or docid]")
-@click.option("--number-rows", is_flag=True, help="An id is the numbers of file and row, as 0-17; none is read.")
+@click.option("--id-field", metavar="FIELD", help="Where a row has its id.  [default: _id, id, custom_id or docid]")
 @click.option(
-    "--text-field", metavar="FIELD", help="[default: text, content, body.input or _source.text; dots lead into objects]"
+    "--number-rows", is_flag=True, help="Read no ids: make them from the numbers of file and row, such as 0-17."
+)
+@click.option(
+    "--text-field",
+    metavar="FIELD",
+    help="Where a row has its text; dots lead into objects.  [default: text, content, body.input or _source.text]",
 )
 @click.option("--title-field", metavar="FIELD", help="Joined in front of the text; '' for none.  [default: title]")
 @click.option("--title-sep", default=" ", show_default="a space", help="Between title and text.")
@@ -87,24 +92,22 @@ from embedstream.outputs import Task, parse_emit
 @click.option("--prompt", help="Put in front of every text.  [default: the model's own for the role]")
 @click.option("--prompt-name", help="One of the model's prompts.")
 @click.option("--max-length", type=click.IntRange(min=1), help="Tokens of a text.  [default: the model's own]")
-@click.option("--max-errors", metavar="N|P%", help="The job fails when more rows fail; otherwise exit 0.")
+@click.option("--max-errors", metavar="N|P%", help="The job fails if more rows fail than this; otherwise exit 0.")
 @click.option("--retry-failed", is_flag=True, help="Run again the rows of a finished output that failed in a worker.")
 @click.option("--plan", is_flag=True, help="Embed nothing: read the corpus, and print what the job would be.")
 @click.option(
-    "--plan-measure", is_flag=True, help="The same, with the time: some texts are embedded here for a few seconds."
+    "--plan-measure", is_flag=True, help="As --plan, and embed some texts for a few seconds to estimate the time."
 )
-@click.option(
-    "--trust-unchanged", is_flag=True, help="Do not read the corpus to see whether it is the one that was embedded."
-)
-@click.option("--device", allow_from_autoenv=False, metavar="NAME", help="As of embed-worker: cpu, cuda:N or mps.")
-@click.option("--engine", allow_from_autoenv=False, metavar="NAME", help="As of embed-worker: torch, openvino, …")
-@click.option("--dtype", allow_from_autoenv=False, metavar="NAME", help="As of embed-worker: float32, bfloat16, int8.")
+@click.option("--trust-unchanged", is_flag=True, help="Do not compare the corpus with the one that was embedded.")
+@click.option("--device", allow_from_autoenv=False, metavar="NAME", help="As for embed-worker: cpu, cuda:N or mps.")
+@click.option("--engine", allow_from_autoenv=False, metavar="NAME", help="As for embed-worker: torch, openvino, …")
+@click.option("--dtype", allow_from_autoenv=False, metavar="NAME", help="As for embed-worker: float32, bfloat16, int8.")
 @click.option("--no-warmup", is_flag=True, allow_from_autoenv=False, help="Begin at once; the first batches are slow.")
-@click.option("--detach", is_flag=True, help="Leave when all is submitted, and print the job's id.")
+@click.option("--detach", is_flag=True, help="End when all rows are submitted, and print the job's id.")
 @click.option(
     "--server-side",
     is_flag=True,
-    help="Have the files read by coordinators (embed-coordinator); leave when they have begun.",
+    help="Let coordinators (embed-coordinator) read the files; end when they have begun.",
 )
 @click.option("--json", "as_json", is_flag=True, envvar="EMBEDSTREAM_JSON", help="One JSON object on standard output.")
 @click.option(
@@ -155,8 +158,8 @@ def embed_submit(
     """Embed a corpus. Each CORPUS is a file or s3://bucket/key, of Parquet or of JSON lines (plain, .gz, .zst); or -
     for JSON lines on standard input.
 
-    Exit codes: 0 all written, or failures within --max-errors; 1 the job failed; 2 usage, or input refused; 3 written,
-    but some rows failed; 4 cancelled; 130 detached by Ctrl-C.
+    Exit codes: 0 all written, or failures within --max-errors; 1 the job failed; 2 wrong usage, or input refused; 3
+    written, but some rows failed; 4 cancelled; 130 detached by Ctrl-C.
     """
     # Not at the top: loading it takes a while, in which Ctrl-C shall end this command as at any other time. But not by
     # an exception: native modules do not all bear one while they are made.

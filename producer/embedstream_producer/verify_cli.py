@@ -38,10 +38,10 @@ def verify(
 ) -> None:
     """Prove that a dataset is complete and right. OUTPUT is a folder, an S3 URL or a Redis URL.
 
-    Every row once, in the dataset or in its errors; files, counts and vectors as they should be; with --corpus, ids and
-    texts as in the corpus.
+    It checks that every row is there once, in the dataset or in its errors, and that files, counts and vectors are
+    sound. With --corpus it also compares ids and texts with those of the corpus.
 
-    Exit codes: 0 no problem; 1 problems, each with what and where; 2 usage, or nothing to verify.
+    Exit codes: 0 no problem; 1 problems, each with file and row; 2 wrong usage, or nothing to verify.
     """
     if more and len(corpus) != 1:
         raise UsageError(f"{more[0]}: one output at a time; the files of its corpus follow --corpus")

@@ -22,7 +22,7 @@ KINDS = {
 
 
 @click.command(cls=Command, examples=["embedstream cache", "embedstream cache --clear"])
-@click.option("--clear", is_flag=True, help="Remove all of it. The next worker makes again what it needs.")
+@click.option("--clear", is_flag=True, help="Remove all of it. The next worker makes what it needs again.")
 @click.version_option(package_name="embedstream")
 def cache(clear: bool) -> None:
     """Show or clear what workers keep on this machine, such as converted models."""

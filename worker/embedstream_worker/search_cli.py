@@ -15,7 +15,7 @@ from embedstream_worker.model_folder import ALLOW_PICKLE, TRUST_REMOTE_CODE, Tru
 @click.command(cls=Command, examples=['embed-search corpus.jsonl.vectors "how do I read a file line by line?" -k 3'])
 @click.argument("output")
 @click.argument("query")
-@click.option("-k", default=5, type=click.IntRange(min=1), help="How many chunks to show.")
+@click.option("-k", default=5, type=click.IntRange(min=1), help="How many texts to show.")
 @click.option(
     "--model",
     allow_from_autoenv=False,  # that variable says what to embed with, not what made a dataset

@@ -1,5 +1,5 @@
 -- End a job early: drop what is queued and put it into the outbox for its partial manifest. Workers may still commit what
--- they hold of it until somebody leases it there: at once if they hold nothing, or when all of that is committed, or
+-- they hold of it until a program leases it there: at once if they hold nothing, or when all of that is committed, or
 -- after the grace.
 --
 -- KEYS the job's hash, its stream of blocks, jobs, bytes, finalize

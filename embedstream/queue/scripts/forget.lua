@@ -1,4 +1,4 @@
--- Remove a damaged job, whatever lies under its keys, and count the queue's bytes anew.
+-- Remove a damaged job, whatever lies under its keys, and count the queue's bytes again.
 --
 -- KEYS the job's hash, jobs, bytes, finalize, recent, ingest, then all other keys below the job's
 --      (derived: the hashes of the other active jobs)
