@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -139,6 +140,25 @@ def test_a_state_folder_that_others_may_have_a_say_in_is_refused_untouched(
         OutputLock(output)
     assert [path.read_text() for path in elsewhere.iterdir()] == ["theirs"]
     assert not Path(output).exists()
+
+
+def test_of_a_new_home_nothing_is_left_but_what_was_there(output: str, home: Path) -> None:
+    with OutputLock(output), OutputLock(output + "2"):
+        assert home.is_dir()
+    assert not home.parent.exists()
+    home.mkdir(parents=True)
+    OutputLock(output).release()
+    assert list(home.parent.rglob("*")) == [home]
+
+
+def test_runs_that_begin_and_end_at_once_do_not_take_each_others_folders_away(tmp_path: Path, home: Path) -> None:
+    def run(name: str) -> None:
+        for _ in range(50):
+            OutputLock(str(tmp_path / name)).release()
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(run, "abcd"))
+    assert not list(home.rglob("*"))
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a folder of another user's")

@@ -11,10 +11,14 @@ import errno
 import hashlib
 import os
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 
 from embedstream.errors import OutputError
 from embedstream.jobs import without_credentials
+
+TRIES = 10
+"""To make folders that other runs make and remove at the same time."""
 
 _OPEN_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -22,9 +26,11 @@ _OPEN_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 class PrivateFolder:
     """A folder that is ours alone, held open."""
 
-    def __init__(self, path: Path, descriptor: int) -> None:
+    def __init__(self, path: Path, descriptor: int, made: Sequence[Path]) -> None:
+        """`made`: the folders above those of ours that were made for it, from the top."""
         self.path = path
         self._descriptor = descriptor
+        self._made = made
 
     def close(self) -> None:
         os.close(self._descriptor)
@@ -56,9 +62,10 @@ class PrivateFolder:
         return os.path.samestat(os.fstat(descriptor), found)
 
     def drop(self) -> None:
-        """Remove the folder itself, if it is empty."""
+        """Remove the folder itself, and those above it that are ours or were made for it, as far as they are empty."""
         with contextlib.suppress(OSError):
-            self.path.rmdir()
+            for folder in (self.path, self.path.parent, *reversed(self._made)):
+                folder.rmdir()
 
 
 def state_folder(output: str) -> Path:
@@ -83,18 +90,31 @@ def open_state(path: Path) -> PrivateFolder:
         OutputError: it cannot be made; or it, or one above it, belongs to another user or may be written by others.
         FileNotFoundError: another run removed it meanwhile.
     """
-    root, base = path.parent, path.parent.parent
+    root = path.parent
+    made: list[Path] = []
     with contextlib.ExitStack() as opened:
         try:
-            for folder in reversed((base, *base.parents)):
-                if not folder.exists():
-                    folder.mkdir(0o700, exist_ok=True)
-            _refuse_shared(base)
-            above = _open_private(root)
+            above = _open_root(root, made)
         except OSError as error:
             raise _unusable(root, error.strerror or str(error)) from error
         opened.callback(os.close, above)
-        return PrivateFolder(path, _open_private(path, above))
+        return PrivateFolder(path, _open_private(path, above), made)
+
+
+def _open_root(root: Path, made: list[Path], tries: int = TRIES) -> int:
+    """Open the folder that holds all states. The folders above it that are missing are made, and added to `made`."""
+    base = root.parent
+    try:
+        for folder in reversed((base, *base.parents)):
+            if not folder.exists():
+                folder.mkdir(0o700)
+                made.append(folder)
+        _refuse_shared(base)
+        return _open_private(root)
+    except (FileExistsError, FileNotFoundError):  # another run may have just made or removed it
+        if tries == 1:
+            raise
+        return _open_root(root, made, tries - 1)
 
 
 def _root() -> Path:
