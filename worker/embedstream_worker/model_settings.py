@@ -48,8 +48,8 @@ def _spellings() -> dict[str, str]:
             kinds |= dict.fromkeys(names, kind)
     sparse, old = "sentence_transformers.sparse_encoder.modules", "sentence_transformers.sparse_encoder.models"
     for kind, file in _SPARSE.items():
-        names = (f"{old}.{kind}", f"{old}.{kind}.{kind}", f"{sparse}.{kind}", f"{sparse}.{file}.{kind}")
-        kinds |= dict.fromkeys((*names, f"{old}.{file}.{kind}"), kind)
+        homes = (f"{old}.{kind}", f"{old}.{file}", sparse, f"{sparse}.{file}", old)
+        kinds |= {f"{home}.{kind}": kind for home in homes}
     for home in (sparse, old):
         kinds |= {f"{home}.{kind}": kind for kind in _BASE if kind != "Normalize"}
     tokens = "sentence_transformers.multi_vector_encoder.modules"
