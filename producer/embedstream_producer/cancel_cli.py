@@ -55,7 +55,7 @@ def cancel(job: str, redis_url: str | None, queue: str | None) -> None:
             click.echo(f"job {job} is {broker.state(job)} already")
             return
         if broker.is_closing(job):
-            click.echo(f"workers write what they have computed of it, for {GRACE_MS // 1000} s at most", err=True)
+            click.echo(f"workers have {GRACE_MS // 1000} s to write what they have computed of it", err=True)
             end = time.monotonic() + GRACE_MS / 1000 + MANIFEST_SECONDS
             while time.monotonic() < end and (state := broker.state(job)) is not None and not state.ended:
                 time.sleep(0.1)

@@ -131,7 +131,10 @@ def lines(
         if vectors:
             said.append(f'search:  embed-search {output} "your question"{option}')
         said.append(f"verify:  embed-verify {output}{option}")
-        said.append(f"read:    {sink.describe()}")
+        if report.state == JobState.COMPLETED:
+            said.append(f"read:    {sink.describe()}")
+    if report.state == JobState.CANCELLED:
+        said.append("resume:  run the same command again")
     return said
 
 
@@ -155,7 +158,7 @@ def _kinds(sink: Sink) -> str:
     except OutputError:
         return ""
     kinds = ", ".join(f"{number:,} {code}" for code, number in codes.most_common())
-    again = "; --retry-failed tries again those that failed in a worker" if set(codes) - FOR_GOOD else ""
+    again = "; --retry-failed runs those again that failed in a worker" if set(codes) - FOR_GOOD else ""
     return f" ({kinds}{again})" if kinds else ""
 
 

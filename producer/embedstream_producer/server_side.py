@@ -77,7 +77,7 @@ def hand_over(url: str, spec: JobSpec, sink: Sink, max_errors: str, notice: Noti
 def _said(spec: JobSpec, state: JobState, url: str) -> str:
     look_again = with_redis(f"embed-status {spec.job}", url)
     if state is JobState.FINALIZING:
-        return f"job {spec.job} is being ended: run the same command again when it has: {look_again}"
+        return f"job {spec.job} is ending: run the same command again when it has ended: {look_again}"
     if state is not JobState.SUBMITTING:
         return f"all of job {spec.job} is read already: {look_again}"
     count = f"{len(spec.parts):,} part{'' if len(spec.parts) == 1 else 's'}"
@@ -109,7 +109,7 @@ def wait_for_readers(url: str, spec: JobSpec, notice: Notice) -> None:
             if found and (over or found != known):  # what is known from before may have been mended meanwhile
                 what, why = next(iter(found.items()))
                 raise InputError(
-                    f"job {spec.job}, {what}: {why}: mend that, and coordinators go on by themselves, within five "
+                    f"job {spec.job}, {what}: {why}: correct that, and coordinators continue by themselves within five "
                     f"minutes; or end the job: {with_redis(f'embed-cancel {spec.job}', url)}"
                 )
             if begun or over:
@@ -129,7 +129,7 @@ def without_coordinator(broker: Broker, spec: JobSpec, url: str) -> str:
     """What to say when nobody could read the job's parts; empty if somebody can. `url`: of Redis."""
     live = coordinators(broker)
     if not live:
-        return f"no coordinator runs, so nobody reads its parts: start one with {with_redis('embed-coordinator', url)}"
+        return f"no coordinator runs, so its parts are not read: start one with {with_redis('embed-coordinator', url)}"
     roots_of = {f"coordinator {each.name}": each.input_roots for each in live}
     unreadable = [part for part in spec.parts if not any(may(*each, part) for each in roots_of.items())]
     if unreadable:

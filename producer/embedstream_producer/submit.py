@@ -99,7 +99,9 @@ def submit(options: Options) -> int:
     if options.detach and options.redis_url is None:
         raise UsageError("--detach needs --redis: without it, server and worker end with this command")
     if options.worker and options.redis_url is not None:
-        raise UsageError(f"{options.worker[0]}: the workers of a fleet are started with it: leave out it or --redis")
+        raise UsageError(
+            f"{options.worker[0]}: sets the worker of a run without --redis: give it to embed-worker, or leave out --redis"
+        )
     if options.server_side and options.redis_url is None:
         raise UsageError("--server-side needs --redis: coordinators find the job there")
     if options.server_side and options.retry_failed:
@@ -284,8 +286,8 @@ class Run:
         elif self._opened:
             look_again = with_redis(f"embed-status {self.spec.job}", self.options.redis_url)
             self._progress.say(
-                f"detached from job {self.spec.job}; look again with {look_again}; "
-                f"if not all was submitted, the same command goes on"
+                f"detached from job {self.spec.job}; to follow it: {look_again}; "
+                f"if not all rows are submitted yet, run the same command again"
             )
         return DETACHED
 
@@ -419,12 +421,12 @@ class Run:
     def _say_opened(self, opened: Opened, first: bool) -> None:
         adopted = opened.adopted
         if first and opened.resumed and opened.state is JobState.SUBMITTING:
-            self._progress.tell(f"job {self.spec.job} goes on where it was")
+            self._progress.tell(f"job {self.spec.job} continues where it was")
         if adopted.rows:
             self._progress.tell(f"adopted {adopted.rows:,} rows that lay in the output already")
         if adopted.refused:
             self._progress.tell(
-                f"{counted(adopted.refused, 'shard')} in the output not listed, because of overlaps with others"
+                f"{counted(adopted.refused, 'shard')} in the output not used: their rows are in other shards"
             )
 
     def _say_detached(self, url: str) -> None:
@@ -435,7 +437,7 @@ class Run:
         else:
             echo(self.spec.job)
             self._progress.tell(
-                f"all is submitted; job {self.spec.job} goes on without this command: "
+                f"all rows are submitted; job {self.spec.job} continues without this command; to follow it: "
                 f"{with_redis(f'embed-status {self.spec.job}', url)}"
             )
 

@@ -237,7 +237,7 @@ def test_what_cannot_be_read_is_told_by_status_and_read_when_it_is_there(workers
     for _ in range(2):
         refused = run("embed-submit", *paths, *common)
         assert (refused.returncode, refused.stdout) == (2, "")
-        assert f"Error: job {job}, ids: {paths[1]}: no such file: mend that, and coordinators go on" in refused.stderr
+        assert f"Error: job {job}, ids: {paths[1]}: no such file: correct that, and coordinators" in refused.stderr
         assert f"`embed-cancel {job} --redis {workers.url}`" in refused.stderr
     shown = run("embed-status", job, "--redis", workers.url).stdout
     assert f"ids: {paths[1]}: no such file" in shown
@@ -303,7 +303,7 @@ def test_without_a_coordinator_submit_and_status_say_so(workers: Fleet, tmp_path
     common = ["-o", tmp_path / "out", "--redis", workers.url, "--model", "hashing", "--server-side"]
     done = run("embed-submit", tmp_path / "c.jsonl", *common)
     assert done.returncode == 0
-    assert "no coordinator runs, so nobody reads its parts: start one with `embed-coordinator --redis" in done.stderr
+    assert "no coordinator runs, so its parts are not read: start one with `embed-coordinator --redis" in done.stderr
     job = job_id("hashing", str(tmp_path / "out"))
     assert "no coordinator runs" in run("embed-status", job, "--redis", workers.url).stdout
     before = (int(workers.broker.client.time()[0]) - 3600) * 1000
