@@ -100,7 +100,7 @@ def submit(options: Options) -> int:
         raise UsageError("--detach needs --redis: without it, server and worker end with this command")
     if options.worker and options.redis_url is not None:
         raise UsageError(
-            f"{options.worker[0]}: sets the worker of a run without --redis: give it to embed-worker, or leave out --redis"
+            f"{options.worker[0]}: sets this command's own worker: give it to embed-worker, or leave out --redis"
         )
     if options.server_side and options.redis_url is None:
         raise UsageError("--server-side needs --redis: coordinators find the job there")

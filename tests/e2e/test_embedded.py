@@ -218,4 +218,4 @@ def test_flags_for_the_worker_reach_the_one_of_this_command(tmp_path: Path) -> N
     done = run("embed-submit", tmp_path / "c.jsonl", "--model", "hashing", *chosen)
     assert done.returncode == 0, done.stderr
     mixed = run("embed-submit", tmp_path / "c.jsonl", "--redis", "redis://h:1", "--dtype", "float32")
-    assert (mixed.returncode, "--dtype: sets the worker of a run without" in mixed.stderr) == (2, True)
+    assert (mixed.returncode, "--dtype: sets this command's own worker" in mixed.stderr) == (2, True)
