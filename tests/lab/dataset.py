@@ -54,13 +54,13 @@ def make_content(
 ) -> ShardContent:
     """A shard of whole blocks; the errors are counted in the first. Block n of a part begins at row 10 n.
 
-    `outputs`: one dense one if none are given; of several, those of `EVERY_KIND`.
+    `outputs`: one dense one if none are given; of several, or another kind, those of `EVERY_KIND`.
     """
     count = rows_per_block
     places = [(part, 10 * block + i) for part, block in blocks for i in range(count)]
     seed = int(hashlib.md5(name.encode()).hexdigest()[:6], 16)
     results: dict[Kind, Any] = {"dense": vectors(len(places), seed) if matrix is None else matrix}
-    if len(outputs) > 1:
+    if [output.kind for output in outputs] not in ([], ["dense"]):
         results = some_results([output.kind for output in outputs], len(places), seed)
     outputs = outputs or (dense(results["dense"].shape[1]),)
     schema = dataset_schema(spec, outputs)
@@ -74,6 +74,7 @@ def make_content(
         "n_tokens": pa.array([4] * len(places), pa.int32()),
         "truncated": pa.array([row % 10 == 1 for _, row in places], pa.bool_()),
         "input_hash": pa.array([hashlib.md5(text.encode()).digest() for text in texts], pa.binary(16)),
+        "query": pa.array([f"question {row % 2}" for _, row in places], pa.string()),
         "lang": pa.array(["en" if row % 2 else None for _, row in places], pa.string()),
     }
     for output in outputs:
