@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
-from embedstream_worker.engines.base import Origin
+from embedstream.jobs import JobSpec
+from embedstream.outputs import Kind
+from embedstream_worker.engines.base import EngineInfo, Origin, OutputInfo
 from embedstream_worker.models import ModelFolder
-from embedstream_worker.recipe import origin_of
+from embedstream_worker.recipe import origin_of, recipe_of
 
 OLD = {"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": False, "pooling_mode_lasttoken": False}
 
@@ -50,3 +52,27 @@ def test_pooling_is_named_and_whether_the_folder_says_it(
     modules: list[str], pooling: dict[str, Any] | None, mode: str, by: str, tmp_path: Path
 ) -> None:
     assert origin_of(folder(tmp_path, modules, pooling)) == Origin("from a test", "0123", mode, by)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "normalized"),
+    [
+        ({"dense": True, "sparse": False, "multivector": True}, True),
+        ({"dense": False, "sparse": False, "multivector": True}, False),
+        ({"sparse": False}, False),
+        ({"score": False}, False),
+    ],
+)
+def test_vectors_alone_say_whether_a_model_normalizes(outputs: dict[Kind, bool], normalized: bool) -> None:
+    info = EngineInfo(
+        engine="torch",
+        device="cpu",
+        dtype="float32",
+        fingerprint="",
+        max_length=8,
+        padded=True,
+        batch_tokens=0,
+        outputs={kind: OutputInfo(4, unit) for kind, unit in outputs.items()},
+    )
+    spec = JobSpec(queue="q", output="/out", model="m", parts=())
+    assert recipe_of(info, spec, "", 8).normalized == normalized

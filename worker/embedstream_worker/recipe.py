@@ -60,6 +60,7 @@ def pooling_modes(config: Path) -> Iterator[str]:
 def recipe_of(info: EngineInfo, spec: JobSpec, prompt: str, max_length: int) -> Recipe:
     """Of a job on this engine; `prompt` and `max_length` are those in force."""
     given = spec.prompt is not None or spec.prompt_name is not None
+    vectors = [output for kind, output in info.outputs.items() if kind in ("dense", "multivector")]
     return Recipe(
         model=spec.model,
         source=info.origin.source,
@@ -69,7 +70,7 @@ def recipe_of(info: EngineInfo, spec: JobSpec, prompt: str, max_length: int) -> 
         dtype=info.dtype,
         pooling=info.origin.pooling,
         pooling_from=info.origin.pooling_from,
-        normalized=all(output.normalized for output in info.outputs.values()),
+        normalized=bool(vectors) and all(output.normalized for output in vectors),
         max_length=max_length,
         max_length_from=FLAG if spec.max_length else FOLDER,
         prompt=prompt,
