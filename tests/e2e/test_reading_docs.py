@@ -19,6 +19,7 @@ from e2e.harness import run, write_corpus
 from embedstream.dataset.sinks import open_sink
 from embedstream.errors import OutputError, UsageError
 from embedstream.jobs import JobState
+from embedstream.outputs import KINDS
 
 PAGE = (Path(__file__).parents[2] / "docs" / "reading.md").read_text("utf-8")
 RECIPES = {
@@ -57,7 +58,9 @@ def test_the_schema_for_redisvl_is_one() -> None:
 
 
 def test_the_columns_are_those_that_the_page_lists(folder: Path) -> None:
-    listed = re.findall(r"^\| `(\w+)` \|", PAGE, re.MULTILINE)
+    columns, _, others = PAGE.partition("## Columns")[2].partition("## ")[0].partition("\n| kind |")
+    listed = re.findall(r"^\| `(\w+)` \|", columns, re.MULTILINE)
+    assert list(dict.fromkeys(re.findall(r"^\| `(\w+)`", others, re.MULTILINE))) == list(KINDS)
     assert listed == embedstream.open_dataset(folder / "corpus.jsonl.vectors").schema.names
 
 
