@@ -19,13 +19,15 @@ class TokenCounter(msgspec.Struct, frozen=True, kw_only=True):
     """What is known of the model without loading it."""
 
     trouble: str = ""
-    """Why tokens cannot be counted; nothing else is said then."""
+    """Why tokens cannot be counted; nothing else but the fingerprint is said then."""
     recipe: Recipe | None = None
     words: str = ""
     """The recipe for people."""
     warning: str = ""
     vector_bytes: int | None = None
     """Of a row; None: not known."""
+    fingerprint: str = ""
+    """Of the model's folder as it is now; empty: not known."""
 
 
 class Counted(msgspec.Struct, frozen=True, array_like=True):

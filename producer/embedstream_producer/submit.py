@@ -38,6 +38,7 @@ from embedstream.server.preflight import check, shortcomings
 from embedstream.settings import Settings
 from embedstream.terminal import counted, echo, echo_json
 from embedstream_producer import report
+from embedstream_producer.changed_model import refuse_changed_model
 from embedstream_producer.corpus import STDIN, check_sources, part_name, total_bytes
 from embedstream_producer.embedded import OutputLock
 from embedstream_producer.embedded_run import Embedded, check_installed, made_folders
@@ -258,6 +259,7 @@ class Run:
             self.was_finished = True
             if not self.options.trust_unchanged:
                 self._compare(manifest)
+                refuse_changed_model(manifest, self.spec)
             if manifest.retries:
                 self.sink.mend(manifest)
             if self.options.redis_url is not None:

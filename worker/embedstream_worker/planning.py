@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from embedstream.dataset.input_hash import model_inputs
 from embedstream.errors import EmbedstreamError
 from embedstream.jobs import JobSpec
@@ -111,11 +113,21 @@ def main() -> None:
         send(answer, TokenCounter(trouble=f"{error.name} is not installed: pip install 'embedstream[worker]'"))
         return
     except EmbedstreamError as error:
-        send(answer, TokenCounter(trouble=str(error)))
+        send(answer, TokenCounter(trouble=str(error), fingerprint=_fingerprint(spec)))
         return
-    send(answer, plan.about)
+    send(answer, msgspec.structs.replace(plan.about, fingerprint=_fingerprint(spec)))
     while (asked := receive(ask, _ASKED)) is not None:
         send(answer, plan.count(asked) if isinstance(asked, list) else _measured(spec, plan, asked))
+
+
+def _fingerprint(spec: JobSpec) -> str:
+    """Of the model's folder as it is now; empty if there is none."""
+    from embedstream_worker.models import resolve_model
+
+    try:
+        return resolve_model(spec.model, spec.revision, offline=True).fingerprint()
+    except (EmbedstreamError, OSError):
+        return ""
 
 
 def _measured(spec: JobSpec, plan: Plan, asked: Measure) -> Measured:
