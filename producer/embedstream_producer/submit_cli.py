@@ -98,7 +98,9 @@ from embedstream.outputs import Task, parse_emit
 @click.option(
     "--plan-measure", is_flag=True, help="As --plan, and embed some texts for a few seconds to estimate the time."
 )
-@click.option("--trust-unchanged", is_flag=True, help="Do not compare corpus and model with those of a finished output.")
+@click.option(
+    "--trust-unchanged", is_flag=True, help="Do not compare corpus and model with those of a finished output."
+)
 @click.option("--device", allow_from_autoenv=False, metavar="NAME", help="As for embed-worker: cpu, cuda:N or mps.")
 @click.option("--engine", allow_from_autoenv=False, metavar="NAME", help="As for embed-worker: torch, openvino, …")
 @click.option("--dtype", allow_from_autoenv=False, metavar="NAME", help="As for embed-worker: float32, bfloat16, int8.")
