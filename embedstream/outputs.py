@@ -41,6 +41,9 @@ NAMES: dict[Kind, str] = {
 
 MOST_OUTPUTS = 16
 
+MOST_DIMENSIONS = 1 << 20
+"""No model comes near this; what is beyond it no file can hold."""
+
 
 class OutputSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A column of results, as a job asks for it."""
@@ -72,7 +75,8 @@ class OutputSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Output(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A column of results as it is: what the model really gave."""
+    """A column of results as it is: what the model really gave. Making one that no dataset can have is a `ValueError`,
+    also where it is read of a manifest or a footer."""
 
     name: str
     kind: Kind
@@ -83,6 +87,16 @@ class Output(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Whether vectors have length 1."""
     labels: tuple[str, ...] = ()
     """Names of the classes."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.dim <= MOST_DIMENSIONS:
+            raise ValueError(f"output {self.name} has {self.dim:,} dimensions: from 1 to {MOST_DIMENSIONS:,} are kept")
+        if self.dtype not in DTYPES[self.kind]:
+            raise ValueError(f"output {self.name}: {self.kind} comes in {' or '.join(DTYPES[self.kind])}")
+        if self.dtype == "ubinary" and self.dim % 8:
+            raise ValueError(f"output {self.name}: {self.dim} bits make no whole bytes")
+        if len(self.labels) != (self.dim if self.kind == "labels" else 0):
+            raise ValueError(f"output {self.name} has {len(self.labels):,} labels")
 
     @property
     def columns(self) -> tuple[str, ...]:

@@ -173,6 +173,9 @@ def decode_manifest(data: bytes | str, where: str) -> Manifest:
         manifest = msgspec.json.decode(data, type=Manifest)
         spec = decode_spec(bytes(manifest.spec))
         _check_shards(manifest)
+        columns = [*spec.columns, *(name for output in manifest.outputs for name in output.columns)]
+        if len(set(columns)) != len(columns):
+            raise ValueError("it lists outputs whose columns have one name")
         # Equal whatever blanks the file has, and no reference to it is left.
         shards = tuple(msgspec.structs.replace(shard, runs=encode_runs(shard.blocks)) for shard in manifest.shards)
     except (msgspec.MsgspecError, ValueError, RecursionError, UsageError) as error:

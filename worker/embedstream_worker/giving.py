@@ -49,8 +49,8 @@ def resolve_outputs(spec: JobSpec, info: EngineInfo) -> tuple[Output, ...]:
             raise ModelError(f"--emit {wanted}: the model's vectors have {given.dim} dimensions")
         if wanted.dtype == "ubinary" and dim % 8:
             raise ModelError(f"--emit {wanted}: {dim} dimensions make no whole bytes: give a multiple of 8")
-        made.append(
-            Output(
+        try:
+            output = Output(
                 name=wanted.name,
                 kind=wanted.kind,
                 dtype=wanted.dtype,
@@ -58,7 +58,9 @@ def resolve_outputs(spec: JobSpec, info: EngineInfo) -> tuple[Output, ...]:
                 normalized=given.normalized and wanted.dtype != "ubinary",
                 labels=given.labels,
             )
-        )
+        except ValueError as error:
+            raise ModelError(f"model {spec.model}: {error}") from error
+        made.append(output)
     for output in made:
         if taken := [name for name in output.columns if name in spec.columns]:
             name = f"{output.kind}=NAME"
