@@ -33,6 +33,7 @@ from embedstream.dataset.schema import ErrorRow, output_fields, placed_errors
 from embedstream.errors import OutputError, RecordDamaged, UsageError
 from embedstream.failpoints import reach
 from embedstream.jobs import JobSpec, JobState
+from embedstream.outputs import column_names
 from embedstream.queue.refusals import FOR_GOOD
 from embedstream.records import Manifest, ManifestShard, ShardContent, ShardRecord
 from embedstream.server.connection import connect, explain, mask
@@ -66,10 +67,13 @@ class RedisSink:
         """`server`: the URL to connect to, which `address` may leave open.
 
         Raises:
-            UsageError: the job keeps a field that would hide one of the sink's own.
+            UsageError: a field or an output of the job would hide one of the sink's own.
         """
         if spec is not None and "job" in spec.keep:
             raise UsageError("--keep job: hashes in Redis have a field of that name already: rename it in the corpus")
+        for output in spec.outputs if spec is not None else ():
+            if "job" in column_names(output.kind, output.name):
+                raise UsageError(f"--emit {output}: hashes in Redis have a field job already: give another name")
         self.output = address.url
         self._prefix = address.prefix
         self._ttl = address.ttl

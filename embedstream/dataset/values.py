@@ -37,6 +37,12 @@ class Ragged:
         rows = np.repeat(np.arange(len(self)), self.counts)
         return np.bincount(rows[mask], minlength=len(self)).astype(np.bool_)
 
+    def where(self, mask: npt.NDArray[np.bool_]) -> Ragged:
+        """The numbers in the mask [total] alone."""
+        rows = np.repeat(np.arange(len(self)), self.counts)[mask]
+        counts = np.bincount(rows, minlength=len(self)).astype(np.int64)
+        return Ragged(counts, self.values[mask], None if self.indices is None else self.indices[mask])
+
     def take(self, rows: npt.NDArray[np.int64]) -> Ragged:
         """These texts, in this order."""
         counts = self.counts[rows]
@@ -59,9 +65,12 @@ def to_columns(output: Output, values: Values) -> list[pa.Array[Any]]:
     """
     types: list[Any] = [field.type for field in output_fields(output)]
     if isinstance(values, Ragged):
-        numbers = values.values.astype(_NUMPY[output.dtype])
+        with np.errstate(over="ignore"):  # infinity, to be found
+            numbers = values.values.astype(_NUMPY[output.dtype], copy=False)
         if values.indices is None:
             return [_lists(values, _vectors(numbers, types[0].value_type), types[0])]
+        if not numbers.all():  # rounded to 0, they are none
+            values, numbers = values.where(numbers != 0), numbers[numbers != 0]
         fields = [types[0].field(name) for name in ("indices", "values")]
         halves = (pa.array(values.indices), pa.array(numbers))
         lists = [_lists(values, half, field.type) for half, field in zip(halves, fields, strict=True)]
@@ -72,7 +81,8 @@ def to_columns(output: Output, values: Values) -> list[pa.Array[Any]]:
             if output.dtype == "ubinary":
                 bits = pa.py_buffer(np.packbits(vectors > 0, axis=1).tobytes())
                 return [pa.Array.from_buffers(types[0], len(vectors), [None, bits])]
-            return [_vectors(vectors.astype(_NUMPY[output.dtype], copy=False), types[0])]
+            with np.errstate(over="ignore"):
+                return [_vectors(vectors.astype(_NUMPY[output.dtype], copy=False), types[0])]
         case "score":
             return [pa.array(values[:, 0], pa.float32())]
         case _:

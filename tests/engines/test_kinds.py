@@ -98,6 +98,9 @@ def test_vectors_of_tokens_are_those_of_multi_vector_encoder(folder: Folder, som
     assert ours.counts.tolist() == [len(vectors) for vectors in theirs]
     np.testing.assert_allclose(ours.values, np.concatenate(theirs), rtol=0, atol=1e-4)
     assert engine.info.outputs["multivector"].normalized
+    infos = engine.info.outputs.values()
+    held = sum(info.row_bytes * len(some) + info.token_bytes * int(ours.counts.sum()) for info in infos)
+    assert held >= ours.values.nbytes
 
 
 @pytest.mark.parametrize("shape", [cross_encoder, reranker])

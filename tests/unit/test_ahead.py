@@ -67,3 +67,9 @@ def test_the_pace_is_that_of_the_last_seconds_in_the_model() -> None:
     for second in range(101, 111):
         ahead.computed(6000, busy_seconds=float(second))
     assert 4500 < ahead.tokens_per_second < 6000
+
+
+def test_results_that_grow_with_the_tokens_fill_a_windows_memory_by_them() -> None:
+    ahead = Ahead(2048, True, row_bytes=100, token_bytes=4096)
+    one = ahead.memory_share(1, 0, 100)
+    assert ahead.memory_share(10, 500, 0) == pytest.approx(one * (1000 + 500 * 4096) / 200)

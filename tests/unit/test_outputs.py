@@ -14,16 +14,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lab.dataset import Dataset, make_content, make_spec
 from lab.results import EVERY_KIND, some_results
-from lab.verify import Made, replaced, rewrite
+from lab.verify import Made, edit_manifest, replaced, rewrite
 
 import embedstream
 from embedstream.dataset.redis_values import from_fields, to_fields
 from embedstream.dataset.schema import output_fields
 from embedstream.dataset.sinks import open_sink
 from embedstream.dataset.values import Ragged, Values, from_columns, to_columns
-from embedstream.errors import UsageError
+from embedstream.errors import OutputError, UsageError
 from embedstream.outputs import DTYPES, KINDS, NAMES, Output, OutputSpec, parse_emit
 from embedstream_producer.verify import verify
+from embedstream_worker.engines.base import OutputInfo
+from embedstream_worker.landing import landing
 
 ROWS = 40
 
@@ -70,6 +72,52 @@ def test_columns_hold_what_the_model_gave_also_as_a_slice_and_in_hashes_and_in_p
 def test_no_rows_make_empty_columns() -> None:
     for output in EVERY_KIND:
         assert batch_of(output, some_results([output.kind], 0)[output.kind]).num_rows == 0
+
+
+@pytest.mark.parametrize("output", EVERY_KIND, ids=lambda output: output.name)
+def test_results_return_to_their_rows_and_the_last_ones_of_a_row_count(output: Output) -> None:
+    info = OutputInfo(output.dim if output.kind != "dense" else 16)
+    expected = some_results([output.kind], ROWS)[output.kind]
+    others = some_results([output.kind], ROWS, seed=1)[output.kind]
+    place, rows = landing(output.kind, info, ROWS), np.random.default_rng(3).permutation(ROWS)
+    place.put(rows[:25], taken(others, rows[:25]))
+    place.put(rows[25:], taken(expected, rows[25:]))
+    place.put(rows[:25], taken(expected, rows[:25]))
+    assert_close(place.values(), expected, 0)
+    assert_close(place.values(), expected, 0)
+    nothing = landing(output.kind, info, 3).values()
+    assert batch_of(output, nothing).num_rows == 3
+
+
+def taken(values: Values, rows: Any) -> Values:
+    return values.take(rows) if isinstance(values, Ragged) else values[rows]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"dim": 0},
+        {"dim": -1},
+        {"dim": 2**62},
+        {"dim": 12, "dtype": "ubinary"},
+        {"kind": "sparse", "dtype": "ubinary"},
+        {"kind": "labels"},
+        {"kind": "labels", "labels": ["a"]},
+        {"labels": ["a"] * 16},
+        {"kind": "heatmap"},
+        {"dtype": "float63"},
+        {"name": "id"},
+        {"name": "half"},
+    ],
+    ids=str,
+)
+def test_a_manifest_whose_outputs_no_dataset_has_is_refused_by_every_reader(
+    written: Made, change: dict[str, Any]
+) -> None:
+    edit_manifest(written, lambda manifest: manifest["outputs"][0].update(change))
+    with pytest.raises(OutputError, match="the manifest cannot be read"):
+        embedstream.open_dataset(written.spec.output)
+    assert verify(written.spec.output, (), None).findings.keys() == {"manifest"}
 
 
 @given(
@@ -190,3 +238,10 @@ def test_hashes_of_every_kind_are_read_and_verified_and_a_spoiled_one_is_found(r
         client.hset("every-kind:0-3", field, value)
         assert sum(each.count for each in verify(spec.output, (), None).findings.values()) == 1, field
         client.hset("every-kind:0-3", field, whole)
+
+
+@pytest.mark.parametrize("output", [OutputSpec(name="job", kind="dense"), OutputSpec(name="job", kind="labels")])
+def test_an_output_named_like_a_field_of_every_hash_is_refused(output: OutputSpec) -> None:
+    spec = make_spec("redis://localhost?prefix=a:", outputs=(output,))
+    with pytest.raises(UsageError, match="have a field job already"):
+        open_sink(spec.output, spec)

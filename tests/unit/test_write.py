@@ -16,13 +16,15 @@ from lab.worker import share
 from embedstream.dataset.folder import FolderSink
 from embedstream.dataset.input_hash import input_hashes
 from embedstream.dataset.schema import dataset_schema, errors_schema
+from embedstream.dataset.values import Ragged
 from embedstream.jobs import JobSpec
+from embedstream.outputs import Output
 from embedstream.queue.blocks import Block, Refusal, decode_block, encode_block
 from embedstream.queue.packing import Packer
 from embedstream.records import Recipe, ShardContent, ShardRecord
 from embedstream.settings import BlockLimits, WorkerSettings
 from embedstream_worker.ahead import Ahead
-from embedstream_worker.engines.base import EngineInfo, OutputInfo
+from embedstream_worker.engines.base import EngineInfo, OutputInfo, Results
 from embedstream_worker.engines.hashing import HashingTokenizer
 from embedstream_worker.finish import BLOCK_BYTES, FinishedBlock, finish_blocks
 from embedstream_worker.held import EmbeddedGroup, Held, HeldBlock, TokenizedGroup, Window
@@ -69,9 +71,11 @@ def embedded(
     spec: JobSpec = SPEC,
     errors: dict[int, tuple[str, str]] | None = None,
     undone: Sequence[int] = (),
+    outputs: Sequence[Output] = (dense(DIM, False),),
+    results: Results | None = None,
 ) -> EmbeddedGroup:
-    """Row i of the group has the vector [i, i, i], and cost ten tokens."""
-    job = OpenJob(spec.job, spec, "", 0, 512, "space", (dense(DIM, False),), FolderSink(spec.output, spec), RECIPE)
+    """Row i of the group has the vector [i, i, i] unless other results are given, and cost ten tokens."""
+    job = OpenJob(spec.job, spec, "", 0, 512, "space", tuple(outputs), FolderSink(spec.output, spec), RECIPE)
     texts: list[Any] = [text for block in blocks for text in block.rows.column("text").to_pylist()]
     tokens, _ = encode_rows(HashingTokenizer(), texts, "", 2)
     held = [HeldBlock(job, "stream", f"{i}-0", 10, 1, block, 1.0) for i, block in enumerate(blocks)]
@@ -79,7 +83,7 @@ def embedded(
     done[list(undone)] = False
     return EmbeddedGroup(
         TokenizedGroup(job, held, tokens, input_hashes(texts)),
-        {"dense": np.repeat(np.arange(len(texts), dtype=np.float32)[:, None], DIM, axis=1)},
+        results or {"dense": np.repeat(np.arange(len(texts), dtype=np.float32)[:, None], DIM, axis=1)},
         np.full(len(texts), 10, np.int64),
         done,
         errors or {},
@@ -90,6 +94,36 @@ def finished(group: EmbeddedGroup) -> list[FinishedBlock]:
     blocks, unfinished = finish_blocks(group)
     assert not unfinished
     return blocks
+
+
+def codes(group: EmbeddedGroup) -> dict[str, str]:
+    [block] = finished(group)
+    return dict(zip(block.errors["id"].to_pylist(), block.errors["code"].to_pylist(), strict=True))
+
+
+def test_what_a_dtype_or_fewer_dimensions_make_of_a_sound_vector_is_no_bad_row_of_the_dataset() -> None:
+    blocks = packed(["fits", "beyond float16", "ends in zeros", "begins with zeros"])
+    vectors = np.array([[1, 2, 3], [1, 2, 70_000], [1, 0, 0], [0, 0, 1]], np.float32)
+    half = dense(DIM, False, dtype="float16", name="half")
+    assert codes(embedded(blocks, outputs=[half], results={"dense": vectors})) == {"id-1": "not_finite"}
+    short = dense(2, False)
+    assert codes(embedded(blocks, outputs=[short], results={"dense": vectors})) == {"id-3": "zero_vector"}
+    assert codes(embedded(blocks, outputs=[dense(DIM, False)], results={"dense": vectors})) == {}
+
+
+def test_a_weight_that_float16_rounds_to_zero_is_left_out() -> None:
+    blocks = packed(["usual", "one tiny weight", "none but tiny ones"])
+    weights = Ragged(
+        np.array([2, 2, 1]), np.array([1, 2, 1e-9, 3, 1e-9], np.float32), np.array([3, 5, 2, 4, 1], np.uint32)
+    )
+    half = Output(name="sparse", kind="sparse", dtype="float16", dim=10)
+    group = embedded(blocks, outputs=[half], results={"sparse": weights})
+    assert codes(group) == {"id-2": "zero_vector"}
+    [block] = finished(group)
+    assert block.data["sparse"].to_pylist() == [
+        {"indices": [3, 5], "values": [1.0, 2.0]},
+        {"indices": [4], "values": [3.0]},
+    ]
 
 
 def test_each_block_has_its_own_rows_and_vectors() -> None:

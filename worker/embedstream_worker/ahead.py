@@ -25,7 +25,7 @@ LEAD_SECONDS = 2.0
 """The next window is claimed when so much is left to compute: it is there and tokenized before the model needs it."""
 
 WINDOWS_IN_MEMORY = 16
-"""A window takes at most this part of the memory that there is, by its texts and their vectors: three are under way at
+"""A window takes at most this part of the memory that there is, by its texts and their results: three are under way at
 once, beside the model and the shards."""
 
 MEMORY_SECONDS = 10.0
@@ -42,12 +42,13 @@ class Ahead:
         tokens_per_second: float = 0.0,
         window_tokens: int | None = None,
         row_bytes: int = 0,
+        token_bytes: int = 0,
     ) -> None:
         """`tokens_per_second`: a first estimate, 0: none. `window_tokens`: the size of a window, if it is fixed.
-        `row_bytes`: what a row's vectors take.
+        `row_bytes`, `token_bytes`: what the results of a row take, and of each of its tokens.
         """
         self._most_bytes = memory_bytes() / WINDOWS_IN_MEMORY
-        self._row_bytes = row_bytes
+        self._row_bytes, self._token_bytes = row_bytes, token_bytes
         self._full = window_tokens or max(LEAST_FULL_WINDOW_TOKENS, BATCHES_PER_FULL_WINDOW * batch_tokens)
         self._least = window_tokens or batch_tokens * (LEAST_SORTED_BATCHES if padded else 1)
         self._lock = threading.Lock()
@@ -90,9 +91,9 @@ class Ahead:
         pace = self.tokens_per_second
         return min(self._full, max(self._least, int(pace * WINDOW_SECONDS))) if pace else self._full
 
-    def memory_share(self, rows: int, other_bytes: int) -> float:
-        """What part of a window's memory so many rows take, 1: all of it. `other_bytes`: beside their vectors."""
-        return (rows * self._row_bytes + other_bytes) / self._most_bytes
+    def memory_share(self, rows: int, tokens: float, other_bytes: int) -> float:
+        """What part of a window's memory so many rows take, 1: all of it. `other_bytes`: beside their results."""
+        return (rows * self._row_bytes + tokens * self._token_bytes + other_bytes) / self._most_bytes
 
     def enough(self) -> bool:
         """Whether the next window can wait. One is claimed at a time until the first batch shows how fast it goes."""

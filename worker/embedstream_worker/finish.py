@@ -10,12 +10,14 @@ import numpy as np
 import pyarrow as pa
 
 from embedstream.dataset.schema import dataset_schema, errors_schema
-from embedstream.dataset.values import to_columns
+from embedstream.dataset.values import Ragged, to_columns
 from embedstream.queue.blocks import Block, Refusal
 from embedstream.queue.kept import typed
 from embedstream.queue.steps import CommitBlock
 from embedstream.records import BlockRecord
-from embedstream_worker.held import EmbeddedGroup, HeldBlock
+from embedstream.verify.rows import WORDS, bad_column
+from embedstream_worker.held import EmbeddedGroup, HeldBlock, RowErrors
+from embedstream_worker.work import CODES
 
 ORIGINAL_CHARACTERS = 1000
 """How much of a failed text its error row keeps."""
@@ -76,8 +78,9 @@ def finish_blocks(group: EmbeddedGroup) -> tuple[list[FinishedBlock], list[HeldB
     Columns are built once for the whole group, then sliced.
     """
     table, tokens = group_table(group), group.tokenized.tokens
+    failures = lost_errors(table, group) | group.errors
     good = np.ones(table.num_rows, np.bool_)
-    good[list(group.errors)] = False
+    good[list(failures)] = False
     finished: list[FinishedBlock] = []
     unfinished: list[HeldBlock] = []
     start = 0
@@ -89,7 +92,7 @@ def finish_blocks(group: EmbeddedGroup) -> tuple[list[FinishedBlock], list[HeldB
             data = table.slice(start, end - start)
             errors = [
                 *(refused_row(block, refusal) for refusal in block.refused),
-                *(failed_row(block, row - start, *group.errors[row]) for row in failed),
+                *(failed_row(block, row - start, *failures[row]) for row in failed),
             ]
             finished.append(
                 FinishedBlock(
@@ -128,6 +131,23 @@ def group_table(group: EmbeddedGroup) -> pa.Table:
     made |= {name: typed(rows.column(name), type) for name, type in spec.keep_types.items()}
     columns = [made[field.name] if field.name in made else _copied(rows.column(field.name)) for field in schema]
     return pa.table(columns, schema=schema)
+
+
+def lost_errors(table: pa.Table, group: EmbeddedGroup) -> RowErrors:
+    """Of rows whose results are sound, and whose columns embed-verify would refuse: fewer dimensions may all be 0, and
+    float16 ends at 65,504."""
+    outputs = group.tokenized.job.outputs
+    errors: RowErrors = {}
+    for output in outputs:
+        given = group.results[output.kind]
+        is_whole = isinstance(given, Ragged) or given.shape[1] == output.dim
+        if output.dtype == "ubinary" or (output.dtype == "float32" and is_whole):
+            continue
+        columns = table.select(output.columns).combine_chunks()
+        [batch] = columns.to_batches() or [pa.RecordBatch.from_pylist([], schema=columns.schema)]
+        for fault, bad in bad_column(output, batch, alone=len(outputs) == 1).items():
+            errors |= dict.fromkeys(np.flatnonzero(bad).tolist(), (CODES[fault], f"as {output}: {WORDS[fault]}"))
+    return errors
 
 
 def _copied(column: pa.ChunkedArray[Any]) -> pa.ChunkedArray[Any]:

@@ -163,8 +163,9 @@ class Intake:
             blocks += decoded
             for held in decoded:
                 rows = held.block.rows
-                # Short texts fill the memory with their vectors before they are much work.
-                weight = max(held.tokens, full * self._ahead.memory_share(rows.num_rows, rows.nbytes + held.size))
+                # Results may fill the memory before their texts are much work.
+                share = self._ahead.memory_share(rows.num_rows, held.tokens, rows.nbytes + held.size)
+                weight = max(held.tokens, full * share)
                 tokens += weight
                 self._block_tokens += 0.1 * (weight - self._block_tokens)
             if begins:
@@ -276,7 +277,7 @@ class Intake:
                 extra=about(job.id, (block.part, block.number)),
             )
         size = entry_size(claimed.fields)
-        tokens = estimate_tokens(block, size, job.max_length, job.prompt_length)
+        tokens = estimate_tokens(block, size, job.max_length, job.prompt_length, job.spec.query_field)
         return HeldBlock(job, claimed.stream, claimed.entry, size, claimed.deliveries, block, tokens)
 
     def _nothing_to_come(self, blocks: list[HeldBlock]) -> bool:
@@ -333,13 +334,15 @@ class Intake:
                 hand_back(self._broker, stream, self._consumer, unseen)
 
 
-def estimate_tokens(block: Block, size: int, max_length: int, prompt_length: int) -> float:
+def estimate_tokens(
+    block: Block, size: int, max_length: int, prompt_length: int, query_field: str | None = None
+) -> float:
     """What a block counts in a window. `size`: bytes of its entry; `max_length`: most tokens of a text, its prompt's
-    `prompt_length` included.
+    `prompt_length` included; `query_field`: as in `JobSpec`.
     """
     rows = block.rows
-    column: Any = rows.column("text")
-    sizes = pc.binary_length(column).to_numpy()
+    columns: list[Any] = [rows.column(name) for name in ("text", query_field) if name is not None]
+    sizes = sum(pc.fill_null(pc.binary_length(column), 0).to_numpy() for column in columns)
     text = float(np.minimum(sizes / BYTES_PER_TOKEN + prompt_length, max_length).sum()) + rows.num_rows
     others = rows.nbytes + size + len(block.refused) * REFUSED_ROW_BYTES
     return max(LEAST_BLOCK_TOKENS, text, others / OTHER_BYTES_PER_TOKEN)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Protocol
 
 import numpy as np
@@ -26,7 +27,13 @@ class Landing(Protocol):
 
 def landing(kind: Kind, info: OutputInfo, rows: int) -> Landing:
     """Where results of a kind come down."""
-    return _Pieces(rows) if kind in ("sparse", "multivector") else _Whole(rows, info.dim)
+    match kind:
+        case "sparse":
+            return _Pieces(rows, None)
+        case "multivector":
+            return _Pieces(rows, info.dim)
+        case _:
+            return _Whole(rows, info.dim)
 
 
 class _Whole:
@@ -44,26 +51,39 @@ class _Whole:
 class _Pieces:
     """What differs in length by text is kept as it comes, and put in order once."""
 
-    def __init__(self, rows: int) -> None:
-        self._rows = rows
-        self._pieces: list[tuple[Rows, Ragged]] = []
+    def __init__(self, rows: int, dim: int | None) -> None:
+        """`dim`: of each token's vector; None: a weight with its index."""
+        self._dim = dim
+        self._counts = np.zeros(rows, np.int64)
+        self._newest = np.zeros(rows, np.int64)
+        """Which piece has a row's results."""
+        self._pieces: deque[tuple[Rows, Ragged]] = deque()
+        self._joined: Ragged | None = None
 
     def put(self, rows: Rows, values: Values) -> None:
         assert isinstance(values, Ragged)
+        self._counts[rows] = values.counts
+        self._newest[rows] = len(self._pieces)
         self._pieces.append((rows, values))
 
     def values(self) -> Ragged:
-        if not self._pieces:
-            return Ragged(np.zeros(self._rows, np.int64), np.zeros(0, np.float32), np.zeros(0, np.uint32))
-        pieces = [values for _, values in self._pieces]
-        count = sum(map(len, pieces))
-        # One text more, of nothing, stands for those that never came.
-        found = np.full(self._rows, count, np.int64)
-        found[np.concatenate([rows for rows, _ in self._pieces])] = np.arange(count)
-        indices = [piece.indices for piece in pieces if piece.indices is not None]
-        joined = Ragged(
-            np.concatenate([*(piece.counts for piece in pieces), np.zeros(1, np.int64)]),
-            np.concatenate([piece.values for piece in pieces]),
-            np.concatenate(indices) if indices else None,
-        )
-        return joined.take(found)
+        if self._joined is None:
+            self._joined = self._join()
+        return self._joined
+
+    def _join(self) -> Ragged:
+        """Pieces are let go as they are copied."""
+        total = int(self._counts.sum())
+        values = np.empty(total if self._dim is None else (total, self._dim), np.float32)
+        indices = np.empty(total, np.uint32) if self._dim is None else None
+        starts = np.cumsum(self._counts) - self._counts
+        for number in range(len(self._pieces)):
+            rows, piece = self._pieces.popleft()
+            kept = np.flatnonzero(self._newest[rows] == number)
+            if len(kept) < len(rows):
+                rows, piece = rows[kept], piece.take(kept)
+            places = np.arange(len(piece.values)) + np.repeat(starts[rows] - piece.offsets[:-1], piece.counts)
+            values[places] = piece.values
+            if indices is not None and piece.indices is not None:
+                indices[places] = piece.indices
+        return Ragged(self._counts, values, indices)

@@ -20,12 +20,20 @@ from embedstream_worker.landing import landing
 
 Rows = npt.NDArray[np.int64]
 
-_ERRORS = {
-    Fault.ZERO: ("zero_vector", "the model gave a vector of zeros: it knows no part of the text"),
-    Fault.NORM: ("not_normalized", "the model gave a vector that cannot be brought to length 1"),
-    Fault.VALUES: ("engine_error", "the model gave weights that are not above 0 or not in order"),
+CODES = {
+    Fault.NOT_FINITE: "not_finite",
+    Fault.ZERO: "zero_vector",
+    Fault.NORM: "not_normalized",
+    Fault.VALUES: "engine_error",
 }
-"""What a text's error row says."""
+"""Of a text's error row, by what is wrong with its results."""
+
+_MESSAGES = {
+    Fault.ZERO: "the model gave a vector of zeros: it knows no part of the text",
+    Fault.NORM: "the model gave a vector that cannot be brought to length 1",
+    Fault.VALUES: "the model gave weights that are not above 0 or not in order",
+}
+"""Of what a second try does not mend."""
 
 
 class Taken(NamedTuple):
@@ -101,17 +109,17 @@ class Work:
             place.put(rows, results[kind])
         if not finite.all():
             if taken.exact:
-                self.errors[int(rows[0])] = ("not_finite", "the model gave NaN or infinity")
+                self.errors[int(rows[0])] = (CODES[Fault.NOT_FINITE], "the model gave NaN or infinity")
             else:
                 self._not_finite.extend(rows[~finite].tolist())
                 rows = rows[finite]
-        for fault, error in _ERRORS.items():
-            self.errors |= dict.fromkeys(taken.rows[bad[fault]].tolist(), error)
+        for fault, message in _MESSAGES.items():
+            self.errors |= dict.fromkeys(taken.rows[bad[fault] & finite].tolist(), (CODES[fault], message))
         self.done[rows] = True
 
     def _bad(self, results: Results, rows: int) -> dict[Fault, npt.NDArray[np.bool_]]:
         """What is wrong with a batch's results, by kind of fault a mask [rows]."""
-        bad = {fault: np.zeros(rows, np.bool_) for fault in (Fault.NOT_FINITE, *_ERRORS)}
+        bad = {fault: np.zeros(rows, np.bool_) for fault in CODES}
         for kind, info in self._outputs.items():
             found = bad_values(kind, results[kind], info.normalized, info.dim, alone=len(self._outputs) == 1)
             for fault, mask in found.items():

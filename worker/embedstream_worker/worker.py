@@ -163,9 +163,14 @@ class Worker:
         housekeeping = Housekeeping(self._broker(), plan.redis_url, plan.roots)
         if plan.alone:
             self._inherit()
-        row_bytes = 4 * sum(output.dim for output in engine.info.outputs.values())
+        outputs = engine.info.outputs.values()
         ahead = Ahead(
-            trial.batch_tokens, engine.info.padded, trial.tokens_per_second, plan.settings.window_tokens, row_bytes
+            trial.batch_tokens,
+            engine.info.padded,
+            trial.tokens_per_second,
+            plan.settings.window_tokens,
+            row_bytes=sum(output.row_bytes for output in outputs),
+            token_bytes=sum(output.token_bytes for output in outputs),
         )
         self.meter.warm(self._warm_up_seconds)
         intake = Intake(shared, jobs, ahead, windows, plan.burst, housekeeping.hopeless)

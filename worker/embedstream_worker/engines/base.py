@@ -73,6 +73,13 @@ class OutputInfo:
     dim: int
     normalized: bool = False
     labels: tuple[str, ...] = ()
+    token_bytes: int = 0
+    """What each token of a text adds in memory; 0: all texts take the same, `dim` numbers at most."""
+
+    @property
+    def row_bytes(self) -> int:
+        """What each text takes in memory, whatever its tokens."""
+        return 0 if self.token_bytes else 4 * self.dim
 
 
 @dataclass(frozen=True)

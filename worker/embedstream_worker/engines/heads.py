@@ -97,7 +97,7 @@ class TokensHead:
     kind: Kind = "multivector"
 
     def __init__(self, dim: int, normalized: bool) -> None:
-        self.info = OutputInfo(dim, normalized)
+        self.info = OutputInfo(dim, normalized, token_bytes=4 * dim)
 
     def __call__(self, features: Features) -> Values:
         mask = features["attention_mask"].bool()
@@ -112,7 +112,7 @@ class TokenWeightsHead:
     def __init__(self, linear: torch.nn.Linear, special: set[int], vocabulary: int) -> None:
         self._linear = linear
         self._special = torch.tensor(sorted(special))
-        self.info = OutputInfo(vocabulary)
+        self.info = OutputInfo(vocabulary, token_bytes=8)
 
     def __call__(self, features: Features) -> Values:
         states, ids, mask = (features[name] for name in ("token_embeddings", "input_ids", "attention_mask"))
@@ -137,7 +137,7 @@ class TokenVectorsHead:
 
     def __init__(self, linear: torch.nn.Linear) -> None:
         self._linear = linear
-        self.info = OutputInfo(linear.out_features, normalized=True)
+        self.info = OutputInfo(linear.out_features, normalized=True, token_bytes=4 * linear.out_features)
 
     def __call__(self, features: Features) -> Values:
         states, mask = features["token_embeddings"][:, 1:], features["attention_mask"][:, 1:].bool()
