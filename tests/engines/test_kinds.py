@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -183,3 +185,57 @@ def test_heads_that_are_pickles_are_left_out_unless_pickles_are_allowed(folder: 
 def test_an_engine_for_vectors_alone_is_refused(engine: str, folder: Folder) -> None:
     with pytest.raises(ModelError, match="use --engine torch"):
         load_engine(EngineOptions(str(folder(splade)), engine=engine))
+
+
+def change(path: Path, **settings: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
+def label_without_utf8(path: Path) -> None:
+    change(path / "config.json", id2label={"0": "a\ud800", "1": "b", "2": "c"})
+
+
+def labels_of_megabytes(path: Path) -> None:
+    change(path / "config.json", id2label={"0": "a" * 2**20, "1": "b", "2": "c"})
+
+
+def activation_of_no_score(path: Path) -> None:
+    change(path / "config.json", sentence_transformers={"activation_fn": "torch.nn.GLU"})
+
+
+def another_purpose(path: Path) -> None:
+    change(path / "config_sentence_transformers.json", model_type="CrossEncoder")
+
+
+def head_of_repeated_numbers(path: Path) -> None:
+    torch.save({"weight": torch.zeros(1).expand(10**10, 32)}, path / "colbert_linear.pt")
+
+
+def head_of_another_width(path: Path) -> None:
+    torch.save({"weight": torch.zeros(1, 7)}, path / "sparse_linear.pt")
+
+
+def head_of_many_weights(path: Path) -> None:
+    torch.save({"weight": torch.zeros(5, 32)}, path / "sparse_linear.pt")
+
+
+@pytest.mark.parametrize(
+    ("shape", "attack", "says"),
+    [
+        (classifier, label_without_utf8, "surrogates not allowed"),
+        (classifier, labels_of_megabytes, "labels have 1,048,578 bytes"),
+        (reranker, activation_of_no_score, "cannot run: RuntimeError: Halving dimension"),
+        (splade_sum, another_purpose, "cannot run: KeyError: 'scores'"),
+        (bge_m3, head_of_repeated_numbers, r"colbert_linear\.pt: .*a tensor repeats its numbers"),
+        (bge_m3, head_of_another_width, r"sparse_linear\.pt: .*vectors of 7 dimensions, not 32"),
+        (bge_m3, head_of_many_weights, "cannot run: RuntimeError"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_folder_that_gives_something_else_than_it_says_is_one_sentence(
+    shape: Shape, attack: Callable[[Path], None], says: str, folder: Folder, tmp_path: Path
+) -> None:
+    path = shutil.copytree(folder(shape), tmp_path / "model")
+    attack(path)
+    with pytest.raises(ModelError, match=says):
+        load_engine(EngineOptions(str(path), trust=PICKLES))

@@ -68,6 +68,7 @@ class HeadedEngine(TextEngine):
         try:
             sample = self._forward(text_input.sample(2, 8, "document"))
             self._heads = heads_of(self.modules, self._purpose, folder.path, sample, self.text_model.normalized)
+            self._try_heads(sample)
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise ModelError(f"model {folder.name} cannot run: {type(error).__name__}: {error}") from error
         self._fuse()
@@ -134,10 +135,20 @@ class HeadedEngine(TextEngine):
         starts = torch.from_numpy(batch.offsets.astype(np.int32)).to(device)
         return padded_features(self.text_model.input, batch, ids, starts)
 
+    @torch.inference_mode()
+    def _try_heads(self, sample: dict[str, Any]) -> None:
+        """A folder may not give what its files say. Raises `ValueError`, and what torch raises."""
+        texts = len(sample["input_ids"])
+        for head in self._heads:
+            values = head(sample)
+            fits = len(values) == texts and (isinstance(values, Ragged) or values.shape[1] == head.info.dim)
+            if not fits:
+                raise ValueError(f"it gives no {head.kind} of each text")
+
     def _fuse(self) -> None:
         """Run SPLADE the faster way, if its vectors stay what they are."""
         modules = [*self.modules.children()]
-        if [type(module) for module in modules] != [Transformer, SpladePooling]:
+        if self._purpose is not Purpose.SPARSE or [*map(type, modules)] != [Transformer, SpladePooling]:
             return
         batches = check_batches(self.text_model)
         references = [self._run(batch)["sparse"] for batch in batches]

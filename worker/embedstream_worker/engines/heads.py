@@ -24,6 +24,10 @@ LOGITS_BYTES = 64 * 1024 * 1024
 """Of the matrix of tokens and vocabulary that is held at once."""
 
 
+MOST_LABEL_BYTES = 256 * 1024
+"""Of all labels together: each shard names them."""
+
+
 class Head(Protocol):
     """One kind of results."""
 
@@ -52,7 +56,8 @@ def heads_of(model: Any, purpose: Purpose, folder: Path, sample: Features, norma
             return [ScoreHead(model)] if model.num_labels == 1 else [LabelsHead(model)]
         case Purpose.VECTORS:
             dim = model.truncate_dim or sample["sentence_embedding"].shape[1]
-            weights, vectors = (_linear(folder / name) for name in HEADS)
+            width = sample["token_embeddings"].shape[2]
+            weights, vectors = (_linear(folder / name, width) for name in HEADS)
             special = {getattr(model.tokenizer, f"{name}_token_id") for name in ("cls", "eos", "pad", "unk")} - {None}
             return [
                 DenseHead(model, dim, normalized),
@@ -168,6 +173,8 @@ class LabelsHead:
         config: Any = model.config
         self._problem = config.problem_type
         names = tuple(str(config.id2label[i]) for i in range(config.num_labels))
+        if (size := sum(len(name.encode()) for name in names)) > MOST_LABEL_BYTES:
+            raise ModelError(f"the model's labels have {size:,} bytes: shorten id2label in its config.json")
         self.info = OutputInfo(len(names), labels=names)
         if len(set(self.info.labels)) < len(self.info.labels):
             raise ModelError("two of the model's labels have one name; repair id2label in its config.json")
@@ -245,12 +252,18 @@ def _unit(vectors: torch.Tensor) -> bool:
     return bool(torch.allclose(lengths, torch.ones_like(lengths), atol=1e-3))
 
 
-def _linear(path: Path) -> torch.nn.Linear:
-    """A layer from a file of its weights, read as tensors alone. Raises `ModelError`."""
+def _linear(path: Path, width: int) -> torch.nn.Linear:
+    """A layer over vectors of this width, from a file of its weights, read as tensors alone. Raises `ModelError`."""
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
-        made = torch.nn.Linear(weights["weight"].shape[1], weights["weight"].shape[0], bias="bias" in weights)
+        weight = weights["weight"]
+        if weight.shape[1] != width:
+            raise ValueError(f"they are for vectors of {weight.shape[1]:,} dimensions, not {width:,}")
+        if weight.untyped_storage().nbytes() < weight.numel() * weight.element_size():
+            raise ValueError("a tensor repeats its numbers")
+        made = torch.nn.Linear(width, weight.shape[0], bias="bias" in weights)
         made.load_state_dict(weights)
     except Exception as error:
-        raise ModelError(f"{path}: not the weights of a layer ({error}); fetch the model again") from error
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelError(f"{path}: not the weights of a layer ({reason}); fetch the model again") from error
     return made.float().eval()
