@@ -69,10 +69,12 @@ def to_columns(output: Output, values: Values) -> list[pa.Array[Any]]:
             numbers = values.values.astype(_NUMPY[output.dtype], copy=False)
         if values.indices is None:
             return [_lists(values, _vectors(numbers, types[0].value_type), types[0])]
+        indices = values.indices
         if not numbers.all():  # rounded to 0, they are none
-            values, numbers = values.where(numbers != 0), numbers[numbers != 0]
+            kept = numbers != 0
+            values, indices, numbers = values.where(kept), indices[kept], numbers[kept]
         fields = [types[0].field(name) for name in ("indices", "values")]
-        halves = (pa.array(values.indices), pa.array(numbers))
+        halves = (pa.array(indices), pa.array(numbers))
         lists = [_lists(values, half, field.type) for half, field in zip(halves, fields, strict=True)]
         return [pa.StructArray.from_arrays(lists, fields=fields)]
     match output.kind:

@@ -85,10 +85,10 @@ def make_spec(
 def scores_pairs(model: str) -> bool:
     """Whether a model is a folder of this machine that says that it gives one score to a pair of texts."""
     folder = model_folder(model)
-    if folder is None:
+    if folder is None or not (settings := folder / "config.json").is_file():
         return False
     try:
-        config: Any = msgspec.json.decode((folder / "config.json").read_bytes())
+        config: Any = msgspec.json.decode(settings.read_bytes())
         names = [str(name) for name in config.get("architectures") or ()]
         labels = config.get("num_labels") or len(config.get("id2label") or (0, 0))
     except (OSError, ValueError, AttributeError, TypeError, RecursionError):

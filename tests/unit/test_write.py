@@ -98,7 +98,7 @@ def finished(group: EmbeddedGroup) -> list[FinishedBlock]:
 
 def codes(group: EmbeddedGroup) -> dict[str, str]:
     [block] = finished(group)
-    return dict(zip(block.errors["id"].to_pylist(), block.errors["code"].to_pylist(), strict=True))
+    return {row["id"]: row["code"] for row in block.errors.to_pylist()}
 
 
 def test_what_a_dtype_or_fewer_dimensions_make_of_a_sound_vector_is_no_bad_row_of_the_dataset() -> None:
