@@ -25,7 +25,7 @@ from chaos.faults import STRIKES, small_disk
 from chaos.judge import Verdict, judge_folder, judge_hashes, leaked_keys
 from chaos.world import World
 
-ANSWERS = ("COMMITTED", "ALREADY", "CONFLICT", "DROPPED", "UNKNOWN_JOB", "GAP")
+ANSWERS = ("COMMITTED", "ALREADY", "CONFLICT", "UNKNOWN_JOB", "GAP")
 """What must have been answered at least once in a run of full length."""
 
 FULL = 5
