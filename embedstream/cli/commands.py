@@ -34,7 +34,7 @@ ECHO_SECONDS = 0.2
 """A signal that follows another so soon is the same one: `timeout` sends each to the process and then to its group."""
 
 _EXTRAS = {
-    **dict.fromkeys(("numpy", "prometheus_client", "torch", "transformers", "sentence_transformers"), "worker"),
+    **dict.fromkeys(("prometheus_client", "torch", "transformers", "sentence_transformers"), "worker"),
     **dict.fromkeys(("tokenizers", "huggingface_hub", "safetensors"), "worker"),
     **dict.fromkeys(("openvino", "nncf"), "cpu"),
     "rq": "coordinator",

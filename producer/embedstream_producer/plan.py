@@ -179,7 +179,8 @@ def lines(plan: Plan, words: str) -> Iterator[str]:
 class Sample:
     """Rows spread evenly over the corpus, whatever its size: the same ones each time."""
 
-    def __init__(self, count: Callable[[list[str]], Counted], most: int = SAMPLE_ROWS) -> None:
+    def __init__(self, count: Callable[[list[str]], Counted | None], most: int = SAMPLE_ROWS) -> None:
+        """`count`: of a message; None: no more can be counted, and then nothing is known of any row."""
         self._count = count
         self._most = most
         self._bound = _ALL
@@ -223,6 +224,9 @@ class Sample:
         texts = [text for _, text in self._waiting]
         self.first = self.first or texts
         found = self._count(texts)
+        if found is None:
+            self._waiting, self._lengths, self._bound = [], [], 0
+            return
         self._lengths += [
             (place, length, cut)
             for (place, _), length, cut in zip(self._waiting, found.tokens, found.truncated, strict=True)
@@ -256,14 +260,14 @@ class CountingProcess:
                 return about
         return TokenCounter(trouble=_ENDED)
 
-    def count(self, texts: list[str]) -> Counted:
-        """Of a model that tells its tokens. A process that died is the end of counting."""
+    def count(self, texts: list[str]) -> Counted | None:
+        """Of a model that tells its tokens. None: the process has ended, which `about` then says."""
         with contextlib.suppress(OSError):
             send(self._ask, texts)
             if (found := receive(self._answer, Counted)) is not None:
                 return found
         self.about = TokenCounter(trouble=_ENDED)
-        return Counted([], [])
+        return None
 
     def measure(self, texts: list[str], flags: Mapping[str, str]) -> Measured:
         """How fast they are embedded here."""

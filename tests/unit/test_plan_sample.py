@@ -40,3 +40,17 @@ def test_of_many_rows_a_bounded_even_sample_stands_for_all() -> None:
 
 def test_without_rows_there_is_nothing_to_say() -> None:
     assert Sample(count).tokens(0) is None
+
+
+def test_when_counting_ends_in_the_middle_nothing_is_said_of_any_row() -> None:
+    asked: list[int] = []
+
+    def ending(texts: list[str]) -> Counted | None:
+        asked.append(len(texts))
+        return count(texts) if len(asked) == 1 else None
+
+    sample = Sample(ending)
+    for start in range(0, 50_000, 1000):
+        sample.add(0, range(start, start + 1000), ["a text"] * 1000)
+    assert sample.tokens(50_000) is None
+    assert len(asked) == 2

@@ -52,6 +52,7 @@ class Plan:
 
 def plan_of(spec: JobSpec) -> Plan:
     """Raises `ModelError`: the model is not here, or its files do not tell how texts are tokenized."""
+    import embedstream_worker.tokenizing  # noqa: F401 - that it cannot be imported is said before a text comes
     from embedstream_worker.engines import HASHING_MODEL
     from embedstream_worker.engines.base import EngineInfo, OutputInfo
     from embedstream_worker.families import card_prompts, missing
