@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import redis
 from lab.hashing_reference import reference_vector
+from lab.several import of_hash, of_row
 
 from chaos.corpora import BLAMED, Expected
 
@@ -41,7 +42,7 @@ def judge_folder(output: str, expected: Expected) -> Verdict:
         rows += pq.read_table(folder / shard["file"]).to_pylist()
     errors_file = folder / "_errors.jsonl"
     errors = [json.loads(line) for line in errors_file.read_text().splitlines()] if errors_file.exists() else []
-    found = [(row["row"], row["id"], row["text"], np.array(row["embedding"])) for row in rows]
+    found = [(row["row"], row["id"], row["text"], of_row(row)) for row in rows]
     judge_rows(verdict, expected, manifest, found, errors)
     verdict.wrong += [f"{path.name} is left" for path in folder.iterdir() if ".tmp-" in path.name]
     return verdict
@@ -56,8 +57,8 @@ def judge_hashes(client: redis.Redis, prefix: str, expected: Expected) -> Verdic
     for key in whole.scan_iter(f"{prefix}*", count=1000):
         id = key.decode().removeprefix(prefix)
         if id not in ("_manifest", "_errors"):
-            text, vector = whole.hmget(key, "text", "embedding")
-            found.append((rows.get(id, -1), id, text.decode(), np.frombuffer(vector, "<f4")))
+            text, *vectors = whole.hmget(key, "text", "embedding", "bits", "half")
+            found.append((rows.get(id, -1), id, text.decode(), of_hash(*vectors)))
     errors = [json.loads(error) for error in whole.hvals(f"{prefix}_errors")]
     judge_rows(verdict, expected, manifest, found, errors)
     return verdict

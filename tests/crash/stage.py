@@ -21,6 +21,7 @@ import numpy.typing as npt
 from e2e.harness import assert_vectors, environment, read_errors, read_manifest, read_rows, wait_until
 from lab.broker import Lab
 from lab.hashing_reference import reference_vector
+from lab.several import EMIT, of_hash, of_row
 
 from embedstream.failpoints import VARIABLE
 from embedstream.jobs import job_id
@@ -176,7 +177,7 @@ def vector(text: str) -> npt.NDArray[np.float32]:
 
 @dataclass
 class Stage:
-    """One job on one queue."""
+    """One job of several outputs on one queue."""
 
     zygote: Zygote
     url: str
@@ -205,7 +206,7 @@ class Stage:
 
     def submit(self, *args: object, orders: str = "") -> Process:
         """The one command that everything begins and goes on with."""
-        common = ["-o", self.output, "--model", "hashing", "--queue", self.queue, "--json"]
+        common = ["-o", self.output, "--model", "hashing", "--queue", self.queue, "--json", *EMIT]
         where = ["--redis", self.url] if self.fleet else []
         return self.start("embed-submit", *self.corpus.files, *common, *where, *args, orders=orders)
 
@@ -273,7 +274,7 @@ class Stage:
         assert len(poison) == len(set(poison)) == self.condemned
         others = [(error["file"], error["line"]) for error in errors if error["code"] != "poison"]
         assert others == [(str(self.corpus.files[-1]), self.corpus.bad_line)]
-        found = {row["id"]: (row["text"], row["embedding"]) for row in rows}
+        found = {row["id"]: (row["text"], of_row(row)) for row in rows}
         self._judge_rows([*(row["id"] for row in rows), *poison], found)
         counted = tuple(manifest[name] for name in ("state", "partial", "rows", "failed"))
         assert counted == ("completed", False, len(self.corpus.texts) - self.condemned, 1 + self.condemned)
@@ -285,7 +286,8 @@ class Stage:
         found = {}
         for key in client.scan_iter(f"{self.prefix}*-*", count=1000, _type="hash"):
             row = client.hgetall(key)
-            found[row[b"id"].decode()] = (row[b"text"].decode(), np.frombuffer(row[b"embedding"], "<f4"))
+            vector = of_hash(row[b"embedding"], row[b"bits"], row[b"half"])
+            found[row[b"id"].decode()] = (row[b"text"].decode(), vector)
         self._judge_rows(list(found), found)
         assert len(client.hgetall(f"{self.prefix}_errors")) == 1
         assert json.loads(client.get(f"{self.prefix}_manifest"))["rows"] == len(self.corpus.texts)
