@@ -15,6 +15,7 @@ import redis
 from embedstream.cli.starting import environment, python_command
 from embedstream.corpus.duplicates import DuplicateIndex
 from embedstream.corpus.parts import Part
+from embedstream.dataset.input_hash import entered
 from embedstream.dataset.roots import is_redis
 from embedstream.errors import EmbedstreamError
 from embedstream.jobs import JobSpec
@@ -108,7 +109,7 @@ def make_plan(
         sample = Sample(process.count)
         for part in parts:
             for block in part.blocks(spec, ids, on_position=_told(part.index, progress.reading)):
-                found: list[Any] = block.rows.column("text").to_pylist()
+                found = entered(block.rows, spec.query_field)
                 places: list[Any] = block.rows.column("row").to_pylist()
                 rows += len(found)
                 skipped += block.skipped

@@ -30,14 +30,18 @@ from sentence_transformers import CrossEncoder, MultiVectorEncoder, SentenceTran
 
 from embedstream.dataset.values import Matrix, Ragged
 from embedstream.errors import ModelError
-from embedstream.lifecycle.opening import scores_pairs
+from embedstream.lifecycle.opening import make_spec, scores_pairs
 from embedstream.outputs import Kind
+from embedstream.planning import Counted
 from embedstream_worker.batching import cut_batches, gather_batch
 from embedstream_worker.engines import EngineOptions, load_engine
 from embedstream_worker.engines.base import Engine, Results
 from embedstream_worker.engines.headed_engine import HeadedEngine
 from embedstream_worker.landing import landing
+from embedstream_worker.model_files import model_outputs, read_text_model
 from embedstream_worker.model_folder import Trust
+from embedstream_worker.models import resolve_model
+from embedstream_worker.planning import plan_of
 
 Folder = Callable[[Shape], Path]
 
@@ -173,6 +177,27 @@ def test_three_results_of_one_pass_are_those_of_bge_m3(folder: Folder, some: lis
         begun += len(vectors)
     dense = results(engine, some[-30:] + some[:5], kinds=["dense"])
     np.testing.assert_allclose(dense["dense"][:30], ours["dense"][-30:], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [splade, colbert, reranker, classifier])
+def test_a_plan_counts_the_tokens_that_the_loaded_model_would_have(
+    shape: Shape, folder: Folder, some: list[str]
+) -> None:
+    model = str(folder(shape))
+    engine, firsts = load_engine(EngineOptions(model)), None
+    spec = make_spec(queue=None, output="/out", model=model, revision=None, parts=["p"], settings={})
+    texts = some
+    if shape is reranker:
+        firsts = [*reversed(some)]
+        texts = [f"{first}\0{text}" for first, text in zip(firsts, some, strict=True)]
+    plan = plan_of(spec)
+    tokens = engine.tokenizer().encode(some, engine.info.max_length, firsts)
+    assert plan.count(texts) == Counted(tokens.lengths.tolist(), tokens.truncated.tolist())
+    light = resolve_model(model)
+    outputs = model_outputs(light, read_text_model(light))
+    assert [(kind, each.dim, each.labels) for kind, each in outputs.items()] == [
+        (kind, each.dim, each.labels) for kind, each in engine.info.outputs.items()
+    ]
 
 
 def test_heads_that_are_pickles_are_left_out_unless_pickles_are_allowed(folder: Folder) -> None:

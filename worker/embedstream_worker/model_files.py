@@ -9,11 +9,15 @@ from typing import Any
 import tokenizers
 
 from embedstream.errors import ModelError
+from embedstream.lifecycle.opening import scores_pairs
+from embedstream.outputs import MOST_DIMENSIONS, Kind
+from embedstream_worker.engines.base import OutputInfo
 from embedstream_worker.engines.text_input import InputKind, TextInput, TextModel
 from embedstream_worker.model_folder import Module, list_modules
 from embedstream_worker.model_settings import TRANSFORMER_SETTINGS, read_settings
 from embedstream_worker.models import ModelFolder
 from embedstream_worker.panics import panics_are_errors
+from embedstream_worker.purpose import Purpose
 from embedstream_worker.recipe import pooling_modes
 from embedstream_worker.tokenizing import UNLIMITED, Limits
 
@@ -62,6 +66,25 @@ def read_text_model(folder: ModelFolder) -> TextModel:
         normalized=any(module.kind == "Normalize" for module in modules),
         excludes_prompt=False,
     )
+
+
+def model_outputs(folder: ModelFolder, model: TextModel) -> dict[Kind, OutputInfo]:
+    """What the model gives; of `MOST_DIMENSIONS` where the files do not say how many there are."""
+    dense = OutputInfo(model.dim or MOST_DIMENSIONS, model.normalized)
+    config = _settings(folder.path / "config.json")
+    match folder.purpose:
+        case Purpose.VECTORS:
+            return {"dense": dense}
+        case Purpose.SPARSE:
+            size = config.get("vocab_size")
+            return {"sparse": OutputInfo(size if isinstance(size, int) else MOST_DIMENSIONS)}
+        case Purpose.MULTIVECTOR:
+            return {"multivector": dense}
+        case Purpose.PAIRS:
+            if scores_pairs(str(folder.path)):
+                return {"score": OutputInfo(1)}
+            names = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
+            return {"labels": OutputInfo(len(names), labels=tuple(map(str, dict(names).values())))}
 
 
 def _static(source: tokenizers.Tokenizer) -> TextInput:

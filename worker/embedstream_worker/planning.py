@@ -10,7 +10,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ import msgspec
 from embedstream.dataset.input_hash import model_inputs
 from embedstream.errors import EmbedstreamError
 from embedstream.jobs import JobSpec
-from embedstream.outputs import Dtype, Output
+from embedstream.outputs import MOST_DIMENSIONS, Dtype, Output
 from embedstream.planning import Counted, Measure, Measured, TokenCounter, receive, send
 
 _ASKED: Any = list[str] | Measure
@@ -35,16 +35,26 @@ class Plan:
     """A `TextTokenizer`."""
     prompt: str
     max_length: int
+    pairs: bool
+    """Whether texts are pairs, as `entered` gives them."""
     about: TokenCounter
 
-    def count(self, texts: list[str]) -> Counted:
-        """Texts that the tokenizer cannot bear count as none."""
+    def encode(self, texts: list[str]) -> Iterator[Any]:
+        """The `Tokens` of texts, piece by piece; those that the tokenizer cannot bear have none."""
         from embedstream_worker.tokenizing import encode_each
 
+        for inputs in model_inputs(texts, self.prompt):
+            firsts = None
+            if self.pairs:
+                firsts, inputs = ([text.split("\0", 1)[at] for text in inputs] for at in (0, 1))
+            tokens, _ = encode_each(self.tokenizer, inputs, self.max_length, firsts)
+            yield tokens
+
+    def count(self, texts: list[str]) -> Counted:
+        """How long texts are."""
         lengths: list[int] = []
         truncated: list[bool] = []
-        for inputs in model_inputs(texts, self.prompt):
-            tokens, _ = encode_each(self.tokenizer, inputs, self.max_length)
+        for tokens in self.encode(texts):
             lengths += tokens.lengths.tolist()
             truncated += tokens.truncated.tolist()
         return Counted(lengths, truncated)
@@ -54,7 +64,7 @@ def plan_of(spec: JobSpec) -> Plan:
     """Raises `ModelError`: the model is not here, or its files do not tell how texts are tokenized."""
     import embedstream_worker.tokenizing  # noqa: F401 - that it cannot be imported is said before a text comes
     from embedstream_worker.engines import HASHING_MODEL
-    from embedstream_worker.engines.base import EngineInfo, OutputInfo
+    from embedstream_worker.engines.base import EngineInfo
     from embedstream_worker.families import card_prompts, missing
     from embedstream_worker.giving import resolve_outputs
     from embedstream_worker.recipe import NOWHERE, in_words, origin_of, recipe_of
@@ -66,8 +76,9 @@ def plan_of(spec: JobSpec) -> Plan:
         info, prompt = engine.info, engine.prompt(spec.role, spec.prompt, spec.prompt_name)
         tokenizer: Any = engine.tokenizer()
     else:
-        from embedstream_worker.model_files import read_text_model
+        from embedstream_worker.model_files import model_outputs, read_text_model
         from embedstream_worker.models import resolve_model
+        from embedstream_worker.purpose import Purpose
 
         folder = resolve_model(spec.model, spec.revision, offline=True)
         model = read_text_model(folder)
@@ -80,7 +91,8 @@ def plan_of(spec: JobSpec) -> Plan:
             max_length=model.input.max_length,
             padded=True,
             batch_tokens=0,
-            outputs={"dense": OutputInfo(dim=model.dim, normalized=model.normalized)},
+            outputs=model_outputs(folder, model),
+            pairs=folder.purpose is Purpose.PAIRS,
             card_prompts=card_prompts(folder.name, folder.path),
             origin=origin_of(folder),
         )
@@ -92,13 +104,14 @@ def plan_of(spec: JobSpec) -> Plan:
         warning=missing(info, spec.role) if recipe.prompt_from == NOWHERE else "",
         vector_bytes=_vector_bytes(resolve_outputs(spec, info)),
     )
-    return Plan(tokenizer, prompt, max_length, about)
+    return Plan(tokenizer, prompt, max_length, info.pairs and spec.query_field is not None, about)
 
 
 def _vector_bytes(outputs: Sequence[Output]) -> int | None:
-    """Of a row's dense vectors; None if their dimensions are not known."""
-    known = all(output.kind == "dense" and output.dim for output in outputs)
-    return sum(math.ceil(output.dim * _BYTES[output.dtype]) for output in outputs) if known else None
+    """Of a row's results; None where they are longer the longer the text is, or the files do not say."""
+    if any(output.kind in ("sparse", "multivector") or output.dim == MOST_DIMENSIONS for output in outputs):
+        return None
+    return sum(math.ceil(output.dim * _BYTES[output.dtype]) for output in outputs)
 
 
 def main() -> None:
@@ -142,12 +155,12 @@ def _measured(spec: JobSpec, plan: Plan, asked: Measure) -> Measured:
 
 def measure(spec: JobSpec, plan: Plan, asked: Measure) -> Measured:
     """Load the model and embed the texts, over and over until the time is up. Raises `ModelError`."""
-    from embedstream_worker.batching import cut_batches, gather_batch
+    from embedstream_worker.batching import cut_batches, gather_batch, join_tokens
     from embedstream_worker.engines import EngineOptions, load_engine
     from embedstream_worker.recipe import in_words, recipe_of
 
     engine = load_engine(EngineOptions(spec.model, spec.revision, **asked.flags))  # type: ignore[arg-type]
-    tokens = engine.tokenizer().encode([plan.prompt + text for text in asked.texts], plan.max_length)
+    tokens = join_tokens([*plan.encode(asked.texts)])
     prompt_length = engine.tokenizer().prompt_length(plan.prompt, plan.max_length)
     cut = cut_batches(tokens.lengths, engine.info.batch_tokens, engine.info.padded)
     batches = [gather_batch(tokens, rows, prompt_length, spec.role) for rows in cut]
