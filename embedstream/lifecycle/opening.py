@@ -19,7 +19,7 @@ from embedstream.errors import BrokerError, OutputError, UsageError
 from embedstream.failpoints import reach
 from embedstream.jobs import JobSpec, JobState, KeptType, model_address, model_folder, queue_name
 from embedstream.lifecycle.adoption import Adopted, adopt_shards
-from embedstream.outputs import OutputSpec, Task
+from embedstream.outputs import OutputSpec, Task, parse_emit
 from embedstream.queue.broker import Broker
 from embedstream.queue.job_record import read_spec
 from embedstream.queue.steps import Code
@@ -37,7 +37,8 @@ class SpecSettings(TypedDict, total=False):
     """The settings of a job beside queue, output, model and parts; see `JobSpec`."""
 
     task: Task
-    outputs: Sequence[OutputSpec]
+    outputs: Sequence[OutputSpec | str]
+    """What is wanted of each row; a string is read as `--emit` reads it, `dense=small:ubinary:256`."""
     role: Literal["document", "query"]
     prompt: str | None
     prompt_name: str | None
@@ -64,7 +65,8 @@ def make_spec(
     """
     given = dict(settings)
     keep, given["keep_types"] = _split_types(settings.get("keep", ()))
-    given["outputs"] = tuple(settings.get("outputs", ()))
+    outputs = settings.get("outputs", ())
+    given["outputs"] = tuple(parse_emit(each) if isinstance(each, str) else each for each in outputs)
     task = settings.get("task", "auto")
     query = settings.get("query_field")
     if query is None and (task == "rerank" or (task == "auto" and scores_pairs(model))):
@@ -78,6 +80,10 @@ def make_spec(
         parts=tuple(parts),
         **given,  # type: ignore[arg-type]
     )
+    try:
+        spec = msgspec.convert(msgspec.to_builtins(spec), JobSpec)
+    except (msgspec.ValidationError, TypeError) as error:
+        raise UsageError(f"a setting of the job has another type: {error}") from error
     spec.check()
     return spec
 

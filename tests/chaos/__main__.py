@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from chaos.corpora import HARMS
 from chaos.faults import STRIKES, small_disk
 from chaos.judge import Verdict, judge_folder, judge_hashes, leaked_keys
-from chaos.world import World
+from chaos.world import QUEUE, World
+from embedstream.queue.broker import Broker
 
 ANSWERS = ("COMMITTED", "ALREADY", "CONFLICT", "UNKNOWN_JOB", "GAP")
 """What must have been answered at least once in a run of full length."""
@@ -76,6 +77,11 @@ def heal(world: World) -> list[str]:
         while not job.finished and time.monotonic() < end:
             world.tend()
             time.sleep(0.05)
+    # Whoever was to end a job may be dead, and waited for until its lease is over.
+    broker = Broker(world.server.client, QUEUE)
+    while broker.outbox() and time.monotonic() < end:
+        world.tend()
+        time.sleep(0.1)
     return [f"job {job.number}: the same command once more does not end" for job in world.running()]
 
 

@@ -16,8 +16,10 @@ from lab.worker import share
 
 from embedstream.dataset.folder import FolderSink
 from embedstream.dataset.input_hash import input_hashes
+from embedstream.dataset.values import Ragged
 from embedstream.errors import DeviceLost
 from embedstream.jobs import JobSpec
+from embedstream.outputs import Kind
 from embedstream.records import Recipe
 from embedstream_worker.ahead import Ahead
 from embedstream_worker.engines.base import (
@@ -34,6 +36,7 @@ from embedstream_worker.held import EmbeddedGroup, TokenizedGroup
 from embedstream_worker.infer import Infer, Urgent
 from embedstream_worker.jobs import OpenJob
 from embedstream_worker.pipeline import Channel, Closed, Life, start_stage
+from embedstream_worker.work import Work
 
 DIM = 2
 RECIPE = Recipe(model="m", fingerprint="f", engine="fake", dtype="float32", normalized=False, max_length=512)
@@ -424,3 +427,24 @@ def test_several_batches_that_fail_at_once_cost_only_their_culprits() -> None:
     result = run(engine, [1] * 32, budget=8)
     assert set(result.errors) == {3, 17}
     assert_rows(result, [1] * 32)
+
+
+@pytest.mark.parametrize("again", [5.0, np.nan])
+def test_a_text_whose_results_of_one_kind_are_not_finite_is_tried_once_more_for_all_kinds(again: float) -> None:
+    tokens = Tokens(np.arange(3, dtype=np.int32), np.arange(4), np.zeros(3, np.bool_))
+    outputs: dict[Kind, OutputInfo] = {"dense": OutputInfo(DIM), "sparse": OutputInfo(9)}
+    work = Work(tokens, 0, "document", outputs, False, {})
+    work.cut(100)
+    ones, each = np.ones((3, DIM), np.float32), np.ones(3, np.int64)
+    first = Ragged(each, np.array([1, np.nan, 3], np.float32), np.array([4, 4, 4], np.uint32))
+    work.land(work.take(), {"dense": ones, "sparse": first})
+    second = work.take()
+    assert (second.exact, second.rows.tolist(), work.done.tolist()) == (True, [1], [True, False, True])
+    weights = Ragged(np.array([2]), np.array([7, again], np.float32), np.array([2, 6], np.uint32))
+    work.land(second, {"dense": 2 * ones[:1], "sparse": weights})
+    sparse = work.results()["sparse"]
+    assert work.over
+    assert sparse.counts.tolist() == [1, 2, 1]
+    np.testing.assert_array_equal(sparse.values, np.array([1, 7, again, 3], np.float32))
+    assert work.results()["dense"].tolist() == [[1, 1], [2, 2], [1, 1]]
+    assert [code for code, _ in work.errors.values()] == (["not_finite"] if np.isnan(again) else [])

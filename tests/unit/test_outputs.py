@@ -22,6 +22,7 @@ from embedstream.dataset.schema import output_fields
 from embedstream.dataset.sinks import open_sink
 from embedstream.dataset.values import Ragged, Values, from_columns, to_columns
 from embedstream.errors import OutputError, UsageError
+from embedstream.lifecycle.opening import make_spec as job_spec
 from embedstream.outputs import DTYPES, KINDS, NAMES, Output, OutputSpec, parse_emit
 from embedstream_producer.verify import verify
 from embedstream_worker.engines.base import OutputInfo
@@ -157,6 +158,29 @@ def test_an_output_is_read_as_it_is_written(kind: Any, name: str | None, dtype: 
 def test_what_is_no_output_is_refused(text: str, says: str) -> None:
     with pytest.raises(UsageError, match=says):
         parse_emit(text)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"outputs": ["dens"]}, "dense, sparse"),
+        ({"outputs": "dense"}, "begin with dense, sparse"),
+        ({"outputs": [7]}, r"\$\.outputs\[0\]"),
+        ({"task": "nonsense"}, r"\$\.task"),
+        ({"role": "reader"}, r"\$\.role"),
+        ({"max_length": "7"}, r"\$\.max_length"),
+    ],
+    ids=str,
+)
+def test_settings_of_a_job_are_checked_where_no_command_line_did_it(settings: Any, says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        job_spec(queue="q", output="/out", model="m", revision=None, parts=["p"], settings=settings)
+
+
+def test_outputs_may_be_written_as_on_the_command_line() -> None:
+    settings: Any = {"outputs": ["dense:ubinary:256", OutputSpec(name="sparse", kind="sparse")]}
+    spec = job_spec(queue="q", output="/out", model="m", revision=None, parts=["p"], settings=settings)
+    assert [*map(str, spec.outputs)] == ["dense:ubinary:256", "sparse:float32"]
 
 
 @pytest.fixture
