@@ -48,6 +48,8 @@ class Sample:
     def lacking(self, spec: JobSpec) -> str:
         """A sentence on fields that the job names and no row has, if there are any."""
         named = dict.fromkeys(spec.keep, "--keep")
+        if spec.query_field:
+            named[spec.query_field] = "--query-field"
         if spec.title_field:
             named[spec.title_field] = "--title-field, '' for none"
         rows = self._records

@@ -319,12 +319,20 @@ def test_one_good_row_is_enough_for_no_hint(tmp_path: Path) -> None:
     assert parts[0].hint(make_spec(parts)) is None
 
 
-@pytest.mark.parametrize("wrong", [{"keep": ("lang", "land", "meta.id")}, {"title_field": "land"}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"keep": ("lang", "land", "meta.id")},
+        {"title_field": "land"},
+        {"task": "rerank", "keep": ("land",), "query_field": "land"},
+    ],
+)
 def test_a_named_field_that_no_row_has_is_refused_with_those_near_it(tmp_path: Path, wrong: dict[str, Any]) -> None:
     rows = [{"id": i, "text": "x", "lang": "en", "null": None, "meta": {"id": i}} for i in range(300)]
     path, other = write(tmp_path / "c.jsonl", *rows), write(tmp_path / "d.jsonl", {"id": "d", "text": "x"})
     parts = check_sources([path, other])
-    flag = "--title-field, '' for none" if "title_field" in wrong else "--keep"
+    flags = {"title_field": "--title-field, '' for none", "query_field": "--query-field"}
+    flag = next((flags[name] for name in wrong if name in flags), "--keep")
     with pytest.raises(InputError) as error:
         parts[0].hint(make_spec(parts, **wrong))
     assert str(error.value) == f"{path}: none of the first 100 rows has land ({flag}): did you mean lang?"
