@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -76,8 +76,8 @@ def url(folder: Path) -> Iterator[str]:
         yield url
 
 
-def ran(command: list[object], env: dict[str, str], folder: Path) -> subprocess.CompletedProcess[str]:
-    words = [str(BIN / str(command[0])), *map(str, command[1:])]
+def ran(command: Sequence[str], env: dict[str, str], folder: Path) -> subprocess.CompletedProcess[str]:
+    words = [str(BIN / command[0]), *command[1:]]
     return subprocess.run(words, env=env, cwd=folder, capture_output=True, text=True, timeout=100, check=False)
 
 
@@ -108,7 +108,7 @@ def test_it_submits_follows_verifies_and_reads(plain: dict[str, str], folder: Pa
     ids=lambda value: value if isinstance(value, str) else value[0],
 )
 def test_what_it_lacks_is_named_with_the_extra_that_brings_it(
-    command: list[object], extra: str, plain: dict[str, str], folder: Path
+    command: list[str], extra: str, plain: dict[str, str], folder: Path
 ) -> None:
     done = ran(command, plain, folder)
     assert done.returncode == 2
