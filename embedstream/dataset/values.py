@@ -106,7 +106,10 @@ def cut(vectors: Matrix, output: Output) -> Matrix:
 
 
 def from_columns(output: Output, batch: pa.RecordBatch) -> Values:
-    """What the output's columns hold, as `to_columns` was given it, within its dtype; ubinary as 1 and -1."""
+    """What the output's columns hold, as `to_columns` was given it, within its dtype; ubinary as 1 and -1.
+
+    Not of rows that are `uneven`.
+    """
     column: Any = batch.column(output.columns[0])
     if output.dtype == "ubinary":
         packed = np.frombuffer(column.buffers()[1], np.uint8)[column.offset * column.type.byte_width :]
@@ -126,6 +129,16 @@ def from_columns(output: Output, batch: pa.RecordBatch) -> Values:
             return _floats(column).reshape(-1, 1)
         case "labels":
             return _matrix(batch.column(output.columns[2]), output.dim)
+
+
+def uneven(output: Output, batch: pa.RecordBatch) -> npt.NDArray[np.bool_]:
+    """Which rows [n] of a sparse output have more or fewer indices than weights, so that they cannot be read."""
+    if output.kind != "sparse":
+        return np.zeros(batch.num_rows, np.bool_)
+    column: Any = batch.column(output.name)
+    indices, values = (np.diff(column.field(name).offsets.to_numpy()) for name in ("indices", "values"))
+    differ: npt.NDArray[np.bool_] = indices != values
+    return differ
 
 
 def _lists(values: Ragged, items: Any, type: Any) -> pa.Array[Any]:

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from embedstream.dataset.input_hash import text_digests
-from embedstream.dataset.values import Ragged, Values, from_columns, to_columns
+from embedstream.dataset.values import Ragged, Values, from_columns, to_columns, uneven
 from embedstream.jobs import JobSpec
 from embedstream.outputs import Kind as OutputKind
 from embedstream.outputs import Output
@@ -102,6 +102,8 @@ def bad_values(
 
 def bad_column(output: Output, batch: pa.RecordBatch, alone: bool) -> dict[Kind, Mask]:
     """What is wrong with an output's columns, by kind of fault a mask [n]."""
+    if (differ := uneven(output, batch)).any():
+        return {Kind.VALUES: differ}
     values = from_columns(output, batch)
     found = bad_values(output.kind, values, output.normalized, output.dim, alone)
     if output.kind == "labels":

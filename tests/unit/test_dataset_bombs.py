@@ -38,7 +38,7 @@ def bounded(most: int = 200 * MIB) -> Iterator[None]:
 
 
 def find(sink: FolderSink) -> None:
-    hits = search(sink.output, vectors(1)[0], 3)
+    hits = search(sink.output, {"dense": vectors(1)}, 3)
     assert [hit.text for hit in hits] == [LONG] * 3
 
 
@@ -80,7 +80,7 @@ def test_a_vector_of_thirty_million_numbers_is_refused_unread(tmp_path: Path) ->
         with pytest.raises(OutputError, match=says):
             list(sink.read())
         with pytest.raises(OutputError, match=says):
-            search(sink.output, vectors(1)[0])
+            search(sink.output, {"dense": vectors(1)})
 
 
 def wider(data: Any) -> Any:
@@ -94,4 +94,4 @@ def wider(data: Any) -> Any:
 def test_vectors_of_another_width_than_the_manifest_says_are_not_searched(tmp_path: Path) -> None:
     spec = write_dataset(tmp_path / "out", wider, same_schema=False)
     with pytest.raises(OutputError, match=r"column embedding is fixed_size_list<.*>\[9\], the manifest says .*\[8\]"):
-        search(spec.output, vectors(1)[0])
+        search(spec.output, {"dense": vectors(1)})

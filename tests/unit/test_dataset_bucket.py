@@ -60,7 +60,7 @@ def test_the_nearest_chunks_are_found_in_a_bucket(dataset: Dataset) -> None:
     matrix = vectors(3)
     dataset.write(make_content(dataset.spec, "a", matrix=matrix))
     dataset.end()
-    assert search(dataset.spec.output, matrix[1], 1)[0].id == "0-1"
+    assert search(dataset.spec.output, {"dense": matrix[1:2]}, 1)[0].id == "0-1"
 
 
 def test_a_shard_that_is_not_listed_does_not_exist_for_readers(dataset: Dataset) -> None:

@@ -222,6 +222,7 @@ def sparse(column: list[Any], change: dict[str, Any]) -> None:
         ("sparse", lambda column: sparse(column, {"indices": [7, 7], "values": [1.0, 1.0]}), "values"),
         ("sparse", lambda column: sparse(column, {"indices": [7, 5], "values": [1.0, 1.0]}), "values"),
         ("sparse", lambda column: sparse(column, {"indices": [100], "values": [1.0]}), "values"),
+        ("sparse", lambda column: sparse(column, {"indices": [5, 7, 9], "values": [1.0]}), "values"),
         ("multivector", lambda column: column.__setitem__(3, []), "zero"),
         ("multivector", lambda column: column.__setitem__(3, [[np.float16(2)] * 4]), "norm"),
         ("score", nan, "not_finite"),

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from embedstream.dataset.manifest import manifest_spec
@@ -15,15 +14,15 @@ from embedstream.dataset.redis_hashes import read_schema
 from embedstream.dataset.roots import is_redis
 from embedstream.dataset.schema import dataset_schema
 from embedstream.dataset.sinks import open_sink
-from embedstream.dataset.values import Ragged, from_columns
+from embedstream.dataset.values import Ragged, Values, from_columns, uneven
 from embedstream.errors import OutputError, UsageError
 from embedstream.lifecycle.opening import no_dataset
-from embedstream.outputs import DTYPES, Output, describe
+from embedstream.outputs import DTYPES, Kind, Output, describe
 from embedstream.records import Manifest
 from embedstream.server.connection import mask
 from embedstream.terminal import printable
-
-Vector = npt.NDArray[np.float32]
+from embedstream_worker.engines.base import Results
+from embedstream_worker.similarity import similarity
 
 PLACE: tuple[str, ...] = ("part", "row", "chunk")
 """What tells the rows of a dataset in files apart, in the order of the corpus."""
@@ -31,15 +30,24 @@ PLACE: tuple[str, ...] = ("part", "row", "chunk")
 REDIS_PLACE: tuple[str, ...] = ("id",)
 """The same of hashes, which do not say where in the corpus they were."""
 
+SEARCHED: tuple[Kind, ...] = ("dense", "sparse", "multivector")
+"""Kinds of outputs that can be searched."""
+
+RANKED = 100
+"""Rows of each kind that are fused, or as many as are asked for if these are more."""
+
+FUSION = 60
+"""The constant of reciprocal rank fusion (Cormack, Clarke and Büttcher, 2009)."""
+
 
 @dataclass(frozen=True)
 class Hit:
     """A chunk that was found."""
 
     score: float
-    """Cosine of its vector and the query's."""
+    """See `similarity`. Of several kinds of outputs: the sum of 1 / (60 + rank) over the kinds."""
     id: str
-    text: str | None
+    text: str | None = None
     """None if the dataset keeps no text."""
     part: int | None = None
     """None, as are row and chunk, in Redis, where a hash does not tell its place in the corpus."""
@@ -47,15 +55,18 @@ class Hit:
     chunk: int | None = None
 
 
-def search(address: str, query: Vector, k: int = 10, redis_url: str | None = None) -> list[Hit]:
-    """The `k` chunks nearest to `query` [dim] by cosine, best first; equally near ones by their place in the corpus, or
-    in Redis by their ids.
+def search(
+    address: str, query: Results, k: int = 10, redis_url: str | None = None, by: Kind | None = None
+) -> list[Hit]:
+    """The `k` chunks nearest to `query`, best first; equally near ones by their place in the corpus, or in Redis by
+    their ids. Chunks that share no token with a sparse query are not found.
 
-    Reads the dataset once and holds a few thousand rows of it at a time. `redis_url`: the server that
-    `redis:?prefix=docs:` means.
+    Reads the dataset once and holds a few thousand rows of it at a time. `query`: of one text, by kind; kinds that the
+    dataset does not have are left out. `by`: use this kind alone; None: fuse the ranks of all. `redis_url`: the server
+    that `redis:?prefix=docs:` means.
 
     Raises:
-        UsageError: `k` is below 1, or the query's length is not the dataset's; or the output needs `redis_url`.
+        UsageError: `k` is below 1, or the query is not as the dataset's outputs are; or the output needs `redis_url`.
         OutputError: no finished dataset lies there, or one with other columns than its manifest says.
     """
     sink = open_sink(address, queue_url=redis_url)
@@ -66,28 +77,51 @@ def search(address: str, query: Vector, k: int = 10, redis_url: str | None = Non
         raise UsageError(f"-k {k}: must be at least 1")
     if not manifest.rows:
         return []
-    output = searched(manifest)
-    if query.ndim != 1 or len(query) < output.dim:
-        raise UsageError(f"the query has shape {query.shape}, vectors of {mask(address)} have {output.dim} dimensions")
+    outputs = [output for output in searched(manifest, by) if output.kind in query]
+    if not outputs:
+        raise UsageError(f"the query has {', '.join(query)}, and {mask(address)} has {describe(manifest.outputs)}")
+    for output in outputs:
+        _refuse_other(output, query[output.kind], mask(address))
     spec = manifest_spec(manifest)
     in_redis = is_redis(sink.output)
     place: Sequence[str] = REDIS_PLACE if in_redis else PLACE
     schema = read_schema(manifest) if in_redis else dataset_schema(spec, manifest.outputs)
-    names = [*place, *(["id"] if "id" not in place else []), *(["text"] if spec.text else []), output.name]
-    batches = _checked(sink.read(names), [schema.field(name) for name in names], mask(sink.output))
-    return top_k(batches, query, k, output, place)
+    names = [*place, *(["id"] if "id" not in place else []), *(["text"] if spec.text else [])]
+    names += [output.name for output in outputs]
+    batches = _checked(sink.read(names), [schema.field(name) for name in names], outputs, mask(sink.output))
+    return top_k(batches, query, k, outputs, place)
 
 
-def searched(manifest: Manifest) -> Output:
-    """The output that is searched: the first dense one, the most exact first. Raises `UsageError` if there is none."""
-    dense = [output for output in manifest.outputs if output.kind == "dense"]
-    if not dense:
-        raise UsageError(f"only dense vectors can be searched, and this dataset has {describe(manifest.outputs)}")
-    return min(dense, key=lambda output: (DTYPES["dense"].index(output.dtype), -output.dim))
+def searched(manifest: Manifest, by: Kind | None = None) -> list[Output]:
+    """The outputs that are searched: of each kind that can be, the most exact one. `by`: of this kind alone.
+
+    Raises `UsageError` if there is none.
+    """
+    found = [
+        min(same, key=lambda output: (DTYPES[output.kind].index(output.dtype), -output.dim))
+        for kind in SEARCHED
+        if by in (None, kind) and (same := [output for output in manifest.outputs if output.kind == kind])
+    ]
+    if not found:
+        what = f"only {', '.join(SEARCHED)} can be searched" if by is None else f"--by {by}: there is none"
+        raise UsageError(f"{what}, this dataset has {describe(manifest.outputs)}")
+    return found
+
+
+def _refuse_other(output: Output, query: Values, where: str) -> None:
+    """Raise `UsageError` for a query that cannot be compared with the output's vectors."""
+    numbers = query.values if isinstance(query, Ragged) else query
+    if len(query) != 1 or isinstance(query, Ragged) != (output.kind != "dense"):
+        raise UsageError(f"the query has no {output.kind} results of one text")
+    if output.kind == "sparse":
+        return
+    dim = numbers.shape[1] if numbers.ndim == 2 else 0
+    if dim < output.dim or (dim > output.dim and output.kind == "multivector"):
+        raise UsageError(f"the query has shape {numbers.shape}, vectors of {where} have {output.dim} dimensions")
 
 
 def _checked(
-    batches: Iterable[pa.RecordBatch], fields: Sequence[pa.Field[Any]], output: str
+    batches: Iterable[pa.RecordBatch], fields: Sequence[pa.Field[Any]], outputs: Sequence[Output], output: str
 ) -> Iterator[pa.RecordBatch]:
     """The batches as long as they are what the manifest says; raises `OutputError` for others."""
     for batch in batches:
@@ -100,6 +134,8 @@ def _checked(
                 )
         try:
             batch.validate(full=True)
+            if any(uneven(each, batch).any() for each in outputs):
+                raise pa.ArrowInvalid("a row has more or fewer indices than weights")
         except pa.ArrowInvalid as error:
             raise OutputError(f"{output}: a shard is damaged ({error}): restore it (embed-verify names it)") from error
         yield batch
@@ -107,33 +143,64 @@ def _checked(
 
 def top_k(
     batches: Iterable[pa.RecordBatch],
-    query: Vector,
+    query: Results,
     k: int,
-    output: Output,
+    outputs: Sequence[Output],
     place: Sequence[str] = PLACE,
 ) -> list[Hit]:
-    """The `k` best rows of all batches by cosine with `query`, at least as long as the vectors of `output`.
+    """The `k` best rows of all batches by one output, or by the fused ranks of several.
 
     `place`: the columns that tell rows apart; equally good rows come in their order, and a row that comes twice counts
     once.
     """
-    query = query[: output.dim] / max(float(np.linalg.norm(query[: output.dim])), 1e-30)
-    best = pa.table({})
+    depth = k if len(outputs) == 1 else max(k, RANKED)
+    rankings = [_Ranking(output, query[output.kind], depth, place) for output in outputs]
     for batch in batches:
-        vectors = from_columns(output, batch)
-        assert not isinstance(vectors, Ragged)
-        scores = vectors @ query
-        if not (output.normalized and output.dtype == "float32"):
-            scores = scores / np.maximum(np.linalg.norm(vectors, axis=1), 1e-30)
-        # Every row that ties with the k-th stays until places decide.
-        least = np.partition(scores, -k)[-k] if len(scores) > k else -np.inf
-        chosen = np.flatnonzero(scores >= least)
-        found = pa.table(batch.drop_columns([output.name]).take(chosen))
+        for ranking in rankings:
+            ranking.add(batch)
+    found = [ranking.hits() for ranking in rankings]
+    return found[0] if len(found) == 1 else _fused(found, k)
+
+
+class _Ranking:
+    """The best rows of all batches by one output."""
+
+    def __init__(self, output: Output, query: Values, depth: int, place: Sequence[str]) -> None:
+        self._output = output
+        self._query = query
+        self._depth = depth
+        self._place = place
+        self._least = 0.0 if output.kind == "sparse" else -np.inf
+        self._best: pa.Table | None = None
+
+    def add(self, batch: pa.RecordBatch) -> None:
+        scores = similarity(self._output, self._query, from_columns(self._output, batch))
+        chosen = np.flatnonzero(scores > self._least)
+        if len(chosen) > self._depth:
+            # Every row that ties with the last one stays until places decide.
+            last = np.partition(scores[chosen], -self._depth)[-self._depth]
+            chosen = chosen[scores[chosen] >= last]
+        shown = [name for name in ("id", "text", *PLACE) if name in batch.schema.names]
+        found = pa.table(batch.select(shown).take(pa.array(chosen)))
         found = found.append_column("score", pa.array(scores[chosen], pa.float32()))
-        best = found if not best.num_columns else pa.concat_tables([best, found])
-        best = best.sort_by([("score", "descending"), *((name, "ascending") for name in place)])
-        best = _each_once(best, place).slice(0, k)
-    return [Hit(**{"text": None, **row}) for row in best.to_pylist()]
+        best = found if self._best is None else pa.concat_tables([self._best, found])
+        best = best.sort_by([("score", "descending"), *((name, "ascending") for name in self._place)])
+        self._best = _each_once(best, self._place).slice(0, self._depth)
+
+    def hits(self) -> list[Hit]:
+        """Best first."""
+        return [] if self._best is None else [Hit(**row) for row in self._best.to_pylist()]
+
+
+def _fused(rankings: Sequence[Sequence[Hit]], k: int) -> list[Hit]:
+    """The `k` best by reciprocal rank fusion."""
+    scores: dict[Hit, float] = {}
+    for ranking in rankings:
+        for rank, hit in enumerate(ranking, 1):
+            row = replace(hit, score=0)
+            scores[row] = scores.get(row, 0) + 1 / (FUSION + rank)
+    best = sorted(scores, key=lambda row: (-scores[row], row.part or 0, row.row or 0, row.chunk or 0, row.id))
+    return [replace(row, score=scores[row]) for row in best[:k]]
 
 
 def _each_once(rows: pa.Table, place: Sequence[str]) -> pa.Table:

@@ -9,6 +9,7 @@ import click
 
 from embedstream.cli.command import Command
 from embedstream.cli.commands import run
+from embedstream.outputs import Kind
 from embedstream_worker.model_folder import ALLOW_PICKLE, TRUST_REMOTE_CODE, Trust
 
 
@@ -26,6 +27,11 @@ from embedstream_worker.model_folder import ALLOW_PICKLE, TRUST_REMOTE_CODE, Tru
     allow_from_autoenv=False,  # that variable is for documents
     help="Put in front of the query.  [default: the model's own for queries]",
 )
+@click.option(
+    "--by",
+    type=click.Choice(["dense", "sparse", "multivector"]),
+    help="Compare by these results alone.  [default: by all that the dataset has, their ranks fused]",
+)
 @click.option("--redis", "redis_url", help="The queue's Redis, if OUTPUT is redis:?prefix=docs:")
 @click.option("--trust-remote-code", is_flag=True, help=TRUST_REMOTE_CODE)
 @click.option("--allow-pickle", is_flag=True, help=ALLOW_PICKLE)
@@ -36,13 +42,16 @@ def search_command(
     k: int,
     model: str | None,
     prompt: str | None,
+    by: Kind | None,
     redis_url: str | None,
     trust_remote_code: bool,
     allow_pickle: bool,
 ) -> None:
     """Find the texts nearest to QUERY in a dataset. OUTPUT is a folder, an S3 URL or a Redis URL.
 
-    The query is compared with every vector, without an index.
+    The query is compared with every row, without an index: by the cosine of dense vectors, the dot product of sparse
+    ones, and MaxSim of vectors for each token. Where a dataset has several of these, their ranks are fused (reciprocal
+    rank fusion).
 
     A model that the dataset names is loaded only if you have used it on this machine, or installed its package.
     """
@@ -50,7 +59,7 @@ def search_command(
     from embedstream_worker.searching import show_nearest
 
     trust = Trust(code=trust_remote_code, pickle=allow_pickle)
-    show_nearest(output, query, k, model, trust, prompt, redis_url or None)
+    show_nearest(output, query, k, model, trust, prompt, redis_url or None, by)
 
 
 def main() -> None:

@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from typing import cast
 
 import click
 import numpy as np
-import numpy.typing as npt
 from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
 from embedstream.dataset.manifest import manifest_spec
 from embedstream.dataset.sinks import open_sink
+from embedstream.dataset.values import Matrix, Ragged, Values
 from embedstream.errors import ModelError, OutputError
 from embedstream.jobs import JobSpec, model_address, model_folder
 from embedstream.lifecycle.opening import no_dataset
 from embedstream.masking import mask
+from embedstream.outputs import Kind
 from embedstream.records import Manifest
 from embedstream_worker import known_models
 from embedstream_worker.engines import HASHING_MODEL, EngineOptions, load_engine
-from embedstream_worker.engines.base import TokenBatch
+from embedstream_worker.engines.base import Engine, OwnQueries, Results, TokenBatch
 from embedstream_worker.engines.precision import Dtype
 from embedstream_worker.families import missing
 from embedstream_worker.jobs import space_id
 from embedstream_worker.model_folder import NOTHING, Trust
 from embedstream_worker.models import is_carried, resolve_model
-from embedstream_worker.search import search
+from embedstream_worker.purpose import has_heads
+from embedstream_worker.search import search, searched
 from embedstream_worker.tokenizing import encode_each
 
 INDENT = 7
@@ -43,14 +47,15 @@ def show_nearest(
     trust: Trust = NOTHING,
     prompt: str | None = None,
     redis_url: str | None = None,
+    by: Kind | None = None,
 ) -> None:
     """Print the `k` chunks of the dataset in `output` that are nearest to the query.
 
     `model`: as the user names it, where the dataset's own name for it does not do. `prompt`: in front of the query; if
-    None, the model's own. `redis_url`: the server that an output `redis:?prefix=docs:` means.
+    None, the model's own. `redis_url`: the server that an output `redis:?prefix=docs:` means. `by`: as `search` has it.
 
     Raises:
-        UsageError: an output that cannot be used, or that needs `redis_url`.
+        UsageError: an output that cannot be used, or that needs `redis_url`; or nothing in it can be searched.
         OutputError: no finished dataset lies there, or it is empty.
         ModelError: as `embed_query`.
     """
@@ -60,9 +65,11 @@ def show_nearest(
     if not manifest.rows:
         raise OutputError(f"{mask(output)}: the dataset is empty")
     spec, console = manifest_spec(manifest), Console(highlight=False)
-    vector = embed_query(query, manifest, spec, model, trust, prompt)
-    for hit in search(output, vector, k, redis_url):
-        click.echo(f"{hit.score:.3f}  {printable(hit.id)}")
+    kinds = [each.kind for each in searched(manifest, by)]
+    results = embed_query(query, manifest, spec, kinds, model, trust, prompt)
+    digits = 3 if len(results) == 1 else 4  # fused scores are small
+    for hit in search(output, results, k, redis_url, by):
+        click.echo(f"{hit.score:.{digits}f}  {printable(hit.id)}")
         if hit.text is not None:
             # Where titles are the ids, the text begins with what the line above says.
             show_text(printable(hit.text.removeprefix(hit.id + spec.title_sep)), console)
@@ -80,14 +87,15 @@ def embed_query(
     query: str,
     manifest: Manifest,
     spec: JobSpec,
+    kinds: Sequence[Kind],
     model: str | None = None,
     trust: Trust = NOTHING,
     prompt: str | None = None,
-) -> npt.NDArray[np.float32]:
-    """The query's vector [dim], by the dataset's own model and settings, in the role of a query.
+) -> Results:
+    """What the dataset's own model gives for the query, in the role of a query: those of `kinds` that say something.
 
     Raises:
-        ModelError: the model may not be loaded, or is not the one that made the dataset.
+        ModelError: the model may not be loaded, or is not the one that made the dataset; or it gives nothing.
     """
     name = "hashing" if manifest.engines == ("hashing",) else "auto"
     dtype: Dtype = "int8" if any(shard.dtype == "int8" for shard in manifest.shards) else "auto"
@@ -95,26 +103,47 @@ def embed_query(
     engine = load_engine(EngineOptions(chosen, revision, name, dtype=dtype, trust=trust))
     info = engine.info
     max_length = spec.max_length or info.max_length
-    if space_id(info, spec, manifest.prompt, max_length) != manifest.space:
+    if not set(kinds) <= set(info.outputs) and not trust.pickle:
+        raise ModelError(
+            f"{model or spec.model} gives {', '.join(info.outputs)} alone, the dataset has {', '.join(kinds)}: if some "
+            f"of its weights are pickles and you trust its authors, give --allow-pickle"
+        )
+    if space_id(info, spec, manifest.prompt, max_length) != manifest.space or not set(kinds) <= set(info.outputs):
         raise ModelError(
             f"{model or spec.model} is not the model that made this dataset ({spec.model}, as it was then): its "
             f"vectors cannot be compared; give that model with --model"
         )
     if model is not None:
         known_models.remember(model_address(model), info.fingerprint)
-    given, prompt = prompt, engine.prompt("query", prompt, None)
-    if given is None and not prompt and (warning := missing(info, "query")):
-        click.echo(warning, err=True)
+    if isinstance(engine, OwnQueries):
+        results = engine.query(query, prompt)
+    else:
+        given, prompt = prompt, engine.prompt("query", prompt, None)
+        if given is None and not prompt and (warning := missing(info, "query")):
+            click.echo(warning, err=True)
+        results = _run(engine, prompt, query, max_length)
+    numbers = {kind: _numbers(results[kind]) for kind in kinds}
+    if not all(np.isfinite(found).all() for found in numbers.values()):
+        raise ModelError("the query cannot be compared: the model gave NaN or infinity")
+    telling = {kind: results[kind] for kind, found in numbers.items() if found.any()}
+    if not telling:
+        what = "a vector of zeros" if kinds == ["dense"] else "nothing but zeros"
+        raise ModelError(f"the query cannot be compared: the model gave {what}, it knows no part of the text")
+    return cast("Results", telling)
+
+
+def _run(engine: Engine, prompt: str, query: str, max_length: int) -> Results:
+    """Raises `ModelError` for a query that the tokenizer cannot bear."""
     tokenizer = engine.tokenizer()
     tokens, errors = encode_each(tokenizer, [prompt + query], max_length)
     if errors:
         raise ModelError(f"the query cannot be embedded: {': '.join(errors[0])}")
     prompt_length = tokenizer.prompt_length(prompt, max_length) if prompt else 0
-    batch = TokenBatch(tokens.ids, tokens.offsets, len(tokens.ids), prompt_length, "query")
-    vector: npt.NDArray[np.float32] = engine.run(batch)["dense"][0]
-    if not vector.any():
-        raise ModelError("the query cannot be compared: the model gave a vector of zeros, it knows no part of the text")
-    return vector
+    return engine.run(TokenBatch(tokens.ids, tokens.offsets, len(tokens.ids), prompt_length, "query"))
+
+
+def _numbers(values: Values) -> Matrix:
+    return values.values if isinstance(values, Ragged) else values
 
 
 def _choose(spec: JobSpec, model: str | None, trust: Trust) -> tuple[str, str | None]:
@@ -144,6 +173,7 @@ def _choose(spec: JobSpec, model: str | None, trust: Trust) -> tuple[str, str | 
     if not any(known.startswith(fingerprint) for known in before):  # int8 adds to it
         raise ModelError(
             f"the dataset's model {spec.model} has changed since you used it: look at it, and give it with --model"
+            + (", and with --allow-pickle if you did so then" if has_heads(folder.path) and not trust.pickle else "")
         )
     return str(folder.path), None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, Protocol, TypedDict
+from typing import Literal, Protocol, TypedDict, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -152,6 +152,14 @@ class Engine(Protocol):
         """The same in float32, however slow: for a text whose results had NaN or infinity. Raises as `run` does."""
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class OwnQueries(Protocol):
+    """An engine that runs documents in batches, and queries one at a time in a way of their own."""
+
+    def query(self, text: str, prompt: str | None) -> Results:
+        """What the model gives for one query, in float32. `prompt`: None means the model's own. Raises `ModelError`."""
 
 
 class OutOfMemory(Exception):

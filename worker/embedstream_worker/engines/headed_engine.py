@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gc
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -25,6 +28,7 @@ from embedstream_worker.engines.torch_features import padded_features, vocabular
 from embedstream_worker.engines.torch_loading import excludes_prompt, is_normalized, load_model, read_input
 from embedstream_worker.families import card_prompts
 from embedstream_worker.models import ModelFolder
+from embedstream_worker.panics import panics_are_errors
 from embedstream_worker.purpose import Purpose
 from embedstream_worker.recipe import origin_of
 
@@ -37,8 +41,8 @@ _DIFFERENCE = 1e-4
 class HeadedEngine(TextEngine):
     """Sparse vectors, a vector for each token, scores of pairs, labels: equal to what sentence-transformers gives.
 
-    One pass through the model serves all kinds. In float32. Documents alone, as queries of such models often go
-    another way.
+    One pass through the model serves all kinds. In float32. Batches are of documents alone, as queries of such models
+    often go another way: through modules of their own, or with tokens added.
     """
 
     def __init__(self, folder: ModelFolder, device: str = "auto", dtype: Dtype = "auto") -> None:
@@ -104,11 +108,48 @@ class HeadedEngine(TextEngine):
             torch.cuda.empty_cache()
         raise OutOfMemory(f"{len(batch)} texts of up to {batch.longest} tokens: {reason}")
 
+    @torch.inference_mode()
+    def query(self, text: str, prompt: str | None) -> Results:
+        """By the library's own `encode_query`; of BGE-M3, whose queries are no other texts, as a document.
+
+        Not while another thread is in `run`. Raises `ModelError`.
+        """
+        prompt = replace(self.text_model, roles={"query": 1}).prompt("query", prompt, None)
+        how: dict[str, Any] = {"prompt": prompt, "show_progress_bar": False}
+        try:
+            with panics_are_errors():
+                match self._purpose:
+                    case Purpose.SPARSE:
+                        with self._as_loaded():
+                            vectors = self.modules.encode_query([text], convert_to_sparse_tensor=False, **how)
+                        return {"sparse": sparse(vectors)}
+                    case Purpose.MULTIVECTOR:
+                        (tokens,) = self.modules.encode_query([text], convert_to_numpy=True, **how)
+                        return {"multivector": Ragged(np.array([len(tokens)]), tokens.astype(np.float32))}
+                    case Purpose.VECTORS:
+                        ids = self.tokenizer().encode([prompt + text], self.info.max_length)
+                        length = self.tokenizer().prompt_length(prompt, self.info.max_length)
+                        return self.run(TokenBatch(ids.ids, ids.offsets, len(ids.ids), length, "document"))
+        except Exception as error:  # whatever the model's own way raises, the user gets one sentence
+            raise ModelError(f"the query cannot be embedded: {type(error).__name__}: {error}") from error
+        raise ModelError(f"model {self.text_model.name} scores pairs and labels, which are not searched")
+
     def close(self) -> None:
         """Give the model's memory back."""
         super().close()
         del self.modules, self._heads, self._fused
         gc.collect()
+
+    @contextmanager
+    def _as_loaded(self) -> Iterator[None]:
+        """With the last layer of SPLADE in its place."""
+        if self._fused is not None:
+            self._fused.restore()
+        try:
+            yield
+        finally:
+            if self._fused is not None:
+                self._fused.take()
 
     @torch.inference_mode()
     def _run(self, batch: TokenBatch) -> Results:

@@ -205,8 +205,8 @@ class FusedSplade:
         self._twice = pooling.activation_function == "log1p_relu"
         owner, _, self._name = names[0].rpartition(".")
         self._owner: torch.nn.Module = model.get_submodule(owner)
-        setattr(self._owner, self._name, torch.nn.Identity())
         self._transformer = transformer
+        self.take()
 
     def __call__(self, features: Features) -> torch.Tensor:
         """As long as the vocabulary, [n, vocabulary]."""
@@ -224,6 +224,10 @@ class FusedSplade:
             start += length
         weights = greatest.relu_().log1p_()
         return weights.log1p_() if self._twice else weights
+
+    def take(self) -> None:
+        """Take the last layer out of the transformer."""
+        setattr(self._owner, self._name, torch.nn.Identity())
 
     def restore(self) -> None:
         """Put the last layer back."""

@@ -1,0 +1,59 @@
+"""How near results of texts are to those of a query, as sentence-transformers' `similarity` has it. Pure."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from embedstream.dataset.values import Matrix, Ragged, Values
+from embedstream.outputs import Output
+
+Scores = npt.NDArray[np.float32]
+
+_AT_ONCE = 4 * 1024 * 1024
+"""Products of a text's and a query's tokens that are held at once."""
+
+
+def similarity(output: Output, query: Values, found: Values) -> Scores:
+    """Of n texts to one query, [n].
+
+    dense: the cosine, by the first dimensions of a query that has more. sparse: the dot product; 0 without a common
+    token. multivector: MaxSim, the sum over the query's tokens of the greatest dot product with one of the text's; of a
+    text without tokens -inf.
+    """
+    if not isinstance(query, Ragged):
+        assert not isinstance(found, Ragged)
+        return _cosine(query[0, : output.dim], found, output.normalized and output.dtype == "float32")
+    assert isinstance(found, Ragged)
+    return _maxsim(query.values, found) if found.indices is None else _dot(query, found)
+
+
+def _cosine(query: Scores, vectors: Matrix, normalized: bool) -> Scores:
+    scores: Scores = vectors @ (query / max(float(np.linalg.norm(query)), 1e-30))
+    return scores if normalized else scores / np.maximum(np.linalg.norm(vectors, axis=1), 1e-30)
+
+
+def _dot(query: Ragged, found: Ragged) -> Scores:
+    assert query.indices is not None
+    assert found.indices is not None
+    order = np.argsort(query.indices)
+    tokens, weights = query.indices[order], query.values[order]
+    places = np.minimum(np.searchsorted(tokens, found.indices), len(tokens) - 1)
+    products = np.where(tokens[places] == found.indices, weights[places] * found.values, 0)
+    rows = np.repeat(np.arange(len(found)), found.counts)
+    return np.bincount(rows, weights=products, minlength=len(found)).astype(np.float32)
+
+
+def _maxsim(query: Matrix, found: Ragged) -> Scores:
+    scores = np.full(len(found), -np.inf, np.float32)
+    some = found.counts > 0
+    starts = found.offsets[:-1][some]
+    if not len(starts):
+        return scores
+    step = max(1, _AT_ONCE // len(found.values))
+    sums = np.zeros(len(starts), np.float32)
+    for first in range(0, len(query), step):
+        products = found.values @ query[first : first + step].T
+        sums += np.maximum.reduceat(products, starts, axis=0).sum(axis=1)
+    scores[some] = sums
+    return scores
