@@ -130,13 +130,13 @@ def test_a_text_of_no_tokens_is_far_from_everything() -> None:
     nothing = Ragged(np.array([0, 0]), np.zeros((0, 4), np.float32))
     assert similarity(TOKENS, query, nothing).tolist() == [-np.inf, -np.inf]
     empty = Ragged(np.array([0, 0]), np.zeros(0, np.float32), np.zeros(0, np.uint32))
-    assert similarity(SPARSE, cast("Ragged", QUERY["sparse"]), empty).tolist() == [0, 0]
+    assert similarity(SPARSE, QUERY["sparse"], empty).tolist() == [0, 0]
 
 
 def test_a_row_with_more_tokens_than_weights_is_said(folder: str) -> None:
     path = next(Path(folder).glob("part-*.parquet"))
     table = pq.read_table(path)
-    rows = table.column("sparse").to_pylist()
+    rows: list[Any] = table.column("sparse").to_pylist()
     rows[3]["indices"], rows[4]["values"] = [1, 2, 3], [1.0]
     column = pa.array(rows, table.schema.field("sparse").type)
     pq.write_table(table.set_column(table.schema.names.index("sparse"), table.schema.field("sparse"), column), path)

@@ -181,7 +181,7 @@ class _Ranking:
             last = np.partition(scores[chosen], -self._depth)[-self._depth]
             chosen = chosen[scores[chosen] >= last]
         shown = [name for name in ("id", "text", *PLACE) if name in batch.schema.names]
-        found = pa.table(batch.select(shown).take(pa.array(chosen)))
+        found = pa.table(batch.select(shown).take(chosen))
         found = found.append_column("score", pa.array(scores[chosen], pa.float32()))
         best = found if self._best is None else pa.concat_tables([self._best, found])
         best = best.sort_by([("score", "descending"), *((name, "ascending") for name in self._place)])
