@@ -1,4 +1,4 @@
-"""The Python API for asyncio. `embed` runs on the event loop; all else is `embedstream.api.client`'s, in threads."""
+"""The Python API for asyncio. Requests run on the event loop; all else is `embedstream.api.client`'s, in threads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Literal, Self, TypeVar, Unpack
 import pyarrow as pa
 
 from embedstream.api import interactive
-from embedstream.api.client import Client, Job, Waiting, checked, make_request, needed_url, warn
+from embedstream.api.client import Client, Job, Waiting, checked, make_pairs, make_request, needed_url, warn
+from embedstream.api.interactive import EmbedReply, EmbedRequest
 from embedstream.api.record_blocks import AT_ONCE, Records
 from embedstream.dataset.schema import ErrorRow
 from embedstream.jobs import JobStatus
@@ -143,12 +144,40 @@ class AsyncClient:
     ) -> npt.NDArray[np.float32]:
         """As `Client.embed`."""
         request = make_request(texts, role, prompt, prompt_name, max_length)
+        return interactive.vectors(await self._asked(request, timeout, model), len(request.texts))
+
+    async def rerank(
+        self,
+        query: str,
+        texts: Sequence[str],
+        timeout: float = 30.0,
+        *,
+        model: str | None = None,
+        max_length: int | None = None,
+    ) -> list[float]:
+        """As `Client.rerank`."""
+        request = make_pairs(query, texts, max_length)
+        return interactive.scores(await self._asked(request, timeout, model), len(request.texts))
+
+    async def classify(
+        self,
+        texts: Sequence[str] | str,
+        timeout: float = 30.0,
+        *,
+        model: str | None = None,
+        max_length: int | None = None,
+    ) -> list[tuple[str, float]]:
+        """As `Client.classify`."""
+        request = make_request(texts, "document", None, None, max_length, "classify")
+        return interactive.labels(await self._asked(request, timeout, model), len(request.texts))
+
+    async def _asked(self, request: EmbedRequest, timeout: float, model: str | None) -> EmbedReply:
         broker = AsyncBroker(self._requests, self._client.queue_of(model))
         with explaining(self.url):
             reply = await interactive.ask_on_loop(broker, request, timeout)
         if reply is None:
             raise await asyncio.to_thread(self._client.unanswered, timeout, model)
-        return interactive.vectors(reply, len(request.texts))
+        return reply
 
 
 async def _patiently(act: Callable[[Patience], R], url: str, until: float | None = None) -> R:

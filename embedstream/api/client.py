@@ -1,4 +1,4 @@
-"""The Python API over a connection that blocks: submit, follow a job, read its vectors, embed a few texts now."""
+"""The Python API over a connection that blocks: submit, follow a job, read its vectors, run a few texts now."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from concurrent.futures import CancelledError
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Protocol, Self, Unpack
 
+import msgspec
 import pyarrow as pa
 import redis
 
 from embedstream.api import interactive
-from embedstream.api.interactive import EmbedRequest
+from embedstream.api.interactive import EmbedReply, EmbedRequest, RequestTask
 from embedstream.api.record_blocks import RECORDS, Records, records_part
 from embedstream.corpus.duplicates import DuplicateIndex
 from embedstream.dataset.schema import ErrorRow
@@ -322,16 +323,50 @@ class Client:
             RequestError: no worker answered in time (the message says whether one is alive), or a text failed.
             BrokerError: Redis could not be used in this time, or refuses. A server that hangs costs some seconds more.
         """
-        if self._embedded is not None:
-            client = self._embedded.to_embed(model)
-            return client.embed(texts, role, prompt, prompt_name, timeout, model=model, max_length=max_length)
         request = make_request(texts, role, prompt, prompt_name, max_length)
+        return interactive.vectors(self.asked(request, timeout, model), len(request.texts))
+
+    def rerank(
+        self,
+        query: str,
+        texts: Sequence[str],
+        timeout: float = 30.0,
+        *,
+        model: str | None = None,
+        max_length: int | None = None,
+    ) -> list[float]:
+        """How well each of a few texts fits the query, now: the scores of pairs, by a model that gives these.
+
+        Raises as `embed`.
+        """
+        request = make_pairs(query, texts, max_length)
+        return interactive.scores(self.asked(request, timeout, model), len(request.texts))
+
+    def classify(
+        self,
+        texts: Sequence[str] | str,
+        timeout: float = 30.0,
+        *,
+        model: str | None = None,
+        max_length: int | None = None,
+    ) -> list[tuple[str, float]]:
+        """The best label of each of a few texts, and its score, now, by a model that gives labels.
+
+        Raises as `embed`.
+        """
+        request = make_request(texts, "document", None, None, max_length, "classify")
+        return interactive.labels(self.asked(request, timeout, model), len(request.texts))
+
+    def asked(self, request: EmbedRequest, timeout: float, model: str | None) -> EmbedReply:
+        """The reply to a request. Raises as `embed`, but for what the reply says."""
+        if self._embedded is not None:
+            return self._embedded.to_embed(model).asked(request, timeout, model)
         broker = Broker(self._requests, self.queue_of(model))
         with explaining(self.url):
             reply = interactive.ask(broker, request, timeout)
         if reply is None:
             raise self.unanswered(timeout, model)
-        return interactive.vectors(reply, len(request.texts))
+        return reply
 
     def queue_of(self, model: str | None) -> str:
         """The queue of requests for a model."""
@@ -409,19 +444,32 @@ def make_request(
     prompt: str | None,
     prompt_name: str | None,
     max_length: int | None,
+    task: RequestTask = "embed",
 ) -> EmbedRequest:
     """A request. Raises `UsageError` for what are no texts."""
     texts = (texts,) if isinstance(texts, str) else tuple(texts)
-    if not all(isinstance(text, str) for text in texts):
-        raise UsageError("embed() takes strings")
     for at, text in enumerate(texts):
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise UsageError(
-                f"text {at} has half of a UTF-16 surrogate pair (character {error.start}); repair it"
-            ) from error
-    return EmbedRequest(texts=texts, role=role, prompt=prompt, prompt_name=prompt_name, max_length=max_length)
+        check_text(task, f"text {at}", text)
+    return EmbedRequest(
+        texts=texts, role=role, prompt=prompt, prompt_name=prompt_name, max_length=max_length, task=task
+    )
+
+
+def make_pairs(query: str, texts: Sequence[str], max_length: int | None) -> EmbedRequest:
+    """A request for scores. Raises `UsageError` for what are no texts."""
+    check_text("rerank", "the query", query)
+    request = make_request(texts, "document", None, None, max_length, "rerank")
+    return msgspec.structs.replace(request, query=query)
+
+
+def check_text(task: RequestTask, name: str, text: str) -> None:
+    """Raise `UsageError` for what is no text."""
+    if not isinstance(text, str):
+        raise UsageError(f"{task}() takes strings")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{name} has half of a UTF-16 surrogate pair (character {error.start}); repair it") from error
 
 
 def find_queue(broker: Broker, job: str, queue: str | None = None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import struct
 import time
 from typing import TYPE_CHECKING, Literal
 
@@ -10,6 +11,7 @@ import msgspec
 
 from embedstream.errors import RequestError, UsageError
 from embedstream.jobs import check_prompting
+from embedstream.outputs import Kind
 from embedstream.queue.broker import AsyncBroker, Broker
 from embedstream.queue.steps import Answer, Code, Step, Steps
 from embedstream.server.patience import NotYet, Patience
@@ -37,8 +39,14 @@ SLICE_SECONDS = 2.0
 BUSY_SECONDS = 0.1
 
 
+RequestTask = Literal["embed", "rerank", "classify"]
+
+KIND_OF: dict[RequestTask, Kind] = {"embed": "dense", "rerank": "score", "classify": "labels"}
+"""What a request is answered with."""
+
+
 class EmbedRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """Texts to embed, as one entry of the queue's interactive stream (MessagePack)."""
+    """Texts for the model, as one entry of the queue's interactive stream (MessagePack)."""
 
     texts: tuple[str, ...]
     role: Literal["document", "query"] = "query"
@@ -46,31 +54,44 @@ class EmbedRequest(msgspec.Struct, frozen=True, kw_only=True):
     prompt_name: str | None = None
     max_length: int | None = None
     """Tokens, special tokens included; None: the model's own."""
+    task: RequestTask = "embed"
+    query: str | None = None
+    """To rerank: the first text of each pair."""
 
     def check(self) -> None:
         """Raise `UsageError` for more than a request may ask."""
         if len(self.texts) > MOST_TEXTS:
             raise UsageError(f"{len(self.texts)} texts in one request: at most {MOST_TEXTS}, submit more as a job")
         check_prompting(self.prompt, self.prompt_name, self.max_length)
-        total = len(self.texts) * len((self.prompt or "").encode())
-        for at, text in enumerate(self.texts):
-            size, most = len(text.encode()), BLOCK_LIMITS.longest_text_bytes
+        if (self.task == "rerank") != bool(self.query):
+            raise UsageError(
+                f"{self.task}() with query {self.query!r}: rerank() needs one that is not empty, others none"
+            )
+        before = (self.prompt or "") + (self.query or "")
+        total, most = len(self.texts) * len(before.encode()), BLOCK_LIMITS.longest_text_bytes
+        named = [("the query", self.query or ""), *((f"text {at}", text) for at, text in enumerate(self.texts))]
+        for name, text in named:
+            size = len(text.encode())
             if size > most:
-                raise UsageError(f"text {at} has {size:,} bytes: at most {most:,} are allowed, split it")
+                raise UsageError(f"{name} has {size:,} bytes: at most {most:,} are allowed, split it")
             total += size
         if total > MOST_INPUT_BYTES:
             raise UsageError(
-                f"the texts have {total:,} bytes, each with its prompt: at most {MOST_INPUT_BYTES:,} are allowed in "
-                f"one request, submit more as a job"
+                f"the texts have {total:,} bytes, each with its {'query' if self.query else 'prompt'}: at most "
+                f"{MOST_INPUT_BYTES:,} are allowed in one request, submit more as a job"
             )
 
 
 class EmbedReply(msgspec.Struct, frozen=True, kw_only=True):
-    """The answer: vectors, or why there are none."""
+    """The answer: numbers for each text, or why there are none."""
 
+    kind: Kind = "dense"
+    """dense: vectors; score: one number for each pair; labels: the scores of all labels."""
     dim: int = 0
     vectors: bytes = b""
     """float32 little-endian, [texts, dim]."""
+    labels: tuple[str, ...] = ()
+    """Names of the labels, [dim]."""
     tokens: int = 0
     truncated: int = 0
     model: str = ""
@@ -168,8 +189,28 @@ def vectors(reply: EmbedReply, texts: int) -> npt.NDArray[np.float32]:
         import numpy as np
     except ImportError as error:
         raise UsageError("embed() returns a NumPy array: pip install numpy") from error
+    _check(reply, texts, "dense")
+    return np.frombuffer(reply.vectors, dtype="<f4").reshape(texts, reply.dim).astype(np.float32)
+
+
+def scores(reply: EmbedReply, pairs: int) -> list[float]:
+    """The reply's score of each pair. Raises as `vectors`."""
+    _check(reply, pairs, "score", 1)
+    return list(struct.unpack(f"<{pairs}f", reply.vectors))
+
+
+def labels(reply: EmbedReply, texts: int) -> list[tuple[str, float]]:
+    """The reply's best label of each text, and its score. Raises as `vectors`."""
+    _check(reply, texts, "labels", len(reply.labels))
+    rows = struct.iter_unpack(f"<{reply.dim}f", reply.vectors)
+    return [max(zip(reply.labels, row, strict=True), key=lambda each: each[1]) for row in rows]
+
+
+def _check(reply: EmbedReply, texts: int, kind: Kind, dim: int | None = None) -> None:
+    """Raise `RequestError` for a reply that is not what was asked for."""
     if reply.error:
         raise RequestError(reply.error)
-    if reply.dim < 1 or len(reply.vectors) != 4 * texts * reply.dim:
+    if reply.kind != kind:
+        raise RequestError(f"the worker answered with {reply.kind}, not {kind}: upgrade it")
+    if reply.dim < 1 or (dim is not None and reply.dim != dim) or len(reply.vectors) != 4 * texts * reply.dim:
         raise RequestError(f"the worker answered {len(reply.vectors)} bytes for {texts} vectors of {reply.dim}")
-    return np.frombuffer(reply.vectors, dtype="<f4").reshape(texts, reply.dim).astype(np.float32)

@@ -328,6 +328,13 @@ def test_a_text_that_cannot_be_embedded_says_why(client: Client) -> None:
         client.embed(["refuse me"])
 
 
+@pytest.mark.usefixtures("worker")
+def test_a_worker_that_knows_no_scores_is_not_believed(client: Client) -> None:
+    for ask in (lambda: client.rerank("a question", ["a"]), lambda: client.classify("a")):
+        with pytest.raises(RequestError, match=r"the worker answered with dense, not .*: upgrade it"):
+            ask()
+
+
 def test_half_a_surrogate_pair_is_refused_by_its_place(client: Client) -> None:
     with pytest.raises(UsageError, match=r"text 1 .*surrogate pair \(character 2\)"):
         client.embed(["fine", "no\ud800"])

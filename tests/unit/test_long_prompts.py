@@ -47,6 +47,13 @@ def test_a_window_counts_the_prompt_of_every_text() -> None:
     [
         (EmbedRequest(texts=("x",) * 1025), "1025 texts in one request: at most 1024"),
         (EmbedRequest(texts=("x",), prompt=PROMPT + "p"), "--prompt: has 65,537 bytes, at most 65,536"),
+        (EmbedRequest(texts=("x",), task="rerank", query="q" * (MIB + 1)), "the query has 1,048,577 bytes: at most"),
+        (
+            EmbedRequest(texts=("x",) * 9, task="rerank", query="q" * MIB),
+            "bytes, each with its query: at most 8,388,608",
+        ),
+        (EmbedRequest(texts=("x",), task="rerank"), r"rerank\(\) with query None"),
+        (EmbedRequest(texts=("x",), query="q"), r"embed\(\) with query 'q'"),
         (EmbedRequest(texts=("x",), prompt="a", prompt_name="b"), "exclude each other"),
         (EmbedRequest(texts=("x",), max_length=0), "must be at least 1 token"),
         (EmbedRequest(texts=("x",), max_length=2**40), "must be at most"),

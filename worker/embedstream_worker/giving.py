@@ -16,13 +16,14 @@ TASKS: dict[Kind, Task] = {
 }
 """Which task a kind of output is for."""
 
-_GIVES: dict[Kind, str] = {
+GIVES: dict[Kind, str] = {
     "dense": "dense vectors",
     "sparse": "sparse vectors",
     "multivector": "a vector for each token",
     "score": "scores of pairs",
     "labels": "labels",
 }
+"""The kinds, for people."""
 
 
 def resolve_outputs(spec: JobSpec, info: EngineInfo) -> tuple[Output, ...]:
@@ -31,7 +32,7 @@ def resolve_outputs(spec: JobSpec, info: EngineInfo) -> tuple[Output, ...]:
     Raises:
         ModelError: the model does not give them, or they would have the names of kept fields.
     """
-    gives = f"model {spec.model} gives {', '.join(_GIVES[kind] for kind in info.outputs)}"
+    gives = f"model {spec.model} gives {', '.join(GIVES[kind] for kind in info.outputs)}"
     kinds = [kind for kind in info.outputs if spec.task in ("auto", TASKS[kind])]
     if not kinds:
         raise ModelError(f"--task {spec.task}: {gives}")

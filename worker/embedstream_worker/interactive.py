@@ -9,13 +9,14 @@ from contextlib import suppress
 import msgspec
 import numpy as np
 
-from embedstream.api.interactive import EmbedReply, EmbedRequest, refuse_long_body
+from embedstream.api.interactive import KIND_OF, EmbedReply, EmbedRequest, refuse_long_body
 from embedstream.dataset.input_hash import model_inputs
 from embedstream.errors import ModelError, UsageError
 from embedstream.queue.broker import Claimed
 from embedstream.server.patience import Refused, Stopped
 from embedstream_worker.batching import join_tokens
 from embedstream_worker.engines.base import Engine, TextTokenizer
+from embedstream_worker.giving import GIVES
 from embedstream_worker.held import TokenizedGroup, hand_back
 from embedstream_worker.infer import Urgent
 from embedstream_worker.pipeline import Channel, Closed
@@ -114,15 +115,21 @@ class Interactive:
     def _embed(self, request: EmbedRequest) -> EmbedReply:
         request.check()
         info = self._engine.info
-        if "dense" not in info.outputs:
-            raise ModelError(f"the model gives {', '.join(info.outputs)} and no dense vectors: submit a job")
-        prompt = self._engine.prompt(request.role, request.prompt, request.prompt_name)
+        kind, query = KIND_OF[request.task], request.query
+        if kind not in info.outputs:
+            given = ", ".join(GIVES[each] for each in info.outputs)
+            raise ModelError(f"{request.task}() needs a model that gives {GIVES[kind]}, this one gives {given}")
+        # Pairs have no prompt, as in jobs.
+        prompt = "" if query else self._engine.prompt(request.role, request.prompt, request.prompt_name)
         max_length = request.max_length or info.max_length
         with self._activity.computing():
-            pieces = [self._tokenizer.encode(inputs, max_length) for inputs in model_inputs(request.texts, prompt)]
+            pieces = [
+                self._tokenizer.encode(inputs, max_length, [query] * len(inputs) if query else None)
+                for inputs in model_inputs(request.texts, prompt)
+            ]
             prompt_length = self._tokenizer.prompt_length(prompt, max_length) if prompt else 0
         tokens = join_tokens(pieces)
-        urgent = Urgent(tokens, prompt_length, request.role)
+        urgent = Urgent(tokens, prompt_length, request.role, (kind,))
         self._infer.put_first(urgent)
         urgent.done.wait()
         if urgent.results is None:
@@ -131,8 +138,10 @@ class Interactive:
             row, (code, message) = next(iter(urgent.errors.items()))
             return EmbedReply(error=f"text {row}: {code}: {message}")
         return EmbedReply(
-            dim=info.outputs["dense"].dim,
-            vectors=np.ascontiguousarray(urgent.results["dense"], dtype="<f4").tobytes(),
+            kind=kind,
+            dim=info.outputs[kind].dim,
+            vectors=np.ascontiguousarray(urgent.results[kind], dtype="<f4").tobytes(),
+            labels=info.outputs[kind].labels,
             tokens=int(tokens.lengths.sum()),
             truncated=int(tokens.truncated.sum()),
             fingerprint=info.fingerprint,
