@@ -68,7 +68,7 @@ def test_labels_of_texts_are_those_of_a_pipeline(
 ) -> None:
     path, some = folder(classifier), [*texts[:20], *texts[-3:]]
     pipeline: Any = transformers.pipeline("text-classification", model=str(path), truncation=True, device="cpu")
-    theirs = [(found["label"], pytest.approx(found["score"], abs=1e-4)) for found in pipeline(some)]
+    theirs: list[Any] = [(found["label"], pytest.approx(found["score"], abs=1e-4)) for found in pipeline(some)]
     with client_of(load_engine(EngineOptions(str(path))), redis_server, tmp_path) as client:
         assert client.classify(some) == theirs
         assert asyncio.run(classify(client, some)) == theirs
