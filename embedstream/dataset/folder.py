@@ -46,6 +46,9 @@ BATCH_ROWS = 8192
 BATCH_BYTES = 32 * MIB
 """Most rows of a batch in reading, and about how many bytes of them."""
 
+MOST_ROW_VALUES = 2**24
+"""In reading, numbers in the vectors of one row's tokens: of 16,384 tokens with 1,024 dimensions."""
+
 KEPT_ROWS = 8192
 """Error rows of a shard that takes over those of older ones."""
 
@@ -342,7 +345,16 @@ class FolderSink:
             if unknown:
                 raise OutputError(f"{self.files.path(name)}: no column {min(unknown)} (there are: {', '.join(there)})")
             for group in range(file.num_row_groups):
-                most = rows_at_once(file, source, group, columns, rows, BATCH_BYTES, self.files.quick_piece)
+                most = rows_at_once(
+                    file,
+                    source,
+                    group,
+                    columns,
+                    rows,
+                    BATCH_BYTES,
+                    self.files.quick_piece,
+                    most_list_values=MOST_ROW_VALUES,
+                )
                 yield from file.iter_batches(batch_size=most, row_groups=[group], columns=columns)
 
     def errors(self, shard: str) -> Iterator[pa.RecordBatch]:

@@ -52,13 +52,14 @@ def rows_at_once(
     patch: Callable[[int, bytes], None] | None = None,
     *,
     trusting: bool = True,
+    most_list_values: int = MOST_LIST_VALUES,
 ) -> int:
     """How many rows of row group `at` can be decoded at once, at most `most_rows`, and about `most_bytes` of them.
 
     `columns`: those that are read; None: all. `quick_piece`: bytes that are well read at once where each read costs a
     request; None where small reads cost next to nothing. `patch`: makes the file give these bytes at this offset, in
     place of headers that Arrow does not read; None: they are refused. `trusting`: columns are taken at their footer's
-    word where a look at them costs a request.
+    word where a look at them costs a request. `most_list_values`: of a row's list, whatever the bounds on bytes say.
 
     Raises:
         RowsRefused: a page, or a list of one row, is too large; or there is no sense in them.
@@ -72,7 +73,9 @@ def rows_at_once(
     list(file.reader.iter_batches(0, row_groups=[at], column_indices=leaves, use_threads=False))
     bound = min(COLUMN_BYTES, ROWS_BYTES // max(1, len(leaves)))
     for leaf in leaves:
-        column = _Column(source, file.schema.column(leaf), group.column(leaf), quick_piece, patch, trusting)
+        column = _Column(
+            source, file.schema.column(leaf), group.column(leaf), quick_piece, patch, trusting, most_list_values
+        )
         try:
             rows = min(rows, column.rows_at_once(rows, group.num_rows, bound))
         except ValueError as error:
@@ -98,7 +101,9 @@ class _Column:
         quick_piece: int | None,
         patch: Callable[[int, bytes], None] | None,
         trusting: bool,
+        most_list_values: int,
     ) -> None:
+        self._most_list_values = most_list_values
         self.name = printable(chunk.path_in_schema, _NAME_CHARACTERS)
         self._highest: int = schema.max_repetition_level
         self._chunk = chunk
@@ -127,11 +132,15 @@ class _Column:
         longest = longest_row(self._read, codec, pages, self._highest)
         if longest is None:
             longest = max(1, self._chunk.num_values - group_rows + 1)
-        if longest > MOST_LIST_VALUES:
+        if longest > self._most_list_values:
             raise RowsRefused(
-                f"column {self.name} has a row of {longest:,} values, more than the {MOST_LIST_VALUES:,} that are read "
-                f"at once: leave the column out, or split the row"
+                f"column {self.name} has a row of {longest:,} values, more than the {self._most_list_values:,} that "
+                f"are read at once: leave the column out, or split the row"
             )
+        if longest > MOST_LIST_VALUES:
+            # One row may have more than the bound; its pages may begin and end in its neighbours.
+            fits = max(1, min(rows, bound // (longest * self._width)))
+            rows, bound = fits, 3 * fits * longest * self._width
         if self._chunk.physical_type == "BYTE_ARRAY":
             pages = [self._by_longest_value(codec, page) for page in pages]
         fits = min(values_at_once(pages, rows * max(1, longest), bound), bound // self._width)

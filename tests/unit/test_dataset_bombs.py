@@ -75,7 +75,7 @@ def test_one_long_text_that_all_rows_name(use: Callable[[FolderSink], None], tmp
 def test_a_vector_of_thirty_million_numbers_is_refused_unread(tmp_path: Path) -> None:
     spec = write_dataset(tmp_path / "out", one_long_vector)
     sink = FolderSink(spec.output, spec)
-    says = r"part-a.parquet: column embedding.list.element has a row of 30,000,000 values, more than the 524,288"
+    says = r"part-a.parquet: column embedding.list.element has a row of 30,000,000 values, more than the 16,777,216"
     with bounded(60 * MIB):
         with pytest.raises(OutputError, match=says):
             list(sink.read())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,6 +25,7 @@ from embedstream.dataset.values import Ragged, Values, from_columns, to_columns
 from embedstream.errors import OutputError, UsageError
 from embedstream.lifecycle.opening import make_spec as job_spec
 from embedstream.outputs import DTYPES, KINDS, NAMES, Output, OutputSpec, parse_emit
+from embedstream.records import ShardContent
 from embedstream_producer.verify import verify
 from embedstream_worker.engines.base import OutputInfo
 from embedstream_worker.landing import landing
@@ -197,6 +199,21 @@ def test_a_dataset_of_every_kind_is_verified_and_opened_by_its_manifest(written:
     table = embedstream.open_dataset(written.spec.output).to_table()
     assert table.num_rows == ROWS // 4
     assert {name for output in EVERY_KIND for name in output.columns} <= set(table.column_names)
+
+
+def test_vectors_of_the_tokens_of_long_texts_are_verified(tmp_path: Path) -> None:
+    """As long as BGE-M3 takes them, where a row has more numbers than any row of a corpus may have."""
+    spec = make_spec(str(tmp_path / "out"))
+    made = Dataset(open_sink(spec.output, spec), spec)
+    made.sink.check()
+    content = make_content(spec)
+    outputs = (Output(name="tokens", kind="multivector", dtype="float16", dim=1024, normalized=True),)
+    vectors = np.full((3 * 8192, 1024), 2.0**-5, np.float32)
+    columns = to_columns(outputs[0], Ragged(np.full(3, 8192), vectors))
+    table = content.data.drop_columns(["embedding"]).append_column(output_fields(outputs[0])[0], columns[0])
+    made.write(ShardContent(msgspec.structs.replace(content.record, outputs=outputs), table, content.errors))
+    made.end()
+    assert verify(spec.output, (), None).findings == {}
 
 
 def nan(column: list[Any]) -> None:
