@@ -26,11 +26,11 @@ def splade(folder: Path, minilm: Path, _: list[str]) -> Path:
 
 
 def splade_twice(folder: Path, minilm: Path, _: list[str]) -> Path:
-    """As Opensearch's: the logarithm twice."""
+    """As Opensearch's: the logarithm twice; and of a text's weights only the greatest."""
     base = _base(folder, minilm, transformers.AutoModelForMaskedLM)
     pooling = SpladePooling("max", activation_function="log1p_relu")
     modules = [Transformer(base, transformer_task="fill-mask"), pooling]
-    return _saved(folder, SparseEncoder(modules=modules, device="cpu"))
+    return _saved(folder, SparseEncoder(modules=modules, device="cpu", max_active_dims=64))
 
 
 def splade_sum(folder: Path, minilm: Path, _: list[str]) -> Path:

@@ -65,7 +65,7 @@ class HeadedEngine(TextEngine):
             input=text_input,
             prompts={name: str(prompt) for name, prompt in self.modules.prompts.items()},
             default_prompt_name=self.modules.default_prompt_name,
-            roles={"document": 1},
+            roles={"document": 1, "query": 1} if dense else {"document": 1},
             normalized=dense and is_normalized(self.modules),
             excludes_prompt=excludes_prompt(self.modules),
         )
@@ -154,7 +154,7 @@ class HeadedEngine(TextEngine):
     @torch.inference_mode()
     def _run(self, batch: TokenBatch) -> Results:
         if self._fused is not None:
-            return {"sparse": sparse(self._fused(self._features(batch)))}
+            return {"sparse": sparse(self._fused(self._features(batch)), self.modules.max_active_dims)}
         features = self._forward(batch)
         wanted = [head for head in self._heads if batch.kinds is None or head.kind in batch.kinds]
         return cast("Results", {head.kind: head(features) for head in wanted})

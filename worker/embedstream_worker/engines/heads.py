@@ -11,6 +11,7 @@ import torch
 from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sparse_encoder.modules import SpladePooling
+from sentence_transformers.util import select_max_active_dims
 
 from embedstream.dataset.values import Ragged, Values
 from embedstream.errors import ModelError
@@ -48,7 +49,7 @@ def heads_of(model: Any, purpose: Purpose, folder: Path, sample: Features, norma
     """
     match purpose:
         case Purpose.SPARSE:
-            return [SparseHead(sample["sentence_embedding"].shape[1])]
+            return [SparseHead(sample["sentence_embedding"].shape[1], model.max_active_dims)]
         case Purpose.MULTIVECTOR:
             vectors = sample["token_embeddings"]
             return [TokensHead(vectors.shape[2], bool(_unit(vectors[sample["attention_mask"].bool()])))]
@@ -89,11 +90,13 @@ class SparseHead:
 
     kind: Kind = "sparse"
 
-    def __init__(self, vocabulary: int) -> None:
+    def __init__(self, vocabulary: int, most: int | None) -> None:
+        """`most`: as of `sparse`."""
+        self._most = most
         self.info = OutputInfo(vocabulary)
 
     def __call__(self, features: Features) -> Values:
-        return sparse(features["sentence_embedding"])
+        return sparse(features["sentence_embedding"], self._most)
 
 
 class TokensHead:
@@ -234,8 +237,9 @@ class FusedSplade:
         setattr(self._owner, self._name, self._decoder)
 
 
-def sparse(vectors: torch.Tensor) -> Ragged:
-    """What is not 0 of vectors [n, vocabulary]."""
+def sparse(vectors: torch.Tensor, most: int | None = None) -> Ragged:
+    """What is not 0 of vectors [n, vocabulary]. `most`: only so many of the greatest, as the folder says."""
+    vectors = select_max_active_dims(vectors, most)
     kept = vectors != 0
     rows, indices = kept.nonzero(as_tuple=True)
     return Ragged(_counts(kept), _numpy(vectors[rows, indices]), indices.cpu().numpy().astype(np.uint32))
