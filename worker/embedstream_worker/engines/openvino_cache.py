@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
@@ -31,6 +32,8 @@ _DESCRIPTION = "model.json"  # written last inside an entry, and says how large 
 _TOKENIZER = "tokenizer.json"
 _REFERENCES = "references.npz"
 _STALE_SECONDS = 24 * 3600.0  # what was left half-written for so long belongs to nobody
+UNUSED_DAYS = 60
+"""After so many days without a use a converted model is removed: it takes as much as the model itself."""
 
 
 class NotConvertible(Exception):
@@ -97,6 +100,8 @@ class Cache:
         """The entry for these parts: read, or else made into an empty folder by `make`."""
         kept = self.folder / digest(parts)
         if conversion := _read(kept, model_name):
+            with contextlib.suppress(OSError):
+                os.utime(kept)
             return Entry(kept, conversion)
         part = kept.with_name(f"{kept.name}.tmp-{uuid4().hex}")
         part.mkdir()
@@ -228,10 +233,12 @@ def _whole(folder: Path) -> _Description | None:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what died half-written, and what was put aside because it could not be used."""
-    for path in folder.glob("*.tmp-*"):
+    """Remove what died half-written, what was put aside because it could not be used, and what nobody uses any more."""
+    left = ((path, _STALE_SECONDS) for path in folder.glob("*.tmp-*"))
+    unused = ((path.parent, UNUSED_DAYS * 24 * 3600.0) for path in folder.glob(f"*/{_DESCRIPTION}"))
+    for path, most in (*left, *unused):
         try:
-            old = time.time() - path.stat().st_mtime > _STALE_SECONDS
+            old = time.time() - path.stat().st_mtime > most
         except FileNotFoundError:
             continue
         if old:
