@@ -53,6 +53,7 @@ def spec_of(queue: str, model: str, corpus: str, output: str) -> bytes:
         "text_field": None,
         "title_field": None,
         "title_sep": " ",
+        "query_field": None,
         "keep": [],
         "keep_types": {},
         "text": True,

@@ -426,6 +426,17 @@ def test_what_is_in_hand_of_a_cancelled_job_counts_until_its_manifest_is_written
     assert (lab.broker.status(job).done, lab.queued_bytes()) == (2, 0)
 
 
+def test_a_shard_is_adopted_while_what_is_in_hand_of_a_cancelled_job_is_waited_for(lab: Lab) -> None:
+    job = lab.create()
+    lab.fill(job, 2)
+    mine = lab.claim(job, count=1)
+    lab.broker.run(lab.broker.cancel(job, grace_ms=HOUR_MS))
+    assert lab.adopt(job, [(0, 1)]).code is Code.COMMITTED
+    assert lab.broker.is_closing(job), "nothing of what is in hand has come"
+    assert lab.commit(job, mine).code is Code.COMMITTED
+    assert lab.finalize(job, JobState.CANCELLED).verdict == "cancelled"
+
+
 def test_a_cancelled_job_waits_no_longer_than_for_what_is_in_hand(lab: Lab) -> None:
     job = lab.create()
     lab.fill(job, 3)

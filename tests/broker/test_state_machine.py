@@ -276,7 +276,7 @@ class BrokerMachine(BrokerSteps):
             self.wipe()
             self.model.jobs.clear()
             self.seen.clear()
-            self.cancel(0, JobState.CANCELLED, False)
+            self.cancel(0, JobState.CANCELLED, 0, False)
 
     def teardown(self) -> None:
         """From wherever a run has led, every job can be brought to its end, and then nothing stays."""

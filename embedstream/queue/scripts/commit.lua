@@ -96,11 +96,11 @@ redis.call('HSET', job, 'space', space, 'committed', now_ms())
 if worker ~= '' then redis.call('HINCRBY', job, 'by:' .. worker, rows) end
 if worked > 0 then keep_pace() end
 if closing then
-  local held = 0
+  local held = 0 -- of an adopted shard it stays 0, and -held would be -0, which is no integer
   for i = FIRST, #ARGV, 5 do
     if ARGV[i + 3] ~= '' then held = held + 1 end
   end
-  if redis.call('HINCRBY', job, 'closing', -held) <= 0 then put('ZADD', finalize, 'XX', 0, id) end
+  if redis.call('HINCRBY', job, 'closing', 0 - held) <= 0 then put('ZADD', finalize, 'XX', 0, id) end
 end
 finish_if_done(job, id, stream, jobs, bytes, finalize)
 return {'COMMITTED'}
