@@ -12,7 +12,7 @@ from embedstream.errors import ModelError
 from embedstream.lifecycle.opening import scores_pairs
 from embedstream.outputs import MOST_DIMENSIONS, Kind
 from embedstream_worker.engines.base import OutputInfo
-from embedstream_worker.engines.text_input import InputKind, TextInput, TextModel
+from embedstream_worker.engines.text_input import InputKind, TextInput, TextModel, static_input
 from embedstream_worker.model_folder import Module, list_modules
 from embedstream_worker.model_settings import TRANSFORMER_SETTINGS, read_settings
 from embedstream_worker.models import ModelFolder
@@ -59,7 +59,7 @@ def read_text_model(folder: ModelFolder) -> TextModel:
     own = _settings(folder.path / "config_sentence_transformers.json")
     return TextModel(
         name=folder.name,
-        input=_static(source) if first.kind == "StaticEmbedding" else _padded(source, first.folder, config),
+        input=static_input(source) if first.kind == "StaticEmbedding" else _padded(source, first.folder, config),
         prompts={str(name): str(prompt) for name, prompt in (own.get("prompts") or {}).items()},
         default_prompt_name=own.get("default_prompt_name"),
         roles=dict.fromkeys(("document", "query"), _dim(modules, config, own)),
@@ -85,18 +85,6 @@ def model_outputs(folder: ModelFolder, model: TextModel) -> dict[Kind, OutputInf
                 return {"score": OutputInfo(1)}
             names = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
             return {"labels": OutputInfo(len(names), labels=tuple(map(str, dict(names).values())))}
-
-
-def _static(source: tokenizers.Tokenizer) -> TextInput:
-    cut = source.truncation or {}
-    return TextInput(
-        kind=InputKind.FLAT,
-        source=source,
-        limits=Limits(UNLIMITED, 1),
-        max_length=int(cut.get("max_length", UNLIMITED)),
-        add_special_tokens=False,
-        truncation_side=cut.get("direction", "right"),
-    )
 
 
 def _padded(source: tokenizers.Tokenizer, folder: Path, config: dict[str, Any]) -> TextInput:

@@ -16,14 +16,15 @@ from sentence_transformers.sparse_encoder.modules import SpladePooling
 
 from embedstream.dataset.values import Ragged
 from embedstream.errors import ModelError
-from embedstream_worker.engines.base import EngineInfo, OutOfMemory, Results, TokenBatch
+from embedstream_worker.engines.base import EngineInfo, Results, TokenBatch
 from embedstream_worker.engines.checking import check_batches
 from embedstream_worker.engines.heads import FusedSplade, heads_of, sparse
+from embedstream_worker.engines.out_of_memory import within_memory
 from embedstream_worker.engines.precision import Dtype
 from embedstream_worker.engines.text_engine import TextEngine
 from embedstream_worker.engines.text_input import InputKind, TextModel
 from embedstream_worker.engines.torch_device import pick_device, share_cores
-from embedstream_worker.engines.torch_engine import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS, is_out_of_memory
+from embedstream_worker.engines.torch_engine import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS
 from embedstream_worker.engines.torch_features import padded_features, vocabulary_size
 from embedstream_worker.engines.torch_loading import excludes_prompt, is_normalized, load_model, read_input
 from embedstream_worker.families import card_prompts
@@ -98,15 +99,7 @@ class HeadedEngine(TextEngine):
 
     def run(self, batch: TokenBatch) -> Results:
         """What the model gives, by kind, in the batch's order. Raises `OutOfMemory`."""
-        try:
-            return self._run(batch)
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        raise OutOfMemory(f"{len(batch)} texts of up to {batch.longest} tokens: {reason}")
+        return within_memory(batch, lambda: self._run(batch))
 
     @torch.inference_mode()
     def query(self, text: str, prompt: str | None) -> Results:
@@ -161,8 +154,6 @@ class HeadedEngine(TextEngine):
 
     @torch.inference_mode()
     def _forward(self, batch: TokenBatch) -> dict[str, Any]:
-        if self._vocabulary is not None and len(batch.ids) and int(batch.ids.max()) >= self._vocabulary:
-            raise ValueError(f"token {batch.ids.max()} is beyond the model's vocabulary of {self._vocabulary}")
         features = self._features(batch)
         given: dict[str, Any] = {"modality": "text", **features}
         if self._purpose is not Purpose.PAIRS:
@@ -171,6 +162,9 @@ class HeadedEngine(TextEngine):
         return {**features, **self.modules(given)}
 
     def _features(self, batch: TokenBatch) -> dict[str, Any]:
+        if self._vocabulary is not None and len(batch.ids) and int(batch.ids.max()) >= self._vocabulary:
+            # On a GPU this would end the process.
+            raise ValueError(f"token {batch.ids.max()} is beyond the model's vocabulary of {self._vocabulary}")
         device = next(self.modules.parameters()).device
         ids = torch.from_numpy(batch.ids).to(device)
         starts = torch.from_numpy(batch.offsets.astype(np.int32)).to(device)

@@ -15,8 +15,8 @@ from embedstream.errors import ModelError
 from embedstream_worker.engines.base import Role
 from embedstream_worker.engines.conversion import convert_with, silence
 from embedstream_worker.engines.openvino_cache import Conversion, NotConvertible
+from embedstream_worker.engines.out_of_memory import is_out_of_memory
 from embedstream_worker.engines.text_input import TextModel
-from embedstream_worker.engines.torch_engine import is_out_of_memory
 from embedstream_worker.engines.torch_graph import Graph, finite_attention, graph_example
 from embedstream_worker.models import ModelFolder
 

@@ -13,7 +13,7 @@ import tokenizers
 
 from embedstream.errors import ModelError
 from embedstream_worker.engines.base import HARMLESS, Role, TextTokenizer, TokenBatch
-from embedstream_worker.tokenizing import FastTokenizer, Limits, PythonTokenizer
+from embedstream_worker.tokenizing import UNLIMITED, FastTokenizer, Limits, PythonTokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -76,6 +76,19 @@ class TextInput:
         tokens = max(tokens, len(text), 1)
         row = np.resize(text, tokens) if len(text) else np.zeros(tokens, np.int32)
         return TokenBatch(np.tile(row, rows), np.arange(rows + 1, dtype=np.int64) * tokens, tokens, 0, role)
+
+
+def static_input(source: tokenizers.Tokenizer) -> TextInput:
+    """Of a model that is a table of vectors; `source` cuts as its file says."""
+    cut = source.truncation or {}
+    return TextInput(
+        kind=InputKind.FLAT,
+        source=source,
+        limits=Limits(UNLIMITED, 1),
+        max_length=int(cut.get("max_length", UNLIMITED)),
+        add_special_tokens=False,
+        truncation_side=cut.get("direction", "right"),
+    )
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from embedstream_worker.engines.attention_check import check_attention
 from embedstream_worker.engines.base import (
     HARMLESS,
     EngineInfo,
-    OutOfMemory,
     OutputInfo,
     Results,
     Role,
@@ -28,6 +27,7 @@ from embedstream_worker.engines.checking import CheckFailed, Vectors, check_batc
 from embedstream_worker.engines.compiling import CannotCompile, compiling, release
 from embedstream_worker.engines.fusing import fuse_gelu, fuse_projections
 from embedstream_worker.engines.lanes import CudaLanes, DirectLanes, Lanes
+from embedstream_worker.engines.out_of_memory import is_out_of_memory, within_memory
 from embedstream_worker.engines.packed_attention import Asked, CannotPack, is_fast, noting
 from embedstream_worker.engines.packed_batch import TOKENS_STEP, fill_up, only
 from embedstream_worker.engines.precision import Dtype, Precision
@@ -120,16 +120,7 @@ class TorchEngine(TextEngine):
 
     def run(self, batch: TokenBatch) -> Results:
         """What the model gives, by kind, in the batch's order. Raises `OutOfMemory`."""
-        try:
-            return {"dense": self._run(batch)}
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        # Out here the error's frames no longer hold the batch's tensors, so its memory can be had again.
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        raise OutOfMemory(f"{len(batch)} texts of up to {batch.longest} tokens: {reason}")
+        return within_memory(batch, lambda: {"dense": self._run(batch)})
 
     def close(self) -> None:
         """Give the model's memory back."""
@@ -394,17 +385,3 @@ def _upcast(_module: torch.nn.Module, _inputs: Any, features: dict[str, Any]) ->
         name: value.float() if isinstance(value, torch.Tensor) and value.dtype == torch.bfloat16 else value
         for name, value in features.items()
     }
-
-
-_OUT_OF_MEMORY = (
-    "out of memory",
-    "can't allocate memory",
-    "not enough memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUBLAS_STATUS_NOT_INITIALIZED",  # its handle takes memory, too
-)
-"""MPS, the CPU's allocator and CUDA's libraries have no exception type of their own."""
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(sign in str(error) for sign in _OUT_OF_MEMORY)

@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from embedstream.errors import ModelError
 from embedstream_worker.engines.base import HARMLESS
-from embedstream_worker.engines.text_input import InputKind, TextInput
+from embedstream_worker.engines.text_input import InputKind, TextInput, static_input
 from embedstream_worker.models import ModelFolder
 from embedstream_worker.panics import panics_are_errors
 from embedstream_worker.purpose import Purpose
@@ -108,16 +108,7 @@ def excludes_prompt(model: SentenceTransformer) -> bool:
 
 def _read_module(module: torch.nn.Module, name: str, documents: bool) -> TextInput:
     if isinstance(module, StaticEmbedding):
-        source = getattr(module.tokenizer, "backend_tokenizer", module.tokenizer)
-        cut = source.truncation or {}
-        return TextInput(
-            kind=InputKind.FLAT,
-            source=source,
-            limits=Limits(UNLIMITED, 1),
-            max_length=int(cut.get("max_length", UNLIMITED)),
-            add_special_tokens=False,
-            truncation_side=cut.get("direction", "right"),
-        )
+        return static_input(getattr(module.tokenizer, "backend_tokenizer", module.tokenizer))
     if not isinstance(module, Transformer):
         raise ModelError(f"model {name} begins with a {type(module).__name__} module, which is not supported")
     tokenizer = module.processor
