@@ -264,3 +264,14 @@ def test_a_folder_that_gives_something_else_than_it_says_is_one_sentence(
     attack(path)
     with pytest.raises(ModelError, match=says):
         load_engine(EngineOptions(str(path), trust=PICKLES))
+
+
+def test_a_reranker_takes_no_prompt_of_a_role_and_one_with_a_default_is_refused(folder: Folder, tmp_path: Path) -> None:
+    model = shutil.copytree(folder(cross_encoder), tmp_path / "model")
+    settings = model / "config_sentence_transformers.json"
+    prompts = {"prompts": {"query": "find: ", "document": "text: "}}
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), **prompts}))
+    assert load_engine(EngineOptions(str(model))).prompt("document", None, None) == ""
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "default_prompt_name": "query"}))
+    with pytest.raises(ModelError, match="puts a prompt in front of pairs"):
+        load_engine(EngineOptions(str(model)))

@@ -60,11 +60,14 @@ class HeadedEngine(TextEngine):
         text_input = read_input(self.modules, folder.name, documents=True)
         if text_input.kind is not InputKind.PADDED:
             raise ModelError(f"model {folder.name} begins with a table of vectors, which gives no such results")
-        dense = self._purpose is Purpose.VECTORS
+        dense, pairs = self._purpose is Purpose.VECTORS, self._purpose is Purpose.PAIRS
+        if pairs and self.modules.default_prompt_name is not None:
+            raise ModelError(f"model {folder.name} puts a prompt in front of pairs, which is not supported")
         self.text_model = TextModel(
             name=folder.name,
             input=text_input,
-            prompts={name: str(prompt) for name, prompt in self.modules.prompts.items()},
+            # `predict` takes none of a role.
+            prompts={} if pairs else {name: str(prompt) for name, prompt in self.modules.prompts.items()},
             default_prompt_name=self.modules.default_prompt_name,
             roles={"document": 1, "query": 1} if dense else {"document": 1},
             normalized=dense and is_normalized(self.modules),
@@ -86,7 +89,7 @@ class HeadedEngine(TextEngine):
             max_length=text_input.max_length,
             padded=True,
             batch_tokens=CPU_BATCH_TOKENS if place.type == "cpu" else GPU_BATCH_TOKENS // 8,
-            pairs=self._purpose is Purpose.PAIRS,
+            pairs=pairs,
             origin=origin_of(folder),
             outputs={head.kind: head.info for head in self._heads},
             card_prompts=card_prompts(folder.name, folder.path),
