@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from embedstream.api.async_client import AsyncClient, AsyncJob
-    from embedstream.api.client import Client, Job
+    from embedstream.api.client import Client
+    from embedstream.api.job import Job
     from embedstream.api.reading import open_dataset
     from embedstream.errors import (
         BrokerError,
@@ -55,7 +56,7 @@ _HOMES = {
     "AsyncClient": "api.async_client",
     "AsyncJob": "api.async_client",
     "Client": "api.client",
-    "Job": "api.client",
+    "Job": "api.job",
     "JobSpec": "jobs",
     "JobState": "jobs",
     "JobStatus": "jobs",

@@ -60,8 +60,8 @@ class OutputSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
             raise UsageError(f"--emit {self}: {self.kind} comes in {' or '.join(DTYPES[self.kind])}")
         if self.dim is not None and self.kind != "dense":
             raise UsageError(f"--emit {self}: only dense vectors are cut to fewer dimensions")
-        if self.dim is not None and self.dim < 1:
-            raise UsageError(f"--emit {self}: at least 1 dimension")
+        if self.dim is not None and not 1 <= self.dim <= MOST_DIMENSIONS:
+            raise UsageError(f"--emit {self}: from 1 to {MOST_DIMENSIONS:,} dimensions")
         if self.dtype == "ubinary" and (self.dim or 0) % 8:
             raise UsageError(f"--emit {self}: ubinary packs 8 dimensions into a byte: use a multiple of 8")
         if not self.name or "\0" in self.name:
@@ -136,7 +136,7 @@ def parse_emit(text: str) -> OutputSpec:
     dim = None
     for word in rest:
         if word.isascii() and word.isdigit():
-            dim = int(word)
+            dim = int(word[:10])  # beyond any bound; Python refuses to convert thousands of digits
         elif word in _DTYPES:
             dtype = word
         else:

@@ -47,8 +47,8 @@ class BlockRecord(msgspec.Struct, frozen=True):
 
 
 class Recipe(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What decided vectors beside their texts, as the worker had it. What is `_from`: `folder` (the model's), `flag`
-    (the job's), `assumed`, or that the folder has none."""
+    """All that decides the results of a text, as the worker used it. `…_from` says where a value was found: in the
+    model's `folder`, in a `flag` of the job, `none in the folder`, or nowhere, so that it was `assumed`."""
 
     model: str
     """As the job names it."""
@@ -140,7 +140,7 @@ class ManifestShard(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
 
     name: ShardName
     file: str = ""
-    """The file of its rows, beside the manifest; empty if the output has no files. So are its size and sum."""
+    """The file of its rows, in the manifest's folder; empty if the output has no files. So are its size and sum."""
     rows: int
     bytes: int = 0
     sha256: str = ""
@@ -181,7 +181,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     prompt: str = ""
     """What entered the model in front of every text; part of the space."""
     recipes: tuple[Recipe, ...] = ()
-    """By which the vectors were made: several if workers differed, in their engine, say."""
+    """How the results were made: several recipes if workers differed, in their engine, say."""
     outputs: tuple[Output, ...]
     """Empty if no row was written, and none was asked for by name."""
     parts: tuple[ManifestPart, ...]

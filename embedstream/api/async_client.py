@@ -1,4 +1,4 @@
-"""The Python API for asyncio. Requests run on the event loop; all else is `embedstream.api.client`'s, in threads."""
+"""The Python API for asyncio. Requests run on the event loop; all else is done by `Client` and `Job`, in threads."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Literal, Self, TypeVar, Unpack
 import pyarrow as pa
 
 from embedstream.api import interactive
-from embedstream.api.client import Client, Job, Waiting, checked, make_pairs, make_request, needed_url, warn
-from embedstream.api.interactive import EmbedReply, EmbedRequest
+from embedstream.api.client import Client, needed_url
+from embedstream.api.interactive import EmbedReply, EmbedRequest, make_pairs, make_request
+from embedstream.api.job import Job, Waiting, checked, warn
 from embedstream.api.record_blocks import AT_ONCE, Records
 from embedstream.dataset.schema import ErrorRow
 from embedstream.jobs import JobStatus
@@ -201,7 +202,7 @@ async def _patiently(act: Callable[[Patience], R], url: str, until: float | None
 def _drawn(
     records: AsyncIterable[Mapping[str, object] | str], loop: asyncio.AbstractEventLoop
 ) -> Iterator[Mapping[str, object] | str]:
-    """The records, for a thread beside the loop."""
+    """The records, for a thread next to the loop."""
     stream = aiter(records)
 
     async def take() -> list[Mapping[str, object] | str]:

@@ -1,10 +1,11 @@
-"""Interactive requests: a few texts now, beside the jobs of a queue."""
+"""Interactive requests: a few texts now, while jobs of the same queue run."""
 
 from __future__ import annotations
 
 import secrets
 import struct
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 import msgspec
@@ -80,6 +81,40 @@ class EmbedRequest(msgspec.Struct, frozen=True, kw_only=True):
                 f"the texts have {total:,} bytes, each with its {'query' if self.query else 'prompt'}: at most "
                 f"{MOST_INPUT_BYTES:,} are allowed in one request, submit more as a job"
             )
+
+
+def make_request(
+    texts: Sequence[str] | str,
+    role: Literal["document", "query"],
+    prompt: str | None,
+    prompt_name: str | None,
+    max_length: int | None,
+    task: RequestTask = "embed",
+) -> EmbedRequest:
+    """A request. Raises `UsageError` for what are no texts."""
+    texts = (texts,) if isinstance(texts, str) else tuple(texts)
+    for at, text in enumerate(texts):
+        _check_text(task, f"text {at}", text)
+    return EmbedRequest(
+        texts=texts, role=role, prompt=prompt, prompt_name=prompt_name, max_length=max_length, task=task
+    )
+
+
+def make_pairs(query: str, texts: Sequence[str], max_length: int | None) -> EmbedRequest:
+    """A request for scores. Raises `UsageError` for what are no texts."""
+    _check_text("rerank", "the query", query)
+    request = make_request(texts, "document", None, None, max_length, "rerank")
+    return msgspec.structs.replace(request, query=query)
+
+
+def _check_text(task: RequestTask, name: str, text: str) -> None:
+    """Raise `UsageError` for what is no text."""
+    if not isinstance(text, str):
+        raise UsageError(f"{task}() takes strings")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{name} has half of a UTF-16 surrogate pair (character {error.start}); repair it") from error
 
 
 class EmbedReply(msgspec.Struct, frozen=True, kw_only=True):

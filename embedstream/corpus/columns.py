@@ -139,15 +139,15 @@ class ColumnReader:
                 columns.append([None] * batch.num_rows)
                 continue
             values, readable = _as_strings(batch.column(name))
+            texts = values.to_pylist()
             unusual = pc.match_substring(values, "\0").fill_null(False)
             clean = pc.and_(clean, pc.and_not(readable, unusual))
             wanted = self._spec.keep_types.get(name, "string")
             if wanted not in ("string", kept_type(batch.column(name).type)):
-                clean = pc.and_(
-                    clean, pa.array([text is None or fits(text, wanted) for text in values.to_pylist()], pa.bool_())
-                )
+                fitting = [text is None or fits(text, wanted) for text in texts]
+                clean = pc.and_(clean, pa.array(fitting, pa.bool_()))
             total = pc.add(total, pc.binary_length(values).fill_null(0))
-            columns.append(values.to_pylist())
+            columns.append(texts)
         return zip(*columns, strict=True), pc.and_(clean, pc.less_equal(total, LONGEST_KEPT_BYTES))
 
     def _plain(self, batch: pa.RecordBatch) -> tuple[pa.RecordBatch, dict[int, str]]:
@@ -208,7 +208,7 @@ def kept_types(schema: pa.Schema, keep: Sequence[str]) -> dict[str, KeptType]:
 
 
 class _Row(Mapping[str, object]):
-    """One row of a batch, looked up when somebody asks."""
+    """One row of a batch, looked up when it is asked for."""
 
     __slots__ = ("_at", "_batch")
 

@@ -197,14 +197,16 @@ class RedisSink:
         if spec is None:
             return
         for field, data in sorted(dict(self._scan_hash("_shards", f"{spec.job}:*")).items()):
-            note = None
+            made = None
             with leaving_out(f"{mask(self._server)} {self._prefix}_shards"):
                 note = msgspec.json.decode(data, type=Footer)
-                made, named = note.job_spec(), f"{spec.job}:{note.shard.name}".encode() == field
-            if note is None or not named or note.shard.name in known or (made != spec and not note.shard.rows):
+                shard, made = note.shard, note.job_spec()
+            if made is None or f"{spec.job}:{shard.name}".encode() != field or shard.name in known:
+                continue
+            if made != spec and not shard.rows:
                 continue
             refuse_other_spec(self.output, made, spec)
-            yield note.shard
+            yield shard
 
     def read_manifest(self) -> Manifest | None:
         """The manifest; None before the job's end. Raises `OutputError`."""

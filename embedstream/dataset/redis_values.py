@@ -28,7 +28,8 @@ def to_fields(column: Any) -> list[bytes]:
         return [bytes(data[start : start + width]) for start in range(0, len(column) * width, width)]
     inner = column.flatten()
     width, data = _row_bytes(inner.type), memoryview(_leaf(inner) or b"")
-    ends = (column.offsets.to_numpy() - column.offsets[0].as_py()) * width
+    offsets = column.offsets.to_pylist()
+    ends = [(offset - offsets[0]) * width for offset in offsets]
     return [bytes(data[start:end]) for start, end in pairwise(ends)]
 
 

@@ -30,7 +30,7 @@ def refuse_changed(
     """Compare the corpus with what the manifest says of it; returns what is good to know.
 
     Files are read as bytes, once. Only if a sum differs, or is not known, are rows read, and compared by the sums of
-    their blocks: the same rows in other bytes (compressed anew, say) are the same corpus. A stream is read to its end.
+    their blocks: the same rows in other bytes (compressed again, say) are the same corpus. A stream is read to its end.
     `on_position`: called with a part's index and how many bytes of it are read.
 
     Raises:
@@ -51,12 +51,7 @@ def refuse_changed(
                 continue
             then = manifest.parts[part.index]
             now = _read_rows(part, spec, index, known, then)
-            if (
-                part.once
-                and then.sha256 is not None
-                and part.content is not None
-                and part.content.sha256 == then.sha256
-            ):
+            if part.once and part.content is not None and part.content.sha256 == then.sha256:
                 continue
             if now.same:
                 if then.sha256 is not None:

@@ -236,7 +236,7 @@ class Broker(Steps):
         return None if item is None else item[1]
 
     def free_finalize(self, job: str) -> None:
-        """Let a job of the outbox be taken at once: for when whoever leased it is surely gone."""
+        """Let a job of the outbox be taken at once: for when the finalizer that leased it is surely gone."""
         with _leaving_out(self.keys.finalize):
             self._raw.zadd(self.keys.finalize, {job: 0}, xx=True)
 
@@ -276,7 +276,7 @@ class Broker(Steps):
             return int(self._raw.xlen(self.keys.blocks(job)))
 
     def unclaimed(self, job: str) -> bool:
-        """Whether blocks of a job are in nobody's hands."""
+        """Whether no worker holds some of a job's blocks."""
         pending = self._raw.xpending(self.keys.blocks(job), GROUP)
         held: int = sum(owner["pending"] for owner in pending["consumers"] or () if owner["name"].decode() != RELEASED)
         return self.backlog(job) > held

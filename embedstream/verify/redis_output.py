@@ -111,21 +111,13 @@ class HashCheck:
     def _check_results(self, keys: Sequence[bytes], found: Sequence[Fields]) -> None:
         if not keys:
             return
-        arrays, good = [], np.ones(len(keys), np.bool_)
-        for at, (key, fields) in enumerate(zip(keys, found, strict=True)):
-            self.bytes += sum(len(value or b"") for value in fields[2:])
-            try:
-                for field, value in zip(self._columns, fields[2:], strict=True):
-                    if value is None:
-                        raise ValueError("it is not there")
-                    from_fields([value], field.type)
-            except (ValueError, pa.ArrowException) as error:
-                good[at] = False
-                self.findings.add(Kind.COLUMNS, f"{field.name}: {error}", key.decode(errors="replace"))
-        whole = np.flatnonzero(good).tolist()
-        for place, field in enumerate(self._columns):
-            arrays.append(from_fields([found[at][2 + place] for at in whole], field.type))
-        batch = pa.RecordBatch.from_arrays(arrays, schema=pa.schema(self._columns))
+        self.bytes += sum(len(value or b"") for fields in found for value in fields[2:])
+        whole = list(range(len(keys)))
+        try:
+            batch = self._batch(found)
+        except _Unreadable:
+            whole = [at for at in whole if self._is_readable(keys[at], found[at])]
+            batch = self._batch([found[at] for at in whole])
         outputs = self.manifest.outputs
         for output in outputs:
             for kind, bad in bad_column(output, batch, alone=len(outputs) == 1).items():
@@ -133,3 +125,27 @@ class HashCheck:
                     at = whole[int(which)]
                     id = (found[at][1] or b"").decode(errors="replace")
                     self.findings.add(kind, WORDS[kind], keys[at].decode(errors="replace"), id=id)
+
+    def _is_readable(self, key: bytes, fields: Fields) -> bool:
+        try:
+            self._batch([fields])
+        except _Unreadable as error:
+            self.findings.add(Kind.COLUMNS, str(error), key.decode(errors="replace"))
+            return False
+        return True
+
+    def _batch(self, found: Sequence[Fields]) -> pa.RecordBatch:
+        """The columns of results. Raises `_Unreadable`."""
+        arrays = []
+        for field, *values in zip(self._columns, *(fields[2:] for fields in found), strict=True):
+            if None in values:
+                raise _Unreadable(f"{field.name}: it is not there")
+            try:
+                arrays.append(from_fields(values, field.type))
+            except (ValueError, pa.ArrowException) as error:
+                raise _Unreadable(f"{field.name}: {error}") from error
+        return pa.RecordBatch.from_arrays(arrays, schema=pa.schema(self._columns))
+
+
+class _Unreadable(Exception):
+    """Fields of a hash are no results."""

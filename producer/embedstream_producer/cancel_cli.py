@@ -28,7 +28,8 @@ def cancel(job: str, redis_url: str | None, queue: str | None) -> None:
     if not redis_url:
         raise UsageError("no Redis: give --redis URL, or set EMBEDSTREAM_REDIS_URL")
     # Not at the top: loading it takes a while, in which Ctrl-C shall end this command as at any other time.
-    from embedstream.api.client import GRACE_MS, find_queue, was_cancelled
+    from embedstream.api.client import find_queue
+    from embedstream.api.job import GRACE_MS, was_cancelled
     from embedstream.queue.broker import Broker
     from embedstream.queue.coordination import compactions, end_compaction
     from embedstream.server.connection import connect, explaining

@@ -167,7 +167,7 @@ class BrokerMachine(BrokerSteps):
     @precondition(lambda self: any(self.held.values()))
     @rule(consumer=consumers)
     def crash(self, consumer: str) -> None:
-        """Whoever looks after the queue would like to forget the consumer, too."""
+        """Another worker or the coordinator then tries to remove the consumer, too."""
         self.held[consumer].clear()
         for n in range(2):
             self.retire(consumer, n, False)

@@ -314,7 +314,9 @@ def test_shards_of_another_spec_are_refused_and_damaged_notes_are_passed_over(
     record = dataset.write(make_content(dataset.spec, "first"))
     noted = client.hget(f"{prefix}_shards", f"{dataset.spec.job}:first")
     assert isinstance(noted, bytes)
-    for name, note in (("damaged", b"{"), ("renamed", noted)):
+    newer = noted.replace(b'"v":1', b'"v":999')
+    assert newer != noted
+    for name, note in (("damaged", b"{"), ("renamed", noted), ("a_newer_version", newer)):
         client.hset(f"{prefix}_shards", f"{dataset.spec.job}:{name}", note)
     assert list(dataset.sink.find_shards()) == [record]
     other = make(prompt="query: ")

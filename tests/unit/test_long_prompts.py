@@ -8,8 +8,7 @@ import pytest
 from lab.worker import pack
 from msgspec import msgpack
 
-from embedstream.api.client import make_request
-from embedstream.api.interactive import MOST_BODY_BYTES, EmbedRequest, refuse_long_body
+from embedstream.api.interactive import MOST_BODY_BYTES, EmbedRequest, make_request, refuse_long_body
 from embedstream.dataset.input_hash import input_hashes
 from embedstream.errors import UsageError
 from embedstream.jobs import LONGEST_PROMPT_BYTES

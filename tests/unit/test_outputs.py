@@ -150,7 +150,9 @@ def test_an_output_is_read_as_it_is_written(kind: Any, name: str | None, dtype: 
         ("dens", "dense, sparse"),
         ("", "dense, sparse"),
         ("dense:float63", "float63"),
-        ("dense:0", "at least 1"),
+        ("dense:0", "from 1 to"),
+        ("dense:1048577", "from 1 to 1,048,576 dimensions"),
+        ("dense:" + "9" * 5000, "from 1 to"),
         ("dense:ubinary:100", "multiple of 8"),
         ("sparse:ubinary", "float32 or float16"),
         ("sparse:7", "only dense"),
@@ -275,9 +277,17 @@ def test_hashes_of_every_kind_are_read_and_verified_and_a_spoiled_one_is_found(r
     read = pa.Table.from_batches(list(made.sink.read(["id", *names]))).sort_by("id")
     assert read.equals(content.data.select(["id", *names]).sort_by("id"))
     client: Any = redis_server.client()
-    for field, value in (("sparse", b"\0" * 8), ("multivector", b"\0" * 7), ("score", b"nan"), ("topic", b"x")):
+    for field, value in (
+        ("sparse", b"\0" * 8),
+        ("multivector", b"\0" * 7),
+        ("score", b"nan"),
+        ("topic", b"x"),
+        ("score", None),
+    ):
         whole = client.hget("every-kind:0-3", field)
-        client.hset("every-kind:0-3", field, value)
+        client.hdel("every-kind:0-3", field)
+        if value is not None:
+            client.hset("every-kind:0-3", field, value)
         assert sum(each.count for each in verify(spec.output, (), None).findings.values()) == 1, field
         client.hset("every-kind:0-3", field, whole)
 
