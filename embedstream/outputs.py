@@ -132,16 +132,16 @@ def parse_emit(text: str) -> OutputSpec:
     kind, has_name, name = head.partition("=")
     if kind not in KINDS:
         raise UsageError(f"--emit {text}: begin with {', '.join(KINDS)}: KIND[=NAME][:DTYPE][:DIM]")
-    dtype: Dtype = "float32"
+    dtype: Dtype | None = None
     dim = None
     for word in rest:
-        if word.isascii() and word.isdigit():
+        if word.isascii() and word.isdigit() and dim is None:
             dim = int(word[:10])  # beyond any bound; Python refuses to convert thousands of digits
-        elif word in _DTYPES:
+        elif word in _DTYPES and dtype is None:
             dtype = word
         else:
-            raise UsageError(f"--emit {text}: {word!r} is neither a dtype ({', '.join(_DTYPES)}) nor a number")
-    made = OutputSpec(name=name if has_name else NAMES[kind], kind=kind, dtype=dtype, dim=dim)
+            raise UsageError(f"--emit {text}: {word!r} is not its one dtype ({', '.join(_DTYPES)}) nor its one number")
+    made = OutputSpec(name=name if has_name else NAMES[kind], kind=kind, dtype=dtype or "float32", dim=dim)
     made.check()
     return made
 

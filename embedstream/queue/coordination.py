@@ -121,10 +121,10 @@ def note_repeated(broker: Broker, job: str, part: int, rows: Repeated) -> None:
 def compared_parts(broker: Broker, job: str) -> set[int]:
     """The parts for which that was found."""
     ask: Any = broker.client
-    found: list[bytes] = []
+    found: set[int] = set()
     with leaving_out(broker.keys.repeated(job)):
-        found = ask.hkeys(broker.keys.repeated(job))
-    return {int(part) for part in found}
+        found = {int(part) for part in ask.hkeys(broker.keys.repeated(job))}
+    return found
 
 
 def repeated_rows(broker: Broker, job: str, part: int) -> Repeated | None:

@@ -142,3 +142,10 @@ def test_what_another_client_has_put_there_meanwhile_stays(lab: Lab) -> None:
 
     replacing(client, "key", "zset", write)
     assert client.zrange("key", 0, -1) == [b"ours", b"theirs"]
+
+
+def test_fields_that_are_no_parts_are_left_out(lab: Lab) -> None:
+    client: Any = lab.broker.client
+    note_repeated(lab.broker, "j", 1, [])
+    client.hset(lab.broker.keys.repeated("j"), "no part", b"")
+    assert compared_parts(lab.broker, "j") == set()

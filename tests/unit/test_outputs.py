@@ -151,6 +151,8 @@ def test_an_output_is_read_as_it_is_written(kind: Any, name: str | None, dtype: 
         ("", "dense, sparse"),
         ("dense:float63", "float63"),
         ("dense:0", "from 1 to"),
+        ("dense:float16:ubinary:8", "'ubinary' is not its one dtype"),
+        ("dense:8:16", "'16' is not its one"),
         ("dense:1048577", "from 1 to 1,048,576 dimensions"),
         ("dense:" + "9" * 5000, "from 1 to"),
         ("dense:ubinary:100", "multiple of 8"),
