@@ -46,6 +46,7 @@ def serve_redis() -> Iterator[Server]:
                 if process.poll() is not None:
                     raise SystemExit("redis-server does not start")
                 time.sleep(0.01)
+            connect(f"unix://{socket}").ping()  # a socket is there a moment before the server listens on it
             yield Server(f"unix://{socket}", process.pid, f"{program.product} {program.version}")
         finally:
             process.kill()

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-import subprocess
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -62,20 +59,11 @@ def own_environment() -> Iterator[None]:
 
 @contextlib.contextmanager
 def serve_redis() -> Iterator[RedisServer]:
-    """A server of one's own. Its socket is in a short folder, as socket paths end at 107 bytes."""
-    from embedstream_producer.embedded.programs import find_program
+    """A server of one's own, on a socket alone."""
+    from lab.redis_servers import own_server
 
-    with tempfile.TemporaryDirectory(prefix="es-", dir="/tmp") as folder:
-        socket = Path(folder) / "redis.sock"
-        options = ["--port", "0", "--unixsocket", str(socket), "--save", "", "--dir", folder]
-        server = subprocess.Popen([*find_program().command, *options], stdout=subprocess.DEVNULL)
-        try:
-            while not socket.exists():
-                assert server.poll() is None, "redis-server does not start"
-            yield RedisServer(str(socket))
-        finally:
-            server.kill()
-            server.wait()
+    with own_server("--appendonly", "no", "--port", "0") as server:
+        yield RedisServer(f"{server.folder}/redis.sock")
 
 
 @pytest.fixture(scope="session")
