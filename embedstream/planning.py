@@ -65,8 +65,8 @@ def send(stream: IO[bytes], message: object) -> None:
 
 
 def receive(stream: IO[bytes], kind: type[T]) -> T | None:
-    """The next message; None at the end. `kind` may be a union of types."""
-    size = stream.read(4)
-    if len(size) < 4:
-        return None
-    return msgspec.msgpack.decode(stream.read(int.from_bytes(size, "little")), type=kind)
+    """The next message; None at the end, also in the middle of one. `kind` may be a union of types."""
+    head = stream.read(4)
+    size = int.from_bytes(head, "little")
+    data = stream.read(size)
+    return msgspec.msgpack.decode(data, type=kind) if len(head) == 4 and len(data) == size else None

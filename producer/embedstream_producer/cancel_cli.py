@@ -11,7 +11,7 @@ from embedstream.cli.commands import run
 from embedstream.errors import UsageError
 
 MANIFEST_SECONDS = 2.0
-"""How long a manifest is waited for after that: live workers look for such jobs every second or so."""
+"""How long a manifest is waited for after the grace period: live workers look for such jobs every second or so."""
 
 
 @click.command(cls=Command, examples=["embed-cancel 0123456789abcdef --redis redis://host:6379/0"])

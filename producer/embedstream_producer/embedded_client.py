@@ -35,7 +35,7 @@ class EmbeddedFleet:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._held = contextlib.ExitStack()
-        self._clients: dict[tuple[str, str | None], Client] = {}
+        self._clients: dict[tuple[str, str | None], tuple[Client, Broker]] = {}
         self._outputs: set[str] = set()
 
     def close(self) -> None:
@@ -58,7 +58,7 @@ class EmbeddedFleet:
                 f"output {mask(place)}: without Redis a Client writes into folders alone: name a folder, or give "
                 f"redis_url='redis://host:6379/0'"
             )
-        client = self._of(model, revision)
+        client, _ = self._of(model, revision)
         if place not in self._outputs:
             self._held.enter_context(OutputLock(place))
             self._outputs.add(place)
@@ -66,14 +66,13 @@ class EmbeddedFleet:
 
     def to_embed(self, model: str | None) -> Client:
         """A client whose worker is ready. Raises as `to_write`, and what the worker failed of."""
-        client = self._of(model, None)
-        broker = Broker(connect(client.url), client.queue_of(model))
+        client, broker = self._of(model, None)
         while not any(worker.state == "ready" for worker in broker.workers()):
             client.check()
             time.sleep(LOOK_SECONDS)
         return client
 
-    def _of(self, model: str | None, revision: str | None) -> Client:
+    def _of(self, model: str | None, revision: str | None) -> tuple[Client, Broker]:
         key = model_address(model or self._settings.model), revision
         if key not in self._clients:
             check_installed(key[0], "give Client the redis_url of a fleet")
@@ -82,7 +81,7 @@ class EmbeddedFleet:
                 self._held.push(held.pop_all())
         return self._clients[key]
 
-    def _start(self, held: contextlib.ExitStack, model: str, revision: str | None) -> Client:
+    def _start(self, held: contextlib.ExitStack, model: str, revision: str | None) -> tuple[Client, Broker]:
         spec = make_spec(
             queue=self._settings.queue, output=ALL_FOLDERS, model=model, revision=revision, parts=(), settings={}
         )
@@ -96,7 +95,8 @@ class EmbeddedFleet:
             )
         client = held.enter_context(Client(embedded.url, spec.queue))
         client.check = embedded.check
-        broker, done = Broker(connect(embedded.url), spec.queue), 0
+        broker = Broker(held.enter_context(connect(embedded.url)), spec.queue)
+        done = 0
 
         def committed() -> int:
             nonlocal done
@@ -105,4 +105,4 @@ class EmbeddedFleet:
             return done
 
         embedded.start_worker(committed)
-        return client
+        return client, broker

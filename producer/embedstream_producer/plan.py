@@ -36,7 +36,7 @@ AT_ONCE_ROWS, AT_ONCE_CHARACTERS = 1024, 1024 * 1024
 """Texts that are tokenized in one message: enough for all cores."""
 
 ROW_BYTES = {True: 120, False: 24}
-"""Beside vector and text, by whether the output is Redis: keys and their table there, ids and numbers in files."""
+"""Of a row besides vector and text, by whether the output is Redis: its key there, its id and numbers in files."""
 
 MEASURED_SECONDS = 5.0
 

@@ -142,6 +142,8 @@ class JsonView(View):
     def __init__(self, console: Console) -> None:
         super().__init__(console)
         self._printed = -JSON_SECONDS
+        self._ended = ""
+        """The phase of work whose last row was told."""
 
     def say(self, line: str) -> None:
         self._event("message", text=line)
@@ -164,10 +166,10 @@ class JsonView(View):
             self._event("progress", **msgspec.structs.asdict(figures))
 
     def work(self, work: Work) -> None:
-        now = time.monotonic()
-        if now - self._printed >= JSON_SECONDS or work.rows >= work.expected:
-            self._printed = now
+        ended = work.phase if work.rows >= work.expected else ""
+        if self._due() or (ended != self._ended and ended):
             self._event("work", **msgspec.structs.asdict(work))
+        self._ended = ended
 
     def _due(self) -> bool:
         now = time.monotonic()

@@ -1,4 +1,4 @@
-"""What embed-status shows of a look on a terminal: tables, cut to its width. Asks nobody."""
+"""What embed-status shows of a look on a terminal: tables, cut to its width. Asks Redis nothing."""
 
 from __future__ import annotations
 

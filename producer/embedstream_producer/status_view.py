@@ -1,4 +1,4 @@
-"""What embed-status says of a look: lines for people, objects for scripts. Asks nobody."""
+"""What embed-status says of a look: lines for people, objects for scripts. Asks Redis nothing."""
 
 from __future__ import annotations
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
 
-from embedstream.planning import Counted
+from embedstream.planning import Counted, receive, send
 from embedstream_producer.plan import Sample
 
 
@@ -54,3 +56,11 @@ def test_when_counting_ends_in_the_middle_nothing_is_said_of_any_row() -> None:
         sample.add(0, range(start, start + 1000), ["a text"] * 1000)
     assert sample.tokens(50_000) is None
     assert len(asked) == 2
+
+
+def test_a_message_that_breaks_off_is_the_end() -> None:
+    whole = io.BytesIO()
+    send(whole, count(["a", "bc"]))
+    data = whole.getvalue()
+    assert receive(io.BytesIO(data), Counted) == count(["a", "bc"])
+    assert not any(receive(io.BytesIO(data[:size]), Counted) for size in range(len(data)))

@@ -75,15 +75,17 @@ def test_a_terminal_of_80_columns_has_the_output_on_a_line_of_its_own() -> None:
     ]
 
 
-@pytest.mark.parametrize("width", [40, 60, 80, 100, 120, 200])
+@pytest.mark.parametrize("width", [80, 100, 120, 200])
 def test_no_line_is_wider_than_the_terminal(width: int) -> None:
-    wide = msgspec.structs.replace(
-        RUNNING, spec=msgspec.structs.replace(RUNNING.spec, output="/data/" + "文書" * 100), submitted=12_345_678_901
-    )
-    pages = [fleet(width, wide, ENDED), shown(width, job_page(JobLook(wide, [WORKER]), Console(width=width)))]
-    if width >= 80:
-        assert all(cell_len(line) <= width for page in pages for line in page)
-    assert all("0123456789abcdef" in "".join(page) for page in pages if width >= 80), "a job's id is never cut there"
+    spec = msgspec.structs.replace(RUNNING.spec, output="/data/" + "文書" * 100)
+    wide = msgspec.structs.replace(RUNNING, spec=spec, submitted=12_345_678_901)
+    queue = a_queue(wide, ENDED)
+    lines = shown(1000, fleet_page([queue], [], Console(width=width)))  # rich cuts lines at the width of its console
+    assert max(map(cell_len, lines)) <= width
+    assert wide.job in "".join(lines)
+    job = "".join(line.strip() for line in shown(width, job_page(queue[1][0], Console(width=width))))
+    assert wide.job in job
+    assert spec.output in job, "folded, not cut"
 
 
 def test_jobs_that_run_stand_above_those_that_have_ended_and_of_these_as_many_as_fit() -> None:

@@ -1,4 +1,4 @@
-"""A private Redis server for one output on one machine; it and what runs beside it end with the process that starts it.
+"""A private Redis server for one output on one machine. It and its worker end with the process that starts them.
 
 with OutputLock(output) as lock, PrivateServer.start(lock) as server:
     ...  # server.url; server.group.start(worker)

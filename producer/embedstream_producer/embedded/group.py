@@ -5,8 +5,7 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Self
+from typing import IO
 
 from embedstream.cli.starting import environment
 
@@ -20,7 +19,7 @@ class Group:
     A process that is being started holds the keeper's standard input open until it is in the group, so none is missed.
     The group is no terminal's foreground: Ctrl-C there is for this process alone.
 
-    A context manager. Raises `OSError` if no process can be started.
+    Raises `OSError` if no process can be started.
     """
 
     def __init__(self, claim: int, folder: Path) -> None:
@@ -56,11 +55,3 @@ class Group:
         assert self._keeper.stdin is not None
         self._keeper.stdin.close()
         self._keeper.wait()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

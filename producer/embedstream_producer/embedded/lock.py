@@ -79,7 +79,7 @@ class OutputLock:
             return
         self.held = False
         if self.state.is_named(LOCK, self._fd):
-            for name in (WORKER_LOG, SERVER_LOG, CLAIM, LOCK):  # the lock last, so that nobody finds the rest unlocked
+            for name in (WORKER_LOG, SERVER_LOG, CLAIM, LOCK):  # the lock last, so that nothing else is left unlocked
                 self.state.remove(name)
             self.state.drop()
         self._unmake_folders()

@@ -1,7 +1,7 @@
 """The user's own folder for what embedded mode keeps, `$XDG_STATE_HOME/embedstream/<hash of the output>`.
 
-Whoever fills it has a run wait or write where he likes, so no output, which others may have made or may write, has a
-say in it: it lies elsewhere, belongs to this user alone, and its files are reached through its descriptor.
+A user who can write into this folder can make a run wait, or write elsewhere. So it is never inside an output, which
+other users may own or write: it belongs to this user alone, and its files are opened through its descriptor.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ class PrivateServer:
     url: str
     """Where clients find it: `unix://…`, or a port of this machine alone for the stand-in."""
     group: Group
-    """The server, and what its user starts beside it."""
+    """The server, and the processes that are to end with it."""
 
     @classmethod
     def start(cls, lock: OutputLock, *, program: Program | None = None, say: Say = _print) -> PrivateServer:
@@ -105,7 +105,7 @@ class PrivateServer:
             raise ServerError(f"the private Redis server ended (exit status {code}):\n{self._log_tail()}")
 
     def stop(self) -> None:
-        """End the server and what was started beside it. Twice is harmless."""
+        """End all processes of the group. Twice is harmless."""
         self.group.close()
         self._process.wait()
 
