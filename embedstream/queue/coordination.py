@@ -121,10 +121,9 @@ def note_repeated(broker: Broker, job: str, part: int, rows: Repeated) -> None:
 def compared_parts(broker: Broker, job: str) -> set[int]:
     """The parts for which that was found."""
     ask: Any = broker.client
-    found: set[int] = set()
     with leaving_out(broker.keys.repeated(job)):
-        found = {int(part) for part in ask.hkeys(broker.keys.repeated(job))}
-    return found
+        return {int(part) for part in ask.hkeys(broker.keys.repeated(job))}
+    return set()
 
 
 def repeated_rows(broker: Broker, job: str, part: int) -> Repeated | None:
