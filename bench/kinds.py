@@ -1,4 +1,4 @@
-"""Sparse vectors, scores of pairs and BGE-M3's three results, beside the libraries that such models are made for.
+"""Sparse vectors, scores of pairs and BGE-M3's three results, against the libraries that such models are made for.
 
 Models of random weights: the time does not depend on these. Both sides run in this process, in turn, from texts to
 results, loading excluded; each library at the best of some batch sizes, found on a part of the texts. FlagEmbedding is
@@ -12,33 +12,33 @@ import importlib.util
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from corpora import docstrings
-from measure import machine, spread, table
+from measure import machine, spread, table, timed
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
-import torch
 import transformers
-from engines.model_shapes import unigram_tokenizer
-from sentence_transformers import CrossEncoder, SentenceTransformer, SparseEncoder
-from sentence_transformers.base.modules import Normalize, Transformer
-from sentence_transformers.sentence_transformer.modules import Pooling
+from engines.kinds import bge_m3
+from engines.model_shapes import minilm_tokenizer, save_base
+from sentence_transformers import CrossEncoder, SparseEncoder
+from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sparse_encoder.modules import SpladePooling
 
 from embedstream_worker.batching import cut_batches, gather_batch
 from embedstream_worker.engines import EngineOptions, load_engine
-from embedstream_worker.engines.precision import Dtype
 from embedstream_worker.landing import landing
 from embedstream_worker.model_folder import Trust
 from embedstream_worker.models import resolve_model
 
 BATCHES = (8, 16, 32, 64)
+LONGEST = 512
+"""Tokens that the models take."""
+
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 
 Run = Callable[[Sequence[str]], object]
@@ -58,25 +58,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--texts", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     options = parser.parse_args()
     print(f"{machine()}\n")
     texts = docstrings(options.texts)
     with tempfile.TemporaryDirectory() as folder:
-        rows = [compare(pairing, texts, options.rounds) for pairing in pairings(Path(folder), texts, options.dtype)]
+        rows = [compare(pairing, texts, options.rounds) for pairing in pairings(Path(folder), texts)]
     print(table(["model", "the library, texts/s", "its batch", "embedstream, texts/s", "ratio"], rows))
 
 
-def pairings(folder: Path, texts: Sequence[str], dtype: Dtype) -> list[Pairing]:
+def pairings(folder: Path, texts: Sequence[str]) -> list[Pairing]:
     """What is compared."""
     minilm = resolve_model(MINILM).path
-    made = [splade(folder / "splade", minilm, dtype), reranker(folder / "reranker", minilm, dtype)]
+    made = [splade(folder / "splade", minilm), reranker(folder / "reranker", minilm)]
     if importlib.util.find_spec("FlagEmbedding") is not None:
-        made.append(bge_m3(folder / "bge-m3", texts, dtype))
+        made.append(flag_embedding(folder / "bge-m3", minilm, texts))
     return made
 
 
-def splade(folder: Path, minilm: Path, dtype: Dtype) -> Pairing:
+def splade(folder: Path, minilm: Path) -> Pairing:
     """MiniLM's shape with a head for each token of the vocabulary."""
     base = bert(folder / "base", minilm, transformers.AutoModelForMaskedLM)
     modules = [Transformer(base, transformer_task="fill-mask"), SpladePooling("max")]
@@ -86,10 +85,10 @@ def splade(folder: Path, minilm: Path, dtype: Dtype) -> Pairing:
     def theirs(texts: Sequence[str], batch: int) -> object:
         return reference.encode_document(list(texts), batch_size=batch)
 
-    return Pairing("SPLADE, SparseEncoder", bare_loop(folder / "model", dtype), theirs)
+    return Pairing("SPLADE, SparseEncoder", bare_loop(folder / "model"), theirs)
 
 
-def reranker(folder: Path, minilm: Path, dtype: Dtype) -> Pairing:
+def reranker(folder: Path, minilm: Path) -> Pairing:
     """MiniLM's shape with one score; each text with the first line of another."""
     base = bert(folder, minilm, transformers.AutoModelForSequenceClassification, num_labels=1)
     reference: Any = CrossEncoder(base, device="cpu")
@@ -97,50 +96,28 @@ def reranker(folder: Path, minilm: Path, dtype: Dtype) -> Pairing:
     def theirs(texts: Sequence[str], batch: int) -> object:
         return reference.predict(list(zip(queries(texts), texts, strict=True)), batch_size=batch)
 
-    return Pairing("reranker, CrossEncoder", bare_loop(Path(base), dtype, pairs=True), theirs)
+    return Pairing("reranker, CrossEncoder", bare_loop(Path(base), pairs=True), theirs)
 
 
-def bge_m3(folder: Path, texts: Sequence[str], dtype: Dtype) -> Pairing:
-    """A quarter of BGE-M3's layers, as wide as they are."""
-    tokenizer = unigram_tokenizer(list(texts))
-    tokenizer.model_max_length = 512
-    config = transformers.XLMRobertaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=1024,
-        num_hidden_layers=6,
-        num_attention_heads=16,
-        intermediate_size=4096,
-        max_position_embeddings=514,
-        pad_token_id=1,
-        type_vocab_size=1,
-    )
-    transformers.AutoModel.from_config(config).save_pretrained(folder / "base")  # type: ignore[no-untyped-call]
-    tokenizer.save_pretrained(folder / "base")
-    modules = [Transformer(str(folder / "base")), Pooling(1024, "cls"), Normalize()]
-    model = folder / "model"
-    SentenceTransformer(modules=modules, device="cpu").save(str(model))
-    torch.save(torch.nn.Linear(1024, 1024).state_dict(), model / "colbert_linear.pt")
-    torch.save(torch.nn.Linear(1024, 1).state_dict(), model / "sparse_linear.pt")
+def flag_embedding(folder: Path, minilm: Path, texts: Sequence[str]) -> Pairing:
+    """BGE-M3 with a quarter of its layers, as wide as they are."""
+    shape = {"hidden_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 16, "intermediate_size": 4096}
+    model = bge_m3(folder, minilm, list(texts), LONGEST, **shape)
     from FlagEmbedding import BGEM3FlagModel
 
     reference = BGEM3FlagModel(str(model), use_fp16=False, devices="cpu")
     kinds = {"return_dense": True, "return_sparse": True, "return_colbert_vecs": True}
 
     def theirs(texts: Sequence[str], batch: int) -> object:
-        return reference.encode(list(texts), batch_size=batch, max_length=512, **kinds)
+        return reference.encode(list(texts), batch_size=batch, max_length=LONGEST, **kinds)
 
-    return Pairing("BGE-M3 (6 of 24 layers), FlagEmbedding", bare_loop(model, dtype), theirs)
+    return Pairing("BGE-M3 (6 of 24 layers), FlagEmbedding", bare_loop(model), theirs)
 
 
 def bert(folder: Path, minilm: Path, head: Any, **settings: Any) -> str:
     """MiniLM's configuration and tokenizer with another head, of random weights."""
-    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(minilm)
-    tokenizer.model_max_length = 512
     config = transformers.AutoConfig.from_pretrained(minilm, **settings)
-    torch.manual_seed(1)
-    head.from_config(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+    return save_base(folder, config, minilm_tokenizer(minilm, LONGEST), head)
 
 
 def queries(texts: Sequence[str]) -> list[str]:
@@ -148,9 +125,9 @@ def queries(texts: Sequence[str]) -> list[str]:
     return [texts[at - 1].splitlines()[0] for at in range(len(texts))]
 
 
-def bare_loop(folder: Path, dtype: Dtype, pairs: bool = False) -> Run:
+def bare_loop(folder: Path, pairs: bool = False) -> Run:
     """Our engine without anything around it."""
-    engine = load_engine(EngineOptions(str(folder), engine="torch", dtype=dtype, trust=Trust(pickle=True)))
+    engine = load_engine(EngineOptions(str(folder), trust=Trust(pickle=True)))
     info, tokenizer = engine.info, engine.tokenizer()
 
     def run(texts: Sequence[str]) -> object:
@@ -169,23 +146,16 @@ def compare(pairing: Pairing, texts: Sequence[str], rounds: int) -> list[str]:
     """A line of the report."""
     sample = texts[:: max(1, len(texts) // 40)]
     pairing.ours(sample)
-    best = min(BATCHES, key=lambda batch: seconds(lambda: pairing.theirs(sample, batch)))
+    best = min(BATCHES, key=lambda batch: timed(lambda: pairing.theirs(sample, batch)))
     ours: list[float] = []
     theirs: list[float] = []
     for turn in range(rounds):
         both = [(ours, lambda: pairing.ours(texts)), (theirs, lambda: pairing.theirs(texts, best))]
         for taken, run in both if turn % 2 == 0 else reversed(both):
-            taken.append(seconds(run))
+            taken.append(timed(run))
     ratio = statistics.median(b / a for a, b in zip(ours, theirs, strict=True))
     paces = [spread([len(texts) / each for each in side]) for side in (theirs, ours)]
     return [pairing.name, paces[0], str(best), paces[1], f"{ratio:.2f}"]
-
-
-def seconds(run: Callable[[], object]) -> float:
-    """How long it takes."""
-    begun = time.perf_counter()
-    run()
-    return time.perf_counter() - begun
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import corpora
 from fleet import BIN, Server, Worker, environment, serve_redis, submit
-from measure import machine, quantile, table
+from measure import machine, quantile, table, timed
 
 from embedstream import Client
 from embedstream.queue.broker import Broker
@@ -75,12 +75,6 @@ def bare(questions: list[str], texts: list[str], dtype: str) -> Bare:
     flying = engine.in_flight
     engine.close()
     return Bare(one, statistics.median(alone), statistics.median(beside), flying)
-
-
-def timed(work: Callable[[], object]) -> float:
-    begun = time.perf_counter()
-    work()
-    return time.perf_counter() - begun
 
 
 def requests(server: Server, queue: str, questions: list[str], busy: Callable[[], bool] = lambda: True) -> list[float]:
@@ -182,7 +176,7 @@ def main() -> None:
         for name, found in (
             ("bare model, tokenizing included", alone.one),
             ("`Client.embed`, nothing else to do", idle),
-            (f"`Client.embed` beside a bulk job ({speed:.0f} texts/s)", busy),
+            (f"`Client.embed` during a bulk job ({speed:.0f} texts/s)", busy),
         )
     ]
     report += ["## One text now\n", table(["", "requests", "p50 ms", "p95 ms", "p99 ms"], rows), ""]

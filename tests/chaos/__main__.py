@@ -77,7 +77,7 @@ def heal(world: World) -> list[str]:
         while not job.finished and time.monotonic() < end:
             world.tend()
             time.sleep(0.05)
-    # Whoever was to end a job may be dead, and waited for until its lease is over.
+    # The program that was to end a job may be dead: then its lease must expire first.
     broker = Broker(world.server.client, QUEUE)
     while broker.outbox() and time.monotonic() < end:
         world.tend()
@@ -90,9 +90,9 @@ def judge(world: World) -> tuple[list[str], Verdict]:
     problems, total = [], Verdict()
     for job in world.jobs:
         if job.output.startswith("redis:"):
-            verdict = judge_hashes(world.server.client, f"job{job.number}:", job.expected)
+            verdict = judge_hashes(world.server.client, f"job{job.number}:", job.expected, job.several)
         else:
-            verdict = judge_folder(job.output, job.expected)
+            verdict = judge_folder(job.output, job.expected, job.several)
         for what in ("lost", "doubled", "wrong"):
             found = getattr(verdict, what)
             getattr(total, what).extend(found)

@@ -33,8 +33,8 @@ class Verdict:
     """Good rows that became errors because something broke while they were tried alone."""
 
 
-def judge_folder(output: str, expected: Expected) -> Verdict:
-    """A dataset in files against what its corpus should have become."""
+def judge_folder(output: str, expected: Expected, several: bool) -> Verdict:
+    """A dataset in files against what its corpus should have become. `several`: whether the job has several outputs."""
     folder, verdict = Path(output), Verdict()
     manifest = json.loads((folder / "_manifest.json").read_text())
     rows: list[dict[str, Any]] = []
@@ -42,13 +42,15 @@ def judge_folder(output: str, expected: Expected) -> Verdict:
         rows += pq.read_table(folder / shard["file"]).to_pylist()
     errors_file = folder / "_errors.jsonl"
     errors = [json.loads(line) for line in errors_file.read_text().splitlines()] if errors_file.exists() else []
-    found = [(row["row"], row["id"], row["text"], of_row(row)) for row in rows]
+    found = [
+        (row["row"], row["id"], row["text"], of_row(row) if several else np.array(row["embedding"])) for row in rows
+    ]
     judge_rows(verdict, expected, manifest, found, errors)
     verdict.wrong += [f"{path.name} is left" for path in folder.iterdir() if ".tmp-" in path.name]
     return verdict
 
 
-def judge_hashes(client: redis.Redis, prefix: str, expected: Expected) -> Verdict:
+def judge_hashes(client: redis.Redis, prefix: str, expected: Expected, several: bool) -> Verdict:
     """An output in Redis: a hash for each row, one for all errors, the manifest."""
     verdict, whole = Verdict(), client_of(client)
     manifest = json.loads(whole.get(f"{prefix}_manifest"))
@@ -58,7 +60,8 @@ def judge_hashes(client: redis.Redis, prefix: str, expected: Expected) -> Verdic
         id = key.decode().removeprefix(prefix)
         if id not in ("_manifest", "_errors"):
             text, *vectors = whole.hmget(key, "text", "embedding", "bits", "half")
-            found.append((rows.get(id, -1), id, text.decode(), of_hash(*vectors)))
+            vector = of_hash(*vectors) if several else np.frombuffer(vectors[0], "<f4")
+            found.append((rows.get(id, -1), id, text.decode(), vector))
     errors = [json.loads(error) for error in whole.hvals(f"{prefix}_errors")]
     judge_rows(verdict, expected, manifest, found, errors)
     return verdict

@@ -125,9 +125,14 @@ class Job:
     ends: list[int] = field(default_factory=list)
     finished: bool = False
 
+    @property
+    def several(self) -> bool:
+        """Whether it has several outputs."""
+        return self.number % 2 == 1
+
 
 class World:
-    """All of it. `tend` does what a supervisor does: whoever ended is started again."""
+    """All of it. `tend` does what a supervisor does: a process that ended is started again."""
 
     def __init__(self, place: Path, outputs: Path, rng: random.Random, workers: int) -> None:
         self.place, self.outputs, self.rng = place, outputs, rng
@@ -158,7 +163,7 @@ class World:
         return [job for job in self.jobs if not job.finished]
 
     def tend(self) -> None:
-        """Start again who ended."""
+        """Start processes again that have ended."""
         for place, worker in enumerate(self.workers):
             if worker.poll() is not None:
                 self.worker_ends.append(worker.wait())
@@ -209,7 +214,7 @@ class World:
     def start(self, job: Job) -> None:
         command = [str(BIN / "embed-submit"), str(job.corpus), "-o", job.output, "--redis", self.server.url]
         command += ["--queue", QUEUE, "--model", "hashing", "--quiet", "--max-errors", "100"]
-        command += EMIT if job.number % 2 else ()
+        command += EMIT if job.several else ()
         job.process = self._run(f"producer-{job.number}", command, PRODUCER_ORDERS)
 
     def _run(self, name: str, command: list[str], orders: Sequence[str] = ()) -> Forked:

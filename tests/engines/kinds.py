@@ -8,36 +8,35 @@ from typing import Any
 
 import torch
 import transformers
-from engines.model_shapes import unigram_tokenizer
+from engines.model_shapes import (
+    LONGEST,
+    bert_config,
+    minilm_tokenizer,
+    save_base,
+    unigram_tokenizer,
+    xlm_roberta_config,
+)
 from sentence_transformers import CrossEncoder, MultiVectorEncoder, SentenceTransformer, SparseEncoder
 from sentence_transformers.base.modules import Dense, Normalize, Router, Transformer
 from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
 from sentence_transformers.sentence_transformer.modules import Pooling
 from sentence_transformers.sparse_encoder.modules import SparseStaticEmbedding, SpladePooling
 
-LONGEST = 128
 LABELS = ("art", "law", "sport")
 
 
 def splade(folder: Path, minilm: Path, _: list[str]) -> Path:
-    base = _base(folder, minilm, transformers.AutoModelForMaskedLM)
-    modules = [Transformer(base, transformer_task="fill-mask"), SpladePooling("max")]
-    return _saved(folder, SparseEncoder(modules=modules, device="cpu"))
+    return _splade(folder, minilm, SpladePooling("max"))
 
 
 def splade_twice(folder: Path, minilm: Path, _: list[str]) -> Path:
     """As Opensearch's: the logarithm twice; and of a text's weights only the greatest."""
-    base = _base(folder, minilm, transformers.AutoModelForMaskedLM)
-    pooling = SpladePooling("max", activation_function="log1p_relu")
-    modules = [Transformer(base, transformer_task="fill-mask"), pooling]
-    return _saved(folder, SparseEncoder(modules=modules, device="cpu", max_active_dims=64))
+    return _splade(folder, minilm, SpladePooling("max", activation_function="log1p_relu"), max_active_dims=64)
 
 
 def splade_sum(folder: Path, minilm: Path, _: list[str]) -> Path:
     """Pooled in a way that cannot be fused."""
-    base = _base(folder, minilm, transformers.AutoModelForMaskedLM)
-    modules = [Transformer(base, transformer_task="fill-mask"), SpladePooling("sum")]
-    return _saved(folder, SparseEncoder(modules=modules, device="cpu"))
+    return _splade(folder, minilm, SpladePooling("sum"))
 
 
 def inference_free(folder: Path, minilm: Path, _: list[str]) -> Path:
@@ -79,28 +78,23 @@ def multi_label(folder: Path, minilm: Path, _: list[str]) -> Path:
     return Path(_classifier(folder, minilm, problem_type="multi_label_classification"))
 
 
-def bge_m3(folder: Path, _: Path, texts: list[str]) -> Path:
-    """One vector, weights of tokens and a vector for each token, from one pass."""
+def bge_m3(folder: Path, _: Path, texts: list[str], longest: int = LONGEST, **shape: int) -> Path:
+    """One vector, weights of tokens and a vector for each token, from one pass. `shape`: instead of a small one."""
     tokenizer = unigram_tokenizer(texts)
-    tokenizer.model_max_length = LONGEST
-    config = transformers.XLMRobertaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=LONGEST + 2,
-        pad_token_id=1,
-        type_vocab_size=1,
-    )
-    torch.manual_seed(0)
-    transformers.AutoModel.from_config(config).save_pretrained(folder / "base")  # type: ignore[no-untyped-call]
-    tokenizer.save_pretrained(folder / "base")
-    modules = [Transformer(str(folder / "base")), Pooling(32, "cls"), Normalize()]
+    tokenizer.model_max_length = longest
+    config = xlm_roberta_config(len(tokenizer), longest, **shape)
+    width = config.hidden_size
+    modules = [Transformer(save_base(folder / "base", config, tokenizer)), Pooling(width, "cls"), Normalize()]
     made = _saved(folder, SentenceTransformer(modules=modules, device="cpu"))
-    torch.save(torch.nn.Linear(32, 32).state_dict(), made / "colbert_linear.pt")
-    torch.save(torch.nn.Linear(32, 1).state_dict(), made / "sparse_linear.pt")
+    torch.save(torch.nn.Linear(width, width).state_dict(), made / "colbert_linear.pt")
+    torch.save(torch.nn.Linear(width, 1).state_dict(), made / "sparse_linear.pt")
     return made
+
+
+def _splade(folder: Path, minilm: Path, pooling: SpladePooling, **settings: Any) -> Path:
+    base = _base(folder, minilm, transformers.AutoModelForMaskedLM)
+    modules = [Transformer(base, transformer_task="fill-mask"), pooling]
+    return _saved(folder, SparseEncoder(modules=modules, device="cpu", **settings))
 
 
 def _classifier(folder: Path, minilm: Path, **settings: Any) -> str:
@@ -111,22 +105,9 @@ def _classifier(folder: Path, minilm: Path, **settings: Any) -> str:
 
 def _base(folder: Path, minilm: Path, head: Any, **settings: Any) -> str:
     """A small BERT with a head."""
-    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(minilm)
-    tokenizer.model_max_length = LONGEST
-    config = transformers.BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=LONGEST,
-        initializer_range=0.2,
-        **settings,
-    )
-    torch.manual_seed(1)
-    head.from_config(config).save_pretrained(folder / "base")
-    tokenizer.save_pretrained(folder / "base")
-    return str(folder / "base")
+    tokenizer = minilm_tokenizer(minilm)
+    config = bert_config(len(tokenizer), initializer_range=0.2, **settings)
+    return save_base(folder / "base", config, tokenizer, head, seed=1)
 
 
 def _saved(folder: Path, model: Any) -> Path:

@@ -7,7 +7,7 @@ import json
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import transformers
@@ -19,6 +19,16 @@ from tokenizers.models import BPE, Unigram
 from transformers import PreTrainedTokenizerFast
 
 PoolingMode = Literal["cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken"]
+
+LONGEST = 128
+"""Tokens that most of them take."""
+
+SMALL: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+}
 
 Shape = Callable[[Path, Path, list[str]], Path]
 """(folder to work in, MiniLM's folder, texts to train a tokenizer on) -> the model's folder."""
@@ -75,37 +85,51 @@ def _bpe_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     return fast
 
 
+def save_base(
+    folder: Path,
+    config: transformers.PretrainedConfig,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    head: Any = transformers.AutoModel,
+    seed: int = 0,
+) -> str:
+    """A folder of transformers' own, with random weights."""
+    torch.manual_seed(seed)
+    head.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
 def _transformer(
     folder: Path, config: transformers.PretrainedConfig, tokenizer: transformers.PreTrainedTokenizerBase, seed: int = 0
 ) -> Transformer:
-    torch.manual_seed(seed)
-    transformers.AutoModel.from_config(config).save_pretrained(folder)  # type: ignore[no-untyped-call]
-    tokenizer.save_pretrained(folder)
-    transformer: Transformer = Transformer(str(folder))
+    transformer: Transformer = Transformer(save_base(folder, config, tokenizer, seed=seed))
     return transformer
 
 
-def _bert_config(vocabulary: int) -> transformers.BertConfig:
-    return transformers.BertConfig(
+def bert_config(vocabulary: int, **settings: Any) -> transformers.BertConfig:
+    return transformers.BertConfig(vocab_size=vocabulary, max_position_embeddings=LONGEST, **SMALL, **settings)
+
+
+def xlm_roberta_config(vocabulary: int, longest: int = LONGEST, **shape: int) -> transformers.XLMRobertaConfig:
+    return transformers.XLMRobertaConfig(
         vocab_size=vocabulary,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=128,
+        max_position_embeddings=longest + 2,
+        pad_token_id=1,
+        type_vocab_size=1,
+        **SMALL | shape,
     )
 
 
-def _minilm_tokenizer(minilm: Path) -> transformers.PreTrainedTokenizerBase:
+def minilm_tokenizer(minilm: Path, longest: int = LONGEST) -> transformers.PreTrainedTokenizerBase:
     tokenizer = transformers.AutoTokenizer.from_pretrained(minilm)
     assert isinstance(tokenizer, transformers.PreTrainedTokenizerBase)
-    tokenizer.model_max_length = 128
+    tokenizer.model_max_length = longest
     return tokenizer
 
 
 def _bert(folder: Path, minilm: Path, seed: int = 0) -> Transformer:
-    tokenizer = _minilm_tokenizer(minilm)
-    return _transformer(folder, _bert_config(len(tokenizer)), tokenizer, seed)
+    tokenizer = minilm_tokenizer(minilm)
+    return _transformer(folder, bert_config(len(tokenizer)), tokenizer, seed)
 
 
 def _bert_pooled(mode: PoolingMode) -> Shape:
@@ -139,22 +163,15 @@ def old_pooling_spelling(folder: Path, minilm: Path, texts: list[str]) -> Path:
 
 def mpnet(folder: Path, minilm: Path, _: list[str]) -> Path:
     """Relative positions, and absolute ones that begin after the padding's."""
-    tokenizer = _minilm_tokenizer(minilm)
-    config = transformers.MPNetConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=130,
-    )
+    tokenizer = minilm_tokenizer(minilm)
+    config = transformers.MPNetConfig(vocab_size=len(tokenizer), max_position_embeddings=LONGEST + 2, **SMALL)
     modules = [_transformer(folder / "base", config, tokenizer), Pooling(32, "mean"), Normalize()]
     return _save(folder, SentenceTransformer(modules=modules, device="cpu"))
 
 
 def distilbert(folder: Path, minilm: Path, _: list[str]) -> Path:
     """No token types, and a Dense with its own activation behind the pooling."""
-    tokenizer = _minilm_tokenizer(minilm)
+    tokenizer = minilm_tokenizer(minilm)
     config = transformers.DistilBertConfig(
         vocab_size=len(tokenizer), dim=32, n_layers=2, n_heads=4, hidden_dim=64, max_position_embeddings=128
     )
@@ -164,14 +181,11 @@ def distilbert(folder: Path, minilm: Path, _: list[str]) -> Path:
 
 def modernbert(folder: Path, minilm: Path, _: list[str]) -> Path:
     """Rotary positions, and attention that sees 16 tokens around in all layers but each second."""
-    tokenizer = _minilm_tokenizer(minilm)
+    tokenizer = minilm_tokenizer(minilm)
     config = transformers.ModernBertConfig(
         vocab_size=len(tokenizer),
-        hidden_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=128,
+        max_position_embeddings=LONGEST,
+        **SMALL | {"num_hidden_layers": 3},
         local_attention=16,
         layer_types=["full_attention", "sliding_attention", "full_attention"],
         pad_token_id=0,
@@ -200,17 +214,8 @@ def bert_mean_without_prompt(folder: Path, minilm: Path, _: list[str]) -> Path:
 def xlm_roberta(folder: Path, _: Path, texts: list[str]) -> Path:
     """Positions that begin after the padding's, an own sentencepiece-like tokenizer, three poolings at once."""
     tokenizer = unigram_tokenizer(texts)
-    config = transformers.XLMRobertaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=130,
-        pad_token_id=1,
-        type_vocab_size=1,
-    )
-    modules = [_transformer(folder / "base", config, tokenizer), Pooling(32, ("mean", "max", "weightedmean"))]
+    base = _transformer(folder / "base", xlm_roberta_config(len(tokenizer)), tokenizer)
+    modules = [base, Pooling(32, ("mean", "max", "weightedmean"))]
     model = SentenceTransformer(modules=modules, device="cpu")
     model.max_seq_length = 100
     return _save(folder, model)
@@ -220,13 +225,7 @@ def decoder(folder: Path, _: Path, texts: list[str]) -> Path:
     """Causal attention, padding on the left, the last token's vector, no maximum but the positions."""
     tokenizer = _bpe_tokenizer(texts)
     config = transformers.Qwen2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=512,
+        vocab_size=len(tokenizer), num_key_value_heads=2, max_position_embeddings=512, **SMALL
     )
     modules = [_transformer(folder / "base", config, tokenizer), Pooling(32, "lasttoken"), Normalize()]
     return _save(folder, SentenceTransformer(modules=modules, device="cpu"))
@@ -270,14 +269,14 @@ def nearly_equal_vectors(folder: Path, minilm: Path, texts: list[str]) -> Path:
 def static_embedding(folder: Path, minilm: Path, _: list[str]) -> Path:
     """Token vectors from a table, averaged: nothing to pad, no special tokens, no maximum."""
     torch.manual_seed(0)
-    backend = _minilm_tokenizer(minilm).backend_tokenizer
+    backend = minilm_tokenizer(minilm).backend_tokenizer
     return _save(folder, SentenceTransformer(modules=[StaticEmbedding(backend, embedding_dim=16)], device="cpu"))
 
 
 def python_tokenizer(folder: Path, _: Path, __: list[str]) -> Path:
     """A tokenizer without a fast form: one token per character."""
     tokenizer = transformers.CanineTokenizer(model_max_length=100)  # type: ignore[no-untyped-call]
-    modules = [_transformer(folder / "base", _bert_config(65_536), tokenizer), Pooling(32, "mean")]
+    modules = [_transformer(folder / "base", bert_config(65_536), tokenizer), Pooling(32, "mean")]
     return _save(folder, SentenceTransformer(modules=modules, device="cpu"))
 
 

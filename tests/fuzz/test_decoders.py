@@ -257,5 +257,5 @@ def test_outputs_of_a_spec_have_names_of_their_own() -> None:
     spec = msgspec.structs.replace(
         SPEC, outputs=(OutputSpec(name="a", kind="dense"), OutputSpec(name="a", kind="sparse"))
     )
-    with pytest.raises(UsageError):
+    with pytest.raises(UsageError, match="has a column a already"):
         decode_spec(spec.encode())

@@ -77,9 +77,9 @@ def read(corpus: Corpus, folder: Path) -> Found | None:
 
 def sent(block: Block, parts: int) -> Block:
     """As a worker has it."""
-    fields = {name.encode(): str(value).encode() for name, value in encode_block(block).fields().items()}
-    bodies = {name.encode(): value for name, value in encode_block(block).fields().items() if isinstance(value, bytes)}
-    return decode_block(fields | bodies, (), parts)
+    fields = encode_block(block).fields().items()
+    raw = {name.encode(): value if isinstance(value, bytes) else str(value).encode() for name, value in fields}
+    return decode_block(raw, (), parts)
 
 
 def ends(blocks: Iterator[Block]) -> Iterator[tuple[tuple[int, int], tuple[str, str] | Code]]:

@@ -20,12 +20,10 @@ def agreed(vector: Vector, bits: bytes, half: npt.NDArray[Any]) -> Vector:
 
 
 def of_row(row: dict[str, Any]) -> Vector:
-    """The vector of a row of the dataset in files, where it has several outputs."""
-    vector = np.array(row["embedding"], np.float32)
-    return agreed(vector, row["bits"], np.array(row["half"])) if "bits" in row else vector
+    """The vector of a row of the dataset in files."""
+    return agreed(np.array(row["embedding"], np.float32), row["bits"], np.array(row["half"]))
 
 
-def of_hash(embedding: bytes, bits: bytes | None, half: bytes | None) -> Vector:
+def of_hash(embedding: bytes, bits: bytes, half: bytes) -> Vector:
     """The same of a hash's fields."""
-    vector = np.frombuffer(embedding, "<f4")
-    return vector if bits is None or half is None else agreed(vector, bits, np.frombuffer(half, "<f2"))
+    return agreed(np.frombuffer(embedding, "<f4"), bits, np.frombuffer(half, "<f2"))
