@@ -448,7 +448,7 @@ def test_a_cancelled_job_waits_no_longer_than_for_what_is_in_hand(lab: Lab) -> N
     lab.fill(idle, 3)
     lab.broker.run(lab.broker.release(lab.keys.blocks(idle), "w1", [c.entry for c in lab.claim(idle)]))
     lab.broker.run(lab.broker.cancel(idle, grace_ms=HOUR_MS))
-    assert not lab.broker.is_closing(idle), "what was handed back is in nobody's hands"
+    assert not lab.broker.is_closing(idle), "no worker holds what was handed back"
     lab.finalize(idle, JobState.CANCELLED)
 
 

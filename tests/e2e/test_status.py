@@ -200,7 +200,7 @@ def test_watching_all_queues_ends_with_ctrl_c(workers: Fleet) -> None:
     os.close(theirs)
     read_until(ours, b"queue hashing: 1 worker, nothing queued")
     watching.send_signal(signal.SIGINT)
-    shown = read_until(ours, b"\x1b[?25h")  # the cursor is back; a terminal that nobody reads would stop it
+    shown = read_until(ours, b"\x1b[?25h")  # the cursor is back; a full terminal would block the command
     assert watching.wait(30) == 130
     os.close(ours)
     assert b"Traceback" not in shown

@@ -103,7 +103,7 @@ def test_a_model_that_has_changed_is_not_loaded_by_itself_nor_another_taken_for_
 def test_a_model_that_comes_with_a_dataset_is_not_even_looked_at(made: Path, tmp_path: Path) -> None:
     foreign = shutil.copytree(made / "vectors", tmp_path / "foreign")
     (foreign / "model").mkdir()
-    os.mkfifo(foreign / "model" / "modules.json")  # whoever opens it waits forever
+    os.mkfifo(foreign / "model" / "modules.json")  # to open it is to wait forever
     for name in ("foreign/model", str(foreign / "model")):
         rename_model(foreign, name)
         ended = run(

@@ -87,7 +87,7 @@ def own_server(*options: str) -> Iterator[OwnServer]:
 
 
 def free_port() -> int:
-    """A port on which nobody listened a moment ago, nor on the one 10,000 above, which a cluster's server takes too."""
+    """A port that is free now, as is the one 10,000 above it, which a node of a cluster takes, too."""
     while True:
         with socket.socket() as listener, socket.socket() as second:
             listener.bind(("127.0.0.1", 0))

@@ -233,7 +233,7 @@ def _whole(folder: Path) -> _Description | None:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what died half-written, what was put aside because it could not be used, and what nobody uses any more."""
+    """Remove what was left half-written or put aside as unusable, and models that no worker used for `UNUSED_DAYS`."""
     left = ((path, _STALE_SECONDS) for path in folder.glob("*.tmp-*"))
     unused = ((path.parent, UNUSED_DAYS * 24 * 3600.0) for path in folder.glob(f"*/{_DESCRIPTION}"))
     for path, most in (*left, *unused):
