@@ -41,6 +41,7 @@ COPY embedstream embedstream
 COPY producer producer
 COPY worker worker
 COPY coordinator coordinator
+COPY gateway gateway
 RUN --mount=type=cache,target=/root/.cache/pip pip install --no-deps --prefix /code .
 
 FROM python:${PYTHON} AS runtime

@@ -20,6 +20,7 @@ from embedstream.dataset.schema import ErrorRow
 from embedstream.jobs import JobStatus
 from embedstream.lifecycle.opening import SpecSettings
 from embedstream.queue.broker import AsyncBroker
+from embedstream.queue.workers import WorkerRecord
 from embedstream.server.connection import connect_async, explaining
 from embedstream.server.patience import Patience, Stopped
 from embedstream.settings import Settings
@@ -172,10 +173,22 @@ class AsyncClient:
         request = make_request(texts, "document", None, None, max_length, "classify")
         return interactive.labels(await self._asked(request, timeout, model), len(request.texts))
 
-    async def _asked(self, request: EmbedRequest, timeout: float, model: str | None) -> EmbedReply:
-        broker = AsyncBroker(self._requests, self._client.queue_of(model))
+    async def ask(self, request: EmbedRequest, queue: str, timeout: float) -> EmbedReply | None:
+        """The reply of any worker of a queue, as it is, which may be an error; None if none came in time.
+
+        Raises:
+            UsageError: more than a request may ask.
+            BrokerError: Redis could not be used in this time, or refuses.
+        """
         with explaining(self.url):
-            reply = await interactive.ask_on_loop(broker, request, timeout)
+            return await interactive.ask_on_loop(AsyncBroker(self._requests, queue), request, timeout)
+
+    async def workers(self) -> dict[str, list[WorkerRecord]]:
+        """As `Client.workers`."""
+        return await asyncio.to_thread(self._client.workers)
+
+    async def _asked(self, request: EmbedRequest, timeout: float, model: str | None) -> EmbedReply:
+        reply = await self.ask(request, self._client.queue_of(model), timeout)
         if reply is None:
             raise await asyncio.to_thread(self._client.unanswered, timeout, model)
         return reply

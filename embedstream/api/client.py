@@ -32,6 +32,7 @@ from embedstream.lifecycle.opening import (
 from embedstream.lifecycle.submission import Pushed, push_job
 from embedstream.lifecycle.unchanged import refuse_changed
 from embedstream.queue.broker import Broker
+from embedstream.queue.workers import WorkerRecord
 from embedstream.server.connection import REQUEST_TIMEOUT_SECONDS, connect, explaining, with_redis
 from embedstream.server.patience import Patience, Stopped
 from embedstream.settings import Settings
@@ -249,6 +250,12 @@ class Client:
         if reply is None:
             raise self.unanswered(timeout, model)
         return reply
+
+    def workers(self) -> dict[str, list[WorkerRecord]]:
+        """The live workers of each queue that had a sign of life in the last 30 days. Raises `BrokerError`."""
+        nowhere = Broker(self._requests, "")
+        with explaining(self.url):
+            return {queue: nowhere.of(queue).workers() for queue in nowhere.queues()}
 
     def queue_of(self, model: str | None) -> str:
         """The queue of requests for a model."""

@@ -129,9 +129,15 @@ class EmbedReply(msgspec.Struct, frozen=True, kw_only=True):
     """Names of the labels, [dim]."""
     tokens: int = 0
     truncated: int = 0
+    counts: bytes = b""
+    """Tokens of each text, special tokens and prompt included: uint32 little-endian, [texts]."""
+    cut: tuple[int, ...] = ()
+    """The texts that were longer than the model takes, by their places."""
     model: str = ""
     fingerprint: str = ""
     error: str = ""
+    internal: bool = False
+    """Whether the error is none of the request's own, so that it may be sent again."""
 
 
 class Asking:

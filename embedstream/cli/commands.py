@@ -38,6 +38,7 @@ _EXTRAS = {
     **dict.fromkeys(("tokenizers", "huggingface_hub", "safetensors"), "worker"),
     **dict.fromkeys(("openvino", "nncf"), "cpu"),
     "rq": "coordinator",
+    **dict.fromkeys(("fastapi", "starlette", "pydantic", "uvicorn", "python_multipart", "jinja2"), "gateway"),
 }
 """What an installation without extras lacks, and the extra that brings it."""
 

@@ -18,7 +18,7 @@ from embedstream.terminal import PrintableFormatter
 
 LogFormat = Literal["text", "json"]
 
-OURS = ("embedstream", "embedstream_worker", "embedstream_coordinator")
+OURS = ("embedstream", "embedstream_worker", "embedstream_coordinator", "embedstream_gateway")
 """Loggers that say what they do; those of libraries say only what is wrong."""
 
 FIELDS = ("job", "part", "block")
@@ -45,7 +45,7 @@ def _log_unexpected(kind: type[BaseException], error: BaseException, trace: Trac
 
 
 def identify(**who: str) -> None:
-    """Fields that every JSON line of this process has from now on: `queue`, `worker`, `coordinator`."""
+    """Fields that every JSON line of this process has from now on: `queue`, `worker`, `coordinator`, `gateway`."""
     _identity.update(who)
 
 

@@ -20,6 +20,7 @@ COMMANDS = {
     "compact": "embedstream_coordinator.compact_cli:compact",
     "worker": "embedstream_worker.cli:worker",
     "coordinator": "embedstream_coordinator.cli:coordinator",
+    "serve": "embedstream_gateway.cli:serve_command",
     "cache": "embedstream_worker.cache_cli:cache",
 }
 """In the order of a first day. Each but `cache` is a program of its own, too: `embed-submit` and so on."""

@@ -113,6 +113,23 @@ QUEUE_STALLED = Metric(
     "embedstream_queue_stalled_jobs", "gauge", "Jobs that neither producer nor worker has moved for a minute."
 )
 
+# What one gateway counts since it was started
+
+GATEWAY_REQUESTS = Metric(
+    "embedstream_gateway_requests_total",
+    "counter",
+    "Requests by route, method and status; 499: the client left before the answer.",
+    ("route", "method", "status"),
+)
+GATEWAY_SECONDS = Metric(
+    "embedstream_gateway_request_seconds",
+    "histogram",
+    "From a request's head to the end of its answer.",
+    ("route",),
+    SECONDS,
+)
+GATEWAY_OPEN = Metric("embedstream_gateway_open_requests", "gauge", "Requests that are being read or answered.", ())
+
 WORKER_METRICS = (
     CLAIMED_BLOCKS,
     REDELIVERED_BLOCKS,
@@ -144,6 +161,8 @@ QUEUE_METRICS = (
     QUEUE_STALLED,
 )
 
+GATEWAY_METRICS = (GATEWAY_REQUESTS, GATEWAY_SECONDS, GATEWAY_OPEN)
+
 
 def metrics_table(metrics: tuple[Metric, ...]) -> str:
     """Markdown."""
@@ -155,4 +174,4 @@ def metrics_table(metrics: tuple[Metric, ...]) -> str:
 
 
 if __name__ == "__main__":
-    print(f"{metrics_table(WORKER_METRICS)}\n\n{metrics_table(QUEUE_METRICS)}")
+    print(f"{metrics_table(WORKER_METRICS)}\n\n{metrics_table(QUEUE_METRICS)}\n\n{metrics_table(GATEWAY_METRICS)}")

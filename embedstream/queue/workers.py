@@ -33,6 +33,14 @@ class Rate(msgspec.Struct, frozen=True, array_like=True):
         return Rate(self.rows + other.rows, self.tokens + other.tokens)
 
 
+class Given(msgspec.Struct, frozen=True, array_like=True):
+    """A kind of results that a worker's model gives."""
+
+    dim: Count
+    """Of a vector, or of each token's; the size of the vocabulary for sparse ones; how many labels there are."""
+    normalized: bool = False
+
+
 class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):
     """What a live worker says of itself."""
 
@@ -52,6 +60,10 @@ class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):
     phase_seconds: Quantity = 0.0
     started: Quantity
     warm_up_seconds: Quantity = 0.0
+    outputs: dict[str, Given] = {}
+    """What its model gives, by kind; empty while it is not loaded."""
+    max_length: Count = 0
+    """Tokens of a text, special tokens included; 0 while the model is not loaded."""
     rows: Count = 0
     tokens: Count = 0
     lease_seconds: Quantity = 0.0

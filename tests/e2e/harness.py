@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -113,6 +114,18 @@ class Fleet:
 
         wait_until(is_there, f"coordinator ready ({log})")
         return process
+
+    def start_gateway(self, *args: object, **env: str) -> tuple[Process, str]:
+        """A gateway on a free port, and its address; returns once it listens."""
+        command = [str(BIN / "embed-serve"), "--redis", self.url, "--port", "0", *map(str, args)]
+        process, log = self._start(command, "gateway", env)
+
+        def address() -> str | None:
+            assert process.poll() is None, f"the gateway left with {process.returncode}: {log.read_text()}"
+            found = re.search(r"serving (https?://\S+)", log.read_text() if log.exists() else "")
+            return found and found[1]
+
+        return process, wait_until(address, f"gateway ready ({log})")
 
     def _start(self, command: list[str], kind: str, env: dict[str, str]) -> tuple[Process, Path]:
         """The process, and where its standard error goes."""

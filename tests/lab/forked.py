@@ -25,6 +25,7 @@ _LOADED = [
     "embedstream.api.client",
     "embedstream_coordinator.compaction",
     "embedstream_coordinator.serving",
+    "embedstream_gateway.serving",
     "embedstream_producer.status",
     "embedstream_producer.submit",
     "embedstream_producer.verify",

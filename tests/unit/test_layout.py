@@ -15,6 +15,7 @@ PACKAGES = {
     "embedstream_producer": ROOT / "producer" / "embedstream_producer",
     "embedstream_worker": ROOT / "worker" / "embedstream_worker",
     "embedstream_coordinator": ROOT / "coordinator" / "embedstream_coordinator",
+    "embedstream_gateway": ROOT / "gateway" / "embedstream_gateway",
 }
 
 

@@ -94,7 +94,9 @@ class Interactive:
         name = claimed.fields.get(b"request", b"").decode("utf-8", "replace")
         reply = EmbedReply(error="its caller has left")
         if claimed.deliveries > MOST_DELIVERIES:
-            reply = EmbedReply(error=f"{claimed.deliveries - 1} workers died of this request, or while they had it")
+            reply = EmbedReply(
+                error=f"{claimed.deliveries - 1} workers died of this request, or while they had it", internal=True
+            )
         elif self._broker.is_awaited(name):
             reply = self._answer(claimed.fields.get(b"body", b""))
         payload = msgspec.msgpack.encode(reply)
@@ -110,7 +112,7 @@ class Interactive:
             raise
         except Exception as error:  # noqa: BLE001 - a request must not end the worker, nor the next that is asked
             log.warning("a request could not be embedded: %s: %s", type(error).__name__, error)
-            return EmbedReply(error=f"{type(error).__name__}: {error}")
+            return EmbedReply(error=f"{type(error).__name__}: {error}", internal=True)
 
     def _embed(self, request: EmbedRequest) -> EmbedReply:
         request.check()
@@ -144,5 +146,7 @@ class Interactive:
             labels=info.outputs[kind].labels,
             tokens=int(tokens.lengths.sum()),
             truncated=int(tokens.truncated.sum()),
+            counts=tokens.lengths.astype("<u4").tobytes(),
+            cut=tuple(np.flatnonzero(tokens.truncated).tolist()),
             fingerprint=info.fingerprint,
         )

@@ -17,7 +17,7 @@ import redis
 from embedstream.errors import ModelError
 from embedstream.masking import mask
 from embedstream.queue.broker import Broker
-from embedstream.queue.workers import WorkerRecord
+from embedstream.queue.workers import Given, WorkerRecord
 from embedstream.server.connection import Connect, connect
 from embedstream.server.foreign import leaving_out
 from embedstream.server.preflight import check
@@ -221,6 +221,8 @@ class Worker:
             phase_seconds=phase_seconds,
             started=self._started,
             warm_up_seconds=self._warm_up_seconds,
+            outputs={kind: Given(each.dim, each.normalized) for kind, each in info.outputs.items()} if info else {},
+            max_length=info.max_length if info else 0,
             rows=progress.total.rows,
             tokens=progress.total.tokens,
             lease_seconds=self._plan.settings.lease_seconds,

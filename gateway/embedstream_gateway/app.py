@@ -1,0 +1,111 @@
+"""The application: its routes, its layers, and what becomes of errors."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from prometheus_client import CollectorRegistry
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+from starlette.types import ASGIApp
+
+import embedstream
+from embedstream.api.async_client import AsyncClient
+from embedstream.errors import BrokerError, EmbedstreamError, JobUnknown
+from embedstream.metrics.exposition import QueueCollector
+from embedstream_gateway import openai_embeddings, probes, refusals
+from embedstream_gateway.admission import Admission
+from embedstream_gateway.api_keys import ApiKeys
+from embedstream_gateway.bodies import Bodies
+from embedstream_gateway.fleet import Fleet
+from embedstream_gateway.gathering import Gathering
+from embedstream_gateway.observing import Observing
+from embedstream_gateway.refusals import Refusal, bad, unavailable
+from embedstream_gateway.services import Services
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a gateway is to work."""
+
+    redis_url: str
+    keys: ApiKeys | None
+    timeout: float
+    """Seconds that a request waits for its worker."""
+
+
+def make_app(plan: Plan) -> ASGIApp:
+    """The application of one process."""
+
+    @contextlib.asynccontextmanager
+    async def life(app: FastAPI) -> AsyncIterator[None]:
+        async with AsyncClient(plan.redis_url) as client:
+            app.state.services = Services(client, Fleet(client), Gathering(client, plan.timeout))
+            yield
+
+    # Its own pages of documentation load scripts from elsewhere.
+    app = FastAPI(
+        title="embedstream",
+        version=embedstream.__version__,
+        description="Embeddings of a fleet of workers, for the clients of OpenAI, TEI, Cohere and Jina.",
+        docs_url=None,
+        redoc_url=None,
+        lifespan=life,
+    )
+    app.state.registry = registry = CollectorRegistry()
+    registry.register(QueueCollector(plan.redis_url))
+    for module in (openai_embeddings, probes):
+        app.include_router(module.router)
+    app.add_exception_handler(Refusal, _refused)
+    app.add_exception_handler(EmbedstreamError, _failed)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _not_served)
+    app.add_exception_handler(Exception, _unexpected)
+    return Observing(Admission(Bodies(app), plan.keys), registry)
+
+
+async def _refused(request: Request, error: Any) -> Response:
+    return refusals.answer(error, request.url.path)
+
+
+async def _failed(request: Request, error: Any) -> Response:
+    path = request.url.path
+    if isinstance(error, BrokerError):
+        log.warning("request %s: %s", request.state.request_id, error)
+        return refusals.answer(unavailable("Redis cannot be used at the moment: try again"), path)
+    if isinstance(error, JobUnknown):
+        return refusals.answer(Refusal(HTTPStatus.NOT_FOUND, str(error), "not_found"), path)
+    return refusals.answer(bad(str(error)), path)
+
+
+async def _invalid(request: Request, error: Any) -> Response:
+    """The first thing that is wrong with the body."""
+    first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        return refusals.answer(bad("the body is no JSON"), request.url.path)
+    places = [str(place) for place in first["loc"] if place not in ("body", "query", "path")]
+    param = places[0] if places else None
+    refusal = bad(f"`{'.'.join(places)}`: {first['msg']}" if places else f"the body: {first['msg']}", param)
+    return refusals.answer(refusal, request.url.path)
+
+
+async def _not_served(request: Request, error: Any) -> Response:
+    """An unknown path, or another method than it has."""
+    message = f"{request.method} {request.url.path} is not served: {error.detail}"
+    return refusals.answer(Refusal(HTTPStatus(error.status_code), message, "not_found"), request.url.path)
+
+
+async def _unexpected(request: Request, error: Any) -> Response:
+    """Its traceback goes to the log, by the server; nothing of it to the caller."""
+    log.error("request %s failed: %s", request.state.request_id, type(error).__name__)
+    refusal = Refusal(HTTPStatus.INTERNAL_SERVER_ERROR, f"unexpected error, see request {request.state.request_id}")
+    return refusals.answer(refusal, request.url.path)

@@ -1,0 +1,98 @@
+"""Which models live workers serve, looked at again every second or so."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+from http import HTTPStatus
+
+from embedstream.api.async_client import AsyncClient
+from embedstream.queue.workers import WorkerRecord
+from embedstream_gateway.refusals import Refusal, bad, unavailable
+
+LOOK_SECONDS = 1.0
+"""How old a look may be: half a worker's heartbeat."""
+
+LONGEST_NAME = 512
+
+
+@dataclass(frozen=True)
+class LiveModel:
+    """A queue, and the workers on it that take requests."""
+
+    queue: str
+    workers: tuple[WorkerRecord, ...]
+
+    @property
+    def worker(self) -> WorkerRecord:
+        """The first, which speaks for all: a queue is one model."""
+        return self.workers[0]
+
+    @property
+    def started(self) -> int:
+        return int(min(worker.started for worker in self.workers))
+
+    def gives(self, kind: str) -> bool:
+        """Whether requests for this kind can be answered. Workers of an earlier version do not tell; they decide."""
+        return not self.worker.outputs or kind in self.worker.outputs
+
+
+class Fleet:
+    """Models by the names that clients may use: the queue's and the model's own."""
+
+    def __init__(self, client: AsyncClient) -> None:
+        self._client = client
+        self._seen: dict[str, list[WorkerRecord]] = {}
+        self._looked = float("-inf")
+        self._looking = asyncio.Lock()
+
+    async def models(self) -> list[LiveModel]:
+        """Those with a ready worker. Raises `BrokerError`."""
+        return [model for queue in await self._look() if (model := self._model(queue)) is not None]
+
+    async def find(self, name: str | None, kind: str) -> LiveModel:
+        """The model of this name; None: the only one that gives this kind.
+
+        Raises:
+            Refusal: there is none, or no worker of it is ready.
+            BrokerError: Redis cannot be used.
+        """
+        models = await self.models()
+        if name is None:
+            return self._only(models, kind)
+        if len(name) > LONGEST_NAME:
+            raise bad(f"the model's name has {len(name):,} characters", "model")
+        for model in models:
+            if name in (model.queue, model.worker.model):
+                if not model.gives(kind):
+                    given = ", ".join(model.worker.outputs)
+                    raise bad(f"model {name} does not give {kind}: it gives {given}", "model")
+                return model
+        waiting = [queue for queue, workers in self._seen.items() if name in (queue, *(w.model for w in workers))]
+        if waiting:
+            raise unavailable(f"model {name} is known, and no worker of it is ready: start one with embed-worker")
+        live = ", ".join(model.queue for model in models) or "none"
+        raise Refusal(
+            HTTPStatus.NOT_FOUND, f"there is no model {name} (live: {live}): GET /v1/models", "model_not_found", "model"
+        )
+
+    def _only(self, models: list[LiveModel], kind: str) -> LiveModel:
+        fitting = [model for model in models if model.gives(kind)]
+        if not fitting:
+            raise unavailable(f"no live worker gives {kind}: start one with embed-worker")
+        if len(fitting) > 1:
+            raise bad(f"several models are live: name one as `model`: {', '.join(m.queue for m in fitting)}", "model")
+        return fitting[0]
+
+    def _model(self, queue: str) -> LiveModel | None:
+        ready = tuple(worker for worker in self._seen.get(queue, ()) if worker.state == "ready")
+        return LiveModel(queue, ready) if ready else None
+
+    async def _look(self) -> dict[str, list[WorkerRecord]]:
+        if time.monotonic() - self._looked > LOOK_SECONDS:
+            async with self._looking:
+                if time.monotonic() - self._looked > LOOK_SECONDS:
+                    self._seen = await self._client.workers()
+                    self._looked = time.monotonic()
+        return self._seen

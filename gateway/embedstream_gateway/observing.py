@@ -1,0 +1,85 @@
+"""What is known of every request: an id that goes on to workers' logs, its time, and how it ended."""
+
+from __future__ import annotations
+
+import logging
+import re
+import secrets
+import time
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from embedstream.metrics import metrics
+
+log = logging.getLogger(__name__)
+
+_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+_HEADERS = (
+    ("X-Content-Type-Options", "nosniff"),
+    ("X-Frame-Options", "DENY"),
+    ("Referrer-Policy", "no-referrer"),
+    ("Cache-Control", "no-store"),
+    (
+        "Content-Security-Policy",
+        "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self'; "
+        "form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
+    ),
+)
+"""Of every response, whatever it is taken for."""
+
+
+class Observing:
+    """The outermost layer."""
+
+    def __init__(self, app: ASGIApp, registry: CollectorRegistry) -> None:
+        self._app = app
+        self._requests = Counter(
+            metrics.GATEWAY_REQUESTS.name,
+            metrics.GATEWAY_REQUESTS.help,
+            metrics.GATEWAY_REQUESTS.labels,
+            registry=registry,
+        )
+        self._seconds = Histogram(
+            metrics.GATEWAY_SECONDS.name,
+            metrics.GATEWAY_SECONDS.help,
+            metrics.GATEWAY_SECONDS.labels,
+            buckets=metrics.GATEWAY_SECONDS.buckets,
+            registry=registry,
+        )
+        self._open = Gauge(metrics.GATEWAY_OPEN.name, metrics.GATEWAY_OPEN.help, registry=registry)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        begun, status = time.perf_counter(), 0
+        id = request_id(Headers(scope=scope).get("x-request-id"))
+        scope.setdefault("state", {})["request_id"] = id
+
+        async def answering(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-Id"] = id
+                for name, value in _HEADERS:
+                    headers.setdefault(name, value)
+            await send(message)
+
+        self._open.inc()
+        try:
+            await self._app(scope, receive, answering)
+        finally:
+            self._open.dec()
+            route = getattr(scope.get("route"), "path", "other")
+            method = scope["method"] if route != "other" else "other"
+            self._requests.labels(route, method, str(status or 499)).inc()
+            self._seconds.labels(route).observe(time.perf_counter() - begun)
+
+
+def request_id(given: str | None) -> str:
+    """The caller's own id, if it is one; else a new one."""
+    return given if given is not None and _ID.fullmatch(given) else secrets.token_hex(8)
