@@ -64,6 +64,8 @@ class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):
     """What its model gives, by kind; empty while it is not loaded."""
     max_length: Count = 0
     """Tokens of a text, special tokens included; 0 while the model is not loaded."""
+    pooling: str = ""
+    """How a vector is made of its tokens', in sentence-transformers' words; empty: in a way of its own."""
     rows: Count = 0
     tokens: Count = 0
     lease_seconds: Quantity = 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from http import HTTPStatus
 from typing import Any
 
 import msgspec
@@ -14,7 +15,7 @@ from embedstream.dataset.values import cut
 from embedstream.outputs import NAMES, Output
 from embedstream_gateway.fleet import LiveModel
 from embedstream_gateway.gathering import Rows
-from embedstream_gateway.refusals import bad
+from embedstream_gateway.refusals import Refusal, bad
 
 MOST_INPUTS = 2 * MOST_TEXTS
 """Texts of one request, as OpenAI takes them."""
@@ -50,3 +51,19 @@ def shortened(model: LiveModel, rows: Rows, dimensions: int | None) -> npt.NDArr
         normalized=given is not None and given.normalized,
     )
     return cut(vectors, output)
+
+
+def refuse_cut(
+    model: LiveModel, rows: Rows, param: str, way_out: str, status: HTTPStatus = HTTPStatus.BAD_REQUEST
+) -> None:
+    """Raise `Refusal` if a text was cut. `way_out`: how the caller may allow that."""
+    if not rows.cut:
+        return
+    others = f" (and {len(rows.cut) - 1:,} more)" if len(rows.cut) > 1 else ""
+    raise Refusal(
+        status,
+        f"text {rows.cut[0]}{others} of `{param}` is longer than the {model.worker.max_length:,} tokens that "
+        f"{model.queue} takes: shorten it, or allow it to be cut with {way_out}",
+        "context_length_exceeded",
+        param,
+    )

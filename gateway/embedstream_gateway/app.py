@@ -20,7 +20,7 @@ import embedstream
 from embedstream.api.async_client import AsyncClient
 from embedstream.errors import BrokerError, EmbedstreamError, JobUnknown
 from embedstream.metrics.exposition import QueueCollector
-from embedstream_gateway import openai_embeddings, probes, refusals
+from embedstream_gateway import cohere, openai_embeddings, probes, refusals, tei
 from embedstream_gateway.admission import Admission
 from embedstream_gateway.api_keys import ApiKeys
 from embedstream_gateway.bodies import Bodies
@@ -63,7 +63,7 @@ def make_app(plan: Plan) -> ASGIApp:
     )
     app.state.registry = registry = CollectorRegistry()
     registry.register(QueueCollector(plan.redis_url))
-    for module in (openai_embeddings, probes):
+    for module in (openai_embeddings, tei, cohere, probes):
         app.include_router(module.router)
     app.add_exception_handler(Refusal, _refused)
     app.add_exception_handler(EmbedstreamError, _failed)
@@ -92,6 +92,8 @@ async def _invalid(request: Request, error: Any) -> Response:
     first = error.errors()[0]
     if first["type"] == "json_invalid":
         return refusals.answer(bad("the body is no JSON"), request.url.path)
+    if first["loc"] == ("body",) and "json" not in request.headers.get("content-type", ""):
+        return refusals.answer(bad("the body is not read: say Content-Type: application/json"), request.url.path)
     places = [str(place) for place in first["loc"] if place not in ("body", "query", "path")]
     param = places[0] if places else None
     refusal = bad(f"`{'.'.join(places)}`: {first['msg']}" if places else f"the body: {first['msg']}", param)

@@ -35,7 +35,7 @@ class LiveModel:
 
     def gives(self, kind: str) -> bool:
         """Whether requests for this kind can be answered. Workers of an earlier version do not tell; they decide."""
-        return not self.worker.outputs or kind in self.worker.outputs
+        return not kind or not self.worker.outputs or kind in self.worker.outputs
 
 
 class Fleet:
@@ -51,8 +51,8 @@ class Fleet:
         """Those with a ready worker. Raises `BrokerError`."""
         return [model for queue in await self._look() if (model := self._model(queue)) is not None]
 
-    async def find(self, name: str | None, kind: str) -> LiveModel:
-        """The model of this name; None: the only one that gives this kind.
+    async def find(self, name: str | None, kind: str = "") -> LiveModel:
+        """The model of this name; None: the only one that gives this kind. `kind`: empty for any.
 
         Raises:
             Refusal: there is none, or no worker of it is ready.
@@ -80,7 +80,7 @@ class Fleet:
     def _only(self, models: list[LiveModel], kind: str) -> LiveModel:
         fitting = [model for model in models if model.gives(kind)]
         if not fitting:
-            raise unavailable(f"no live worker gives {kind}: start one with embed-worker")
+            raise unavailable(f"no live worker gives {kind or 'anything'}: start one with embed-worker")
         if len(fitting) > 1:
             raise bad(f"several models are live: name one as `model`: {', '.join(m.queue for m in fitting)}", "model")
         return fitting[0]

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
 from embedstream.api.interactive import make_request
-from embedstream_gateway.answers import json, refuse_many, shortened
+from embedstream_gateway.answers import json, refuse_cut, refuse_many, shortened
 from embedstream_gateway.fleet import LiveModel
 from embedstream_gateway.refusals import bad
 from embedstream_gateway.services import services
@@ -39,6 +39,7 @@ class EmbeddingsBody(BaseModel):
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: Annotated[int, Field(ge=1)] | None = Field(None, description="The first so many of each vector.")
     user: str | None = Field(None, description="Not used.")
+    truncate: bool = Field(False, description="Of embedstream: cut texts that are too long, which is an error else.")
     role: Literal["document", "query"] = Field(
         "document", description="Of embedstream: which of the model's prompts stands in front of the texts."
     )
@@ -82,6 +83,8 @@ async def create_embeddings(body: EmbeddingsBody, request: Request) -> Response:
     serving = services(request)
     model = await serving.fleet.find(body.model, "dense")
     rows = await serving.gathering.run(model, make_request(texts, body.role, None, None, None))
+    if not body.truncate:
+        refuse_cut(model, rows, "input", "`truncate`")
     vectors = shortened(model, rows, body.dimensions)
     tokens = int(rows.tokens.sum())
     return json(
@@ -106,10 +109,7 @@ async def list_models(request: Request) -> Response:
 @router.get("/models/{model:path}", response_model=Model)
 async def get_model(model: str, request: Request) -> Response:
     """One model with a live worker."""
-    for live in await services(request).fleet.models():
-        if live.queue == model:
-            return json(_shown(live))
-    return json(_shown(await services(request).fleet.find(model, "")))
+    return json(_shown(await services(request).fleet.find(model)))
 
 
 def texts_of(body: EmbeddingsBody) -> list[str]:

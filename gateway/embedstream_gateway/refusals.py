@@ -9,9 +9,12 @@ import msgspec
 from starlette.responses import Response
 
 from embedstream.masking import mask_text
+from embedstream.terminal import printable
 
 RETRY_SECONDS = 2
 """After an overload, or while no worker is there."""
+
+LONGEST_MESSAGE = 1000
 
 _TEI_KINDS = {
     HTTPStatus.UNAUTHORIZED: "unauthorized",
@@ -36,7 +39,7 @@ class Refusal(Exception):
         param: str | None = None,
         retry_after: int | None = None,
     ) -> None:
-        super().__init__(mask_text(message))
+        super().__init__(printable(mask_text(message), LONGEST_MESSAGE))
         self.status, self.code, self.param, self.retry_after = status, code, param, retry_after
 
 

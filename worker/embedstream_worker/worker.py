@@ -223,6 +223,7 @@ class Worker:
             warm_up_seconds=self._warm_up_seconds,
             outputs={kind: Given(each.dim, each.normalized) for kind, each in info.outputs.items()} if info else {},
             max_length=info.max_length if info else 0,
+            pooling=info.origin.pooling if info else "",
             rows=progress.total.rows,
             tokens=progress.total.tokens,
             lease_seconds=self._plan.settings.lease_seconds,
