@@ -6,6 +6,7 @@ import base64
 from typing import Annotated, Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
@@ -123,7 +124,7 @@ def texts_of(body: EmbeddingsBody) -> list[str]:
     return texts
 
 
-def encoded(vectors: np.ndarray[Any, np.dtype[np.float32]], form: Literal["float", "base64"]) -> list[Any]:
+def encoded(vectors: npt.NDArray[np.float32], form: Literal["float", "base64"]) -> list[Any]:
     """Vectors as numbers, or as their bytes (float32 little-endian) in base64."""
     if form == "float":
         return list(vectors.tolist())

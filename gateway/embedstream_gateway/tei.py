@@ -10,6 +10,7 @@ from http import HTTPStatus
 from typing import Annotated, Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
@@ -33,7 +34,7 @@ TOO_LONG = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
-    truncate: bool | None = Field(False, description="Cut texts that are too long, which is an error else.")
+    truncate: Annotated[bool | None, Field(description="Cut texts that are too long, which is an error else.")] = False
     truncation_direction: Literal["Right", "right", "Left", "left"] = "Right"
 
     def refuse_cut(self, model: LiveModel, rows: Rows, param: str) -> None:
@@ -224,9 +225,10 @@ async def _run(request: Request, model: str | None, kind: str, asked: EmbedReque
     return live, await serving.gathering.run(live, asked)
 
 
-def _normalized(vectors: np.ndarray[Any, np.dtype[np.float32]]) -> np.ndarray[Any, np.dtype[np.float32]]:
+def _normalized(vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """Vectors of length 1. Workers give none of length 0."""
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    normalized: npt.NDArray[np.float32] = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    return normalized
 
 
 def _refuse_raw(raw: bool) -> None:

@@ -27,6 +27,7 @@ def test_the_client_gets_vectors_in_every_type_it_asks_for(served: Served) -> No
     )
     expected = np.array([reference_vector(text) for text in TEXTS])
     found = made.embeddings
+    assert found.float_ is not None
     np.testing.assert_allclose(found.float_, expected, atol=1e-6)
     assert found.ubinary == np.packbits(expected > 0, axis=1).tolist()
     assert found.base64 is not None
@@ -50,7 +51,7 @@ def test_what_cannot_be_done_is_refused_in_coheres_words(served: Served, sent: d
     with pytest.raises(ApiError) as refused:
         client_of(served).embed(model="hashing", input_type="search_query", **sent)  # type: ignore[arg-type]
     assert refused.value.status_code == 400
-    assert says in refused.value.body["message"]  # type: ignore[index]
+    assert says in refused.value.body["message"]
 
 
 def test_a_text_that_is_too_long_is_cut_if_that_is_asked_for(served: Served) -> None:
