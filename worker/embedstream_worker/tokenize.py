@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
@@ -12,15 +13,21 @@ import pyarrow as pa
 from embedstream.dataset.input_hash import entered, firsts, input_hashes, model_inputs, strings_of
 from embedstream.queue.refusals import Code
 from embedstream_worker.ahead import Ahead
-from embedstream_worker.batching import join_tokens
+from embedstream_worker.batching import gather_batch, join_tokens
 from embedstream_worker.engines.base import TextTokenizer, Tokens
 from embedstream_worker.held import HeldBlock, RowErrors, TokenizedGroup, Window, release
 from embedstream_worker.infer import Urgent
 from embedstream_worker.jobs import OpenJob
 from embedstream_worker.pipeline import Channel
+from embedstream_worker.quick_tokenizing import QuickTokenizer, quick_tokenizer, same_tokens
 from embedstream_worker.shared import RETRIES, Shared
 from embedstream_worker.suspects import BY_CHUNK, NotOurs, Trial
-from embedstream_worker.tokenizing import NO_TOKENS, encode_each
+from embedstream_worker.tokenizing import NO_TOKENS, FastTokenizer, encode_each
+
+log = logging.getLogger(__name__)
+
+_SAMPLED = 16
+"""Rows of each window and job that are split by the usual tokenizer, too, where a quick one is used."""
 
 _NONE = Tokens(np.empty(0, np.int32), np.zeros(1, np.int64), np.empty(0, np.bool_))
 
@@ -44,9 +51,11 @@ class Tokenize:
         self._consumer, self._held, self._meter = shared.consumer, shared.held, shared.meter
         self._life, self._activity = shared.life, shared.activity
         self._threads = threads
-        self._tokenizers: SimpleQueue[TextTokenizer] = SimpleQueue()
-        for _ in range(threads):
-            self._tokenizers.put(make_tokenizer())
+        self._make_tokenizer = make_tokenizer
+        self._usual = make_tokenizer()
+        self._quick = quick_tokenizer(self._usual) is not None
+        self._tokenizers = self._make_tokenizers()
+        self._windows = 0
         self._ahead = ahead
         self._source = source
         self._out = out
@@ -63,6 +72,7 @@ class Tokenize:
                 try:
                     with self._meter.stage("tokenize"):
                         groups = [self._group(pool, job, blocks) for job, blocks in by_job(window.blocks)]
+                        groups = self._checked(pool, groups)
                 except NotOurs:
                     self._ahead.arrived(sum(held.tokens for held in window.blocks))
                     release(self._broker, self._consumer, self._held, window.blocks)
@@ -76,6 +86,39 @@ class Tokenize:
         pieces = list(pool.map(lambda held: self._encode(job, held), blocks))
         tokens, errors = _joined([piece for piece, _ in pieces])
         return TokenizedGroup(job, blocks, tokens, pa.concat_arrays([hashes for _, hashes in pieces]), errors)
+
+    def _checked(self, pool: ThreadPoolExecutor, groups: list[TokenizedGroup]) -> list[TokenizedGroup]:
+        """A window's groups, from the usual tokenizer from now on if the quick one splits a text otherwise."""
+        self._windows += 1
+        if not self._quick or all(self._agrees(group) for group in groups):
+            return groups
+        log.warning(
+            "the package nanotoken splits a text otherwise than the model's own tokenizer: this window's texts are "
+            "split again, and it is not used any more"
+        )
+        self._quick = False
+        self._tokenizers = self._make_tokenizers()
+        return [group if group.note else self._group(pool, group.job, group.blocks) for group in groups]
+
+    def _agrees(self, group: TokenizedGroup) -> bool:
+        """Whether some rows of a group, others each time, have the tokens that the usual tokenizer gives."""
+        job, rows = group.job, sum(len(held.block.rows) for held in group.blocks)
+        every = max(1, rows // _SAMPLED)
+        sampled = range(self._windows % every, rows, every)
+        if group.note or job.spec.query_field is not None or not sampled:
+            return True
+        texts = pa.chunked_array([held.block.rows.column("text") for held in group.blocks]).take(pa.array(sampled))
+        with self._activity.computing():
+            tokens, _ = encode_rows(self._usual, strings_of(texts), job.prompt, job.max_length)
+        picked = gather_batch(group.tokens, np.asarray(sampled, np.int64), 0, job.spec.role)
+        return same_tokens(Tokens(picked.ids, picked.offsets, group.tokens.truncated[sampled]), tokens)
+
+    def _make_tokenizers(self) -> SimpleQueue[TextTokenizer]:
+        tokenizers: SimpleQueue[TextTokenizer] = SimpleQueue()
+        for _ in range(self._threads):
+            usual = self._make_tokenizer()
+            tokenizers.put(QuickTokenizer(usual) if self._quick and isinstance(usual, FastTokenizer) else usual)
+        return tokenizers
 
     def _encode(self, job: OpenJob, held: HeldBlock) -> tuple[Encoded, pa.FixedSizeBinaryArray]:
         rows, query = held.block.rows, job.spec.query_field

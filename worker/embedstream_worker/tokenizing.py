@@ -66,16 +66,23 @@ class FastTokenizer:
         self._backend = tokenizers.Tokenizer.from_str(backend.to_str())
         self._backend.encode_special_tokens = backend.encode_special_tokens
         self._backend.no_padding()
-        self._limits = limits
+        self.limits = limits
         self._special_ids = special_ids
-        self._side = truncation_side
-        self._add_special_tokens = add_special_tokens
+        self.truncation_side = truncation_side
+        self.add_special_tokens = add_special_tokens
         self._max_length: int | None = None
+
+    def as_json(self) -> str:
+        """The tokenizer as `tokenizer.json` has it, without padding and truncation."""
+        backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        backend.no_truncation()
+        described: str = backend.to_str()
+        return described
 
     def encode(self, texts: Sequence[str], max_length: int, firsts: Sequence[str] | None = None) -> Tokens:
         """Token ids with special tokens, cut at `max_length` tokens. Raises `ModelError` for an impossible length."""
         self._set_max_length(max_length)
-        from_end, most = self._side == "left", _CHARACTERS_PER_TOKEN * max_length + _CHARACTERS_MORE
+        from_end, most = self.truncation_side == "left", characters_for(max_length)
         inputs, cut = cut_characters(texts, most, from_end)
         if firsts is None:
             encodings = self._encode(inputs)
@@ -83,7 +90,7 @@ class FastTokenizer:
             short, longer = cut_characters(firsts, most, from_end)
             encodings = self._encode(list(zip(short, inputs, strict=True)))
             cut = sorted({*cut, *longer})
-        doubtful = [row for row in cut if sum(map(len, encodings[row].overflowing)) < _ENOUGH_OVERFLOW]
+        doubtful = [row for row in cut if not overflows_enough(sum(map(len, encodings[row].overflowing)))]
         whole = [texts[row] if firsts is None else (firsts[row], texts[row]) for row in doubtful]
         for row, encoding in zip(doubtful, self._encode(whole), strict=True):
             encodings[row] = encoding
@@ -102,15 +109,15 @@ class FastTokenizer:
     def _encode(self, texts: Sequence[str | tuple[str, str]]) -> list[tokenizers.Encoding]:
         with panics_are_errors():
             encodings: list[tokenizers.Encoding] = self._backend.encode_batch_fast(
-                texts, add_special_tokens=self._add_special_tokens
+                texts, add_special_tokens=self.add_special_tokens
             )
         return encodings
 
     def _set_max_length(self, max_length: int) -> None:
         if max_length == self._max_length:
             return
-        self._limits.check(max_length)
-        self._backend.enable_truncation(max_length, direction=self._side)
+        self.limits.check(max_length)
+        self._backend.enable_truncation(max_length, direction=self.truncation_side)
         self._max_length = max_length
 
 
@@ -147,6 +154,16 @@ class PythonTokenizer:
         encoded = self._tokenizer(texts, padding=False, return_attention_mask=False, verbose=False, **how)
         ids: list[list[int]] = encoded["input_ids"]
         return ids
+
+
+def characters_for(max_length: int) -> int:
+    """Characters of a text that are enough for so many tokens, unless `overflows_enough` denies it."""
+    return _CHARACTERS_PER_TOKEN * max_length + _CHARACTERS_MORE
+
+
+def overflows_enough(tokens: int) -> bool:
+    """Whether a text that was cut by characters has so many tokens past its limit that the cut did not touch others."""
+    return tokens >= _ENOUGH_OVERFLOW
 
 
 def encode_each(
