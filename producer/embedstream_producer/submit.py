@@ -68,6 +68,9 @@ FLEET_SECONDS = 0.25
 EMBEDDED_SECONDS = 0.1
 """Between two looks at a job: many producers may look at a fleet's Redis, one at an embedded one."""
 
+SMALL_BYTES = 256 * 1024
+"""Fewer than a window has."""
+
 
 @dataclass(frozen=True)
 class Options:
@@ -319,7 +322,7 @@ class Run:
             lock = stack.enter_context(OutputLock(self.spec.output))
             self.sink.check()
             self._progress.phase("starting a private Redis")
-            embedded = stack.enter_context(Embedded(self.spec, lock, self._progress.tell, self.options.worker))
+            embedded = stack.enter_context(Embedded(self.spec, lock, self._progress.tell, self._worker_flags()))
             stack.enter_context(explaining(embedded.url))
             broker = Broker(connect(embedded.url), self.spec.queue)
             watch = Watch(
@@ -344,6 +347,12 @@ class Run:
             status = self._work(broker, watch, patience, open_and_start)
             assert status is not None, "embedded mode never detaches"
             return self._end(status)
+
+    def _worker_flags(self) -> tuple[str, ...]:
+        """Of embed-worker. A corpus that fits into one window is embedded before a warm-up would have been over."""
+        size, flags = total_bytes(self._parts), self.options.worker
+        small = size is not None and size <= SMALL_BYTES and "--no-warmup" not in flags
+        return (*flags, "--no-warmup") if small else flags
 
     def _open(self, broker: Broker, patience: Patience, *, visible: bool) -> Opened:
         # A try whose reply was lost has made the job, and has not adopted what lies in its output.

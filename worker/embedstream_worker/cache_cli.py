@@ -16,6 +16,7 @@ KINDS = {
     "onnx": "models converted for ONNX Runtime",
     "inductor": "compiled models",
     "models": "which models were used here",
+    "starts": "how fast models are here, and with which batches",
     "sha256": "checksums of model files",
     "devices": "which GPUs are in use",
 }

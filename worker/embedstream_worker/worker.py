@@ -22,7 +22,7 @@ from embedstream.server.connection import Connect, connect
 from embedstream.server.foreign import leaving_out
 from embedstream.server.preflight import check
 from embedstream.settings import WorkerSettings
-from embedstream_worker import known_models
+from embedstream_worker import earlier_starts, known_models
 from embedstream_worker.ahead import Ahead
 from embedstream_worker.engines import EngineOptions
 from embedstream_worker.engines.base import Engine, EngineInfo, OutOfMemory
@@ -138,11 +138,18 @@ class Worker:
         batch_tokens = given or info.batch_tokens
         if not self._plan.warm_up:
             return Trial(batch_tokens, 0.0)
+        tries = info.device == "cpu" and given is None
+        if tries and (known := earlier_starts.recall(info)) is not None:
+            engine.warm_up(1)  # all that is left to be paid once: on a CPU, large batches cost no more at first
+            return known
         while True:
             try:
                 engine.warm_up(batch_tokens)
-                others = (batch_tokens // 2, batch_tokens * 2) if info.device == "cpu" and given is None else ()
-                return try_budgets(engine, (batch_tokens, *others))
+                if not tries:
+                    return try_budgets(engine, (batch_tokens,))
+                trial = try_budgets(engine, (batch_tokens, batch_tokens // 2, batch_tokens * 2))
+                earlier_starts.remember(info, trial)
+                return trial
             except OutOfMemory as error:
                 if batch_tokens == 1:
                     raise ModelError(
@@ -196,6 +203,8 @@ class Worker:
                 stage.join(SIGNAL_SECONDS)
         for stage in beside:
             stage.join(LEAVE_SECONDS)
+        if earlier_starts.recall(engine.info) == trial:  # that pace was of texts that are all alike
+            earlier_starts.remember(engine.info, Trial(trial.batch_tokens, ahead.tokens_per_second))
 
     def _speak(self) -> None:
         try:

@@ -139,5 +139,5 @@ def warm_up_batches(model: TextModel, batch_tokens: int) -> list[TokenBatch]:
     """The smallest, the longest and the fullest batch that the budget allows, for every role."""
     longest = max(1, min(model.input.max_length, batch_tokens, LONGEST_TRIED))
     short = min(_WARM_ROW_TOKENS, longest)
-    shapes = ((1, 1), (max(1, batch_tokens // longest), longest), (max(1, batch_tokens // short), short))
+    shapes = dict.fromkeys([(1, 1), (max(1, batch_tokens // longest), longest), (max(1, batch_tokens // short), short)])
     return [model.input.sample(rows, tokens, role) for rows, tokens in shapes for role in model.roles]

@@ -1,0 +1,51 @@
+"""What an earlier start on this machine found out about a model's batches, so that the next need not try them again."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from hashlib import blake2b
+from uuid import uuid4
+
+import msgspec
+
+from embedstream.machine import cpu_cores
+from embedstream_worker.cache import cache_folder
+from embedstream_worker.engines.base import EngineInfo
+from embedstream_worker.engines.precision import cpu_name
+from embedstream_worker.probe import Trial
+
+_RUNTIMES = ("embedstream", "openvino", "onnxruntime", "torch")
+
+
+def recall(info: EngineInfo) -> Trial | None:
+    """What the last worker of this model, engine, processor and these versions found; None if there was none."""
+    try:
+        trial = msgspec.json.decode((cache_folder("starts") / _key(info)).read_bytes(), type=Trial)
+    except (OSError, msgspec.MsgspecError):
+        return None
+    return trial if trial.batch_tokens > 0 and trial.tokens_per_second >= 0 else None
+
+
+def remember(info: EngineInfo, trial: Trial) -> None:
+    """Keep it: best effort, where nothing can be kept the next start tries again."""
+    kept = cache_folder("starts") / _key(info)
+    part = kept.with_name(f"{kept.name}.tmp-{uuid4().hex}")
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(msgspec.json.encode(trial))
+        part.replace(kept)
+    except OSError:
+        return
+
+
+def _key(info: EngineInfo) -> str:
+    versions = [f"{name} {_version(name)}" for name in _RUNTIMES]
+    parts = (info.fingerprint, info.engine, info.device, info.dtype, cpu_name(), str(cpu_cores()), *versions)
+    return blake2b("\0".join(parts).encode(), digest_size=16).hexdigest()
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
