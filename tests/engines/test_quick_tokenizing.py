@@ -8,8 +8,8 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lab.worker import pack
-from unit.test_write import embedded, share
+from lab.worker import pack, share
+from unit.test_write import embedded
 
 from embedstream_worker.ahead import Ahead
 from embedstream_worker.engines.base import Tokens

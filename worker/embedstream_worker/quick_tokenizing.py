@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -62,7 +63,7 @@ class QuickTokenizer:
     def _encode(self, texts: Sequence[str], max_length: int) -> Tokens:
         side = self._usual.truncation_side
         inputs, cut = cut_characters(texts, characters_for(max_length), side == "left")
-        how = {"add_special_tokens": self._usual.add_special_tokens, "truncation_side": side, "parallel": False}
+        how: Any = {"add_special_tokens": self._usual.add_special_tokens, "truncation_side": side, "parallel": False}
         with panics_are_errors():
             ids, offsets = self._quick.encode_batch(inputs, **how)
             lengths = np.diff(offsets)

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
+from typing import cast
 
 import numpy as np
 import pyarrow as pa
@@ -107,9 +108,10 @@ class Tokenize:
         sampled = range(self._windows % every, rows, every)
         if group.note or job.spec.query_field is not None or not sampled:
             return True
-        texts = pa.chunked_array([held.block.rows.column("text") for held in group.blocks]).take(pa.array(sampled))
+        column = pa.chunked_array([held.block.rows.column("text") for held in group.blocks])
+        texts = cast("list[str]", column.take(pa.array(sampled)).to_pylist())
         with self._activity.computing():
-            tokens, _ = encode_rows(self._usual, strings_of(texts), job.prompt, job.max_length)
+            tokens, _ = encode_rows(self._usual, texts, job.prompt, job.max_length)
         picked = gather_batch(group.tokens, np.asarray(sampled, np.int64), 0, job.spec.role)
         return same_tokens(Tokens(picked.ids, picked.offsets, group.tokens.truncated[sampled]), tokens)
 
