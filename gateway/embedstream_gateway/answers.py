@@ -67,3 +67,19 @@ def refuse_cut(
         "context_length_exceeded",
         param,
     )
+
+
+def page(items: list[dict[str, Any]], limit: int, after: str | None) -> Response:
+    """Some of a list as OpenAI's clients leaf through it; `after`: the id of the last that they have."""
+    ids = [item["id"] for item in items]
+    start = ids.index(after) + 1 if after in ids else 0
+    some = items[start : start + limit]
+    return json(
+        {
+            "object": "list",
+            "data": some,
+            "first_id": some[0]["id"] if some else None,
+            "last_id": some[-1]["id"] if some else None,
+            "has_more": start + limit < len(items),
+        }
+    )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -18,17 +20,21 @@ from starlette.types import ASGIApp
 
 import embedstream
 from embedstream.api.async_client import AsyncClient
-from embedstream.errors import BrokerError, EmbedstreamError, JobUnknown
+from embedstream.api.client import Client
+from embedstream.errors import BrokerError, EmbedstreamError, JobUnknown, OutputError
 from embedstream.metrics.exposition import QueueCollector
-from embedstream_gateway import cohere, openai_embeddings, probes, refusals, tei
+from embedstream_gateway import cohere, openai_batches, openai_embeddings, openai_files, probes, refusals, tei
 from embedstream_gateway.admission import Admission
 from embedstream_gateway.api_keys import ApiKeys
+from embedstream_gateway.batch_runner import BatchRunner
 from embedstream_gateway.bodies import Bodies
 from embedstream_gateway.fleet import Fleet
 from embedstream_gateway.gathering import Gathering
 from embedstream_gateway.observing import Observing
+from embedstream_gateway.openai_files import MOST_UPLOADS
 from embedstream_gateway.refusals import Refusal, bad, unavailable
 from embedstream_gateway.services import Services
+from embedstream_gateway.store import Store
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +47,10 @@ class Plan:
     keys: ApiKeys | None
     timeout: float
     """Seconds that a request waits for its worker."""
+    files: Path | None = None
+    """Where uploaded files and results of batches are kept; None: nowhere."""
+    file_days: float = 30.0
+    """How long."""
 
 
 def make_app(plan: Plan) -> ASGIApp:
@@ -48,9 +58,17 @@ def make_app(plan: Plan) -> ASGIApp:
 
     @contextlib.asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
+        store = None if plan.files is None else Store(plan.files, plan.file_days)
         async with AsyncClient(plan.redis_url) as client:
-            app.state.services = Services(client, Fleet(client), Gathering(client, plan.timeout))
-            yield
+            with Client(plan.redis_url) as jobs, contextlib.ExitStack() as running:
+                if store is not None:
+                    store.prepare()
+                    runner = BatchRunner(store, plan.redis_url)
+                    runner.start()
+                    running.callback(runner.stop)
+                app.state.uploads = asyncio.Semaphore(MOST_UPLOADS)
+                app.state.services = Services(client, Fleet(client), Gathering(client, plan.timeout), jobs, store)
+                yield
 
     # Its own pages of documentation load scripts from elsewhere.
     app = FastAPI(
@@ -63,7 +81,7 @@ def make_app(plan: Plan) -> ASGIApp:
     )
     app.state.registry = registry = CollectorRegistry()
     registry.register(QueueCollector(plan.redis_url))
-    for module in (openai_embeddings, tei, cohere, probes):
+    for module in (openai_embeddings, openai_files, openai_batches, tei, cohere, probes):
         app.include_router(module.router)
     app.add_exception_handler(Refusal, _refused)
     app.add_exception_handler(EmbedstreamError, _failed)
@@ -84,6 +102,10 @@ async def _failed(request: Request, error: Any) -> Response:
         return refusals.answer(unavailable("Redis cannot be used at the moment: try again"), path)
     if isinstance(error, JobUnknown):
         return refusals.answer(Refusal(HTTPStatus.NOT_FOUND, str(error), "not_found"), path)
+    if isinstance(error, OutputError):  # of our own folder: where it is and what it lacks is no caller's affair
+        log.error("request %s: %s", request.state.request_id, error)
+        refusal = Refusal(HTTPStatus.INSUFFICIENT_STORAGE, "the disk of this gateway refuses: see its log", "storage")
+        return refusals.answer(refusal, path)
     return refusals.answer(bad(str(error)), path)
 
 

@@ -14,12 +14,16 @@ from embedstream.errors import UsageError
 TIMEOUT_SECONDS = 30.0
 """As `Client.embed` waits."""
 
+FILE_DAYS = 30.0
+"""As long as OpenAI keeps a batch's files."""
+
 
 @click.command(
     cls=Command,
     groups={
         "Where it listens": ["host", "port", "tls_cert", "tls_key"],
         "Who may use it": ["api_key_file", "new_key", "scopes"],
+        "Files and batches": ["files", "file_days"],
         "Operations": ["timeout", "log_format"],
     },
     examples=[
@@ -54,6 +58,17 @@ TIMEOUT_SECONDS = 30.0
     help="What the new key may do; repeatable.",
 )
 @click.option(
+    "--files",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder for uploads and results of batches, which workers may write to under the same path. [default: none]",
+)
+@click.option(
+    "--file-days",
+    type=click.FloatRange(min=0, min_open=True),
+    default=FILE_DAYS,
+    help="How long these are kept.",
+)
+@click.option(
     "--timeout",
     envvar="EMBEDSTREAM_SERVE_TIMEOUT",
     type=click.FloatRange(0.1, 600),
@@ -71,6 +86,8 @@ def serve_command(
     api_key_file: Path | None,
     new_key: str | None,
     scopes: tuple[str, ...],
+    files: Path | None,
+    file_days: float,
     timeout: float,
     log_format: LogFormat,
 ) -> None:
@@ -95,7 +112,9 @@ def serve_command(
     from embedstream_gateway.serving import serve
 
     keys = None if api_key_file is None else read_keys(api_key_file)
-    serve(Plan(redis_url=redis_url, keys=keys, timeout=timeout), host, port, tls_cert, tls_key)
+    folder = None if files is None else files.absolute()
+    plan = Plan(redis_url=redis_url, keys=keys, timeout=timeout, files=folder, file_days=file_days)
+    serve(plan, host, port, tls_cert, tls_key)
 
 
 def main() -> None:

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from starlette.requests import Request
 
 from embedstream.api.async_client import AsyncClient
+from embedstream.api.client import Client
 from embedstream_gateway.fleet import Fleet
 from embedstream_gateway.gathering import Gathering
+from embedstream_gateway.store import Store
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,10 @@ class Services:
     client: AsyncClient
     fleet: Fleet
     gathering: Gathering
+    jobs: Client
+    """For what blocks: call it in threads."""
+    store: Store | None
+    """Files and batches; None: this gateway keeps none."""
 
 
 def services(request: Request) -> Services:
