@@ -27,6 +27,7 @@ C = TypeVar("C")
 VARIABLE = "EMBEDSTREAM_FAILPOINTS"
 
 SCRIPTS = (
+    "calibrate",
     "cancel",
     "commit",
     "create",

@@ -39,13 +39,15 @@ RESERVED_COLUMNS = frozenset(
 """Columns of the dataset that a kept field may not replace (nor may it take an output's name)."""
 
 
-class Retry(msgspec.Struct, frozen=True, kw_only=True):
+class Retry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What makes a job one over failed rows of a finished dataset: they are added to it when the job ends."""
 
     manifest: str
     """Digest of the manifest that is to be replaced: a job over the same rows of the same dataset is the same job."""
     space: str
     """The dataset's: no vector of another may be added."""
+    ranges: str = ""
+    """Of its int8 columns, as `encode_ranges` gives them; empty: it has none, or no rows."""
 
 
 class JobSpec(msgspec.Struct, frozen=True, kw_only=True):

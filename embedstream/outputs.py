@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from typing import Literal, get_args
 
@@ -12,8 +13,9 @@ from embedstream.errors import UsageError
 Kind = Literal["dense", "sparse", "multivector", "score", "labels"]
 """A vector; weights of the vocabulary's tokens; a vector for each token; a number for a pair; classes with scores."""
 
-Dtype = Literal["float32", "float16", "ubinary"]
-"""Of the numbers in the column. ubinary: a bit a dimension, 1 where it is above 0, the first dimension highest."""
+Dtype = Literal["float32", "float16", "int8", "ubinary"]
+"""Of the numbers in the column. int8: which 255th of its dimension's range a number is in, the lowest being -128.
+ubinary: a bit a dimension, 1 where it is above 0, the first dimension highest."""
 
 Task = Literal["auto", "embed", "rerank", "classify"]
 """What a model does to rows. auto: what it is for."""
@@ -22,7 +24,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 _DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 
 DTYPES: dict[Kind, tuple[Dtype, ...]] = {
-    "dense": ("float32", "float16", "ubinary"),
+    "dense": ("float32", "float16", "int8", "ubinary"),
     "sparse": ("float32", "float16"),
     "multivector": ("float32", "float16"),
     "score": ("float32",),
@@ -43,6 +45,9 @@ MOST_OUTPUTS = 16
 
 MOST_DIMENSIONS = 1 << 20
 """No model comes near this; what is beyond it no file can hold."""
+
+WIDEST_RANGE = 2.0**127
+"""Of an int8 dimension: it is computed in float32, which ends at twice that."""
 
 
 class OutputSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -84,9 +89,12 @@ class Output(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     dim: int
     """Of a vector, or of each token's; the size of the vocabulary for sparse ones; how many labels there are."""
     normalized: bool = False
-    """Whether vectors have length 1."""
+    """Whether vectors have length 1, in int8 before they are rounded."""
     labels: tuple[str, ...] = ()
     """Names of the classes."""
+    ranges: bytes = b""
+    """Of int8: what -128 stands for in each dimension, then what lies 255 steps above, as float32 in little-endian
+    order. Empty before any row is written."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.dim <= MOST_DIMENSIONS:
@@ -97,6 +105,16 @@ class Output(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
             raise ValueError(f"output {self.name}: {self.dim} bits make no whole bytes")
         if len(self.labels) != (self.dim if self.kind == "labels" else 0):
             raise ValueError(f"output {self.name} has {len(self.labels):,} labels")
+        if self.ranges:
+            self._check_ranges()
+
+    def _check_ranges(self) -> None:
+        if self.dtype != "int8" or len(self.ranges) != 8 * self.dim:
+            raise ValueError(f"output {self.name}: its ranges have {len(self.ranges):,} bytes")
+        numbers = struct.unpack(f"<{2 * self.dim}f", self.ranges)
+        widths = (high - low for low, high in zip(numbers[: self.dim], numbers[self.dim :], strict=True))
+        if not all(0 <= width <= WIDEST_RANGE for width in widths):
+            raise ValueError(f"output {self.name}: one of its ranges is none")
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -111,6 +129,34 @@ class Output(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
             return size[2:]
         name = "" if self.name == NAMES[self.kind] else f"{self.name}: "
         return f"{name}{self.kind}{'' if self.dtype == 'float32' else f' in {self.dtype}'}{size}"
+
+
+def has_ranges(rows: int, outputs: Sequence[Output]) -> bool:
+    """Whether what int8 numbers stand for is known of all of them, or there are no rows."""
+    return not rows or all(output.ranges for output in outputs if output.dtype == "int8")
+
+
+def without_ranges(outputs: Sequence[Output]) -> tuple[Output, ...]:
+    """The outputs as they are before any row is written."""
+    return tuple(msgspec.structs.replace(output, ranges=b"") if output.ranges else output for output in outputs)
+
+
+def encode_ranges(outputs: Sequence[Output]) -> str:
+    """The ranges of all int8 outputs as JSON, by name, in base64; empty as long as they are not known."""
+    found = {output.name: output.ranges for output in outputs if output.ranges}
+    return msgspec.json.encode(found).decode() if found else ""
+
+
+def with_ranges(outputs: Sequence[Output], encoded: str) -> tuple[Output, ...]:
+    """The outputs with the ranges that `encode_ranges` gave. Raises `ValueError` for others than theirs."""
+    found = msgspec.json.decode(encoded, type=dict[str, bytes])
+    made = tuple(
+        msgspec.structs.replace(each, ranges=found.get(each.name, b"")) if each.dtype == "int8" else each
+        for each in outputs
+    )
+    if not has_ranges(1, made) or encode_ranges(made) != encoded:
+        raise ValueError("it has ranges of other outputs")
+    return made
 
 
 def describe(outputs: Sequence[Output]) -> str:

@@ -8,7 +8,7 @@ from typing import Annotated
 import msgspec
 import pyarrow as pa
 
-from embedstream.outputs import Output
+from embedstream.outputs import Output, has_ranges, without_ranges
 
 ShardName = Annotated[str, msgspec.Meta(pattern=r"\A[0-9A-Za-z_-]{1,64}\Z")]
 """Names become file names, wherever records and manifests come from."""
@@ -102,6 +102,17 @@ class ShardRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Of the data file, in hex; empty until it is written, and for sinks without files."""
     errors_sha256: str = ""
     """The same of the file of error rows; empty if no row failed."""
+
+    def __post_init__(self) -> None:
+        if not has_ranges(self.rows, self.outputs):
+            raise ValueError(f"shard {self.name} does not say what its int8 numbers stand for")
+
+    def has(self, rows: int, outputs: tuple[Output, ...]) -> bool:
+        """Whether its columns may lie beside so many rows of these outputs: where there are none, or here, the ranges
+        of int8 may be missing."""
+        if rows and self.rows:
+            return self.outputs == outputs
+        return without_ranges(self.outputs) == without_ranges(outputs)
 
 
 @dataclass(frozen=True)

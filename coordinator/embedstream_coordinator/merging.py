@@ -68,6 +68,7 @@ def write_group(
         sources[0],
         name=group.name,
         job=manifest.job,
+        outputs=manifest.outputs,
         blocks=tuple(sorted(blocks, key=lambda block: (block.part, block.block))),
         rows=data.count,
         failed=errors.count,

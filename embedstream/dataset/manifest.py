@@ -22,6 +22,7 @@ from embedstream.jobs import (
     public_spec,
     refuse_other_version,
 )
+from embedstream.outputs import has_ranges
 from embedstream.records import (
     BlockRecord,
     BlockRun,
@@ -173,6 +174,8 @@ def decode_manifest(data: bytes | str, where: str) -> Manifest:
         manifest = msgspec.json.decode(data, type=Manifest)
         spec = decode_spec(bytes(manifest.spec))
         _check_shards(manifest)
+        if not has_ranges(manifest.rows, manifest.outputs):
+            raise ValueError("it does not say what int8 numbers stand for")
         columns = [*spec.columns, *(name for output in manifest.outputs for name in output.columns)]
         if len(set(columns)) != len(columns):
             raise ValueError("it lists outputs whose columns have one name")

@@ -31,7 +31,7 @@ class ErrorRow(msgspec.Struct, frozen=True):
     """The original line or text, cut at a bound."""
 
 
-_NUMBERS: dict[Dtype, pa.DataType] = {"float32": pa.float32(), "float16": pa.float16()}
+_NUMBERS: dict[Dtype, pa.DataType] = {"float32": pa.float32(), "float16": pa.float16(), "int8": pa.int8()}
 
 
 def _list(type: pa.DataType, size: int = -1) -> pa.DataType:

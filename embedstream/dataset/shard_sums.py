@@ -27,7 +27,7 @@ class ShardSums:
         self._job = job
         self.parts = [PartSums() for _ in range(parts)]
         self.first: ShardRecord | None = None
-        """What all have in common, it has."""
+        """What all have in common, it has: the first one, or the first with rows."""
         self.engines: set[str] = set()
         self.recipes: set[Recipe] = set()
         self.rows = self.failed = self.skipped = self.truncated = self.tokens = self.padded = 0
@@ -51,12 +51,13 @@ class ShardSums:
         self.engines.add(shard.engine)
         if shard.recipe is not None:
             self.recipes.add(shard.recipe)
-        self.first = self.first or shard
+        if self.first is None or (shard.rows and not self.first.rows):
+            self.first = shard
         return shard
 
     def _check(self, shard: ShardRecord) -> None:
         first = self.first or shard
-        if (shard.space, shard.outputs) != (first.space, first.outputs):
+        if shard.space != first.space or not shard.has(first.rows, first.outputs):
             raise OutputError(
                 f"job {self._job}: shards {first.name} and {shard.name} hold vectors that cannot be compared "
                 f"(spaces {first.space} and {shard.space})"

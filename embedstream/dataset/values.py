@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from embedstream.dataset.schema import output_fields
-from embedstream.outputs import Dtype, Output
+from embedstream.outputs import WIDEST_RANGE, Dtype, Output
 
 Matrix = npt.NDArray[np.float32]
 """[n, width]: vectors, the scores of all labels, or one score."""
@@ -61,7 +62,8 @@ def to_columns(output: Output, values: Values) -> list[pa.Array[Any]]:
     """The output's columns (see `output_fields`) of what the model gave for n texts.
 
     A dense vector is cut to the output's dimensions, and has length 1 again if the model normalizes, as
-    sentence-transformers' `truncate_dim` does; then its numbers are rounded as its `quantize_embeddings` does.
+    sentence-transformers' `truncate_dim` does; then its numbers are rounded as its `quantize_embeddings` does, for int8
+    by the output's ranges.
     """
     types: list[Any] = [field.type for field in output_fields(output)]
     if isinstance(values, Ragged):
@@ -83,6 +85,8 @@ def to_columns(output: Output, values: Values) -> list[pa.Array[Any]]:
             if output.dtype == "ubinary":
                 bits = pa.py_buffer(np.packbits(vectors > 0, axis=1).tobytes())
                 return [pa.Array.from_buffers(types[0], len(vectors), [None, bits])]
+            if output.dtype == "int8":
+                return [_vectors(quantized(vectors, output), types[0])]
             with np.errstate(over="ignore"):
                 return [_vectors(vectors.astype(_NUMPY[output.dtype], copy=False), types[0])]
         case "score":
@@ -105,8 +109,33 @@ def cut(vectors: Matrix, output: Output) -> Matrix:
     return shorter
 
 
+def quantized(vectors: Matrix, output: Output) -> npt.NDArray[np.int8]:
+    """Vectors [n, dim] in int8 by the output's ranges, as sentence-transformers' `quantize_embeddings` has it."""
+    lows, steps = _steps(output)
+    with np.errstate(over="ignore"):  # what is far beyond a range is clipped, too
+        places = np.clip(np.floor((vectors - lows) / steps), 0, 255)
+    numbers: npt.NDArray[np.int8] = (places - 128).astype(np.int8)
+    return numbers
+
+
+def ranges_of(vectors: Iterable[Matrix]) -> bytes:
+    """`Output.ranges` from the least to the greatest number of each dimension of vectors, each [some, dim]."""
+    lows, highs = zip(*((some.min(axis=0), some.max(axis=0)) for some in vectors if len(some)), strict=True)
+    ranges = np.stack([np.min(lows, axis=0), np.max(highs, axis=0)])
+    bounded: npt.NDArray[np.float32] = np.clip(ranges, -WIDEST_RANGE / 2, WIDEST_RANGE / 2).astype("<f4")
+    return bounded.tobytes()
+
+
+def _steps(output: Output) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """What -128 stands for, and how far the next number is, [dim] each."""
+    lows, highs = np.frombuffer(output.ranges, "<f4").reshape(2, output.dim)
+    steps = (highs - lows) / 255
+    return lows, np.where(steps == 0, np.float32(1), steps)
+
+
 def from_columns(output: Output, batch: pa.RecordBatch) -> Values:
-    """What the output's columns hold, as `to_columns` was given it, within its dtype; ubinary as 1 and -1.
+    """What the output's columns hold, as `to_columns` was given it, within its dtype; int8 as the lower end of its
+    step, as sentence-transformers has it, and ubinary as 1 and -1.
 
     Not of rows that are `uneven`.
     """
@@ -116,6 +145,9 @@ def from_columns(output: Output, batch: pa.RecordBatch) -> Values:
         bits = np.unpackbits(packed[: len(column) * column.type.byte_width].reshape(len(column), -1), axis=1)
         return bits.astype(np.float32) * 2 - 1
     match output.kind:
+        case "dense" if output.dtype == "int8":
+            lows, steps = _steps(output)
+            return (_matrix(column, output.dim) + 128) * steps + lows
         case "dense":
             return _matrix(column, output.dim)
         case "sparse":

@@ -20,12 +20,12 @@ class Adopted:
     rows: int = 0
     """Rows that need not be embedded again."""
     refused: int = 0
-    """Shards that overlap others, are of another space, or hold what the corpus no longer says. Their files stay; the
-    manifest will not list them."""
+    """Shards that overlap others, are of another space or have other ranges, or hold what the corpus no longer says.
+    Their files stay; the manifest will not list them."""
 
 
 def adopt_shards(broker: Broker, job: str, shards: Iterable[ShardRecord], patience: Patience) -> Adopted:
-    """Adopt a job's own shards, in the order given; the first one pins the space.
+    """Adopt a job's own shards, in the order given; the first one pins the space and the ranges.
 
     `shards` is what `Sink.find_shards` gives: other jobs' shards are passed over.
     """
@@ -38,7 +38,7 @@ def adopt_shards(broker: Broker, job: str, shards: Iterable[ShardRecord], patien
                 adopted.rows += record.rows
             case Code.ALREADY:
                 pass
-            case Code.CONFLICT | Code.CHANGED | Code.OTHER_SPACE:
+            case Code.CONFLICT | Code.CHANGED | Code.OTHER_SPACE | Code.OTHER_RANGES:
                 adopted.refused += 1
             case _:  # the job ended, or Redis lost it again: nothing to adopt into
                 break

@@ -37,6 +37,8 @@ def finalize_retry(sink: Sink, status: JobStatus, shards: Sequence[ShardRecord])
                 raise OutputError(
                     f"job {status.job}: shard {shard.name} is of space {shard.space}, not {manifest.space}"
                 )
+            if not shard.has(manifest.rows, manifest.outputs):
+                raise OutputError(f"job {status.job}: shard {shard.name} has other columns than the dataset")
         try:
             kept = sink.keep_errors(manifest, shards) if shards else []
         except OutputError:
@@ -69,6 +71,7 @@ def merged(manifest: Manifest, job: str, shards: Sequence[ShardRecord], kept: Se
         ),
         rows=manifest.rows + rows,
         failed=manifest.failed - rows,
+        outputs=manifest.outputs if manifest.rows else next((s.outputs for s in shards if s.rows), manifest.outputs),
         truncated=manifest.truncated + sum(s.truncated for s in shards),
         tokens=manifest.tokens + sum(s.tokens for s in shards),
         padded=manifest.padded + sum(s.padded for s in shards),

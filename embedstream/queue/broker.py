@@ -303,6 +303,12 @@ class Broker(Steps):
         with reading_job(job):
             return self._raw.hget(self.keys.job(job), "spec") or b""
 
+    def ranges(self, job: str) -> str:
+        """The ranges of a job's int8 columns, as `encode_ranges` gives them; empty before a worker has
+        said them. Raises `RecordDamaged`."""
+        with reading_job(job):
+            return (self._raw.hget(self.keys.job(job), "ranges") or b"").decode()
+
     def prove_keys(self, job: str, parts: int) -> None:
         """Raise `RecordDamaged` if one of the keys that the job's blocks need is of another type."""
         keys = self.keys

@@ -17,6 +17,7 @@ import msgspec
 from embedstream.errors import BrokerError
 from embedstream.jobs import JobSpec, JobState
 from embedstream.keys import RELEASED, Keys
+from embedstream.outputs import encode_ranges
 from embedstream.queue import scripts
 from embedstream.queue.blocks import MOST_BLOCKS as MOST_BLOCKS
 from embedstream.queue.blocks import Entry
@@ -50,6 +51,7 @@ class Code(enum.StrEnum):
     CONFLICT = "CONFLICT"  # others committed some of its blocks first; blocks says which
     DROPPED = "DROPPED"  # the job has ended, or another took its place; detail: its state, or `replaced`
     OTHER_SPACE = "OTHER_SPACE"  # the job's vectors are of another space; detail: which
+    OTHER_RANGES = "OTHER_RANGES"  # the job's int8 columns have other ranges; detail: which, by `encode_ranges`
     UNKNOWN_JOB = "UNKNOWN_JOB"
     TAKEN = "TAKEN"
     NONE = "NONE"
@@ -218,7 +220,7 @@ class Steps:
         self, record: ShardRecord, blocks: Iterable[CommitBlock], spec: bytes = b"", worked_ms: int = 0
     ) -> Step[Answer]:
         """Commit a durable shard, or adopt one found on disk (blocks without entries): COMMITTED, ALREADY,
-        CONFLICT(blocks), CHANGED(blocks), DROPPED(state), OTHER_SPACE(space), UNKNOWN_JOB.
+        CONFLICT(blocks), CHANGED(blocks), DROPPED(state), OTHER_SPACE(space), OTHER_RANGES(ranges), UNKNOWN_JOB.
 
         `spec`: what the shard was made by, as it lay in Redis; if the job has another by now, that is DROPPED.
         `worked_ms`: how long the worker was at work for this shard, from which the queue's pace is known.
@@ -244,6 +246,7 @@ class Steps:
                 "name": r.name,
                 "record": msgspec.json.encode(r),
                 "space": r.space,
+                "ranges": encode_ranges(r.outputs),
                 "rows": r.rows,
                 "failed": r.failed,
                 "skipped": r.skipped,
@@ -256,6 +259,11 @@ class Steps:
             },
             more_args=groups,
         )
+
+    def calibrate(self, job: str, ranges: str) -> Step[Answer]:
+        """Say what a job's int8 columns stand for, as `encode_ranges` has it, unless that is said: OK,
+        OTHER_RANGES(ranges), ENDED(state), UNKNOWN_JOB."""
+        return make_step("calibrate", _answer, {"job": self.keys.job(job)}, {"ranges": ranges})
 
     def suspect(self, job: str, part: int, block: int, chunks: Sequence[int]) -> Step[Answer]:
         """Note the chunks, by their place in the block, that killed their holders: OK, ENDED(state), UNKNOWN_JOB.

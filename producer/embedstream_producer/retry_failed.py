@@ -14,6 +14,7 @@ from embedstream.dataset.schema import ErrorRow
 from embedstream.dataset.sink import Sink
 from embedstream.errors import CorpusChanged, OutputError, UsageError
 from embedstream.jobs import JobSpec, JobState, Retry
+from embedstream.outputs import encode_ranges
 from embedstream.queue.blocks import Block
 from embedstream.queue.packing import Packer
 from embedstream.queue.refusals import FOR_GOOD
@@ -48,7 +49,12 @@ class FailedRows:
         if trouble is not None:
             raise trouble
         self.spec = msgspec.structs.replace(
-            spec, retry=Retry(manifest=manifest_digest(self.manifest), space=self.manifest.space)
+            spec,
+            retry=Retry(
+                manifest=manifest_digest(self.manifest),
+                space=self.manifest.space,
+                ranges=encode_ranges(self.manifest.outputs),
+            ),
         )
         """The job that runs them again."""
 

@@ -66,7 +66,7 @@ from embedstream.outputs import Task, parse_emit
     multiple=True,
     metavar="KIND[=NAME][:DTYPE][:DIM]",
     help="A column of results; repeatable. KIND: dense, sparse, multivector, score, labels. DTYPE: float32, float16, "
-    "ubinary. DIM: the first dimensions.  [default: all that the model gives, in float32]",
+    "int8, ubinary. DIM: the first dimensions.  [default: all that the model gives, in float32]",
 )
 @click.option("--role", type=click.Choice(["document", "query"]), default="document", help="What the texts are.")
 @click.option("--id-field", metavar="FIELD", help="Where a row has its id.  [default: _id, id, custom_id or docid]")

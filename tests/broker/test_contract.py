@@ -5,11 +5,12 @@ from __future__ import annotations
 import msgspec
 import pytest
 import redis
-from lab.broker import HOUR_MS, Lab, make_entry, make_record, to_commit
+from lab.broker import HOUR_MS, Lab, in_int8, make_entry, make_record, to_commit
 
 from embedstream.errors import BrokerError, JobUnknown
 from embedstream.jobs import JobState, decode_spec
 from embedstream.keys import RELEASED
+from embedstream.outputs import encode_ranges
 from embedstream.queue.steps import MOST_BLOCKS, Answer, Code, CommitBlock, Step
 from embedstream.records import PartContent
 
@@ -473,6 +474,42 @@ def test_commit_of_another_space_is_refused(lab: Lab) -> None:
     lab.commit(job, [first], space="bert")
     assert lab.commit(job, [second], space="mpnet") == Answer(Code.OTHER_SPACE, detail="bert")
     assert lab.broker.backlog(job) == 1
+
+
+def test_int8_columns_have_the_ranges_of_the_first_that_says_them(lab: Lab) -> None:
+    job = lab.create()
+    lab.fill(job, 4)
+    one, two, *rest = lab.claim(job)
+    first, second = (encode_ranges([in_int8(range)]) for range in (1, 2))
+    assert lab.broker.ranges(job) == ""
+    assert lab.broker.run(lab.broker.calibrate(job, first)) == Answer(Code.OK)
+    assert lab.broker.run(lab.broker.calibrate(job, first)) == Answer(Code.OK)
+    assert lab.broker.run(lab.broker.calibrate(job, second)) == Answer(Code.OTHER_RANGES, detail=first)
+    assert lab.broker.ranges(job) == first
+    assert lab.commit(job, [one], range=2) == Answer(Code.OTHER_RANGES, detail=first)
+    assert lab.commit(job, [one], range=1).code is Code.COMMITTED
+    assert lab.commit(job, [two]).code is Code.COMMITTED, "all of its rows failed"
+    lab.broker.run(lab.broker.cancel(job))
+    lab.finalize(job, JobState.CANCELLED)
+    lab.broker.run(lab.broker.create(lab.spec()))
+    lab.fill(job, 4)
+    assert lab.commit(job, lab.claim(job), range=2) == Answer(Code.OTHER_RANGES, detail=first)
+    assert len(rest) == lab.broker.backlog(job)
+
+
+def test_adopting_says_what_int8_columns_mean_and_shards_of_other_ranges_are_left(lab: Lab) -> None:
+    job = lab.sealed_job(2)
+    assert lab.adopt(job, [(0, 0)], range=2).code is Code.COMMITTED
+    known = encode_ranges([in_int8(2)])
+    assert lab.broker.run(lab.broker.calibrate(job, encode_ranges([in_int8(1)]))).detail == known
+    assert lab.adopt(job, [(0, 1)], range=1) == Answer(Code.OTHER_RANGES, detail=known)
+
+
+def test_an_ended_or_unknown_job_learns_no_ranges_and_still_expires(lab: Lab) -> None:
+    job, ranges = lab.cancelled_job(), encode_ranges([in_int8(1)])
+    assert lab.broker.run(lab.broker.calibrate(job, ranges)) == Answer(Code.ENDED, detail="cancelled")
+    assert lab.broker.run(lab.broker.calibrate("none", ranges)) == Answer(Code.UNKNOWN_JOB)
+    assert lab.left_behind() == []
 
 
 def test_commit_to_an_unknown_job_says_so(lab: Lab) -> None:

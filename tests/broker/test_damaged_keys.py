@@ -61,6 +61,7 @@ class Scene:
             "drop": broker.drop(job, both),
             "commit": broker.commit(record, both, worked_ms=5),
             "suspect": broker.suspect(job, 0, 0, [1]),
+            "calibrate": broker.calibrate(job, "{}"),
             "take_finalize": broker.take_finalize(self.ending, HOUR_MS),
             "finalized": broker.finalized(self.lease, JobState.FAILED, HOUR_MS),
             "request": broker.request("new", b"x", HOUR_MS, 10),
@@ -95,7 +96,7 @@ class Scene:
 
 STEPS = (
     "create", "reopen", "replace", "submit", "seal", "cancel", "renew", "release", "drop", "commit", "suspect",
-    "take_finalize", "finalized", "request", "reply", "retire", "look",
+    "calibrate", "take_finalize", "finalized", "request", "reply", "retire", "look",
 )  # fmt: skip
 
 

@@ -40,7 +40,9 @@ COMMON = {
     ("submit", Code.CHANGED), ("submit", Code.ENDED), ("submit", Code.UNKNOWN_JOB),
     ("seal", Code.OK), ("seal", Code.MISSING), ("seal", Code.CHANGED), ("seal", Code.ENDED),
     ("commit", Code.COMMITTED), ("commit", Code.ALREADY), ("commit", Code.CONFLICT), ("commit", Code.CHANGED),
-    ("commit", Code.DROPPED), ("commit", Code.OTHER_SPACE), ("commit", Code.UNKNOWN_JOB),
+    ("commit", Code.DROPPED), ("commit", Code.OTHER_SPACE), ("commit", Code.OTHER_RANGES), ("commit", Code.UNKNOWN_JOB),
+    ("calibrate", Code.OK), ("calibrate", Code.OTHER_RANGES), ("calibrate", Code.ENDED),
+    ("calibrate", Code.UNKNOWN_JOB),
     ("cancel", Code.OK), ("cancel", Code.TOO_LATE), ("cancel", Code.UNKNOWN_JOB),
     ("finalized", Code.OK), ("finalized", Code.STALE),
     ("retire", Code.OK), ("retire", Code.PENDING), ("suspect", Code.OK), ("suspect", Code.ENDED),
@@ -51,6 +53,8 @@ jobs = st.integers(0, 1)
 parts = st.integers(0, 1)
 consumers = st.sampled_from(["w1", "w2", "w3"])
 choices = st.integers(0, 7)
+spaces = st.sampled_from(["a", "a", "b"])
+ranges = st.sampled_from([0, 1, 1, 2])
 
 
 class BrokerMachine(BrokerSteps):
@@ -81,7 +85,8 @@ class BrokerMachine(BrokerSteps):
         """Renew and commit what is held, forget it, and claim more."""
         for n in range(2):
             self.look_after(consumer, n, 0, "renew", twice)
-            self.commit(consumer, n, 0, "a", twice)
+            self.calibrate(n, 1, twice)
+            self.commit(consumer, n, 0, "a", 1, twice)
         self.sweep(consumer, 0, 2)
         self.claim(consumer, 2)
 
@@ -178,17 +183,17 @@ class BrokerMachine(BrokerSteps):
         return [c for at, c in enumerate(mine.values()) if mask == 0 or mask >> at % 3 & 1]
 
     @precondition(lambda self: any(self.held.values()))
-    @rule(consumer=consumers, n=jobs, mask=choices, space=st.sampled_from(["a", "a", "b"]), twice=st.booleans())
-    def commit(self, consumer: str, n: int, mask: int, space: str, twice: bool) -> None:
+    @rule(consumer=consumers, n=jobs, mask=choices, space=spaces, range=ranges, twice=st.booleans())
+    def commit(self, consumer: str, n: int, mask: int, space: str, range: int, twice: bool) -> None:
         """Commit, and after CONFLICT without those blocks; what is committed is forgotten only now and then."""
         blocks, name = [to_commit(c) for c in self.pick(consumer, n, mask)], f"s{next(self.names)}"
         job = self.job(n)
         others = job.done if job else frozenset[tuple[int, int]]()
         rest = [b for b in blocks if (b.part, b.block) not in others]
         if blocks:
-            self.send(lambda: self.commit_now(n, name, blocks, space), twice)
+            self.send(lambda: self.commit_now(n, name, blocks, space, range), twice)
         if 0 < len(rest) < len(blocks):
-            self.send(lambda: self.commit_now(n, name, rest, space), twice)
+            self.send(lambda: self.commit_now(n, name, rest, space, range), twice)
         if not mask & 1:
             entries = {b.entry for b in blocks}
             self.held[consumer] = [(of, c) for of, c in self.held[consumer] if c.entry not in entries]
@@ -216,15 +221,16 @@ class BrokerMachine(BrokerSteps):
         n=jobs,
         blocks=st.lists(st.tuples(parts, st.integers(0, BLOCKS)), min_size=1, max_size=3, unique=True),
         variant=st.integers(0, 1),
-        space=st.sampled_from(["a", "a", "b"]),
+        space=spaces,
+        range=ranges,
         twice=st.booleans(),
     )
-    def adopt(self, n: int, blocks: list[tuple[int, int]], variant: int, space: str, twice: bool) -> None:
+    def adopt(self, n: int, blocks: list[tuple[int, int]], variant: int, space: str, range: int, twice: bool) -> None:
         """A shard from the output: of blocks that are submitted, or not yet, or that the corpus does not have."""
         name = f"s{next(self.names)}"
         found = [CommitBlock(p, b, make_entry(p, b, variant=variant).sum) for p, b in blocks if p <= n]
         if found:
-            self.send(lambda: self.commit_now(n, name, found, space), twice)
+            self.send(lambda: self.commit_now(n, name, found, space, range), twice)
 
     @rule(
         n=jobs,
@@ -255,6 +261,10 @@ class BrokerMachine(BrokerSteps):
         n, lease = self.leases[-1 - at % len(self.leases)]
         state = JobState(lease.verdict) if lease.verdict else JobState.FAILED if failed else JobState.COMPLETED
         self.send(lambda: self.finalized_now(n, lease, state), twice)
+
+    @rule(n=jobs, range=st.integers(1, 2), twice=st.booleans())
+    def calibrate(self, n: int, range: int, twice: bool) -> None:
+        self.send(lambda: self.calibrate_now(n, range), twice)
 
     @rule(n=jobs, part=parts, block=st.integers(0, BLOCKS), twice=st.booleans())
     def suspect(self, n: int, part: int, block: int, twice: bool) -> None:
@@ -300,7 +310,7 @@ class BrokerMachine(BrokerSteps):
             self.held["w1"].clear()
             self.sweep("w1", n, 100)
             self.claim("w1", 100)
-            self.commit("w1", n, 0, job.space or "a", False)
+            self.commit("w1", n, 0, job.space or "a", 0, False)
             assert job.finalizing
             cover = sorted((p, b) for p, blocks in job.sealed.items() for b in range(blocks))
             raws = self.broker.shard_records(self.id(n))

@@ -43,7 +43,8 @@ def judge_folder(output: str, expected: Expected, several: bool) -> Verdict:
     errors_file = folder / "_errors.jsonl"
     errors = [json.loads(line) for line in errors_file.read_text().splitlines()] if errors_file.exists() else []
     found = [
-        (row["row"], row["id"], row["text"], of_row(row) if several else np.array(row["embedding"])) for row in rows
+        (row["row"], row["id"], row["text"], of_row(row, manifest) if several else np.array(row["embedding"]))
+        for row in rows
     ]
     judge_rows(verdict, expected, manifest, found, errors)
     verdict.wrong += [f"{path.name} is left" for path in folder.iterdir() if ".tmp-" in path.name]
@@ -59,9 +60,9 @@ def judge_hashes(client: redis.Redis, prefix: str, expected: Expected, several: 
     for key in whole.scan_iter(f"{prefix}*", count=1000):
         id = key.decode().removeprefix(prefix)
         if id not in ("_manifest", "_errors"):
-            text, *vectors = whole.hmget(key, "text", "embedding", "bits", "half")
-            vector = of_hash(*vectors) if several else np.frombuffer(vectors[0], "<f4")
-            found.append((rows.get(id, -1), id, text.decode(), vector))
+            row = whole.hgetall(key)
+            vector = of_hash(row, manifest) if several else np.frombuffer(row[b"embedding"], "<f4")
+            found.append((rows.get(id, -1), id, row[b"text"].decode(), vector))
     errors = [json.loads(error) for error in whole.hvals(f"{prefix}_errors")]
     judge_rows(verdict, expected, manifest, found, errors)
     return verdict

@@ -16,7 +16,7 @@ from pathlib import Path
 import redis
 from e2e.harness import Process, environment
 from lab.forked import Forked
-from lab.several import EMIT
+from lab.several import EMIT, INT8
 from lab_engines import faulty
 
 from chaos.corpora import Expected, write_corpus
@@ -214,7 +214,7 @@ class World:
     def start(self, job: Job) -> None:
         command = [str(BIN / "embed-submit"), str(job.corpus), "-o", job.output, "--redis", self.server.url]
         command += ["--queue", QUEUE, "--model", "hashing", "--quiet", "--max-errors", "100"]
-        command += EMIT if job.several else ()
+        command += (*EMIT, *INT8) if job.several else ()
         job.process = self._run(f"producer-{job.number}", command, PRODUCER_ORDERS)
 
     def _run(self, name: str, command: list[str], orders: Sequence[str] = ()) -> Forked:

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from e2e.harness import assert_vectors, environment, read_errors, read_manifest, read_rows, wait_until
 from lab.broker import Lab
 from lab.hashing_reference import reference_vector
-from lab.several import EMIT, of_hash, of_row
+from lab.several import EMIT, INT8, of_hash, of_row
 
 from embedstream.failpoints import VARIABLE
 from embedstream.jobs import job_id
@@ -184,6 +184,8 @@ class Stage:
     folder: Path
     corpus: Corpus
     to_redis: bool = False
+    int8: bool = False
+    """Whether one of its columns is in int8."""
     fleet: bool = True
     condemned: int = 0
     """Rows that are errors because a worker died with them noted as suspects."""
@@ -206,7 +208,17 @@ class Stage:
 
     def submit(self, *args: object, orders: str = "") -> Process:
         """The one command that everything begins and goes on with."""
-        common = ["-o", self.output, "--model", "hashing", "--queue", self.queue, "--json", *EMIT]
+        common = [
+            "-o",
+            self.output,
+            "--model",
+            "hashing",
+            "--queue",
+            self.queue,
+            "--json",
+            *EMIT,
+            *(INT8 if self.int8 else ()),
+        ]
         where = ["--redis", self.url] if self.fleet else []
         return self.start("embed-submit", *self.corpus.files, *common, *where, *args, orders=orders)
 
@@ -274,7 +286,7 @@ class Stage:
         assert len(poison) == len(set(poison)) == self.condemned
         others = [(error["file"], error["line"]) for error in errors if error["code"] != "poison"]
         assert others == [(str(self.corpus.files[-1]), self.corpus.bad_line)]
-        found = {row["id"]: (row["text"], of_row(row)) for row in rows}
+        found = {row["id"]: (row["text"], of_row(row, manifest)) for row in rows}
         self._judge_rows([*(row["id"] for row in rows), *poison], found)
         counted = tuple(manifest[name] for name in ("state", "partial", "rows", "failed"))
         assert counted == ("completed", False, len(self.corpus.texts) - self.condemned, 1 + self.condemned)
@@ -283,14 +295,13 @@ class Stage:
 
     def _judge_hashes(self) -> None:
         client: Any = self.broker.client
-        found = {}
+        found, manifest = {}, json.loads(client.get(f"{self.prefix}_manifest"))
         for key in client.scan_iter(f"{self.prefix}*-*", count=1000, _type="hash"):
             row = client.hgetall(key)
-            vector = of_hash(row[b"embedding"], row[b"bits"], row[b"half"])
-            found[row[b"id"].decode()] = (row[b"text"].decode(), vector)
+            found[row[b"id"].decode()] = (row[b"text"].decode(), of_hash(row, manifest))
         self._judge_rows(list(found), found)
         assert len(client.hgetall(f"{self.prefix}_errors")) == 1
-        assert json.loads(client.get(f"{self.prefix}_manifest"))["rows"] == len(self.corpus.texts)
+        assert manifest["rows"] == len(self.corpus.texts)
 
     def _judge_rows(self, ids: list[str], rows: Mapping[str, tuple[str, Any]]) -> None:
         assert len(ids) == len(set(ids)), "some rows are doubled"
@@ -314,9 +325,11 @@ class Stage:
 
 
 @contextmanager
-def stage(zygote: Zygote, url: str, folder: Path, corpus: Corpus, to_redis: bool = False) -> Iterator[Stage]:
+def stage(
+    zygote: Zygote, url: str, folder: Path, corpus: Corpus, to_redis: bool = False, int8: bool = False
+) -> Iterator[Stage]:
     """Leaves no process behind, nor keys."""
-    made = Stage(zygote, url, folder, corpus, to_redis)
+    made = Stage(zygote, url, folder, corpus, to_redis, int8)
     try:
         yield made
     finally:

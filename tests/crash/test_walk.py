@@ -39,7 +39,7 @@ def outcomes(
 
     def walk(walk: Walk, folder: Path) -> None:
         folder.mkdir()
-        with stage(zygote, redis_server.url, folder, corpus, walk.to_redis) as made:
+        with stage(zygote, redis_server.url, folder, corpus, walk.to_redis, walk.int8) as made:
             walk.story(made, walk.order)
             made.judge()
 

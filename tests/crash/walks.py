@@ -133,6 +133,17 @@ def adopter(stage: Stage, order: Order) -> None:
     producer(stage, order)
 
 
+def readopter(stage: Stage, order: Order) -> None:
+    """Redis was emptied while a worker wrote a shard; another worker begins the job anew, by ranges of its own."""
+    stage.submitted()
+    first = stage.worker("--burst", orders=order.text)
+    first.strike(order)
+    stage.empty_redis()
+    stage.submitted()
+    stage.finish()
+    go_on(first, order)
+
+
 def canceller(stage: Stage, order: Order) -> None:
     """embed-cancel breaks; the same again, then a partial manifest, then the job goes on to its end."""
     stage.submitted()
@@ -277,21 +288,29 @@ class Walk:
     story: Story
     order: Order
     to_redis: bool = False
+    int8: bool = False
+    """Whether the job has a column in int8."""
 
     def __str__(self) -> str:
-        return f"{self.story.__name__}{'-to-redis' if self.to_redis else ''}-{self.order.text}"
+        with_int8 = "-with-int8" if self.int8 else ""
+        return f"{self.story.__name__}{'-to-redis' if self.to_redis else ''}{with_int8}-{self.order.text}"
 
 
 def walks() -> list[Walk]:
     """All of them."""
     made: list[Walk] = []
 
-    def add(story: Story, *points: str, actions: str = "kill pause", to_redis: bool = False) -> None:
-        made.extend(Walk(story, Order(f"{point}={action}"), to_redis) for point in points for action in actions.split())
+    def add(
+        story: Story, *points: str, actions: str = "kill pause", to_redis: bool = False, int8: bool = False
+    ) -> None:
+        orders = (Order(f"{point}={action}") for point in points for action in actions.split())
+        made.extend(Walk(story, order, to_redis, int8) for order in orders)
 
-    def add_step(story: Story, step: str, turn: str = "", cuts: str = "cut cut*5", to_redis: bool = False) -> None:
-        add(story, f"{step}.before{turn}", actions=f"kill pause {cuts}", to_redis=to_redis)
-        add(story, f"{step}.after{turn}", to_redis=to_redis)
+    def add_step(
+        story: Story, step: str, turn: str = "", cuts: str = "cut cut*5", to_redis: bool = False, int8: bool = False
+    ) -> None:
+        add(story, f"{step}.before{turn}", actions=f"kill pause {cuts}", to_redis=to_redis, int8=int8)
+        add(story, f"{step}.after{turn}", to_redis=to_redis, int8=int8)
 
     add_step(producer, "create")
     add_step(producer, "submit", "#2")
@@ -303,6 +322,12 @@ def walks() -> list[Walk]:
     add_step(worker, "commit")
     add_step(worker, "commit", to_redis=True)
     add(worker, "hashes.written", to_redis=True)
+    add_step(worker, "calibrate", int8=True)
+    add(worker, "calibrate.before", "calibrate.after", "hashes.written", "commit.before", to_redis=True, int8=True)
+    add(worker, "file.written", "commit.before", "commit.after", int8=True)
+    add(late_worker, "shard.discarded", int8=True)
+    add(readopter, "calibrate.before", "commit.before", int8=True)
+    add(retrier, "create.after", "take_finalize.after", int8=True)
     add_step(worker, "retire")
     add(sweeper, "sweep.before", actions="cut cut*5")
     add(sweeper, "sweep.after")

@@ -26,7 +26,7 @@ COMMANDS = [
     line.partition("submit ")[2].split()
     for line in re.findall(r"^(?:\w+=\w+ )?(embedstream submit .*)$", PAGE, re.MULTILINE)
 ]
-GIVEN = {output.kind: output for output in EVERY_KIND if output.dtype != "ubinary"}
+GIVEN = {output.kind: output for output in EVERY_KIND if output.kind != "dense"}
 
 
 def results(folder: Path, *outputs: Output, keep: tuple[str, ...] = ()) -> None:
@@ -42,9 +42,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One dataset for each section: the first by its command, the others as their models might give them."""
     folder = tmp_path_factory.mktemp("tasks")
     write_corpus(folder / "corpus.jsonl", 60)
-    dense, *_ = COMMANDS
+    dense, in_bytes, *_ = COMMANDS
     done = run("embed-submit", folder / dense[0], *dense[1:], EMBEDSTREAM_MODEL="hashing")
     assert "(384 dimensions; small: dense in ubinary, 256 dimensions)" in done.stdout, done.stderr
+    named = [folder / each if each.endswith(".vectors") else each for each in in_bytes[1:]]
+    done = run("embed-submit", folder / in_bytes[0], *named, EMBEDSTREAM_MODEL="hashing")
+    assert "bytes.vectors (dense in int8, 384 dimensions)" in done.stdout, done.stderr
     results(folder / "splade.vectors", GIVEN["sparse"])
     results(folder / "colbert.vectors", GIVEN["multivector"])
     results(folder / "scored.vectors", GIVEN["score"], keep=("query",))
@@ -56,7 +59,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_recipe_runs_as_it_stands(folder: Path, title: str, block: str) -> None:
     done = subprocess.run([sys.executable, "-c", block], cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    if title == "Reranking":
+    if "bytes.vectors" in block:
+        shape, _, length = done.stdout.rpartition(" ")
+        assert shape == "(60, 384)"
+        assert float(length) == pytest.approx(1, abs=0.03)
+    elif title == "Reranking":
         assert re.findall(r"'(question \d)', '0-\d'", done.stdout) == ["question 0", "question 1"]
     elif title == "Classifying":
         assert done.stdout.startswith("['art', 'law', 'sport']")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import struct
 import uuid
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +12,7 @@ import redis
 
 from embedstream.jobs import JobSpec, JobState
 from embedstream.keys import Keys, job_keys
+from embedstream.outputs import Output
 from embedstream.queue.blocks import Entry
 from embedstream.queue.broker import Broker, Claimed
 from embedstream.queue.steps import Answer, Code, CommitBlock, Lease
@@ -29,10 +31,15 @@ def make_entry(part: int, block: int, size: int = 100, rows: int = 10, variant: 
     return Entry(part, block, rows, 0, 0, size, checksum, b"x" * size, b"")
 
 
+def in_int8(range: int) -> Output:
+    """A column of one number, from 0 to `range`."""
+    return Output(name="tiny", kind="dense", dtype="int8", dim=1, ranges=struct.pack("<2f", 0, range))
+
+
 def make_record(
-    job: str, name: str, blocks: Sequence[tuple[int, int]], space: str = "space", **changed: int
+    job: str, name: str, blocks: Sequence[tuple[int, int]], space: str = "space", range: int = 0, **changed: int
 ) -> ShardRecord:
-    """A shard of 9 rows, 1 failure, 5 tokens computed as 8 for every block."""
+    """A shard of 9 rows, 1 failure, 5 tokens computed as 8 for every block. `range`: of its column in int8; 0: none."""
     n = len(blocks)
     counters = {"rows": 9 * n, "failed": n, "skipped": 0, "truncated": 0, "tokens": 5 * n, "padded": 8 * n} | changed
     listed = tuple(BlockRecord(part, block, 9, 1, 0, "") for part, block in blocks)
@@ -47,7 +54,7 @@ def make_record(
         truncated=counters["truncated"],
         tokens=counters["tokens"],
         padded=counters["padded"],
-        outputs=(dense(3),),
+        outputs=(dense(3), dense(8, name="bits", dtype="ubinary"), *([in_int8(range)] if range else [])),
         dtype="float32",
         engine="hashing",
         worker="test",
@@ -110,21 +117,30 @@ class Lab:
         for c in claimed:
             self.client.xclaim(c.stream, "workers", consumer, 0, [c.entry], idle=2 * HOUR_MS, justid=True)
 
-    def commit(self, job: str, claimed: Sequence[Claimed], name: str = "", space: str = "space") -> Answer:
+    def commit(
+        self, job: str, claimed: Sequence[Claimed], name: str = "", space: str = "space", range: int = 0
+    ) -> Answer:
         blocks = [to_commit(c) for c in claimed]
-        return self.commit_blocks(job, blocks, name, space)
+        return self.commit_blocks(job, blocks, name, space, range)
 
     def commit_blocks(
-        self, job: str, blocks: Sequence[CommitBlock], name: str = "", space: str = "space", **changed: int
+        self,
+        job: str,
+        blocks: Sequence[CommitBlock],
+        name: str = "",
+        space: str = "space",
+        range: int = 0,
+        **changed: int,
     ) -> Answer:
-        record = make_record(
-            job, name or f"s{next(self._names)}", [(b.part, b.block) for b in blocks], space, **changed
-        )
+        addresses = [(b.part, b.block) for b in blocks]
+        record = make_record(job, name or f"s{next(self._names)}", addresses, space, range, **changed)
         return self.broker.run(self.broker.commit(record, blocks))
 
-    def adopt(self, job: str, blocks: Sequence[tuple[int, int]], name: str = "", space: str = "space") -> Answer:
+    def adopt(
+        self, job: str, blocks: Sequence[tuple[int, int]], name: str = "", space: str = "space", range: int = 0
+    ) -> Answer:
         """Commit a shard that was found in the output."""
-        return self.commit_blocks(job, [CommitBlock(p, b, make_entry(p, b).sum) for p, b in blocks], name, space)
+        return self.commit_blocks(job, [CommitBlock(p, b, make_entry(p, b).sum) for p, b in blocks], name, space, range)
 
     def finalize(self, job: str, state: JobState = JobState.COMPLETED) -> Lease:
         lease = self.broker.run(self.broker.take_finalize(job, 0))

@@ -13,9 +13,10 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant
 
 from embedstream.jobs import MOVES, JobSpec, JobState
 from embedstream.keys import job_keys
+from embedstream.outputs import encode_ranges
 from embedstream.queue.broker import Claimed
 from embedstream.queue.steps import Answer, Code, CommitBlock, Lease, Step
-from lab.broker import HOUR_MS, Lab, make_entry, make_record
+from lab.broker import HOUR_MS, Lab, in_int8, make_entry, make_record
 from lab.broker_model import JobModel, QueueModel
 
 
@@ -86,9 +87,14 @@ class BrokerSteps(RuleBasedStateMachine):
     def seal_now(self, n: int, part: int, blocks: int) -> None:
         self.expect(self.broker.seal(self.id(n), part, blocks), self.model.seal(n, part, blocks))
 
-    def commit_now(self, n: int, name: str, blocks: Sequence[CommitBlock], space: str) -> None:
-        record = make_record(self.id(n), name, [(b.part, b.block) for b in blocks], space)
-        self.expect(self.broker.commit(record, blocks), self.model.commit(n, name, blocks, space))
+    def calibrate_now(self, n: int, range: int) -> None:
+        ranges = encode_ranges([in_int8(range)])
+        self.expect(self.broker.calibrate(self.id(n), ranges), self.model.calibrate(n, ranges))
+
+    def commit_now(self, n: int, name: str, blocks: Sequence[CommitBlock], space: str, range: int) -> None:
+        record = make_record(self.id(n), name, [(b.part, b.block) for b in blocks], space, range)
+        expected = self.model.commit(n, name, blocks, space, encode_ranges(record.outputs))
+        self.expect(self.broker.commit(record, blocks), expected)
 
     def renew_now(self, n: int, consumer: str, entries: Sequence[str]) -> None:
         lost = self.broker.run(self.broker.renew(self.lab.keys.blocks(self.id(n)), consumer, entries))
@@ -176,6 +182,7 @@ class BrokerSteps(RuleBasedStateMachine):
         assert state in reachable(before), f"{before} -> {state}"
         self.seen[n] = state
         assert state is job.state
+        assert fields.get(b"ranges", b"").decode() == job.ranges
         assert done == job.done
         assert {name.decode() for name in shards} == job.shards
         assert {name.decode() for name in suspects} == {f"{part}:{block}" for part, block in job.suspects}

@@ -28,6 +28,7 @@ class JobModel:
     state: JobState = JobState.SUBMITTING
     verdict: str = ""
     space: str = ""
+    ranges: str = ""
     epoch: int = 0
     leased: bool = False
     closing: int = 0  # blocks in hands when it was cancelled, less those that were committed since
@@ -184,7 +185,18 @@ class QueueModel:
             job.finish_if_done()
         return Answer(Code.OK)
 
-    def commit(self, n: int, name: str, blocks: Sequence[CommitBlock], space: str) -> Answer:
+    def calibrate(self, n: int, ranges: str) -> Answer:
+        job = self.jobs.get(n)
+        if job is None:
+            return Answer(Code.UNKNOWN_JOB)
+        if job.ranges:
+            return Answer(Code.OK) if job.ranges == ranges else Answer(Code.OTHER_RANGES, detail=job.ranges)
+        if not job.open and not job.closing > 0:
+            return Answer(Code.ENDED, detail=job.state)
+        job.ranges = ranges
+        return Answer(Code.OK)
+
+    def commit(self, n: int, name: str, blocks: Sequence[CommitBlock], space: str, ranges: str) -> Answer:
         job = self.jobs.get(n)
         if job is None:
             return Answer(Code.UNKNOWN_JOB)
@@ -194,6 +206,8 @@ class QueueModel:
             return Answer(Code.DROPPED, detail=job.state)
         if job.space and job.space != space:
             return Answer(Code.OTHER_SPACE, detail=job.space)
+        if ranges and job.ranges and job.ranges != ranges:
+            return Answer(Code.OTHER_RANGES, detail=job.ranges)
         conflict = [b for b in blocks if (b.part, b.block) in job.done]
         if conflict:
             for b in conflict:
@@ -208,7 +222,7 @@ class QueueModel:
             job.suspects.discard((b.part, b.block))
             job.sums[b.part, b.block] = b.sum
         job.shards.add(name)
-        job.space = space
+        job.space, job.ranges = space, ranges or job.ranges
         if job.closing:
             job.closing -= sum(b.entry != "" for b in blocks)
             job.graced = job.graced and job.closing > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,10 +11,14 @@ import numpy.typing as npt
 from embedstream.dataset.values import Matrix, Ragged, Values
 from embedstream.outputs import Kind, Output
 
+EDGES = [-0.75] * 16 + [0.75] * 16
+"""Of the column in int8: a number may lie beyond."""
+
 EVERY_KIND = (
     Output(name="embedding", kind="dense", dtype="float32", dim=16, normalized=True),
     Output(name="half", kind="dense", dtype="float16", dim=16, normalized=True),
     Output(name="short", kind="dense", dtype="float32", dim=8, normalized=True),
+    Output(name="small", kind="dense", dtype="int8", dim=16, normalized=True, ranges=struct.pack("<32f", *EDGES)),
     Output(name="bits", kind="dense", dtype="ubinary", dim=16),
     Output(name="sparse", kind="sparse", dtype="float32", dim=100),
     Output(name="multivector", kind="multivector", dtype="float16", dim=4, normalized=True),

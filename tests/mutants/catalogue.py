@@ -77,9 +77,10 @@ MUTANTS = (
     mutant(
         "a block is acknowledged before its shard is renamed",
         COMMIT,
-        "            return shard.job.sink.write_shard(self._content(shard))\n",
+        "            return shard.job.sink.write_shard(self._content(shard, outputs, rounded(outputs, data)))\n",
         (
-            "            content, blocks = self._content(shard), [block.commit for block in shard.blocks.values()]\n"
+            "            content = self._content(shard, outputs, rounded(outputs, data))\n"
+            "            blocks = [block.commit for block in shard.blocks.values()]\n"
             "            self._broker.run(self._broker.commit(content.record, blocks, shard.job.stored))\n"
             "            return shard.job.sink.write_shard(content)\n"
         ),
@@ -239,6 +240,20 @@ MUTANTS = (
         "if pinned ~= '' and pinned ~= space then",
         "if false then",
         f"{CONTRACT}::test_commit_of_another_space_is_refused",
+    ),
+    mutant(
+        "commit takes int8 columns of other ranges",
+        f"{SCRIPTS}/commit.lua",
+        "if ranges ~= '' and calibrated and calibrated ~= ranges then",
+        "if false then",
+        f"{CONTRACT}::test_int8_columns_have_the_ranges_of_the_first_that_says_them",
+    ),
+    mutant(
+        "a worker goes by its own ranges",
+        COMMIT,
+        "answer.detail if answer.code is Code.OTHER_RANGES else ranges",
+        "ranges",
+        walk("worker-with-int8-calibrate.before=pause"),
     ),
     mutant(
         "commit counts for a job that has ended",

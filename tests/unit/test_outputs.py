@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +16,27 @@ from conftest import RedisServer
 from hypothesis import given
 from hypothesis import strategies as st
 from lab.dataset import Dataset, make_content, make_spec
-from lab.results import EVERY_KIND, some_results
+from lab.results import EDGES, EVERY_KIND, some_results
 from lab.verify import Made, edit_manifest, replaced, rewrite
 
 import embedstream
 from embedstream.dataset.redis_values import from_fields, to_fields
 from embedstream.dataset.schema import output_fields
 from embedstream.dataset.sinks import open_sink
-from embedstream.dataset.values import Ragged, Values, from_columns, to_columns
+from embedstream.dataset.values import Ragged, Values, from_columns, quantized, ranges_of, to_columns
 from embedstream.errors import OutputError, UsageError
 from embedstream.lifecycle.opening import make_spec as job_spec
-from embedstream.outputs import DTYPES, KINDS, NAMES, Output, OutputSpec, parse_emit
+from embedstream.outputs import (
+    DTYPES,
+    KINDS,
+    NAMES,
+    Output,
+    OutputSpec,
+    encode_ranges,
+    parse_emit,
+    with_ranges,
+    without_ranges,
+)
 from embedstream.records import ShardContent
 from embedstream_producer.verify import verify
 from embedstream_worker.engines.base import OutputInfo
@@ -56,11 +68,13 @@ def test_columns_hold_what_the_model_gave_also_as_a_slice_and_in_hashes_and_in_p
     batch = batch_of(output, values)
     if output.dtype == "ubinary":
         expected: Values = np.where(values > 0, 1, -1)  # type: ignore[operator]
+    elif output.dtype == "int8":
+        expected = np.clip(values, *EDGES[15:17])  # type: ignore[call-overload]
     elif output.name == "short":
         expected = values[:, :8] / np.linalg.norm(values[:, :8], axis=1, keepdims=True)  # type: ignore[index]
     else:
         expected = values
-    tolerance = 2e-3 if output.dtype == "float16" else 1e-6
+    tolerance = {"float16": 2e-3, "int8": 1.5 / 255}.get(output.dtype, 1e-6)
     assert_close(from_columns(output, batch), expected, tolerance)
     some = np.arange(7, 31)
     part = expected.take(some) if isinstance(expected, Ragged) else expected[some]
@@ -70,6 +84,42 @@ def test_columns_hold_what_the_model_gave_also_as_a_slice_and_in_hashes_and_in_p
     pq.write_table(pa.Table.from_batches([batch]), tmp_path / "f.parquet")
     [again] = pq.read_table(tmp_path / "f.parquet").combine_chunks().to_batches()
     assert_close(from_columns(output, again), expected, tolerance)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 300])
+def test_ranges_reach_from_the_least_to_the_greatest_number_of_each_dimension(rows: int) -> None:
+    dice = np.random.default_rng(rows)
+    vectors = np.concatenate([dice.standard_normal((rows, 14)), np.full((rows, 1), 3), np.zeros((rows, 1))], axis=1)
+    vectors = vectors.astype(np.float32)
+    ranges = ranges_of([vectors[: rows // 2], vectors[:0], vectors[rows // 2 :]])
+    output = Output(name="small", kind="dense", dtype="int8", dim=16, ranges=ranges)
+    low, high = np.frombuffer(ranges, "<f4").reshape(2, 16)
+    np.testing.assert_array_equal((low, high), (vectors.min(axis=0), vectors.max(axis=0)))
+    read: Any = from_columns(output, batch_of(output, vectors))
+    assert (vectors - read >= -1e-6).all()
+    assert (vectors - read <= (high - low) / 255 + 1e-6).all()
+    far = np.array([[3e38] * 16, [-3e38] * 16], np.float32)
+    assert quantized(far, output).tolist() == [[127] * 16, [-128] * 16]
+    whole = Output(name="small", kind="dense", dtype="int8", dim=16, ranges=ranges_of([far]))
+    assert quantized(far, whole).tolist() == [[127] * 16, [-128] * 16]
+
+
+def test_ranges_of_other_outputs_are_refused() -> None:
+    small = [each for each in EVERY_KIND if each.dtype == "int8"]
+    other = Output(name="x", kind="dense", dtype="int8", dim=2)
+    assert with_ranges(without_ranges(small), encode_ranges(small)) == tuple(small)
+    for outputs, encoded in (
+        (small, ""),
+        (small, "{}"),
+        (small, "[]"),
+        (small, " " + encode_ranges(small)),
+        (small, '{"small":"AAAA"}'),
+        ([*small, other], encode_ranges(small)),
+        ([other], encode_ranges(small)),
+        (small[:0], encode_ranges(small)),
+    ):
+        with pytest.raises(ValueError, match=r"."):
+            with_ranges(outputs, encoded)
 
 
 def test_no_rows_make_empty_columns() -> None:
@@ -111,8 +161,15 @@ def taken(values: Values, rows: Any) -> Values:
         {"dtype": "float63"},
         {"name": "id"},
         {"name": "half"},
+        {"dtype": "int8"},
+        {"ranges": base64.b64encode(bytes(128)).decode()},
+        {"dtype": "int8", "ranges": base64.b64encode(bytes(64)).decode()},
+        {"dtype": "int8", "ranges": "not base64"},
+        {"dtype": "int8", "ranges": base64.b64encode(struct.pack("<32f", *EDGES[::-1])).decode()},
+        {"dtype": "int8", "ranges": base64.b64encode(struct.pack("<32f", *[-3e38] * 16, *[3e38] * 16)).decode()},
+        {"dtype": "int8", "ranges": base64.b64encode(struct.pack("<32f", *[0.0] * 31, np.nan)).decode()},
     ],
-    ids=str,
+    ids=range(19),
 )
 def test_a_manifest_whose_outputs_no_dataset_has_is_refused_by_every_reader(
     written: Made, change: dict[str, Any]
@@ -203,6 +260,15 @@ def test_a_dataset_of_every_kind_is_verified_and_opened_by_its_manifest(written:
     table = embedstream.open_dataset(written.spec.output).to_table()
     assert table.num_rows == ROWS // 4
     assert {name for output in EVERY_KIND for name in output.columns} <= set(table.column_names)
+
+
+def test_int8_numbers_that_mean_something_else_by_the_manifest_than_by_the_footer_are_found(written: Made) -> None:
+    def change(manifest: Any) -> None:
+        (small,) = (output for output in manifest["outputs"] if output["name"] == "small")
+        small["ranges"] = base64.b64encode(struct.pack("<32f", *[-0.75] * 16, *[0.5] * 16)).decode()
+
+    edit_manifest(written, change)
+    assert verify(written.spec.output, (), None).findings.keys() == {"space"}
 
 
 def test_vectors_of_the_tokens_of_long_texts_are_verified(tmp_path: Path) -> None:

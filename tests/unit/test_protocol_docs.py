@@ -64,7 +64,7 @@ def test_the_page_names_every_field_of_a_jobs_hash_and_no_other() -> None:
     lab = Lab(client)
     job = lab.sealed_job(1)
     (claimed,) = lab.broker.claim("worker", [job], 1, 0)
-    record = make_record(job, "shard", [(0, 0)])
+    record = make_record(job, "shard", [(0, 0)], range=1)
     assert lab.broker.run(lab.broker.commit(record, [to_commit(claimed)])).code is Code.COMMITTED
     assert lab.broker.run(lab.broker.take_finalize(job, 1000)) is not None
     cancelled = lab.create("/cancelled")

@@ -153,7 +153,7 @@ def test_what_cannot_be_compared_is_said(folder: str, tmp_path: Path) -> None:
     spec = make_spec(str(tmp_path / "scores"))
     dataset = Dataset(FolderSink(spec.output, spec), spec)
     dataset.sink.check()
-    scores = written(dataset, EVERY_KIND[6:])
+    scores = written(dataset, EVERY_KIND[7:])
     with pytest.raises(UsageError, match="only dense, sparse, multivector can be searched, this dataset has score"):
         search(scores, QUERY)
     with pytest.raises(UsageError, match="--by sparse: there is none, this dataset has score"):

@@ -17,13 +17,16 @@ from embedstream.dataset.folder import FolderSink
 from embedstream.dataset.input_hash import input_hashes
 from embedstream.dataset.schema import dataset_schema, errors_schema
 from embedstream.dataset.values import Ragged
-from embedstream.jobs import JobSpec
+from embedstream.jobs import JobSpec, JobState
 from embedstream.outputs import Output
 from embedstream.queue.blocks import Block, Refusal, decode_block, encode_block
+from embedstream.queue.broker import Broker
 from embedstream.queue.packing import Packer
+from embedstream.queue.steps import Steps
 from embedstream.records import Recipe, ShardContent, ShardRecord
 from embedstream.settings import BlockLimits, WorkerSettings
 from embedstream_worker.ahead import Ahead
+from embedstream_worker.calibration import calibrated, rounded
 from embedstream_worker.engines.base import EngineInfo, OutputInfo, Results
 from embedstream_worker.engines.hashing import HashingTokenizer
 from embedstream_worker.finish import BLOCK_BYTES, FinishedBlock, finish_blocks
@@ -109,6 +112,65 @@ def test_what_a_dtype_or_fewer_dimensions_make_of_a_sound_vector_is_no_bad_row_o
     short = dense(2, False)
     assert codes(embedded(blocks, outputs=[short], results={"dense": vectors})) == {"id-3": "zero_vector"}
     assert codes(embedded(blocks, outputs=[dense(DIM, False)], results={"dense": vectors})) == {}
+
+
+SMALL = dense(DIM, False, dtype="int8", name="small")
+
+
+def test_int8_numbers_are_made_of_the_ranges_over_all_rows_of_a_shard() -> None:
+    vectors = np.array([[0, -255, 5], [64, -128, 5], [255, 0, 5], [128, -64, 5]], np.float32)
+    group = embedded(packed(["a", "b", "c", "d"], chunks=2), outputs=[SMALL], results={"dense": vectors})
+    data = pa.concat_tables([block.data for block in finished(group)])
+    outputs = calibrated([SMALL], data)
+    table = rounded(outputs, data)
+    assert table.schema.equals(dataset_schema(SPEC, outputs))
+    assert table["small"].to_pylist() == [[-128, -128, -128], [-64, -1, -128], [127, 127, -128], [0, 63, -128]]
+    assert rounded([SMALL], data.slice(0, 0)).schema.equals(dataset_schema(SPEC, [SMALL])), "without rows, none needed"
+
+
+def test_a_vector_of_zeros_is_an_error_row_in_int8_too() -> None:
+    vectors = np.array([[1, 0, 0], [0, 0, 1]], np.float32)
+    short = dense(2, False, dtype="int8")
+    assert codes(embedded(packed(["a", "b"]), outputs=[short], results={"dense": vectors})) == {"id-1": "zero_vector"}
+
+
+class Asked(Broker):
+    """Says what a job's state is, and its ranges."""
+
+    def __init__(self, state: JobState, known: str = "") -> None:
+        Steps.__init__(self, "queue")
+        self._state, self._known = state, known
+
+    def state(self, job: str) -> JobState:  # noqa: ARG002
+        return self._state
+
+    def unclaimed(self, job: str) -> bool:  # noqa: ARG002
+        return False
+
+    def ranges(self, job: str) -> str:  # noqa: ARG002
+        return self._known
+
+
+@pytest.mark.parametrize(
+    ("rows", "state", "known", "due"),
+    [
+        (999, JobState.SUBMITTING, "", False),
+        (1000, JobState.SUBMITTING, "", True),
+        (3, JobState.RUNNING, "", True),
+        (3, JobState.SUBMITTING, "of another worker", True),
+    ],
+)
+def test_ranges_are_not_taken_from_a_few_rows_of_many(
+    monkeypatch: pytest.MonkeyPatch, rows: int, state: JobState, known: str, due: bool
+) -> None:
+    """However old the shard is, and nothing more has come for long."""
+    monkeypatch.setattr("embedstream_worker.shards.IDLE_SECONDS", 0.0)
+    open_shards = OpenShards(share(settings=WorkerSettings(shard_seconds=0.0)), Asked(state, known))
+    group = embedded(packed(["a"] * rows), outputs=[SMALL], results={"dense": np.ones((rows, DIM), np.float32)})
+    shard = open_shards.of(group.tokenized.job, "stream")
+    for block in finished(group):
+        shard.add(block)
+    assert open_shards.due(()) == [shard] * due
 
 
 def test_a_weight_that_float16_rounds_to_zero_is_left_out() -> None:

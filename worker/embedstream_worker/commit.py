@@ -10,11 +10,13 @@ import redis
 
 from embedstream.cli.logs import about
 from embedstream.errors import BrokerError, OutputError, RecordDamaged
+from embedstream.outputs import Output, encode_ranges, with_ranges
 from embedstream.queue.broker import Broker
 from embedstream.queue.steps import Answer, Code
 from embedstream.records import ShardContent, ShardRecord
 from embedstream.server.foreign import reading
 from embedstream.server.troubles import passes
+from embedstream_worker.calibration import calibrated, has_int8, rounded
 from embedstream_worker.engines.base import EngineInfo
 from embedstream_worker.finish import FinishedBlock
 from embedstream_worker.held import Delivered, release
@@ -42,17 +44,21 @@ class Commits:
 
         Raises:
             OutputError: it cannot be written at present.
-            redis.RedisError: it is written, and cannot be committed at present.
+            redis.RedisError: it cannot be committed at present.
         """
         while shard.blocks:
-            record = shard.written
-            if record is None:
-                record = shard.written = self._write(shard)
+            if shard.written is None:
+                shard.written = self._write(shard)
                 shard.worked += self._meter.take_worked()
-            answer = self._commit(shard, record)
-            if answer is None:
+            record = shard.written
+            answer = None if record is None else self._commit(shard, record)
+            if record is None or answer is None:
                 self._release(shard)
                 return None
+            if answer.code is Code.OTHER_RANGES:  # of an earlier life of the job
+                self._discard(shard.job, record.name)
+                shard.write_anew()
+                continue
             if answer.code not in (Code.CONFLICT, Code.CHANGED):
                 return self._settle(shard, record, answer)
             refused = [shard.blocks[address] for address in answer.blocks if address in shard.blocks]
@@ -80,11 +86,30 @@ class Commits:
         for block in blocks:
             self._held.remove(block.stream, [block.entry])
 
-    def _write(self, shard: Shard) -> ShardRecord:
-        """A durable shard. Raises `OutputError`."""
+    def _write(self, shard: Shard) -> ShardRecord | None:
+        """A durable shard; None if the job's record is damaged. Raises `OutputError` and `redis.RedisError`."""
         self._jobs.check_root(shard.job)
+        data = pa.concat_tables([block.data for block in shard.blocks.values()])
+        outputs = self._outputs(shard.job, data)
+        if outputs is None:
+            return None
         with self._meter.stage("write"):
-            return shard.job.sink.write_shard(self._content(shard))
+            return shard.job.sink.write_shard(self._content(shard, outputs, rounded(outputs, data)))
+
+    def _outputs(self, job: OpenJob, data: pa.Table) -> tuple[Output, ...] | None:
+        """The job's outputs, with the ranges of int8 if there are rows: those that all workers use, which are of these
+        rows if there were none. None if the job's record is damaged."""
+        if not has_int8(job.outputs) or not data.num_rows:
+            return job.outputs
+        ranges = job.calibration.ranges or encode_ranges(calibrated(job.outputs, data))
+        try:
+            with reading(f"job {job.id}'s record"):
+                answer = self._broker.run(self._broker.calibrate(job.id, ranges))
+                job.calibration.ranges = answer.detail if answer.code is Code.OTHER_RANGES else ranges
+                return with_ranges(job.outputs, job.calibration.ranges)
+        except RecordDamaged as error:
+            self._jobs.refuse(job.id, str(error), LOOK_AGAIN_SECONDS)
+            return None
 
     def _commit(self, shard: Shard, record: ShardRecord) -> Answer | None:
         """The broker's answer; None if Redis refuses for good. Raises `redis.RedisError` for what passes."""
@@ -157,9 +182,8 @@ class Commits:
         except OutputError as error:
             log.warning("%s; it counts for nothing, as no manifest will list it", error, extra=about(job.id))
 
-    def _content(self, shard: Shard) -> ShardContent:
+    def _content(self, shard: Shard, outputs: tuple[Output, ...], data: pa.Table) -> ShardContent:
         job, blocks = shard.job, [*shard.blocks.values()]
-        data = pa.concat_tables([block.data for block in blocks])
         errors = pa.concat_tables([block.errors for block in blocks])
         record = ShardRecord(
             name=shard.name,
@@ -172,7 +196,7 @@ class Commits:
             truncated=sum(block.truncated for block in blocks),
             tokens=sum(block.tokens for block in blocks),
             padded=sum(block.computed for block in blocks),
-            outputs=job.outputs,
+            outputs=outputs,
             dtype=self._info.dtype,
             engine=self._info.engine,
             worker=self._consumer,

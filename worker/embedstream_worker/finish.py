@@ -16,6 +16,7 @@ from embedstream.queue.kept import typed
 from embedstream.queue.steps import CommitBlock
 from embedstream.records import BlockRecord
 from embedstream.verify.rows import WORDS, bad_column
+from embedstream_worker.calibration import in_float32
 from embedstream_worker.held import EmbeddedGroup, HeldBlock, RowErrors
 from embedstream_worker.work import CODES
 
@@ -113,12 +114,12 @@ def finish_blocks(group: EmbeddedGroup) -> tuple[list[FinishedBlock], list[HeldB
 
 
 def group_table(group: EmbeddedGroup) -> pa.Table:
-    """All rows of a group in dataset schema, failed ones included."""
+    """All rows of a group in dataset schema, failed ones included; int8 columns are float32 as yet."""
     tokenized, tokens = group.tokenized, group.tokenized.tokens
     spec, blocks = tokenized.job.spec, [held.block for held in tokenized.blocks]
     rows = pa.Table.from_batches([block.rows for block in blocks])
     parts = np.repeat([block.part for block in blocks], [block.rows.num_rows for block in blocks])
-    outputs = tokenized.job.outputs
+    outputs = in_float32(tokenized.job.outputs)
     schema = dataset_schema(spec, outputs)
     made: dict[str, Any] = {
         "part": pa.array(parts, pa.int32()),
@@ -136,7 +137,7 @@ def group_table(group: EmbeddedGroup) -> pa.Table:
 def lost_errors(table: pa.Table, group: EmbeddedGroup) -> RowErrors:
     """Of rows whose results are sound, and whose columns embed-verify would refuse: fewer dimensions may all be 0, and
     float16 ends at 65,504."""
-    outputs = group.tokenized.job.outputs
+    outputs = in_float32(group.tokenized.job.outputs)
     errors: RowErrors = {}
     for output in outputs:
         given = group.results[output.kind]

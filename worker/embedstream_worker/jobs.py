@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import msgspec
 
@@ -44,6 +44,14 @@ class PromptBeingTried(Exception):
     """Another worker tries the job's prompt at present, or died of it a moment ago: look again soon."""
 
 
+@dataclass
+class Calibration:
+    """What this worker knows of the ranges of a job's int8 columns. The thread that writes shards alone looks at it."""
+
+    ranges: str = ""
+    """As `encode_ranges` gives them; empty: there are none, or they are not known yet."""
+
+
 @dataclass(frozen=True, eq=False)
 class OpenJob:
     """A job that this worker works on. Two of the same id are two lives of it: Redis was emptied between them."""
@@ -63,6 +71,7 @@ class OpenJob:
     recipe: Recipe
     stored: bytes = b""
     """The spec as it lies in Redis: another version may leave fields out, or have more."""
+    calibration: Calibration = field(default_factory=Calibration)
 
 
 class NotForThisWorker(EmbedstreamError):
@@ -252,6 +261,7 @@ class Jobs:
             outputs=outputs,
             sink=open_sink(spec.output, spec, self._redis_url, self._roots),
             recipe=recipe_of(info, spec, prompt, max_length),
+            calibration=Calibration(spec.retry.ranges if spec.retry else ""),
         )
 
     def _unfit(self, spec: JobSpec) -> str | None:

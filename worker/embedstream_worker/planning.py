@@ -24,7 +24,7 @@ from embedstream.planning import Counted, Measure, Measured, TokenCounter, recei
 
 _ASKED: Any = list[str] | Measure
 
-_BYTES: dict[Dtype, float] = {"float32": 4, "float16": 2, "ubinary": 1 / 8}
+_BYTES: dict[Dtype, float] = {"float32": 4, "float16": 2, "int8": 1, "ubinary": 1 / 8}
 
 
 @dataclass(frozen=True)

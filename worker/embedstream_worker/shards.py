@@ -15,6 +15,7 @@ from embedstream.queue.broker import Broker
 from embedstream.queue.workers import InHand
 from embedstream.records import ShardRecord
 from embedstream.server.foreign import reading
+from embedstream_worker.calibration import CALIBRATION_ROWS, has_int8
 from embedstream_worker.finish import FinishedBlock
 from embedstream_worker.jobs import OpenJob
 from embedstream_worker.shared import Shared
@@ -55,6 +56,16 @@ class Shard:
     written: ShardRecord | None = None
     """Once it is durable."""
 
+    @property
+    def is_told(self) -> bool:
+        """Whether its rows suffice to say what int8 numbers stand for in the whole job, or need not."""
+        needed = has_int8(self.job.outputs) and not self.job.calibration.ranges
+        return not needed or not 0 < self.in_hand.rows < CALIBRATION_ROWS
+
+    def write_anew(self) -> None:
+        """What was written of it is of no use: it is another shard from here on."""
+        self.name, self.written = uuid.uuid4().hex[:16], None
+
     def add(self, block: FinishedBlock) -> FinishedBlock | None:
         """The same block as another entry, if it is here already: the newer entry is the one to clear."""
         older = self.blocks.get(block.address)
@@ -68,7 +79,7 @@ class Shard:
     def leave_out(self, addresses: Container[tuple[int, int]]) -> None:
         """Without these blocks it is another shard, which has to be written anew."""
         self.blocks = {address: block for address, block in self.blocks.items() if address not in addresses}
-        self.name, self.written = uuid.uuid4().hex[:16], None
+        self.write_anew()
 
 
 class OpenShards:
@@ -108,16 +119,16 @@ class OpenShards:
     def _is_full(self, shard: Shard) -> bool:
         if shard.bytes >= self._settings.shard_bytes or shard.rows >= SHARD_ROWS:
             return True
-        return time.monotonic() - shard.opened >= self._settings.shard_seconds
+        return shard.is_told and time.monotonic() - shard.opened >= self._settings.shard_seconds
 
     def _is_over(self, shard: Shard, waiting: Container[str]) -> bool:
         """Whether nothing is to be expected that could still come into it."""
         if self._life.stopping.is_set():
-            return True  # what is in the model may not come back in time
+            return shard.is_told  # what is in the model may not come back in time
         if shard.job.id in waiting:
             return False
         more = bool(self._held.entries(shard.stream) - {block.entry for block in shard.blocks.values()})
-        if self._held.awaited and not more:
+        if self._held.awaited and not more and shard.is_told:
             return True
         now = time.monotonic()
         if now - shard.asked < (CANCELLED_SECONDS if more else ASK_SECONDS):
@@ -127,7 +138,8 @@ class OpenShards:
             with reading(f"job {shard.job.id}'s record"):
                 match self._broker.state(shard.job.id):
                     case JobState.SUBMITTING:
-                        return not more and now - shard.grown >= IDLE_SECONDS
+                        idle = not more and now - shard.grown >= IDLE_SECONDS
+                        return idle and (shard.is_told or self._was_told(shard.job))
                     case JobState.RUNNING:
                         return not more and not self._broker.unclaimed(shard.job.id)
         except redis.RedisError:
@@ -135,3 +147,8 @@ class OpenShards:
         except RecordDamaged:
             pass  # the commit will say what becomes of it
         return True
+
+    def _was_told(self, job: OpenJob) -> bool:
+        """Whether another worker has said it."""
+        job.calibration.ranges = self._broker.ranges(job.id)
+        return bool(job.calibration.ranges)

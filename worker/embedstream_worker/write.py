@@ -90,7 +90,11 @@ class Write:
                 self._bound()
         except Closed:
             for shard in self._open.all():
-                self._queue(shard)
+                if shard.is_told:
+                    self._queue(shard)
+                else:
+                    self._open.close(shard)
+                    self._hand_back(Closing([shard]))
             self._last_try()
 
     def _take(self) -> None:

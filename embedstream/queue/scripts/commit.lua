@@ -3,32 +3,35 @@
 --
 -- KEYS the job's hash, its stream of blocks, shards, jobs, bytes, finalize, suspect, pace
 --      (derived: <job>:done:<part>, <job>:sums:<part>)
--- ARGV job id, shard name, shard record (JSON), space, rows, failed, skipped, truncated, tokens, padded, the spec that the
---      shard was made by, or '', worker, how long it worked for the shard (ms), 0 if that is not known, then groups of 5:
+-- ARGV job id, shard name, shard record (JSON), space, ranges of its int8 columns (JSON), or '' if it has none, rows,
+--      failed, skipped, truncated, tokens, padded, the spec that the shard was made by, or '', worker, how long it worked for the shard (ms), 0 if that is not known, then groups of 5:
 --      part, block, sum (8 bytes), entry id or '', size
 -- Answers {COMMITTED} | {ALREADY} (this shard is recorded) | {CONFLICT, part, block, ...} (blocks done by others:
 --         their entries are cleared, nothing else is written) | {CHANGED, part, block, ...} (blocks whose content is
 --         not the corpus's, or that it does not have: the shard is of no use) | {DROPPED, state} (or 'replaced', by a job of
---         another spec) | {OTHER_SPACE, space} | {UNKNOWN_JOB}
+--         another spec) | {OTHER_SPACE, space} | {OTHER_RANGES, ranges} (the first shard with ranges has those)
+--         | {UNKNOWN_JOB}
 -- Twice: the second run answers ALREADY; after CONFLICT, CONFLICT again.
 -- An entry id from an earlier life of the job (reopened, or Redis emptied) names nothing: ids are times, lives follow
 -- each other.
 
-local FIRST = 14
+local FIRST = 15
 local job, stream, shards, jobs, bytes, finalize, suspect, pace = unpack(KEYS)
-local id, name, record, space, rows, failed, skipped, truncated, tokens, padded, spec, worker, worked
+local id, name, record, space, ranges, rows, failed, skipped, truncated, tokens, padded, spec, worker, worked
   = unpack(ARGV, 1, FIRST - 1)
 worked = tonumber(worked)
 
 local state = redis.call('HGET', job, 'state')
 if not state then return {'UNKNOWN_JOB'} end
 if redis.call('HEXISTS', shards, name) == 1 then return {'ALREADY'} end
-local closing = state == 'finalizing' and number(job, 'closing') > 0 -- it was cancelled a moment ago
+local closing = is_closing(job, state)
 if not is_open(state) and not closing then return {'DROPPED', state} end
 if spec ~= '' and redis.call('HGET', job, 'spec') ~= spec then return {'DROPPED', 'replaced'} end
 
 local pinned = redis.call('HGET', job, 'space')
 if pinned ~= '' and pinned ~= space then return {'OTHER_SPACE', pinned} end
+local calibrated = redis.call('HGET', job, 'ranges')
+if ranges ~= '' and calibrated and calibrated ~= ranges then return {'OTHER_RANGES', calibrated} end
 
 local conflict, changed, cleared, seen = {'CONFLICT'}, {'CHANGED'}, {}, {}
 for i = FIRST, #ARGV, 5 do
@@ -93,6 +96,7 @@ redis.call('HINCRBY', job, 'truncated', truncated)
 redis.call('HINCRBY', job, 'tokens', tokens)
 redis.call('HINCRBY', job, 'padded', padded)
 redis.call('HSET', job, 'space', space, 'committed', now_ms())
+if ranges ~= '' then redis.call('HSET', job, 'ranges', ranges) end
 if worker ~= '' then redis.call('HINCRBY', job, 'by:' .. worker, rows) end
 if worked > 0 then keep_pace() end
 if closing then

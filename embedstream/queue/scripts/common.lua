@@ -110,3 +110,8 @@ end
 local function is_open(state)
   return state == 'submitting' or state == 'running'
 end
+
+-- Whether it was cancelled a moment ago, and workers may still commit what they hold.
+local function is_closing(job, state)
+  return state == 'finalizing' and number(job, 'closing') > 0
+end
