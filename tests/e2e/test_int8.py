@@ -62,7 +62,7 @@ def test_shards_of_several_workers_have_one_range_also_merged_and_searched(lab: 
     texts = write_corpus(lab.folder / "c.jsonl", 3000)
     out = lab.folder / "out"
     for _ in range(2):
-        lab.start(shard_bytes=600_000)
+        lab.start(shard_bytes=600_000, window_tokens=10_000)
     done = run("embed-submit", *arguments(lab))
     assert done.returncode == 0, done.stderr
     assert "tiny: dense in int8, 32 dimensions" in done.stdout
@@ -115,7 +115,7 @@ def test_rows_that_are_run_again_have_the_ranges_of_those_there(lab: WorkerLab) 
 def test_a_job_that_redis_lost_goes_on_with_the_ranges_of_the_shards_that_are_there(lab: WorkerLab) -> None:
     write_corpus(lab.folder / "c.jsonl", 2000)
     out = lab.folder / "out"
-    lab.start(shard_bytes=400_000)
+    lab.start(shard_bytes=400_000, window_tokens=10_000)
     done = run("embed-submit", *arguments(lab))
     assert done.returncode == 0, done.stderr
     before = ranges(read_manifest(out))
