@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,30 +11,22 @@ from typing import Any
 from rich.console import Console, RenderableType
 from rich.live import Live
 
-from embedstream.api.client import find_queue
+from embedstream.api import looks
+from embedstream.api.looks import fleet_object, job_object, look_at_jobs, queue_object
 from embedstream.cli.commands import INTERRUPTED
-from embedstream.errors import BrokerError, UsageError
-from embedstream.jobs import JobState, JobStatus, parse_max_errors
-from embedstream.lifecycle.watching import lost_blocks
+from embedstream.jobs import parse_max_errors
 from embedstream.queue.broker import Broker
-from embedstream.queue.coordination import is_ingested
-from embedstream.queue.queues import QueueLook, find_retries, is_retry_of, look_at_queue
-from embedstream.queue.workers import WorkerRecord
 from embedstream.server.connection import connect, explaining
 from embedstream.server.patience import Patience
 from embedstream.server.preflight import check
 from embedstream.terminal import echo, echo_json, printable
 from embedstream_producer import report
 from embedstream_producer.progress_views import PLAIN_SECONDS
-from embedstream_producer.status_coordination import fleet_lines, fleet_object, troubles_of, waits_for
+from embedstream_producer.status_coordination import fleet_lines
 from embedstream_producer.status_pages import fleet_page, job_page
-from embedstream_producer.status_view import JobLook, job_lines, job_object, queue_lines, queue_object
-from embedstream_producer.watch import without_worker
+from embedstream_producer.status_view import job_lines, queue_lines
 
 WATCH_SECONDS = 1.0
-
-MOST_ENDED = 10
-"""Ended jobs of a queue in the listing, the newest."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +64,9 @@ def show_status(job: str | None, queue: str | None, redis_url: str, watch: bool,
             if not watch:
                 show(look(), as_json, console)
                 return 0
-            looks = look_after_look(look, redis_url)
+            seen = look_after_look(look, redis_url)
             return (
-                show_each(looks, as_json, console) if as_json or not console.is_terminal else watch_live(looks, console)
+                show_each(seen, as_json, console) if as_json or not console.is_terminal else watch_live(seen, console)
             )
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -132,21 +124,8 @@ def look_at_job(nowhere: Broker, job: str, queue: str | None, url: str) -> Look:
         JobUnknown: there is none.
         BrokerError: this version cannot read it.
     """
-    broker = nowhere.of(find_queue(nowhere, job, queue))
-    workers = broker.workers()
-    try:
-        status = broker.status(job)
-    except (BrokerError, UsageError) as error:
-        raise BrokerError(f"job {job} on queue {broker.queue}: {error}") from error
-    waits = [] if status.state.ended else _waits(broker, status, workers, url)
-    seen = JobLook(
-        status,
-        workers,
-        waits,
-        retries=find_retries(broker, status) if status.failed and status.state.ended else [],
-        troubles=troubles_of(broker, status),
-        ingested=is_ingested(broker, job),
-    )
+    seen = looks.look_at_job(nowhere, job, queue, url)
+    status = seen.status
     code = report.exit_code(report.from_status(status), parse_max_errors(status.max_errors))
     lines = [printable(line) for line in job_lines(seen)]
     return Look(
@@ -154,44 +133,19 @@ def look_at_job(nowhere: Broker, job: str, queue: str | None, url: str) -> Look:
     )
 
 
-def _waits(broker: Broker, status: JobStatus, workers: Sequence[WorkerRecord], url: str) -> list[str]:
-    """What an open job waits for, as far as that is known."""
-    idle = status.state is not JobState.FINALIZING and status.done < status.blocks and not workers
-    waits = [
-        waits_for(broker, status, workers, url),
-        without_worker(broker, status.spec, url) if idle else "",
-        lost_blocks(broker, status.job, workers),
-    ]
-    return [each for each in waits if each]
-
-
 def look_at_all(nowhere: Broker, queue: str | None = None) -> Look:
     """All queues, or this one."""
     known = nowhere.queues()
-    looks = [_look_at_queue(nowhere.of(name)) for name in known if queue in (None, name)]
+    queues = [look_at_jobs(nowhere.of(name)) for name in known if queue in (None, name)]
     others = list(fleet_lines(nowhere))
-    if not looks:
+    if not queues:
         named = f"; there are {', '.join(known)}" if known else ""
         missing = f"no queue{'' if queue is None else f' {queue}'}"
         others.append(f"{missing}: neither job nor worker was there in the last 30 days{named}")
-    lines = [*(line for look, jobs in looks for line in queue_lines(look, jobs)), *others]
-    value = {**fleet_object(nowhere), "queues": [queue_object(look, jobs) for look, jobs in looks]}
-    states = [(job.status.job, job.status.state) for _, jobs in looks for job in jobs]
-    return Look([printable(line) for line in lines], partial(fleet_page, looks, others), value, states, False)
-
-
-def _look_at_queue(broker: Broker) -> tuple[QueueLook, list[JobLook]]:
-    look = look_at_queue(broker, MOST_ENDED)
-    jobs = [
-        JobLook(
-            status,
-            look.workers,
-            retries=[each for each in look.jobs if is_retry_of(each.spec, status)],
-            troubles=troubles_of(broker, status),
-        )
-        for status in look.jobs
-    ]
-    return look, jobs
+    lines = [*(line for look, jobs in queues for line in queue_lines(look, jobs)), *others]
+    value = {**fleet_object(nowhere), "queues": [queue_object(look, jobs) for look, jobs in queues]}
+    states = [(job.status.job, job.status.state) for _, jobs in queues for job in jobs]
+    return Look([printable(line) for line in lines], partial(fleet_page, queues, others), value, states, False)
 
 
 def _say(notice: str) -> None:

@@ -11,6 +11,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from embedstream.api.looks import JobLook
 from embedstream.jobs import JobState
 from embedstream.lifecycle.watching import why_ended
 from embedstream.queue.queues import QueueLook
@@ -19,7 +20,6 @@ from embedstream.server.connection import mask
 from embedstream.terminal import counted, printable
 from embedstream_producer.report import duration
 from embedstream_producer.status_view import (
-    JobLook,
     failures,
     notes_of,
     percent,

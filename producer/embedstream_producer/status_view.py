@@ -1,148 +1,19 @@
-"""What embed-status says of a look: lines for people, objects for scripts. Asks Redis nothing."""
+"""What embed-status says of a look: lines for people. Asks Redis nothing."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
 
-import msgspec
-
+from embedstream.api.looks import JobLook
 from embedstream.jobs import JobState, JobStatus
 from embedstream.lifecycle.watching import why_ended
-from embedstream.queue.queues import QueueLook, is_stalled, rate_of, seconds_left
-from embedstream.queue.workers import InHand, Rate, WorkerRecord, in_hand_of
+from embedstream.queue.queues import QueueLook
+from embedstream.queue.workers import Rate, WorkerRecord
 from embedstream.server.connection import mask
 from embedstream.terminal import counted
 from embedstream_producer.report import duration, errors_of
-
-
-@dataclass(frozen=True)
-class JobLook:
-    """A job and the live workers of its queue."""
-
-    status: JobStatus
-    workers: Sequence[WorkerRecord]
-    waits: Sequence[str] = ()
-    """What it waits for, as far as that is known."""
-    retries: Sequence[JobStatus] = ()
-    """The jobs that run its failed rows again, or did."""
-    troubles: Mapping[str, str] = field(default_factory=dict)
-    """What coordinators cannot do for it at present, and why."""
-    ingested: bool = False
-    """Whether coordinators are to read its parts."""
-
-    @property
-    def in_hand(self) -> InHand:
-        """What is computed and not yet written."""
-        return in_hand_of(self.status.job, self.workers, self.status.workers)
-
-    @property
-    def rate(self) -> Rate:
-        """Per second: lately, or over all its time if it has ended."""
-        status = self.status
-        if status.state.ended:
-            return Rate(status.rows / max(status.seconds, 0.001), status.tokens / max(status.seconds, 0.001))
-        return rate_of(status.job, self.workers)
-
-    @property
-    def done(self) -> int:
-        """Rows that are written, failed, or computed and not yet written."""
-        status = self.status
-        in_hand = 0 if status.state.ended else self.in_hand.rows
-        return min(status.submitted, status.rows + status.failed + in_hand)
-
-    @property
-    def progress(self) -> float | None:
-        """Share of its rows that is done with, 0..1; None while more are being submitted."""
-        status = self.status
-        if not status.sealed:
-            return None
-        return self.done / status.submitted if status.submitted else 1.0
-
-    @property
-    def stalled(self) -> bool:
-        return is_stalled(self.status, self.workers)
-
-    @property
-    def seconds_left(self) -> float | None:
-        """For what is submitted; None if nobody works on it."""
-        return seconds_left(self.status, self.workers)
-
-    @property
-    def shares(self) -> list[dict[str, Any]]:
-        """Who wrote its rows, and who works on it now."""
-        status, alive = self.status, {worker.name: worker for worker in self.workers}
-        rates = (
-            {} if status.state.ended else {w.name: w.rates[status.job] for w in self.workers if status.job in w.rates}
-        )
-        working = {*rates, *(name for name, worker in alive.items() if status.job in worker.in_hand)}
-        names = sorted({*status.workers, *working}, key=lambda name: (-status.workers.get(name, 0), name))
-        found = []
-        for name in names:
-            rows = status.workers.get(name, 0)
-            found.append(
-                {
-                    "name": name,
-                    "rows": rows,
-                    "share": round(rows / status.rows, 4) if status.rows else 0.0,
-                    "state": alive[name].state if name in alive else "gone",
-                    "rows_per_second": round(rates.get(name, Rate()).rows, 3),
-                }
-            )
-        return found
-
-
-def job_object(look: JobLook) -> dict[str, Any]:
-    """A job for scripts."""
-    status = look.status
-    shown: dict[str, Any] = msgspec.to_builtins(status)
-    del shown["manifest"]
-    shown["spec"]["output"] = mask(status.spec.output)
-    left = look.seconds_left
-    return {
-        **shown,
-        "seconds": round(status.seconds, 3),
-        "padding": round(status.padding, 4),
-        "stalled": look.stalled,
-        "progress": None if look.progress is None else round(look.progress, 4),
-        "rows_in_hand": look.in_hand.rows,
-        "rows_per_second": round(look.rate.rows, 3),
-        "tokens_per_second": round(look.rate.tokens, 3),
-        "seconds_left": None if left is None else round(left, 3),
-        "waits_for": "; ".join(look.waits),
-        "retries": [
-            {"job": each.job, "state": each.state.value, "rows": each.rows, "failed": each.failed}
-            for each in look.retries
-        ],
-        "troubles": dict(look.troubles),
-        "workers": look.shares,
-    }
-
-
-def queue_object(look: QueueLook, jobs: Sequence[JobLook]) -> dict[str, Any]:
-    """A queue for scripts. `jobs`: those of the look."""
-    return {
-        "queue": look.queue,
-        "blocks": look.blocks,
-        "claimed_blocks": look.claimed_blocks,
-        "refused_blocks": look.refused_blocks,
-        "bytes": look.bytes,
-        "oldest_block_seconds": round(look.oldest_block_seconds, 3),
-        "tokens": round(look.tokens),
-        "worker_tokens_per_second": round(look.worker_tokens_per_second, 3) if look.measured else None,
-        "drain_seconds": round(look.drain_seconds, 3) if look.measured or not look.tokens else None,
-        "jobs": [job_object(job) for job in jobs],
-        "unreadable_jobs": look.unreadable,
-        "workers": [worker_object(worker) for worker in look.workers],
-    }
-
-
-def worker_object(worker: WorkerRecord) -> dict[str, Any]:
-    """A worker for scripts."""
-    return {**msgspec.to_builtins(worker), "roots": [mask(root) for root in worker.roots]}
 
 
 def queue_lines(look: QueueLook, jobs: Sequence[JobLook]) -> Iterator[str]:

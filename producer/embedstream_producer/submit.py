@@ -16,6 +16,7 @@ from embedstream.dataset.sink import Sink
 from embedstream.dataset.sinks import open_sink
 from embedstream.errors import ModelError, UsageError
 from embedstream.jobs import JobSpec, JobState, JobStatus, parse_max_errors
+from embedstream.lifecycle.handing_over import hand_over, wait_for_readers, without_coordinator
 from embedstream.lifecycle.opening import (
     Opened,
     SpecSettings,
@@ -26,6 +27,7 @@ from embedstream.lifecycle.opening import (
     refuse_forbidden,
     with_types,
 )
+from embedstream.lifecycle.settling import settle_finished
 from embedstream.lifecycle.submission import Pushed, push_job
 from embedstream.lifecycle.unchanged import refuse_changed
 from embedstream.lifecycle.watching import why_ended
@@ -47,8 +49,7 @@ from embedstream_producer.plan import make_plan
 from embedstream_producer.progress import LogHandler, Progress, ProgressFormat
 from embedstream_producer.refusals import Refusals
 from embedstream_producer.retry_failed import FailedRows
-from embedstream_producer.server_side import hand_over, part_names, wait_for_readers, without_coordinator
-from embedstream_producer.settling import settle_finished
+from embedstream_producer.server_side import part_names
 from embedstream_producer.sources import SourcePart
 from embedstream_producer.watch import Watch
 

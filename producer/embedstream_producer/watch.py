@@ -11,7 +11,7 @@ from typing import Self
 
 import redis
 
-from embedstream.api.client import start_command
+from embedstream.api.looks import without_worker
 from embedstream.errors import EmbedstreamError, JobUnknown, OutputError, WorkerError
 from embedstream.jobs import JobSpec, JobState, JobStatus
 from embedstream.lifecycle.watching import look, lost_blocks
@@ -192,17 +192,3 @@ def starting(workers: Sequence[WorkerRecord]) -> str:
     if any(worker.state != "starting" for worker in workers):
         return ""
     return f"the worker is {workers[0].phase or 'starting'}"
-
-
-def without_worker(broker: Broker, spec: JobSpec, url: str) -> str:
-    """What to say when nobody serves the queue."""
-    others = [
-        f"{queue} ({len(live)})"
-        for queue in broker.queues()
-        if queue != spec.queue and (live := broker.of(queue).workers())
-    ]
-    served = f"queues with workers: {', '.join(others)}" if others else "no queue has one"
-    return (
-        f"waiting for a worker on queue {spec.queue} ({served}): "
-        f"start one with {start_command(spec.model, url, spec.queue)}"
-    )

@@ -9,11 +9,12 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console, RenderableType
 
+from embedstream.api.looks import JobLook
 from embedstream.jobs import JobSpec, JobState, JobStatus
 from embedstream.queue.queues import QueueLook
 from embedstream.queue.workers import InHand, Rate, WorkerRecord
 from embedstream_producer.status_pages import fleet_page, job_page
-from embedstream_producer.status_view import JobLook, job_lines, queue_lines
+from embedstream_producer.status_view import job_lines, queue_lines
 
 OUTPUT = "/data/a-long-folder-name/and-another-one/corpus.jsonl.vectors"
 RUNNING = JobStatus(
