@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from embedstream.api.client import find_queue, start_command
-from embedstream.errors import BrokerError, UsageError
+from embedstream.errors import BrokerError, RecordDamaged, UsageError
 from embedstream.jobs import JobSpec, JobState, JobStatus
 from embedstream.lifecycle.handing_over import without_coordinator
 from embedstream.lifecycle.watching import lost_blocks
@@ -121,14 +121,14 @@ def look_at_job(nowhere: Broker, job: str, queue: str | None, url: str) -> JobLo
 
     Raises:
         JobUnknown: there is none.
-        BrokerError: this version cannot read it.
+        RecordDamaged: this version cannot read it.
     """
     broker = nowhere.of(find_queue(nowhere, job, queue))
     workers = broker.workers()
     try:
         status = broker.status(job)
     except (BrokerError, UsageError) as error:
-        raise BrokerError(f"job {job} on queue {broker.queue}: {error}") from error
+        raise RecordDamaged(f"job {job} on queue {broker.queue}: {error}") from error
     waits = [] if status.state.ended else _waits(broker, status, workers, url)
     return JobLook(
         status,

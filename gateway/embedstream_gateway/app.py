@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
@@ -21,20 +22,34 @@ from starlette.types import ASGIApp
 import embedstream
 from embedstream.api.async_client import AsyncClient
 from embedstream.api.client import Client
-from embedstream.errors import BrokerError, EmbedstreamError, JobUnknown, OutputError
+from embedstream.errors import (
+    BrokerError,
+    CorpusChanged,
+    CorpusDiffers,
+    EmbedstreamError,
+    JobUnknown,
+    OutputError,
+    RecordDamaged,
+    SpecDiffers,
+)
 from embedstream.metrics.exposition import QueueCollector
-from embedstream_gateway import cohere, openai_batches, openai_embeddings, openai_files, probes, refusals, tei
+from embedstream_gateway import cohere, jobs, openai_batches, openai_embeddings, openai_files, probes, refusals, tei
 from embedstream_gateway.admission import Admission
 from embedstream_gateway.api_keys import ApiKeys
 from embedstream_gateway.batch_runner import BatchRunner
 from embedstream_gateway.bodies import Bodies
+from embedstream_gateway.desk import Desk
 from embedstream_gateway.fleet import Fleet
 from embedstream_gateway.gathering import Gathering
+from embedstream_gateway.jobs import MOST_STREAMS
 from embedstream_gateway.observing import Observing
 from embedstream_gateway.openai_files import MOST_UPLOADS
 from embedstream_gateway.refusals import Refusal, bad, unavailable
 from embedstream_gateway.services import Services
 from embedstream_gateway.store import Store
+
+MOST_THREADS = 64
+"""For what blocks: disks, and looks at jobs."""
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +66,8 @@ class Plan:
     """Where uploaded files and results of batches are kept; None: nowhere."""
     file_days: float = 30.0
     """How long."""
+    output_roots: tuple[str, ...] = ()
+    """Below which jobs may write and datasets be read."""
 
 
 def make_app(plan: Plan) -> ASGIApp:
@@ -58,16 +75,25 @@ def make_app(plan: Plan) -> ASGIApp:
 
     @contextlib.asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(MOST_THREADS, "gateway"))
         store = None if plan.files is None else Store(plan.files, plan.file_days)
         async with AsyncClient(plan.redis_url) as client:
-            with Client(plan.redis_url) as jobs, contextlib.ExitStack() as running:
+            with Client(plan.redis_url) as blocking, contextlib.ExitStack() as running:
                 if store is not None:
                     store.prepare()
                     runner = BatchRunner(store, plan.redis_url)
                     runner.start()
                     running.callback(runner.stop)
                 app.state.uploads = asyncio.Semaphore(MOST_UPLOADS)
-                app.state.services = Services(client, Fleet(client), Gathering(client, plan.timeout), jobs, store)
+                app.state.streams = asyncio.Semaphore(MOST_STREAMS)
+                app.state.services = Services(
+                    client=client,
+                    fleet=Fleet(client),
+                    gathering=Gathering(client, plan.timeout),
+                    jobs=blocking,
+                    desk=Desk(plan.redis_url, plan.output_roots),
+                    store=store,
+                )
                 yield
 
     # Its own pages of documentation load scripts from elsewhere.
@@ -81,7 +107,7 @@ def make_app(plan: Plan) -> ASGIApp:
     )
     app.state.registry = registry = CollectorRegistry()
     registry.register(QueueCollector(plan.redis_url))
-    for module in (openai_embeddings, openai_files, openai_batches, tei, cohere, probes):
+    for module in (openai_embeddings, openai_files, openai_batches, tei, cohere, jobs, probes):
         app.include_router(module.router)
     app.add_exception_handler(Refusal, _refused)
     app.add_exception_handler(EmbedstreamError, _failed)
@@ -97,6 +123,10 @@ async def _refused(request: Request, error: Any) -> Response:
 
 async def _failed(request: Request, error: Any) -> Response:
     path = request.url.path
+    if isinstance(error, RecordDamaged):
+        return refusals.answer(Refusal(HTTPStatus.CONFLICT, str(error), "damaged"), path)
+    if isinstance(error, SpecDiffers | CorpusDiffers | CorpusChanged):
+        return refusals.answer(Refusal(HTTPStatus.CONFLICT, str(error), "differs"), path)
     if isinstance(error, BrokerError):
         log.warning("request %s: %s", request.state.request_id, error)
         return refusals.answer(unavailable("Redis cannot be used at the moment: try again"), path)

@@ -23,7 +23,7 @@ FILE_DAYS = 30.0
     groups={
         "Where it listens": ["host", "port", "tls_cert", "tls_key"],
         "Who may use it": ["api_key_file", "new_key", "scopes"],
-        "Files and batches": ["files", "file_days"],
+        "What it may read and write": ["files", "file_days", "output_roots"],
         "Operations": ["timeout", "log_format"],
     },
     examples=[
@@ -69,6 +69,14 @@ FILE_DAYS = 30.0
     help="How long these are kept.",
 )
 @click.option(
+    "--output-root",
+    "output_roots",
+    multiple=True,
+    envvar=["EMBEDSTREAM_OUTPUT_ROOT", "EMBEDSTREAM_OUTPUT_ROOTS"],
+    help="Folder or URL below which jobs that are submitted here may write, and failed rows be read; repeatable. "
+    "[default: none]",
+)
+@click.option(
     "--timeout",
     envvar="EMBEDSTREAM_SERVE_TIMEOUT",
     type=click.FloatRange(0.1, 600),
@@ -88,6 +96,7 @@ def serve_command(
     scopes: tuple[str, ...],
     files: Path | None,
     file_days: float,
+    output_roots: tuple[str, ...],
     timeout: float,
     log_format: LogFormat,
 ) -> None:
@@ -107,13 +116,20 @@ def serve_command(
     set_up(log_format)
     identify(gateway=f"{host}:{port}")
     # Not at the top: loading it takes a while, in which Ctrl-C shall end this command as at any other time.
+    from embedstream.dataset.roots import canonical_root
     from embedstream_gateway.api_keys import read_keys
     from embedstream_gateway.app import Plan
     from embedstream_gateway.serving import serve
 
     keys = None if api_key_file is None else read_keys(api_key_file)
-    folder = None if files is None else files.absolute()
-    plan = Plan(redis_url=redis_url, keys=keys, timeout=timeout, files=folder, file_days=file_days)
+    plan = Plan(
+        redis_url=redis_url,
+        keys=keys,
+        timeout=timeout,
+        files=None if files is None else files.absolute(),
+        file_days=file_days,
+        output_roots=tuple(map(canonical_root, output_roots)),
+    )
     serve(plan, host, port, tls_cert, tls_key)
 
 

@@ -77,6 +77,14 @@ class Fleet:
             HTTPStatus.NOT_FOUND, f"there is no model {name} (live: {live}): GET /v1/models", "model_not_found", "model"
         )
 
+    async def find_any(self, name: str) -> LiveModel:
+        """The model of this name, also if its workers are only starting. Raises as `find`."""
+        await self._look()
+        for queue, workers in self._seen.items():
+            if workers and name in (queue, *(worker.model for worker in workers)):
+                return LiveModel(queue, tuple(workers))
+        return await self.find(name)
+
     def _only(self, models: list[LiveModel], kind: str) -> LiveModel:
         fitting = [model for model in models if model.gives(kind)]
         if not fitting:

@@ -8,6 +8,7 @@ from starlette.requests import Request
 
 from embedstream.api.async_client import AsyncClient
 from embedstream.api.client import Client
+from embedstream_gateway.desk import Desk
 from embedstream_gateway.fleet import Fleet
 from embedstream_gateway.gathering import Gathering
 from embedstream_gateway.store import Store
@@ -22,6 +23,7 @@ class Services:
     gathering: Gathering
     jobs: Client
     """For what blocks: call it in threads."""
+    desk: Desk
     store: Store | None
     """Files and batches; None: this gateway keeps none."""
 

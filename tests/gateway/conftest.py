@@ -41,5 +41,5 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     file.write_text("# for the tests\n\n" + "\n".join(line for _, line in made.values()))
     with serve_redis() as redis, fleet(redis.url, Path(root)) as running:
         running.start_worker()
-        _, url = running.start_gateway("--api-key-file", file, "--files", root / "files")
+        _, url = running.start_gateway("--api-key-file", file, "--files", root / "files", "--output-root", root)
         yield Served(url, running, {scope: secret for scope, (secret, _) in made.items()})

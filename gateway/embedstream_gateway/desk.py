@@ -1,0 +1,168 @@
+"""Jobs as a gateway may handle them: looked at freely, written and read below its output roots alone. Calls block."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator, Sequence
+from http import HTTPStatus
+from typing import Any, cast
+
+from embedstream.api.client import Client
+from embedstream.api.job import readable
+from embedstream.api.looks import JobLook, fleet_object, look_at_job, look_at_jobs, queue_object
+from embedstream.dataset.objects import is_object, parse_object
+from embedstream.dataset.roots import check_output
+from embedstream.dataset.schema import ErrorRow
+from embedstream.dataset.sink import Sink
+from embedstream.dataset.sinks import open_sink
+from embedstream.errors import JobUnknown, OutputError, UsageError
+from embedstream.jobs import JobSpec, JobState
+from embedstream.lifecycle.handing_over import hand_over, without_coordinator
+from embedstream.lifecycle.opening import SpecSettings, is_here, make_spec, with_types
+from embedstream.queue.broker import Broker
+from embedstream.queue.queues import QueueLook
+from embedstream.server.connection import connect, explaining
+from embedstream.server.patience import Patience
+from embedstream_gateway.refusals import Refusal, bad
+
+_ID = re.compile(r"[0-9a-f]{16}")
+
+_HERE = ("-", "records")
+"""Parts that were with the program that submitted them."""
+
+
+class Desk:
+    """All jobs of a Redis."""
+
+    def __init__(self, url: str, roots: Sequence[str]) -> None:
+        """`roots`: below which jobs may write and datasets be read; empty: nowhere."""
+        self._url = url
+        self._roots = tuple(roots)
+        self._nowhere = Broker(connect(url), "")
+
+    def look(self, id: str) -> JobLook:
+        """One job. Raises `JobUnknown`, `BrokerError`."""
+        with explaining(self._url):
+            return look_at_job(self._nowhere, _checked(id), None, self._url)
+
+    def queues(self) -> list[tuple[QueueLook, list[JobLook]]]:
+        """All queues with their jobs and workers. Raises `BrokerError`."""
+        with explaining(self._url):
+            return [look_at_jobs(self._nowhere.of(name)) for name in self._nowhere.queues()]
+
+    def fleet(self) -> dict[str, Any]:
+        """All that is known, as JSON. Raises `BrokerError`."""
+        queues = [queue_object(look, jobs) for look, jobs in self.queues()]
+        with explaining(self._url):
+            return {**fleet_object(self._nowhere), "queues": queues}
+
+    def spec(
+        self,
+        queue: str,
+        model: str,
+        output: str,
+        revision: str | None,
+        corpus: Sequence[str] | None,
+        settings: dict[str, Any],
+    ) -> JobSpec:
+        """A job's spec. Raises `UsageError`, `OutputError`, `Refusal`."""
+        if not is_object(output) and not output.startswith(("/", "redis", "unix:")):
+            raise bad(f"`output` is no absolute path, nor the address of a bucket or a Redis: {output}", "output")
+        parts = ("records",) if corpus is None else tuple(map(_part, corpus))
+        if len(set(parts)) != len(parts):
+            raise bad("`corpus` names a file twice", "corpus")
+        given = cast("SpecSettings", settings)
+        spec = make_spec(queue=queue, output=output, model=model, revision=revision, parts=parts, settings=given)
+        self._refuse_outside(spec.output)
+        return with_types(spec)
+
+    def hand_over(self, spec: JobSpec, max_errors: str) -> None:
+        """Have coordinators read the corpus of a job.
+
+        Raises:
+            Refusal: no coordinator may.
+            InputError: the same.
+        """
+        with explaining(self._url):
+            missing = without_coordinator(Broker(connect(self._url), spec.queue), spec, self._url)
+        if missing:
+            raise Refusal(HTTPStatus.CONFLICT, missing, "no_coordinator", "corpus")
+        with _of_the_output():
+            hand_over(self._url, spec, self._sink(spec), max_errors, lambda _: None)
+
+    def push(self, records: Sequence[Any], spec: JobSpec, max_errors: str) -> None:
+        """Submit records. Raises as `Client.submit`."""
+        with _of_the_output(), Client(self._url, queue=spec.queue) as client:
+            if is_here(spec.output):
+                self._sink(spec).check()
+            client.push(records, spec, max_errors, Patience(url=self._url), trust_unchanged=False)
+
+    def cancel(self, id: str) -> bool:
+        """End a job; False: it has ended already. Raises `JobUnknown`."""
+        with Client(self._url) as client:
+            state = client.job(_checked(id)).status().state
+            return not state.ended and client.job(id).cancel()
+
+    def retry(self, id: str) -> None:
+        """Go on with a job that was cancelled or failed. Raises `Refusal`, `InputError`, `JobUnknown`."""
+        status = self.look(id).status
+        if status.state not in (JobState.CANCELLED, JobState.FAILED):
+            raise Refusal(HTTPStatus.CONFLICT, f"job {id} is {status.state}: nothing is to be gone on with", "state")
+        if any(part in _HERE for part in status.spec.parts) or status.spec.retry is not None:
+            raise Refusal(
+                HTTPStatus.CONFLICT,
+                f"job {id}: its rows came from the program that submitted them: submit them there again",
+                "not_here",
+            )
+        self._refuse_outside(status.spec.output)
+        self.hand_over(status.spec, status.max_errors)
+
+    def errors(self, id: str) -> Iterator[ErrorRow]:
+        """The failed rows of an ended job. Raises `JobUnknown`, `Refusal`, `OutputError`."""
+        status = self.look(id).status
+        if not status.state.ended:
+            raise Refusal(HTTPStatus.CONFLICT, f"job {id} is {status.state}: its errors are read at its end", "state")
+        self._refuse_outside(status.spec.output)
+        with _of_the_output():
+            return readable(status, open_sink(status.spec.output, None, self._url, self._roots)).read_errors()
+
+    def _sink(self, spec: JobSpec) -> Sink:
+        return open_sink(spec.output, spec, self._url, self._roots)
+
+    def _refuse_outside(self, output: str) -> None:
+        """Raise `Refusal` for an output that this gateway has nothing to do with."""
+        if not self._roots:
+            message = "this gateway has no output roots: start it with --output-root FOLDER"
+            raise Refusal(HTTPStatus.NOT_IMPLEMENTED, message, "no_roots", "output")
+        try:
+            check_output(self._roots, output)
+        except (OutputError, UsageError) as error:
+            message = str(error).replace("this worker's", "this gateway's")
+            raise Refusal(HTTPStatus.FORBIDDEN, message, "outside", "output") from error
+
+
+@contextlib.contextmanager
+def _of_the_output() -> Iterator[None]:
+    """Raises `Refusal` for what is wrong with the output that a caller named, and no fault of this gateway."""
+    try:
+        yield
+    except OutputError as error:
+        raise Refusal(HTTPStatus.CONFLICT, str(error), "output", "output") from error
+
+
+def _checked(id: str) -> str:
+    """Raises `JobUnknown` for what no job has as its id."""
+    if not _ID.fullmatch(id):
+        raise JobUnknown(f"no job {id!r}: ids have 16 hex digits")
+    return id
+
+
+def _part(source: str) -> str:
+    """A part of a corpus as a spec names it. Raises `Refusal`, `UsageError`."""
+    if is_object(source):
+        return parse_object(source, "corpus").url
+    if not source.startswith("/") or os.path.normpath(source) != source or "\0" in source:
+        raise bad(f"`corpus`: {source!r} is no absolute path in its plain spelling, nor an s3:// address", "corpus")
+    return source

@@ -1,0 +1,207 @@
+"""Jobs over HTTP: what `embed-submit --server-side`, `embed-status` and `embed-cancel` can."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from http import HTTPStatus
+from itertools import islice
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+from fastapi import APIRouter, Query, Request
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from starlette.responses import Response, StreamingResponse
+
+from embedstream.api.looks import job_object
+from embedstream.outputs import Task
+from embedstream_gateway.answers import json
+from embedstream_gateway.refusals import Refusal, overloaded, unavailable
+from embedstream_gateway.services import services
+
+router = APIRouter(tags=["jobs"])
+
+R = TypeVar("R")
+
+MOST_RECORDS = 50_000
+"""In one request; its body is bounded as well."""
+
+MOST_ERRORS = 1000
+"""Failed rows in one answer."""
+
+MOST_STREAMS = 256
+"""Callers that follow jobs at once."""
+
+EVENT_SECONDS = 1.0
+
+LONGEST_STREAM_SECONDS = 3600.0
+"""After it a follower connects again, as browsers do by themselves."""
+
+SUBMIT_SECONDS = 60.0
+
+
+class JobBody(BaseModel):
+    """A job: where its corpus is, and the settings of `embed-submit` by their names."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={
+            "examples": [
+                {
+                    "corpus": ["/data/corpus.jsonl"],
+                    "output": "/data/corpus.vectors",
+                    "model": "sentence-transformers/all-MiniLM-L6-v2",
+                },
+                {
+                    "records": [{"id": "1", "text": "a text"}],
+                    "output": "/data/some.vectors",
+                    "model": "sentence-transformers/all-MiniLM-L6-v2",
+                },
+            ]
+        },
+    )
+
+    output: Annotated[str, Field(min_length=1, max_length=4096)]
+    model: str
+    corpus: Annotated[list[str], Field(min_length=1, max_length=1000)] | None = Field(
+        None, description="Files and s3:// addresses that coordinators read."
+    )
+    records: Annotated[list[dict[str, Any] | str], Field(min_length=1, max_length=MOST_RECORDS)] | None = Field(
+        None, description="The rows themselves."
+    )
+    revision: str | None = None
+    max_errors: str = Field("", description="The job fails if more rows fail: `100` or `0.5%`.")
+    task: Task = "auto"
+    outputs: list[str] = Field([], description="As `--emit`: `dense=small:ubinary:256`.")
+    role: Literal["document", "query"] = "document"
+    prompt: str | None = None
+    prompt_name: str | None = None
+    max_length: int | None = None
+    id_field: str | None = None
+    number_rows: bool = False
+    text_field: str | None = None
+    title_field: str | None = None
+    title_sep: str = " "
+    query_field: str | None = None
+    keep: list[str] = Field([], description="Fields to carry into the dataset: `NAME` or `NAME:TYPE`.")
+    text: bool = Field(True, description="Whether the dataset keeps the texts.")
+    empty: Literal["error", "skip"] = "error"
+
+    @model_validator(mode="after")
+    def one_source(self) -> JobBody:
+        if (self.corpus is None) == (self.records is None):
+            raise ValueError("give either `corpus` or `records`")
+        return self
+
+    def settings(self) -> dict[str, Any]:
+        """As `SpecSettings`."""
+        return self.model_dump(exclude={"output", "model", "corpus", "records", "revision", "max_errors"})
+
+
+@router.post("/jobs", status_code=HTTPStatus.ACCEPTED)
+async def create(body: JobBody, request: Request) -> Response:
+    """Submit a job. The same one again goes on with it, or finds that it is done."""
+    serving = services(request)
+    model = await serving.fleet.find_any(body.model)
+    desk, settings = serving.desk, body.settings()
+    spec = await _blocking(
+        lambda: desk.spec(model.queue, model.worker.model, body.output, body.revision, body.corpus, settings)
+    )
+    if body.corpus is not None:
+        await _blocking(lambda: desk.hand_over(spec, body.max_errors))
+    else:
+        await _blocking(lambda: desk.push(body.records or [], spec, body.max_errors))
+    look = await _blocking(lambda: desk.look(spec.job))
+    answer = json(job_object(look))
+    answer.status_code = HTTPStatus.ACCEPTED
+    answer.headers["Location"] = f"/jobs/{spec.job}"
+    return answer
+
+
+@router.get("/jobs")
+async def list_jobs(request: Request) -> Response:
+    """All queues with their jobs and workers, coordinators and mergers: what `embed-status --json` prints."""
+    desk = services(request).desk
+    return json(await _blocking(desk.fleet))
+
+
+@router.get("/jobs/{id}")
+async def get_job(id: str, request: Request) -> Response:
+    """One job: what `embed-status JOB --json` prints."""
+    desk = services(request).desk
+    return json(job_object(await _blocking(lambda: desk.look(id))))
+
+
+@router.delete("/jobs/{id}")
+async def cancel(id: str, request: Request) -> Response:
+    """End a job early. What is written stays."""
+    desk = services(request).desk
+    if not await _blocking(lambda: desk.cancel(id)):
+        raise Refusal(HTTPStatus.CONFLICT, f"job {id} has ended already", "ended")
+    return json(job_object(await _blocking(lambda: desk.look(id))))
+
+
+@router.post("/jobs/{id}/retry")
+async def retry(id: str, request: Request) -> Response:
+    """Go on with a job that was cancelled or failed, if coordinators read its corpus."""
+    desk = services(request).desk
+    await _blocking(lambda: desk.retry(id))
+    return json(job_object(await _blocking(lambda: desk.look(id))))
+
+
+@router.get("/jobs/{id}/errors")
+async def errors(
+    id: str,
+    request: Request,
+    limit: Annotated[int, Query(ge=1, le=MOST_ERRORS)] = 100,
+    offset: Annotated[int, Query(ge=0, le=2**40)] = 0,
+) -> Response:
+    """The failed rows of an ended job, in the order of the corpus, with their originals."""
+    desk = services(request).desk
+    rows = await _blocking(lambda: list(islice(desk.errors(id), offset, offset + limit + 1)))
+    return json({"errors": rows[:limit], "offset": offset, "has_more": len(rows) > limit})
+
+
+@router.get(
+    "/jobs/{id}/events",
+    response_class=StreamingResponse,
+    responses={200: {"content": {"text/event-stream": {}}, "description": "`data:` has what `GET /jobs/ID` answers."}},
+)
+async def events(id: str, request: Request) -> Response:
+    """Follow a job: an event whenever it has changed, the last once it has ended."""
+    desk = services(request).desk
+    streams: asyncio.Semaphore = request.app.state.streams
+    if streams.locked():
+        raise overloaded(f"{MOST_STREAMS} callers follow jobs already: ask GET /jobs/{id} now and then")
+    first = job_object(await _blocking(lambda: desk.look(id)))
+
+    async def follow() -> AsyncIterator[bytes]:
+        seen, until = first, time.monotonic() + LONGEST_STREAM_SECONDS
+        async with streams:
+            yield _event(seen)
+            while seen["ended"] is None and time.monotonic() < until:
+                await asyncio.sleep(EVENT_SECONDS)
+                try:
+                    now = job_object(await _blocking(lambda: desk.look(id)))
+                except Refusal:
+                    return  # the follower asks again, and is told
+                if {**now, "now": 0, "seconds": 0} != {**seen, "now": 0, "seconds": 0}:
+                    yield _event(now)
+                else:
+                    yield b":\n\n"  # shows that somebody is there, and finds who has left
+                seen = now
+
+    return StreamingResponse(follow(), media_type="text/event-stream")
+
+
+def _event(value: dict[str, Any]) -> bytes:
+    return b"event: job\ndata: " + msgspec.json.encode(value) + b"\n\n"
+
+
+async def _blocking(act: Callable[[], R]) -> R:
+    """Done in a thread. Raises `Refusal` if that takes too long: Redis is waited for."""
+    try:
+        return await asyncio.wait_for(asyncio.to_thread(act), SUBMIT_SECONDS)
+    except TimeoutError:
+        raise unavailable("Redis did not answer in time: try again; the same request goes on") from None

@@ -1,0 +1,172 @@
+"""Jobs over HTTP: submitted, followed, ended, gone on with, and their failed rows read."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from conftest import serve_redis
+from e2e.harness import Fleet, assert_exact, fleet, wait_until, write_corpus
+from gateway.conftest import Served
+
+
+@dataclass(frozen=True)
+class Lone:
+    """A fleet of one's own with a gateway without keys."""
+
+    fleet: Fleet
+    http: httpx.Client
+
+
+@pytest.fixture
+def lone(tmp_path: Path) -> Iterator[Lone]:
+    with serve_redis() as redis, fleet(redis.url, tmp_path) as running:
+        _, url = running.start_gateway("--output-root", tmp_path / "out")
+        with httpx.Client(base_url=url, timeout=60) as client:
+            yield Lone(running, client)
+
+
+def ended(client: httpx.Client, id: str) -> dict[str, Any]:
+    def look() -> dict[str, Any] | None:
+        found: dict[str, Any] = client.get(f"/jobs/{id}").json()
+        return found if found["ended"] is not None else None
+
+    found: dict[str, Any] = wait_until(look, "the job's end")
+    return found
+
+
+def test_records_become_a_dataset_and_the_same_request_finds_it_done(served: Served) -> None:
+    output = served.fleet.root / "records.vectors"
+    records = [{"id": f"r{number}", "text": f"text {number}"} for number in range(300)]
+    with served.http("submit") as client, served.http("read") as reader:
+        body = {"model": "hashing", "output": str(output), "records": records}
+        made = client.post("/jobs", json=body)
+        assert made.status_code == 202
+        job = made.json()["job"]
+        assert made.headers["Location"] == f"/jobs/{job}"
+        assert ended(reader, job)["state"] == "completed"
+        assert_exact(output, {record["id"]: record["text"] for record in records})
+        again = client.post("/jobs", json=body)
+        assert (again.status_code, again.json()["state"]) == (202, "completed")
+        other = client.post("/jobs", json={**body, "records": records[:-1]})
+        assert (other.status_code, other.json()["error"]["code"]) == (409, "differs")
+        named = [each["job"] for queue in reader.get("/jobs").json()["queues"] for each in queue["jobs"]]
+        assert job in named
+
+
+def test_a_job_is_followed_until_it_has_ended(served: Served) -> None:
+    output = served.fleet.root / "followed.vectors"
+    body = {"model": "hashing", "output": str(output), "records": ["one", "two"]}
+    with served.http() as client:
+        job = client.post("/jobs", json=body).json()["job"]
+        with client.stream("GET", f"/jobs/{job}/events") as stream:
+            assert stream.headers["Content-Type"].startswith("text/event-stream")
+            events = [json.loads(line[6:]) for line in stream.iter_lines() if line.startswith("data: ")]
+        assert events[-1]["state"] == "completed"
+        assert events[-1]["rows"] == 2
+
+
+def test_failed_rows_are_read_with_their_originals(served: Served) -> None:
+    output = served.fleet.root / "failing.vectors"
+    records = [{"id": str(number), "text": "" if number % 2 else "fine"} for number in range(10)]
+    with served.http() as client:
+        job = client.post("/jobs", json={"model": "hashing", "output": str(output), "records": records}).json()["job"]
+        assert ended(client, job)["failed"] == 5
+        found = client.get(f"/jobs/{job}/errors", params={"limit": 3}).json()
+        assert [row["id"] for row in found["errors"]] == ["1", "3", "5"]
+        assert {row["code"] for row in found["errors"]} == {"empty_text"}
+        assert all(row["original"] for row in found["errors"])
+        assert found["has_more"]
+        rest = client.get(f"/jobs/{job}/errors", params={"limit": 3, "offset": 3}).json()
+        assert [row["id"] for row in rest["errors"]] == ["7", "9"]
+        assert not rest["has_more"]
+
+
+def test_coordinators_read_a_corpus_and_a_cancelled_job_goes_on(lone: Lone) -> None:
+    root = lone.fleet.root
+    texts = write_corpus(root / "corpus.jsonl", 2000)
+    (root / "out").mkdir()
+    worker = lone.fleet.start_worker()
+    body = {"model": "hashing", "output": str(root / "out" / "v"), "corpus": [str(root / "corpus.jsonl")]}
+    refused = lone.http.post("/jobs", json=body)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (409, "no_coordinator")
+    lone.fleet.start_coordinator()
+    worker.send_signal(signal.SIGSTOP)
+    job = lone.http.post("/jobs", json=body).json()["job"]
+    assert lone.http.post(f"/jobs/{job}/retry").status_code == 409
+    assert lone.http.delete(f"/jobs/{job}").status_code == 200
+    worker.send_signal(signal.SIGCONT)
+    assert ended(lone.http, job)["state"] == "cancelled"
+    assert lone.http.delete(f"/jobs/{job}").status_code == 409
+    assert lone.http.post(f"/jobs/{job}/retry").status_code == 200
+    wait_until(lambda: lone.http.get(f"/jobs/{job}").json()["state"] == "completed", "it goes on")
+    assert_exact(root / "out" / "v", texts)
+
+
+@pytest.mark.parametrize(
+    ("changed", "status", "says"),
+    [
+        ({"output": "/elsewhere/v"}, 403, "outside"),
+        ({"output": "{root}/../v"}, 403, "outside"),
+        ({"output": "relative/v"}, 400, "absolute"),
+        ({"output": "redis:?prefix=docs:"}, 403, "outside"),
+        ({"output": "{root}/full"}, 409, "not a dataset"),
+        ({"records": None}, 400, "either"),
+        ({"records": None, "corpus": ["a.jsonl"]}, 400, "absolute"),
+        ({"records": None, "corpus": ["/a/../b"]}, 400, "plain spelling"),
+        ({"records": None, "corpus": ["/a", "/a"]}, 400, "twice"),
+        ({"model": "/etc"}, 404, "no model"),
+        ({"outputs": ["dense:int1"]}, 400, "--emit"),
+        ({"unknown": 1}, 400, "unknown"),
+        ({"prompt": "a", "prompt_name": "b"}, 400, "exclude"),
+    ],
+    ids=[
+        "outside",
+        "above",
+        "relative",
+        "redis",
+        "occupied",
+        "no-source",
+        "relative-corpus",
+        "spelling",
+        "twice",
+        "model",
+        "emit",
+        "unknown",
+        "prompts",
+    ],
+)
+def test_what_may_not_be_is_refused(served: Served, changed: dict[str, Any], status: int, says: str) -> None:
+    root = served.fleet.root
+    (root / "full").mkdir(exist_ok=True)
+    (root / "full" / "file").write_text("mine")
+    body = {"model": "hashing", "output": str(root / "refused"), "records": ["x"], **changed}
+    body = {name: value for name, value in body.items() if value is not None}
+    body["output"] = str(body["output"]).replace("{root}", str(root))
+    with served.http() as client:
+        refused = client.post("/jobs", json=body)
+        assert refused.status_code == status, refused.text
+        assert says in refused.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("id", ["0" * 16, "nothing", "..%2f..", "0" * 15 + "G"])
+def test_a_job_that_is_not_there_is_not_found(served: Served, id: str) -> None:
+    with served.http() as client:
+        for ask in (client.get(f"/jobs/{id}"), client.delete(f"/jobs/{id}"), client.get(f"/jobs/{id}/errors")):
+            assert ask.status_code == 404
+        assert client.get(f"/jobs/{id}/events").status_code == 404
+        assert client.post(f"/jobs/{id}/retry").status_code == 404
+
+
+def test_without_roots_nothing_is_written_or_read(served: Served) -> None:
+    _, url = served.fleet.start_gateway()
+    body = {"model": "hashing", "output": str(served.fleet.root / "v"), "records": ["x"]}
+    refused = httpx.post(f"{url}/jobs", json=body)
+    assert refused.status_code == 501
+    assert "--output-root" in refused.text
