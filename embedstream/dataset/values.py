@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -54,6 +54,17 @@ class Ragged:
 
 Values = Matrix | Ragged
 """Of n texts, by kind: a matrix for dense, score and labels; ragged for sparse and multivector."""
+
+
+class Results(TypedDict, total=False):
+    """What a model gives for n texts, by kind of output."""
+
+    dense: Matrix  # [n, dim]
+    sparse: Ragged
+    multivector: Ragged
+    score: Matrix  # [n, 1]
+    labels: Matrix  # [n, labels]: the score of each
+
 
 _NUMPY: dict[Dtype, Any] = {"float32": np.float32, "float16": np.float16}
 

@@ -16,7 +16,9 @@ from engines.model_shapes import Shape
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer, SparseEncoder
 
 from embedstream import open_dataset
+from embedstream.api.search import search
 from embedstream.dataset.manifest import manifest_spec
+from embedstream.dataset.similarity import Scores, similarity
 from embedstream.dataset.sinks import open_sink
 from embedstream.dataset.values import from_columns, to_columns
 from embedstream.errors import ModelError
@@ -25,9 +27,7 @@ from embedstream_worker.batching import gather_batch
 from embedstream_worker.engines import EngineOptions, load_engine
 from embedstream_worker.engines.base import Engine, OwnQueries, Results
 from embedstream_worker.model_folder import Trust
-from embedstream_worker.search import search
 from embedstream_worker.searching import embed_query, show_nearest
-from embedstream_worker.similarity import Scores, similarity
 
 Folder = Callable[[Shape], Path]
 

@@ -14,6 +14,7 @@ from lab.arrow_memory import arrow_memory
 from lab.dataset import DIM, dense, vectors
 from lab.dataset_bombs import LONG, ROWS, long_texts, one_long_vector, write_dataset
 
+from embedstream.api.search import search
 from embedstream.dataset.folder import FolderSink
 from embedstream.dataset.schema import output_fields
 from embedstream.errors import OutputError
@@ -21,7 +22,6 @@ from embedstream.settings import MIB
 from embedstream.verify.findings import Findings, Kind
 from embedstream.verify.folder_output import FolderCheck
 from embedstream_coordinator.merging import Group, write_group
-from embedstream_worker.search import search
 
 
 @contextlib.contextmanager

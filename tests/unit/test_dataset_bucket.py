@@ -15,11 +15,11 @@ from lab.dataset import Dataset, contents_of, make_content, make_error, make_spe
 from lab.s3 import S3Server
 
 from embedstream.api.reading import open_dataset
+from embedstream.api.search import search
 from embedstream.dataset.bucket import Bucket
 from embedstream.dataset.objects import file_system, parse_object
 from embedstream.dataset.sinks import open_sink
 from embedstream.errors import OutputError, SpecDiffers
-from embedstream_worker.search import search
 
 
 @pytest.fixture

@@ -12,12 +12,12 @@ import pytest
 from conftest import RedisServer
 from lab.dataset import DIM, Dataset, dense, make_content, make_spec, vectors
 
+from embedstream.api.search import search, top_k
 from embedstream.dataset.folder import FolderSink
 from embedstream.dataset.sinks import canonical_output, open_sink
 from embedstream.dataset.values import to_columns
 from embedstream.errors import OutputError, UsageError
 from embedstream_worker.engines.base import Results
-from embedstream_worker.search import search, top_k
 
 Matrix = npt.NDArray[np.float32]
 

@@ -15,14 +15,14 @@ from conftest import RedisServer
 from lab.dataset import Dataset, make_content, make_spec
 from lab.results import EVERY_KIND, some_results
 
+from embedstream.api.search import search
 from embedstream.dataset.folder import FolderSink
+from embedstream.dataset.similarity import similarity
 from embedstream.dataset.sinks import canonical_output, open_sink
 from embedstream.dataset.values import Ragged, Values
 from embedstream.errors import OutputError, UsageError
 from embedstream.outputs import Kind, Output
 from embedstream_worker.engines.base import Results
-from embedstream_worker.search import search
-from embedstream_worker.similarity import similarity
 
 ROWS = 150
 SPARSE, TOKENS = EVERY_KIND[4], EVERY_KIND[5]

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
+from embedstream.api.search import search, searched
 from embedstream.dataset.manifest import manifest_spec
 from embedstream.dataset.sinks import open_sink
 from embedstream.dataset.values import Matrix, Ragged, Values
@@ -30,7 +31,6 @@ from embedstream_worker.jobs import space_id
 from embedstream_worker.model_folder import NOTHING, Trust
 from embedstream_worker.models import is_carried, resolve_model
 from embedstream_worker.purpose import has_heads
-from embedstream_worker.search import search, searched
 from embedstream_worker.tokenizing import encode_each
 
 INDENT = 7

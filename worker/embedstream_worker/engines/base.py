@@ -5,25 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, Protocol, TypedDict, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
-from embedstream.dataset.values import Matrix, Ragged
+from embedstream.dataset.values import Results as Results  # to be had here too, beside what gives them
 from embedstream.outputs import Kind
 
 Role = Literal["document", "query"]
-
-
-class Results(TypedDict, total=False):
-    """What a model gives for n texts, by kind of output."""
-
-    dense: Matrix  # [n, dim]
-    sparse: Ragged
-    multivector: Ragged
-    score: Matrix  # [n, 1]
-    labels: Matrix  # [n, labels]: the score of each
 
 
 HARMLESS = "1"

@@ -13,16 +13,15 @@ from embedstream.dataset.manifest import manifest_spec
 from embedstream.dataset.redis_hashes import read_schema
 from embedstream.dataset.roots import is_redis
 from embedstream.dataset.schema import dataset_schema
+from embedstream.dataset.similarity import similarity
 from embedstream.dataset.sinks import open_sink
-from embedstream.dataset.values import Ragged, Values, from_columns, uneven
+from embedstream.dataset.values import Ragged, Results, Values, from_columns, uneven
 from embedstream.errors import OutputError, UsageError
 from embedstream.lifecycle.opening import no_dataset
 from embedstream.outputs import DTYPES, Kind, Output, describe
 from embedstream.records import Manifest
 from embedstream.server.connection import mask
 from embedstream.terminal import printable
-from embedstream_worker.engines.base import Results
-from embedstream_worker.similarity import similarity
 
 PLACE: tuple[str, ...] = ("part", "row", "chunk")
 """What tells the rows of a dataset in files apart, in the order of the corpus."""
