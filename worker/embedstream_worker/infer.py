@@ -111,6 +111,11 @@ class Infer:
         return sum(work.left for window in list(self._windows) for _, work in window.groups)
 
     @property
+    def busy(self) -> bool:
+        """Whether there are batches that a request would have to wait for."""
+        return bool(self._flying)
+
+    @property
     def budget(self) -> int:
         """Tokens of one batch: less than at first if the device had no memory for those."""
         return self._budget

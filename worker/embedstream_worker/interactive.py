@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from contextlib import suppress
+from typing import Protocol
 
 import msgspec
 import numpy as np
@@ -17,9 +18,9 @@ from embedstream.server.patience import Refused, Stopped
 from embedstream_worker.batching import join_tokens
 from embedstream_worker.engines.base import Engine, TextTokenizer
 from embedstream_worker.giving import GIVES
-from embedstream_worker.held import TokenizedGroup, hand_back
+from embedstream_worker.held import hand_back
 from embedstream_worker.infer import Urgent
-from embedstream_worker.pipeline import Channel, Closed
+from embedstream_worker.pipeline import Closed
 from embedstream_worker.shared import Shared
 from embedstream_worker.troubles import patience
 
@@ -41,12 +42,17 @@ REPLY_KEEP_MS = 60_000
 """How long a reply waits to be read."""
 
 
+class TakesRequests(Protocol):
+    """The stage with the model, or a way to it."""
+
+    def put_first(self, item: Urgent, /) -> None:
+        """Raises `Closed` if the stage has ended."""
+
+
 class Interactive:
     """Owns its tokenizer and its connection, which must not repeat commands by itself (see `Intake`)."""
 
-    def __init__(
-        self, shared: Shared, engine: Engine, tokenizer: TextTokenizer, infer: Channel[list[TokenizedGroup] | Urgent]
-    ) -> None:
+    def __init__(self, shared: Shared, engine: Engine, tokenizer: TextTokenizer, infer: TakesRequests) -> None:
         self._broker = shared.broker(0)
         self._consumer, self._life, self._activity = shared.consumer, shared.life, shared.activity
         self._lease_ms = int(shared.settings.lease_seconds * 1000)

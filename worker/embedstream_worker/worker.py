@@ -28,6 +28,7 @@ from embedstream_worker.engines import EngineOptions
 from embedstream_worker.engines.base import Engine, EngineInfo, OutOfMemory
 from embedstream_worker.engines.phases import listening
 from embedstream_worker.engines.precision import tokenizer_threads
+from embedstream_worker.express import Express
 from embedstream_worker.held import EmbeddedGroup, TokenizedGroup, Window, hand_back
 from embedstream_worker.housekeeping import Housekeeping
 from embedstream_worker.infer import Infer, Urgent
@@ -184,7 +185,8 @@ class Worker:
         tokenize = Tokenize(shared, engine.tokenizer, tokenizer_threads(), ahead, windows, tokenized)
         infer = Infer(shared, engine, trial.batch_tokens, ahead, tokenized, embedded)
         write = Write(shared, jobs, engine.info, embedded)
-        interactive = Interactive(shared, engine, engine.tokenizer(), tokenized)
+        express = Express(shared, engine, infer, tokenized)
+        interactive = Interactive(shared, engine, engine.tokenizer(), express)
         life.serving = True
         self._speak()
         log.info("ready after %.1f s (warm-up %.1f s)", time.time() - self._started, self._warm_up_seconds)
@@ -203,6 +205,7 @@ class Worker:
                 stage.join(SIGNAL_SECONDS)
         for stage in beside:
             stage.join(LEAVE_SECONDS)
+        express.close(LEAVE_SECONDS)
         if earlier_starts.recall(engine.info) == trial:  # that pace was of texts that are all alike
             earlier_starts.remember(engine.info, Trial(trial.batch_tokens, ahead.tokens_per_second))
 

@@ -152,5 +152,13 @@ class OwnQueries(Protocol):
         """What the model gives for one query, in float32. `prompt`: None means the model's own. Raises `ModelError`."""
 
 
+@runtime_checkable
+class Twin(Protocol):
+    """An engine that can be had once more, for requests that are not to wait for its batches."""
+
+    def twin(self) -> Engine:
+        """The same model with threads of its own, for one batch at a time: loaded, and to be closed."""
+
+
 class OutOfMemory(Exception):
     """The device had no memory for this batch."""
