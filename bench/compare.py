@@ -35,6 +35,10 @@ GRIDS: dict[str, list[Settings]] = {
         {**AS_IT_COMES, "dtype": "bfloat16"},
         {**AS_IT_COMES, "dtype": "bfloat16", "threads": 1, "sorted": True},
     ],
+    "st_openvino": [
+        *({**AS_IT_COMES, "dtype": "bfloat16", "batch": batch, "sorted": True} for batch in (8, 32)),
+        {**AS_IT_COMES, "dtype": "bfloat16", "batch": 8},
+    ],
     "infinity_embed": [
         {"batch": batch, "threads": None, "dtype": dtype, "compile": False}
         for dtype, batch in (("float32", 32), ("bfloat16", 8), ("bfloat16", 32), ("bfloat16", 128))
@@ -106,6 +110,7 @@ def choose(task: Task, report: list[str]) -> list[Contender]:
     chosen: list[Contender] = []
     for script, environment, name in (
         ("st_encode", "encode", "sentence-transformers `encode`, best"),
+        ("st_openvino", "openvino", "sentence-transformers `encode`, OpenVINO backend, best"),
         ("infinity_embed", "infinity", "Infinity, best"),
         ("onnx_loop", "encode", "bare ONNX Runtime loop, float32"),
     ):
@@ -115,6 +120,9 @@ def choose(task: Task, report: list[str]) -> list[Contender]:
             report.append(f"{name}: not measured, as it cannot be run here: {error}\n")
             continue
         chosen.append(Peer(f"{name} ({describe(best)})", script, environment, best))
+        if script == "st_openvino":
+            static: Settings = {**best, "dtype": "int8"}
+            chosen.append(Peer(f"{name} and static int8 ({describe(static)})", script, environment, static))
     report += ["| contender | settings | texts/s on the sample | |", "| --- | --- | ---: | --- |", *lines, ""]
     return chosen
 

@@ -12,6 +12,10 @@ PLACE = HERE.parent / ".cache" / "bench"
 """Environments, graphs and random models: not in the repository, and made again when missing."""
 
 
+UNWANTED = "!"
+"""In front of a package that others ask for, and that breaks what is measured."""
+
+
 class NotInstalled(Exception):
     """An environment cannot be made here; the message is the installer's last word."""
 
@@ -23,12 +27,15 @@ def python_of(name: str) -> Path:
     python, mark = folder / "bin" / "python", folder / "installed.txt"
     if mark.exists() and mark.read_text() == wanted:
         return python
-    print(f"installing {', '.join(wanted.split())} into {folder} ...", file=sys.stderr)
+    packages = [line for line in wanted.split() if not line.startswith(UNWANTED)]
+    print(f"installing {', '.join(packages)} into {folder} ...", file=sys.stderr)
     shutil.rmtree(folder, ignore_errors=True)
     subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-    command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *wanted.split()]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise NotInstalled((done.stderr.strip().splitlines() or ["pip said nothing"])[-1])
+    removed = [line.removeprefix(UNWANTED) for line in wanted.split() if line.startswith(UNWANTED)]
+    for command in (["install", *packages], *(["uninstall", "--yes", name] for name in removed)):
+        pip = [str(python), "-m", "pip", "--quiet", "--disable-pip-version-check", *command]
+        done = subprocess.run(pip, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise NotInstalled((done.stderr.strip().splitlines() or ["pip said nothing"])[-1])
     mark.write_text(wanted)
     return python

@@ -16,16 +16,19 @@ class Encode:
     """Settings: `batch`, `threads` (null: torch's choice), `dtype`, `sorted` (by tokens, longest first)."""
 
     def __init__(self, folder: str) -> None:
+        """`folder`: the model's."""
         self._folder = folder
         self._threads = torch.get_num_threads()
         self.tokens = self.computed = 0
 
     def configure(self, settings: dict[str, Any]) -> None:
         torch.set_num_threads(settings["threads"] or self._threads)
-        dtype = getattr(torch, settings["dtype"])
-        self._model = SentenceTransformer(self._folder, device="cpu", model_kwargs={"dtype": dtype})
+        self._model = self._load(settings["dtype"])
         self._model.register_forward_pre_hook(self._count)
         self._batch, self._sorted = settings["batch"], settings["sorted"]
+
+    def _load(self, dtype: str) -> SentenceTransformer:
+        return SentenceTransformer(self._folder, device="cpu", model_kwargs={"dtype": getattr(torch, dtype)})
 
     def embed(self, texts: Sequence[str]) -> np.ndarray[Any, Any]:
         order = np.arange(len(texts))
@@ -46,4 +49,5 @@ class Encode:
         self.tokens += int(mask.sum())
 
 
-serve(Encode(sys.argv[1]))
+if __name__ == "__main__":
+    serve(Encode(sys.argv[1]))
