@@ -103,8 +103,9 @@ def _once(server: Server, corpus: Path, output: Path, clock: Clock) -> None:
 
     clock.time("worker: back to their rows", land)
     group = EmbeddedGroup(
-        TokenizedGroup(job, held, tokens, hashes), {"dense": vectors}, tokens.lengths, np.ones(CHUNKS, np.bool_), {}
-    )
+        TokenizedGroup(job, held, tokens, hashes), {"dense": vectors}, tokens.lengths, np.ones(CHUNKS, np.bool_), {},
+        np.zeros(CHUNKS, np.bool_),
+    )  # fmt: skip
     finished, _ = clock.time("worker: finish", lambda: finish_blocks(group))
     record = ShardRecord(
         name=f"{output.name}", job=spec.job, space="space", blocks=tuple(block.record() for block in finished),

@@ -369,10 +369,12 @@ class JobStatus(msgspec.Struct, frozen=True, kw_only=True):
     """Rows left out on purpose (`empty="skip"`)."""
     truncated: int
     """Rows whose text was longer than the model takes."""
+    duplicates: int = 0
+    """Rows that took the results of an equal text, so that the model did not run for them."""
     tokens: int
     """Tokens of the written rows."""
     padded: int
-    """Tokens that the model computed, padding included."""
+    """Tokens with the padding that the model computed beside them."""
     blocks: int
     """Blocks submitted."""
     done: int

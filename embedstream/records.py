@@ -84,9 +84,11 @@ class ShardRecord(msgspec.Struct, frozen=True, kw_only=True):
     failed: int
     skipped: int
     truncated: int
+    duplicates: int = 0
+    """Rows that took the results of an equal text, so that the model did not run for them."""
     tokens: int
     padded: int
-    """Tokens that the model computed, padding included."""
+    """Tokens with the padding that the model computed beside them."""
     outputs: tuple[Output, ...]
     dtype: str
     """Precision of the computation: float32, bfloat16."""
@@ -200,6 +202,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     failed: int
     skipped: int
     truncated: int
+    duplicates: int = 0
     tokens: int
     padded: int
     created: float

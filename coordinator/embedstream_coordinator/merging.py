@@ -51,13 +51,14 @@ def write_group(
     data, errors = _Rows("rows", room, on_rows), _Rows("failed", room)
     blocks: list[BlockRecord] = []
     sources: list[ShardRecord] = []
-    padded = 0
+    duplicates = padded = 0
     for name, runs in group.blocks.items():
         source = sink.footer(part_file(name))[0].shard
         chosen = [block for block in source.blocks if _is_in(block, runs)]
         sources.append(source)
         blocks += chosen
-        padded += _share(source, chosen)
+        duplicates += _share(source.duplicates, source, chosen)
+        padded += _share(source.padded, source, chosen)
         data.read(sink.batches(part_file(name), None, BATCH_ROWS), source, runs)
         if listed[name].failed:
             errors.read(sink.errors(name), source, runs)
@@ -74,6 +75,7 @@ def write_group(
         failed=errors.count,
         skipped=sum(block.skipped for block in blocks),
         truncated=data.sum("truncated"),
+        duplicates=duplicates,
         tokens=data.sum("n_tokens"),
         padded=padded,
         dtype="+".join(sorted({source.dtype for source in sources})),
@@ -178,8 +180,8 @@ def _is_in(block: BlockRecord, runs: BlockRuns) -> bool:
     return any(run.part == block.part and run.first <= block.block <= run.last for run in runs)
 
 
-def _share(source: ShardRecord, chosen: Sequence[BlockRecord]) -> int:
-    """A shard's padded tokens for some of its blocks; the shares of all of them add up to the whole."""
+def _share(whole: int, source: ShardRecord, chosen: Sequence[BlockRecord]) -> int:
+    """What of a shard's sum counts for some of its blocks; the shares of all of them add up to the whole."""
     count, wanted = len(source.blocks), set(chosen)
-    ends = [source.padded * at // count for at in range(count + 1)]
+    ends = [whole * at // count for at in range(count + 1)]
     return sum(ends[at + 1] - ends[at] for at, block in enumerate(source.blocks) if block in wanted)

@@ -297,6 +297,7 @@ class FolderSink:
             failed=len(errors),
             skipped=0,
             truncated=0,
+            duplicates=0,
             tokens=0,
             padded=0,
             bytes=0,

@@ -93,6 +93,7 @@ def build_manifest(
         failed=sums.failed,
         skipped=sums.skipped,
         truncated=sums.truncated,
+        duplicates=sums.duplicates,
         tokens=sums.tokens,
         padded=sums.padded,
         created=status.created,

@@ -30,7 +30,7 @@ class ShardSums:
         """What all have in common, it has: the first one, or the first with rows."""
         self.engines: set[str] = set()
         self.recipes: set[Recipe] = set()
-        self.rows = self.failed = self.skipped = self.truncated = self.tokens = self.padded = 0
+        self.rows = self.failed = self.skipped = self.truncated = self.duplicates = self.tokens = self.padded = 0
 
     @property
     def blocks(self) -> int:
@@ -46,6 +46,7 @@ class ShardSums:
         self.failed += shard.failed
         self.skipped += shard.skipped
         self.truncated += shard.truncated
+        self.duplicates += shard.duplicates
         self.tokens += shard.tokens
         self.padded += shard.padded
         self.engines.add(shard.engine)

@@ -44,6 +44,11 @@ FAILED_ROWS = Metric(
 TRUNCATED_ROWS = Metric(
     "embedstream_truncated_rows_total", "counter", "Rows in committed shards that were longer than the model takes."
 )
+DUPLICATE_ROWS = Metric(
+    "embedstream_duplicate_rows_total",
+    "counter",
+    "Rows in committed shards that took the results of an equal text, so that the model did not run for them.",
+)
 COMMITTED_TOKENS = Metric("embedstream_committed_tokens_total", "counter", "Tokens of the rows in committed shards.")
 PADDING_TOKENS = Metric("embedstream_padding_tokens_total", "counter", "Padding tokens computed in addition to them.")
 BATCH_TOKENS = Metric(
@@ -138,6 +143,7 @@ WORKER_METRICS = (
     COMMITTED_ROWS,
     FAILED_ROWS,
     TRUNCATED_ROWS,
+    DUPLICATE_ROWS,
     COMMITTED_TOKENS,
     PADDING_TOKENS,
     BATCH_TOKENS,

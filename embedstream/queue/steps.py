@@ -251,6 +251,7 @@ class Steps:
                 "failed": r.failed,
                 "skipped": r.skipped,
                 "truncated": r.truncated,
+                "duplicates": r.duplicates,
                 "tokens": r.tokens,
                 "padded": r.padded,
                 "spec": spec,

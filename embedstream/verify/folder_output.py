@@ -27,7 +27,7 @@ from embedstream.verify.manifest_sums import check_footer
 from embedstream.verify.places import PAGE_ROWS, Mask, Numbers, PlaceNumbers, Places, Rows
 from embedstream.verify.rows import Located, bad_column, id_numbers, kept_numbers, text_numbers
 
-_TOTALS = ("skipped", "truncated", "tokens", "padded")
+_TOTALS = ("skipped", "truncated", "duplicates", "tokens", "padded")
 """What a manifest adds up over its shards, beside rows and error rows."""
 
 _SPARE_PAGES = 4096

@@ -39,6 +39,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     """Rows written."""
     failed: int
     truncated: int
+    duplicates: int
+    """Rows that took the results of an equal text."""
     tokens: int
     padding: float
     """Share of computed tokens that were padding, 0..1."""
@@ -59,6 +61,7 @@ def from_manifest(manifest: Manifest) -> Report:
         rows=manifest.rows,
         failed=manifest.failed,
         truncated=manifest.truncated,
+        duplicates=manifest.duplicates,
         tokens=manifest.tokens,
         padding=round(1 - manifest.tokens / manifest.padded, 4) if manifest.padded else 0.0,
         seconds=round(manifest.ended - manifest.created, 3),
@@ -76,6 +79,7 @@ def from_status(status: JobStatus) -> Report:
         rows=status.rows,
         failed=status.failed,
         truncated=status.truncated,
+        duplicates=status.duplicates,
         tokens=status.tokens,
         padding=round(status.padding, 4),
         seconds=round(status.seconds, 3),
@@ -122,6 +126,8 @@ def lines(
         said.append(f"errors:  {counted(report.failed, 'row')}{kinds}, listed in {errors_of(report.output)}")
     if report.truncated:
         said.append(f"truncated: {counted(report.truncated, 'text')} longer than the model takes")
+    if report.duplicates:
+        said.append(f"duplicates: {counted(report.duplicates, 'row')} took the results of an equal text")
     if report.rows:
         output = shlex.quote(report.output)
         vectors = not report.outputs or any(output.kind == "dense" for output in report.outputs)

@@ -154,6 +154,8 @@ def _facts(look: JobLook) -> Iterator[tuple[str, str, str]]:
     pace = f", {look.rate.tokens:,.0f} a second" if look.rate.tokens else ""
     cut = f", {counted(status.truncated, 'text')} truncated" if status.truncated else ""
     yield "tokens", f"{status.tokens:,}{pace}, padding {100 * status.padding:.1f} %{cut}", ""
+    if status.duplicates:
+        yield "duplicates", f"{counted(status.duplicates, 'row')} took the results of an equal text", ""
     yield "blocks", f"{status.done:,} of {status.blocks:,}", ""
     yield "time", f"{duration(status.seconds)}{'' if ended else ' since its creation'}", ""
     if why := why_ended(status):

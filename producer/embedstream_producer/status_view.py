@@ -73,7 +73,8 @@ def job_lines(look: JobLook) -> Iterator[str]:
     yield f"  queue {status.spec.queue}, model {status.spec.model}"
     if not ended and look.in_hand.rows:
         yield f"  {counted(look.in_hand.rows, 'more row')} computed and not yet written"
-    yield f"  {_speed(look.rate)}padding {100 * status.padding:.1f} %, truncated {status.truncated:,}"
+    computed = f"padding {100 * status.padding:.1f} %, truncated {status.truncated:,}, duplicates {status.duplicates:,}"
+    yield f"  {_speed(look.rate)}{computed}"
     yield f"  blocks {status.done:,} of {status.blocks:,}, tokens {status.tokens:,}"
     if status.failed:
         yield f"  {failures(look)}"

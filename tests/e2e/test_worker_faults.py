@@ -17,7 +17,7 @@ from embedstream.api.interactive import EmbedRequest, ask, vectors
 from embedstream.dataset.folder import FolderSink
 from embedstream.dataset.sinks import open_sink
 from embedstream.jobs import JobState
-from embedstream.metrics.metrics import DEVICE_BUSY
+from embedstream.metrics.metrics import DEVICE_BUSY, DUPLICATE_ROWS
 from embedstream.queue import scripts
 from embedstream.queue.broker import Broker
 from embedstream.queue.steps import PROVEN
@@ -37,6 +37,27 @@ def test_a_job_comes_out_exactly(lab: WorkerLab) -> None:
     worker.stop()
     assert worker.error is None
     assert not lab.broker.workers()
+
+
+def test_equal_texts_enter_the_model_once_and_all_their_rows_are_in_the_dataset(lab: WorkerLab) -> None:
+    entered: list[str] = []
+    texts = [TEXTS[i % 5] for i in range(400)]
+    first = lab.job(texts, rows_per_block=100)
+    worker = lab.start(ScriptedEngine(entered.extend))
+    finish(lab, first)
+    second = lab.job([*texts, "another text"], rows_per_block=100, output="other")
+    finish(lab, second)
+    for job, output, given in ((first, "out", texts), (second, "other", [*texts, "another text"])):
+        assert_exact(lab.folder / output, {f"t{row}": text for row, text in enumerate(given)})
+        manifest = read_manifest(lab.folder / output)
+        assert manifest["duplicates"] == lab.broker.status(job).duplicates > 390
+    taken = [read_manifest(lab.folder / output)["duplicates"] for output in ("out", "other")]
+    assert taken[1] == 400, "what the first job computed is not remembered"
+    assert set(entered) == {*TEXTS[:5], "another text"}
+    assert len(entered) == 400 + 401 - sum(taken)
+    counted: Any = worker.worker.meter.registry.get_sample_value
+    counter = (DUPLICATE_ROWS.name, {"queue": lab.broker.queue})
+    wait_until(lambda: counted(*counter) == sum(taken), "the metric to count them")
 
 
 def test_vector_and_hash_are_of_the_prompt_and_the_text(lab: WorkerLab) -> None:

@@ -397,8 +397,8 @@ MUTANTS = (
     mutant(
         "the prompt is left out of the input hash",
         "worker/embedstream_worker/tokenize.py",
-        "return encoded, input_hashes(entered(rows, query), job.prompt)",
-        "return encoded, input_hashes(entered(rows, query))",
+        "hashes = input_hashes(entered(rows, query), job.prompt)\n        texts",
+        "hashes = input_hashes(entered(rows, query))\n        texts",
         f"{FAULTS}::test_vector_and_hash_are_of_the_prompt_and_the_text",
     ),
     mutant(

@@ -97,10 +97,13 @@ def make_tokens(lengths: Sequence[int]) -> Tokens:
     return Tokens(ids, offsets, np.zeros(len(lengths), np.bool_))
 
 
-def make_group(lengths: Sequence[int], errors: dict[int, tuple[str, str]] | None = None) -> TokenizedGroup:
+def make_group(
+    lengths: Sequence[int], errors: dict[int, tuple[str, str]] | None = None, texts: str = "text"
+) -> TokenizedGroup:
+    """`texts`: of another group, no text is equal."""
     spec = JobSpec(queue="q", output="/out", model="m", parts=("p",))
     job = OpenJob("job", spec, "", 0, 512, "space", (dense(DIM, False),), FolderSink(spec.output, spec), RECIPE)
-    hashes = input_hashes([str(i) for i in range(len(lengths))])
+    hashes = input_hashes([f"{texts} {i}" for i in range(len(lengths))])
     return TokenizedGroup(job, [], make_tokens(lengths), hashes, errors or {})
 
 
@@ -331,8 +334,8 @@ def test_an_urgent_request_does_not_wait_for_a_slow_writer() -> None:
     life, engine = Life(), FakeEngine(before)
     infer = Infer(share(life=life), engine, 64, Ahead(64, padded=False), source, out)
     start_stage("infer", life, infer.run, [source, out])
-    source.put([make_group([1])])
-    source.put([make_group([1])])
+    source.put([make_group([1], texts="first")])
+    source.put([make_group([1], texts="second")])
     assert second.wait(30)
     # The first group fills the way to the writer, the second is past its last batch: it can only wait now.
     urgent = Urgent(make_tokens([1]), 0, "query")

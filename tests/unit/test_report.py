@@ -25,6 +25,7 @@ def test_the_next_steps_are_those_that_can_be_done(tmp_path: Path, state: str, s
         rows=5,
         failed=0,
         truncated=0,
+        duplicates=0,
         tokens=50,
         padding=0.0,
         seconds=1.0,

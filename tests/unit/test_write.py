@@ -90,6 +90,7 @@ def embedded(
         np.full(len(texts), 10, np.int64),
         done,
         errors or {},
+        np.zeros(len(texts), np.bool_),
     )
 
 
@@ -207,6 +208,12 @@ def test_tokens_and_truncations_are_counted_per_block() -> None:
     assert (second.tokens, second.truncated, second.computed) == (1, 0, 10)
     assert first.data.column("truncated").to_pylist() == [False, True]
     assert first.data.column("n_tokens").to_pylist() == [1, 2]
+
+
+def test_rows_with_the_results_of_an_equal_text_are_counted_per_block_if_they_did_not_fail() -> None:
+    group = embedded(packed(["a", "a", "bad", "bad", "a"], chunks=4), errors={2: ("c", "m"), 3: ("c", "m")})
+    group.duplicates[[1, 3, 4]] = True
+    assert [block.duplicates for block in finished(group)] == [1, 1]
 
 
 def test_a_row_that_failed_is_an_error_row_of_its_block_and_counts_for_nothing_else() -> None:
@@ -366,11 +373,11 @@ def test_a_text_that_the_tokenizer_cannot_bear_is_an_error_row() -> None:
     assert tokens.ids.tobytes() == b"goodbetter\0\0"
 
 
-def test_blocks_tokenized_in_several_threads_come_out_in_their_order_each_error_with_its_row() -> None:
-    texts = [f"bad {i}" if i % 7 == 3 else f"text {i}" for i in range(500)]
+def tokenized_of(texts: Sequence[str], tokenizer: type[HashingTokenizer] = Picky) -> TokenizedGroup:
+    """Texts in blocks of nine through the stage."""
     group = embedded(packed(texts, chunks=9)).tokenized
     source, out = Channel[Window](1), Channel[list[TokenizedGroup] | Urgent](1)
-    tokenize = Tokenize(share(), Picky, 4, Ahead(64, padded=False), source, out)
+    tokenize = Tokenize(share(), tokenizer, 4, Ahead(64, padded=False), source, out)
     stage = start_stage("tokenize", Life(), tokenize.run, [source, out])
     source.put(Window(group.blocks))
     item = out.get(timeout=30)
@@ -378,10 +385,31 @@ def test_blocks_tokenized_in_several_threads_come_out_in_their_order_each_error_
     stage.join(30)
     assert isinstance(item, list)
     (tokenized,) = item
+    return tokenized
+
+
+def test_blocks_tokenized_in_several_threads_come_out_in_their_order_each_error_with_its_row() -> None:
+    texts = [f"bad {i}" if i % 7 == 3 else f"text {i}" for i in range(500)]
+    tokenized = tokenized_of(texts)
     good = [text for text in texts if "bad" not in text]
     assert sorted(tokenized.errors) == [i for i in range(500) if i % 7 == 3]
     assert tokenized.tokens.ids.tobytes().replace(b"\0", b"") == "".join(good).encode()
     assert tokenized.input_hashes.equals(input_hashes(texts))
+
+
+def test_a_text_that_a_block_has_several_times_is_tokenized_once() -> None:
+    seen: list[str] = []
+
+    class Noting(Picky):
+        def encode(self, texts: Sequence[str], max_length: int, firsts: Any = None) -> Any:
+            seen.extend(texts)
+            return super().encode(texts, max_length, firsts)
+
+    tokenized = tokenized_of(["a", "bad", "longer", "a", "a", "bad", "longer", "b"], Noting)
+    assert tokenized.tokens.lengths.tolist() == [1, 0, 2, 1, 1, 0, 2, 1]
+    assert tokenized.tokens.ids.tobytes().replace(b"\0", b"") == b"alongeraalongerb"
+    assert sorted(tokenized.errors) == [1, 5]
+    assert (seen.count("a"), seen.count("longer"), seen.count("b")) == (2, 2, 2)  # with the one that is picked out
 
 
 def test_a_tokenizer_that_can_do_nothing_blames_no_text() -> None:

@@ -101,16 +101,13 @@ def gather_batch(
 
     `kinds`: of results that are wanted; None: all that the model gives.
     """
-    lengths = tokens.lengths[rows]
-    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
-    shift = np.repeat(tokens.offsets[rows] - offsets[:-1], lengths)
-    places = np.arange(offsets[-1]) + shift
+    taken = tokens.take(rows)
     return TokenBatch(
-        ids=tokens.ids[places],
-        offsets=offsets,
-        longest=int(lengths.max(initial=0)),
+        ids=taken.ids,
+        offsets=taken.offsets,
+        longest=int(taken.lengths.max(initial=0)),
         prompt_length=prompt_length,
         role=role,
-        types=None if tokens.types is None else tokens.types[places],
+        types=taken.types,
         kinds=kinds,
     )

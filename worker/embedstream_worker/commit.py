@@ -194,6 +194,7 @@ class Commits:
             failed=errors.num_rows,
             skipped=sum(block.skipped for block in blocks),
             truncated=sum(block.truncated for block in blocks),
+            duplicates=sum(block.duplicates for block in blocks),
             tokens=sum(block.tokens for block in blocks),
             padded=sum(block.computed for block in blocks),
             outputs=outputs,

@@ -40,6 +40,7 @@ class FinishedBlock:
     errors: pa.Table
     skipped: int
     truncated: int
+    duplicates: int
     tokens: int
     computed: int
 
@@ -103,6 +104,7 @@ def finish_blocks(group: EmbeddedGroup) -> tuple[list[FinishedBlock], list[HeldB
                     errors=pa.Table.from_pylist(errors, schema=errors_schema()) if errors else _NO_ERRORS,
                     skipped=block.skipped,
                     truncated=int((tokens.truncated[start:end] & mine).sum()),
+                    duplicates=int((group.duplicates[start:end] & mine).sum()),
                     tokens=int(tokens.lengths[start:end][mine].sum()),
                     computed=int(group.computed[start:end][mine].sum()),
                 )

@@ -67,6 +67,7 @@ class EmbeddedGroup:
     computed: npt.NDArray[np.int64]  # [rows]: tokens that the model computed for the row, padding included
     done: npt.NDArray[np.bool_]  # [rows]
     errors: RowErrors
+    duplicates: npt.NDArray[np.bool_]  # [rows]: the results are those of an equal text, computed for another row
 
 
 class Held:

@@ -19,6 +19,7 @@ from embedstream.errors import DeviceLost
 from embedstream.outputs import Kind
 from embedstream_worker.ahead import Ahead
 from embedstream_worker.engines.base import Engine, OutOfMemory, Results, Role, Tokens
+from embedstream_worker.equal_texts import Begun, Recent
 from embedstream_worker.held import EmbeddedGroup, RowErrors, TokenizedGroup
 from embedstream_worker.pipeline import Channel, Closed
 from embedstream_worker.shared import Shared
@@ -59,22 +60,22 @@ class Urgent:
 class _Window:
     """A window's groups, each with its work."""
 
-    groups: list[tuple[TokenizedGroup, Work]]
+    groups: list[Begun]
 
     @property
     def over(self) -> bool:
-        return all(work.over for _, work in self.groups)
+        return all(begun.work.over for begun in self.groups)
 
     def forget_notes(self) -> None:
         """No row of it is in the model any more. Twice is harmless."""
-        for _, work in self.groups:
+        for work in (begun.work for begun in self.groups):
             if work.note is not None:
                 with contextlib.suppress(NotOurs):
                     work.note(None)
                 work.note = None
 
     def embedded(self) -> list[EmbeddedGroup]:
-        return [EmbeddedGroup(group, w.results(), w.computed, w.done, w.errors) for group, w in self.groups]
+        return [begun.embedded() for begun in self.groups]
 
 
 class Infer:
@@ -102,13 +103,14 @@ class Infer:
         self._padded = engine.info.padded
         self._windows: deque[_Window] = deque()
         self._urgent: deque[tuple[Urgent, Work]] = deque()
-        self._flying: dict[Future[Results], tuple[Work, Taken, TokenizedGroup | None]] = {}
+        self._flying: dict[Future[Results], tuple[Work, Taken, Begun | None]] = {}
+        self._recent = Recent()
         self._closed = False
 
     @property
     def _left(self) -> int:
         """Tokens of the windows in this stage that are not computed."""
-        return sum(work.left for window in list(self._windows) for _, work in window.groups)
+        return sum(begun.work.left for window in list(self._windows) for begun in window.groups)
 
     @property
     def busy(self) -> bool:
@@ -138,20 +140,20 @@ class Infer:
         """Hand on what is over, fill the model, wait for a batch. Whether there is more to do."""
         if self._life.stopping.is_set():
             for window in self._windows:
-                for _, work in window.groups:
-                    work.stop()
+                for begun in window.groups:
+                    begun.work.stop()
         self._hand_on()
         while len(self._flying) < self._engine.in_flight and (chosen := self._next_work()) is not None:
-            work, group = chosen
+            work, begun = chosen
             taken = work.take()
-            self._flying[pool.submit(self._embed, work, taken)] = (work, taken, group)
+            self._flying[pool.submit(self._embed, work, taken)] = (work, taken, begun)
         if self._flying:
             free = len(self._flying) < self._engine.in_flight
             for future in wait(self._flying, LOOK_SECONDS if free else None, FIRST_COMPLETED).done:
-                work, taken, group = self._flying.pop(future)
+                work, taken, begun = self._flying.pop(future)
                 self._settle(work, taken, future)
-                if group is not None:
-                    self._ledger.in_model(group, group.job.id, work.in_hand)
+                if begun is not None:
+                    self._ledger.in_model(begun.group, begun.group.job.id, begun.in_hand)
             self._answer()
         return bool(self._flying or self._windows or self._urgent or not self._closed)
 
@@ -164,7 +166,7 @@ class Infer:
                 return
             self._windows.popleft()
 
-    def _next_work(self) -> tuple[Work, TokenizedGroup | None] | None:
+    def _next_work(self) -> tuple[Work, Begun | None] | None:
         """What the next batch comes from: requests first, then windows in their order, then a new window."""
         while (request := self._source.take_first(Urgent)) is not None:
             self._begin_urgent(request)
@@ -172,9 +174,9 @@ class Infer:
             if work.waiting:
                 return work, None
         for window in self._windows:
-            for group, work in window.groups:
-                if work.waiting:
-                    return work, group
+            for begun in window.groups:
+                if begun.work.waiting:
+                    return begun.work, begun
         if self._closed or len(self._windows) >= WINDOWS:
             return None
         try:
@@ -186,7 +188,7 @@ class Infer:
         if isinstance(item, Urgent):
             self._begin_urgent(item)
         elif item is not None:
-            self._windows.append(_Window([(group, self._begin(group)) for group in item]))
+            self._windows.append(_Window([self._begin(group) for group in item]))
             self._ahead.arrived(sum(held.tokens for group in item for held in group.blocks))
         return None if item is None else self._next_work()
 
@@ -202,14 +204,14 @@ class Infer:
         pace = self._ahead.tokens_per_second
         return SLOWEST * len(taken.batch.ids) / pace if pace else FIRST * self._stall_seconds
 
-    def _begin(self, group: TokenizedGroup) -> Work:
-        job, outputs = group.job, {output.kind: self._outputs[output.kind] for output in group.job.outputs}
-        work = Work(group.tokens, job.prompt_length, job.spec.role, outputs, self._padded, group.errors, group.note)
-        work.cut(self._budget)
+    def _begin(self, group: TokenizedGroup) -> Begun:
+        outputs = {output.kind: self._outputs[output.kind] for output in group.job.outputs}
+        begun = Begun(group, outputs, self._padded, self._recent)
+        begun.work.cut(self._budget)
         if self._life.stopping.is_set():
-            work.stop()
-        self._ledger.in_model(group, job.id, work.in_hand)
-        return work
+            begun.work.stop()
+        self._ledger.in_model(group, group.job.id, begun.in_hand)
+        return begun
 
     def _begin_urgent(self, request: Urgent) -> None:
         outputs = {kind: self._outputs[kind] for kind in request.kinds}

@@ -79,6 +79,7 @@ class Meter:
         self._rows = self._counter(metrics.COMMITTED_ROWS)
         self._failed = self._counter(metrics.FAILED_ROWS)
         self._truncated = self._counter(metrics.TRUNCATED_ROWS)
+        self._duplicates = self._counter(metrics.DUPLICATE_ROWS)
         self._tokens = self._counter(metrics.COMMITTED_TOKENS)
         self._padding = self._counter(metrics.PADDING_TOKENS)
         self._batch_tokens = self._histogram(metrics.BATCH_TOKENS).labels(queue)
@@ -130,6 +131,7 @@ class Meter:
         self._rows.inc(record.rows)
         self._failed.inc(record.failed)
         self._truncated.inc(record.truncated)
+        self._duplicates.inc(record.duplicates)
         self._tokens.inc(record.tokens)
         self._padding.inc(record.padded - record.tokens)
 

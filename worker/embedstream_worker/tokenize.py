@@ -16,6 +16,7 @@ from embedstream.queue.refusals import Code
 from embedstream_worker.ahead import Ahead
 from embedstream_worker.batching import gather_batch, join_tokens
 from embedstream_worker.engines.base import TextTokenizer, Tokens
+from embedstream_worker.equal_texts import distinct, of_all_rows
 from embedstream_worker.held import HeldBlock, RowErrors, TokenizedGroup, Window, release
 from embedstream_worker.infer import Urgent
 from embedstream_worker.jobs import OpenJob
@@ -124,16 +125,23 @@ class Tokenize:
 
     def _encode(self, job: OpenJob, held: HeldBlock) -> tuple[Encoded, pa.FixedSizeBinaryArray]:
         rows, query = held.block.rows, job.spec.query_field
+        hashes = input_hashes(entered(rows, query), job.prompt)
+        texts = distinct(hashes)
+        repeated = len(texts.first) < rows.num_rows
+        if repeated:
+            rows = rows.take(pa.array(texts.first))
         tokenizer = self._tokenizers.get()
         try:
             with self._activity.computing():
                 if query is not None:
-                    encoded = encode_pairs(tokenizer, firsts(rows, query), strings_of(rows.column("text")), job)
+                    tokens, errors = encode_pairs(tokenizer, firsts(rows, query), strings_of(rows.column("text")), job)
                 else:
-                    encoded = encode_rows(tokenizer, strings_of(rows.column("text")), job.prompt, job.max_length)
+                    tokens, errors = encode_rows(tokenizer, strings_of(rows.column("text")), job.prompt, job.max_length)
         finally:
             self._tokenizers.put(tokenizer)
-        return encoded, input_hashes(entered(rows, query), job.prompt)
+        if repeated:
+            tokens, errors = tokens.take(texts.text), of_all_rows(errors, texts.text)
+        return (tokens, errors), hashes
 
     def _tried(self, job: OpenJob, held: HeldBlock) -> TokenizedGroup:
         """A block with which workers died, row by row. Raises `NotOurs`."""

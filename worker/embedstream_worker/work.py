@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 
 from embedstream.outputs import Kind
-from embedstream.queue.workers import InHand
 from embedstream.verify.findings import Kind as Fault
 from embedstream.verify.rows import bad_values
 from embedstream_worker.batching import batch_cost, cut_batches, gather_batch
@@ -164,9 +163,3 @@ class Work:
     def left(self) -> int:
         """Tokens that are not computed."""
         return int(self._lengths[~self.done].sum())
-
-    @property
-    def in_hand(self) -> InHand:
-        """What is computed so far."""
-        done = self.done
-        return InHand(*map(int, (done.sum(), self._lengths[done].sum(), self.computed[done].sum())))

@@ -34,6 +34,14 @@ class Tokens:
         """Tokens per text, [n]."""
         return np.diff(self.offsets)
 
+    def take(self, rows: npt.NDArray[np.int64]) -> Tokens:
+        """Those of these texts, in this order; a text may be there more than once."""
+        lengths = self.lengths[rows]
+        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+        places = np.arange(offsets[-1]) + np.repeat(self.offsets[rows] - offsets[:-1], lengths)
+        types = None if self.types is None else self.types[places]
+        return Tokens(self.ids[places], offsets, self.truncated[rows], types)
+
 
 @dataclass(frozen=True)
 class TokenBatch:
