@@ -27,6 +27,7 @@ from embedstream.queue.packing import Packer
 from embedstream.records import ShardContent, ShardRecord
 from embedstream.server.connection import connect
 from embedstream_producer.lines import LineStream
+from embedstream_producer.plain import PlainStream
 from embedstream_worker.batching import cut_batches, gather_batch
 from embedstream_worker.engines.hashing import HashingEngine
 from embedstream_worker.finish import finish_blocks
@@ -123,7 +124,7 @@ def _produce(broker: Broker, spec: JobSpec, corpus: Path, clock: Clock) -> int:
     """The producer's stages; how many blocks lie in Redis."""
 
     def read() -> list[bytes]:
-        with LineStream(corpus.open("rb", buffering=0), corpus.name) as stream:
+        with LineStream(PlainStream(corpus.open("rb", buffering=0), corpus.name), corpus.name) as stream:
             return [line for _, lines in stream.batches() for line in lines if line]
 
     lines = clock.time("producer: read lines", read)

@@ -33,6 +33,9 @@ MOST_TOKENS = 2**20
 
 KeptType: TypeAlias = Literal["string", "int64", "float64", "bool"]
 
+CorpusFormat: TypeAlias = Literal["jsonl", "json", "csv", "parquet", "arrow", "text"]
+"""Of a part: JSON lines, a JSON array, CSV or TSV, Parquet, Arrow IPC, a folder of texts."""
+
 RESERVED_COLUMNS = frozenset(
     {"part", "row", "id", "chunk", "start", "end", "text", "text_pair", "n_tokens", "truncated", "input_hash"}
 )
@@ -59,7 +62,10 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     revision: str | None = None
     parts: tuple[str, ...]
-    """One source name per part: the absolute path of a file, `-` for standard input, `records` for Python records."""
+    """One source name per part: the absolute path of a file, or of a folder of texts or a pattern of their names; an
+    address; `-` for standard input, `records` for Python records."""
+    format: CorpusFormat | None = None
+    """Of all parts; None: each is recognized by its content."""
     role: Literal["document", "query"] = "document"
     prompt: str | None = None
     prompt_name: str | None = None

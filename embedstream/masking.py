@@ -8,6 +8,8 @@ from urllib.parse import unquote
 HIDDEN = "***"
 
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]{0,31}://|(?:^|(?<==))(?:rediss?|unix|s3):/?", re.IGNORECASE)
+_HUB = re.compile(r"hf://datasets/[\w.-]+/[\w.-]+@[^/@\s]+(?:/[^@\s]*)?")
+"""Of a data set: what is behind the @ is its revision."""
 _SECRET = re.compile(r"pass|pwd|secret|token|credential|signature|(?:access|api)[_-]?key", re.IGNORECASE)
 _WRONG_DATABASE = re.compile(r"^([^/?#]*)/+(?!\d*/?(?:[?#]|$))[^?#]*")
 _SETTING = re.compile(r"([?&;])([^=&;?#]+)=([^&#]*)")
@@ -27,7 +29,7 @@ def mask(address: str) -> str:
     a database that is not a number, as nobody knows what it was meant to be.
     """
     scheme = _SCHEME.search(address)
-    if scheme is None:
+    if scheme is None or _HUB.fullmatch(address):
         return address
     head, rest = address[: scheme.end()], address[scheme.end() :]
     login, at, place = rest.rpartition("@")

@@ -44,6 +44,7 @@ def spec_of(queue: str, model: str, corpus: str, output: str) -> bytes:
         "model": model,
         "revision": None,
         "parts": [corpus],
+        "format": None,
         "role": "document",
         "prompt": None,
         "prompt_name": None,

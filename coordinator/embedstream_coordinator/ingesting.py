@@ -105,4 +105,4 @@ def _wanted_by(parent: int) -> Callable[[], None]:
 def _open(context: Context, spec: JobSpec, part: int) -> SourcePart[Any]:
     source = spec.parts[part]
     context.check_input(source)
-    return open_part(part, source, opener=context.open_input)
+    return open_part(part, source, opener=context.open_input, format=spec.format)

@@ -17,7 +17,7 @@ from embedstream.dataset.sink import Sink
 from embedstream.dataset.sinks import canonical_output
 from embedstream.errors import BrokerError, OutputError, UsageError
 from embedstream.failpoints import reach
-from embedstream.jobs import JobSpec, JobState, KeptType, model_address, model_folder, queue_name
+from embedstream.jobs import CorpusFormat, JobSpec, JobState, KeptType, model_address, model_folder, queue_name
 from embedstream.lifecycle.adoption import Adopted, adopt_shards
 from embedstream.outputs import OutputSpec, Task, parse_emit
 from embedstream.queue.broker import Broker
@@ -36,6 +36,7 @@ QUERY_FIELD = "query"
 class SpecSettings(TypedDict, total=False):
     """The settings of a job beside queue, output, model and parts; see `JobSpec`."""
 
+    format: CorpusFormat | None
     task: Task
     outputs: Sequence[OutputSpec | str]
     """What is wanted of each row; a string is read as `--emit` reads it, `dense=small:ubinary:256`."""

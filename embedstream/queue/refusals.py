@@ -17,6 +17,7 @@ class Code(enum.StrEnum):
 
     INVALID_JSON = "invalid_json"  # the line is not one JSON value, or nests too deeply
     NOT_UTF8 = "not_utf8"  # the line, or a column's value, has bytes that are not UTF-8
+    BAD_ROW = "bad_row"  # a row of CSV with more or fewer values than the header
     LINE_TOO_LONG = "line_too_long"  # longer than LONGEST_LINE_BYTES
     NOT_AN_OBJECT = "not_an_object"  # JSON, but no object; or a Python record that is neither mapping nor string
     MISSING_ID = "missing_id"  # none of the id fields, or not the one the spec names

@@ -17,19 +17,25 @@ from embedstream.corpus.parts import Part
 from embedstream.corpus.records import LONGEST_LINE_BYTES, Outcome, RecordReader
 from embedstream.dataset.objects import is_object, parse_object
 from embedstream.errors import InputError, UsageError
-from embedstream.jobs import JobSpec
+from embedstream.jobs import CorpusFormat, JobSpec
 from embedstream.queue.blocks import Refusal
 from embedstream.queue.refusals import HOPELESS, OF_THE_FORMAT, Code
 from embedstream.records import PartContent
 from embedstream.terminal import is_utf8, printable
-from embedstream_producer.lines import ByteStream, LineStream
+from embedstream_producer import arrow_part, csv_part, parquet_part
+from embedstream_producer.arrow_part import ArrowPart
+from embedstream_producer.csv_part import CsvPart
+from embedstream_producer.expanding import STDIN, is_texts, texts_of
+from embedstream_producer.hub import HubSource, is_hub, parse_hub
+from embedstream_producer.json_array import ArrayStream
+from embedstream_producer.lines import LineStream
 from embedstream_producer.objects import ObjectSource
 from embedstream_producer.parquet_part import ParquetPart
+from embedstream_producer.plain import ByteStream
 from embedstream_producer.sources import FileSource, NothingUsable, Opener, Source, SourcePart
+from embedstream_producer.texts_part import TextsPart
 
 log = logging.getLogger("embedstream.corpus")
-
-STDIN = "-"
 
 ROWS_AT_ONCE = 1024
 """Most rows judged before their ids are looked up; `LineStream` bounds their bytes."""
@@ -54,6 +60,7 @@ _OTHER_FIELDS: dict[str, str] = {
 class FilePart(SourcePart["_Head"]):
     """Lines of JSON: a file, an object, or a stream that can be read only once (standard input, a named pipe)."""
 
+    stream: type[LineStream] | type[ArrayStream] = LineStream
     _warned = False
 
     @property
@@ -67,11 +74,11 @@ class FilePart(SourcePart["_Head"]):
                 for start in range(0, len(lines), ROWS_AT_ONCE):
                     yield list(_judge(reader, row + start, lines[start : start + ROWS_AT_ONCE]))
                 if on_position is not None:
-                    on_position(head.stream.position)
-            self.content = PartContent(None if self.once else head.stream.position, head.stream.sha256)
-            if head.stream.warning and not self._warned:
+                    on_position(head.plain.position)
+            self.content = PartContent(None if self.once else head.plain.position, head.plain.sha256)
+            if head.plain.warning and not self._warned:
                 self._warned = True
-                log.warning("%s: %s", self.label, head.stream.warning)
+                log.warning("%s: %s", self.label, head.plain.warning)
 
     def hint(self, spec: JobSpec) -> str | None:
         self.kept_types = dict.fromkeys(spec.keep, "string")
@@ -90,7 +97,7 @@ class FilePart(SourcePart["_Head"]):
         which = f"the first {len(refusals)} rows are all" if len(refusals) > 1 else "the first row is"
         more = "; a corpus has one JSON object per line" if code in OF_THE_FORMAT else _OTHER_FIELDS.get(code, "")
         told = Sample(rows).advised(first, reader.ids)
-        raise NothingUsable(f"{self.label}: {which} refused: line {first.row + 1}: {told}{more}")
+        raise NothingUsable(f"{self.label}: {which} refused: {self.stream.unit} {first.row + 1}: {told}{more}")
 
     def _lacking(self, spec: JobSpec, sample: Sample) -> str | None:
         lacking = sample.lacking(spec)
@@ -100,11 +107,17 @@ class FilePart(SourcePart["_Head"]):
         return told if lacking else None
 
     def _begin(self, source: Source) -> _Head:
-        return _Head(source)
+        return _Head(source, self.stream(source.plain, source.label))
+
+
+class ArrayPart(FilePart):
+    """The elements of a JSON array."""
+
+    stream = ArrayStream
 
 
 def part_name(source: str) -> str:
-    """What stands for a source in `JobSpec.parts`: a file's absolute path, an object's canonical address, or `-`.
+    """What stands for a source in `JobSpec.parts`: an absolute path, a canonical address, or `-`.
 
     Raises:
         UsageError: an address that cannot be used, or a path that is not UTF-8.
@@ -115,6 +128,8 @@ def part_name(source: str) -> str:
         raise UsageError("a corpus file's name is empty: was it meant to come from a variable that is not set?")
     if is_object(source):
         return parse_object(source, "corpus").url
+    if is_hub(source):
+        return parse_hub(source).url
     path = os.path.abspath(source)  # noqa: PTH100  (keeps symbolic links)
     if not is_utf8(path):
         raise UsageError(f"{printable(path)}: its name is not UTF-8: rename it, or name a link to it")
@@ -122,28 +137,64 @@ def part_name(source: str) -> str:
 
 
 def open_part(
-    index: int, source: str, stdin: ByteStream | None = None, opener: Opener | None = None
+    index: int,
+    source: str,
+    stdin: ByteStream | None = None,
+    opener: Opener | None = None,
+    format: CorpusFormat | None = None,
 ) -> SourcePart[Any]:
-    """A source as the part that it is by its first bytes: Parquet, or lines of JSON. It stays open to be read.
+    """A source as the part that it is by its format, or else by its first bytes. It stays open to be read.
 
-    `stdin`: what `-` is, by default the process's own. `opener`: opens files, each time that one is read.
+    `stdin`: what `-` is, by default the process's own. `opener`: opens files, each time that one is read; folders are
+    none then.
 
     Raises:
         InputError: it cannot be read.
         UsageError: an address that cannot be used.
     """
     name = part_name(source)
+    if opener is None and format in (None, "text") and is_texts(source):
+        return TextsPart(index, name, texts_of(source, source, format), lambda: texts_of(source, source, format))
 
     def open_it() -> Source:
         if source == STDIN:
             return Source("standard input", _own_stdin() if stdin is None else stdin)
         if is_object(source):
             return ObjectSource(parse_object(source, "corpus"), source)
+        if is_hub(source):
+            return HubSource(parse_hub(source), source)
         return FileSource(name, source, opener)
 
     opened = open_it()
-    kind = ParquetPart if opened.is_parquet else FilePart
-    return kind(index, name, opened, open_it)
+    return _PARTS[format or recognized(opened)](index, name, opened, open_it)
+
+
+_PARTS: dict[CorpusFormat, type[SourcePart[Any]]] = {
+    "jsonl": FilePart,
+    "json": ArrayPart,
+    "csv": CsvPart,
+    "parquet": ParquetPart,
+    "arrow": ArrowPart,
+}
+
+
+def recognized(source: Source) -> CorpusFormat:
+    """What a source is by its first bytes and, where these are any text, by its name. Raises `InputError`."""
+    formats: dict[CorpusFormat, bytes] = {"parquet": parquet_part.MAGIC, "arrow": arrow_part.MAGIC}
+    for format, magic in formats.items():
+        if source.starts_with(magic):
+            return format
+    head, ending = source.plain.head, csv_part.suffix(source.label)
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if head.startswith((arrow_part.MAGIC, arrow_part.STREAM_MAGIC)):
+        return "arrow"
+    if text[:1] == b"[":
+        return "json"
+    if ending in csv_part.SUFFIXES and text[:1] != b"{":
+        return "csv"
+    if not ending.startswith(".json") and text and csv_part.looks_like_csv(head, source.label):
+        return "csv"
+    return "jsonl"
 
 
 def check_sources(
@@ -151,18 +202,19 @@ def check_sources(
     stdin: ByteStream | None = None,
     notice: Callable[[str], None] | None = None,
     spec: JobSpec | None = None,
+    format: CorpusFormat | None = None,
 ) -> list[SourcePart[Any]]:
     """The parts of a corpus, each opened and looked into. The first `MOST_OPEN` stay open for their first reading.
 
     `notice` is told, from another thread, of a source whose first record takes long: of a pipe nobody writes into, say.
-    `spec`: by its fields the first rows are looked at; None: they are not.
+    `spec`: by its fields the first rows are looked at; None: they are not. `format`: as in `JobSpec`.
 
     Raises:
         InputError: one cannot be read; there are no records at all; or no part begins with one that the job can use.
         UsageError: no source, or one file is given twice.
     """
     if not sources:
-        raise UsageError("no corpus given: name a file of JSON lines or Parquet, or - for standard input")
+        raise UsageError("no corpus given: name a file or a folder, or - for standard input")
     parts: list[SourcePart[Any]] = []
     seen: dict[object, str] = {}
     empty: list[str] = []
@@ -171,7 +223,7 @@ def check_sources(
         if source in sources[:index]:
             raise UsageError(f"{source}: given twice")
         with _telling(source, notice):
-            part = open_part(index, source, stdin)
+            part = open_part(index, source, stdin, format=format)
         if part.identity in seen:
             raise UsageError(f"{source}: is the same file as {seen[part.identity]}")
         if part.identity is not None:
@@ -218,15 +270,15 @@ def total_bytes(parts: Iterable[Part]) -> int | None:
 
 
 class _Head:
-    """A stream of lines, read up to its first record."""
+    """Lines, or what takes their place, read up to the first record."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, stream: LineStream | ArrayStream) -> None:
         """Raises `InputError`, with the source closed."""
         self._source = source
-        self.stream = LineStream(source.stream, source.label)
+        self.plain = stream.plain
         self.held: list[tuple[int, list[bytes]]] = []
         """Lines that were looked at, with the place of the first; none: there are no records."""
-        self._rest = self.stream.batches()
+        self._rest = stream.batches()
         try:
             for row, lines in self._rest:
                 if not all(map(_is_blank, lines)):

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from embedstream.dataset.objects import ObjectAddress, explain_object, file_system
 from embedstream.errors import InputError
-from embedstream_producer.sources import MAGIC, Patches, Source
+from embedstream_producer.sources import MAGIC_BYTES, Patches, Source
 
 READ_BYTES = 8 * 1024 * 1024
 """Asked for at once: each request costs tens of milliseconds."""
@@ -37,7 +37,7 @@ class ObjectSource(Source):
             raise self.cannot_read(error) from error
         self.size = self._file.size()
         self.identity = address.url
-        self.is_parquet = self._first.startswith(MAGIC)
+        self.magic = self._first[:MAGIC_BYTES]
         self._rest = pa.BufferedInputStream(self._file, READ_BYTES)
         self._checked = False
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import stat
@@ -16,9 +17,9 @@ from embedstream.corpus.parts import Part
 from embedstream.errors import InputError
 from embedstream.jobs import JobSpec
 from embedstream.records import PartContent
-from embedstream_producer.lines import ByteStream
+from embedstream_producer.plain import ByteStream, PlainStream
 
-MAGIC = b"PAR1"
+MAGIC_BYTES = 8
 
 Opener = Callable[[str, int], int]
 """As `open` takes it: from a path and flags to a descriptor."""
@@ -47,13 +48,23 @@ class Source:
     """Bytes of the file, None for a stream."""
     identity: object = None
     """What two names of one file have in common; None for a stream."""
-    is_parquet = False
+    magic = b""
+    """The first bytes of what can be read at any place."""
     patches: Patches | None = None
     """What `file` gives in place of what lies there; None: a stream."""
 
     def __init__(self, label: str, stream: ByteStream) -> None:
         self.label = label
         self.stream = stream
+
+    def starts_with(self, magic: bytes) -> bool:
+        """Whether it is of a format that has to be read at any place. Never a stream, nor what is compressed."""
+        return self.magic.startswith(magic)
+
+    @functools.cached_property
+    def plain(self) -> PlainStream:
+        """For reading from the beginning to the end. Raises `InputError`, with the source closed."""
+        return PlainStream(self.stream, self.label)
 
     def file(self) -> pa.NativeFile:
         """For reading at any place; what fails in reading it is an `OSError` for `cannot_read`."""
@@ -109,13 +120,31 @@ class FileSource(Source):
             self.size = state.st_size
             self.identity = state.st_dev, state.st_ino
             try:
-                self.is_parquet = os.pread(raw.fileno(), len(MAGIC), 0) == MAGIC
+                self.magic = os.pread(raw.fileno(), MAGIC_BYTES, 0)
             except OSError as error:
                 raw.close()
                 raise self.cannot_read(error) from error
 
     def close(self) -> None:
         self.stream.close()
+
+
+def sum_of(file: pa.NativeFile, source: Source) -> PartContent:
+    """All bytes of a file that is open as they lie there, whatever its name means by now. Raises `OSError`."""
+    digest = hashlib.sha256()
+    if source.patches:
+        source.patches.clear()
+    file.seek(0)
+    while (piece := file.read_buffer(source.piece_bytes)).size:
+        digest.update(piece)
+    return PartContent(file.tell(), digest.hexdigest())
+
+
+def rest_of(plain: PlainStream, source: Source) -> PartContent:
+    """All bytes of a source, of which some may be left to be read. Raises `InputError`."""
+    while plain.read(source.piece_bytes):
+        pass
+    return PartContent(None if source.size is None else plain.position, plain.sha256)
 
 
 class NothingUsable(InputError):

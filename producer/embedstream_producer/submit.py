@@ -41,9 +41,11 @@ from embedstream.settings import Settings
 from embedstream.terminal import counted, echo, echo_json
 from embedstream_producer import report
 from embedstream_producer.changed_model import refuse_changed_model
-from embedstream_producer.corpus import STDIN, check_sources, part_name, total_bytes
+from embedstream_producer.corpus import check_sources, part_name, total_bytes
 from embedstream_producer.embedded import OutputLock
 from embedstream_producer.embedded_run import Embedded, check_installed, made_folders
+from embedstream_producer.expanding import STDIN, expand
+from embedstream_producer.hub import is_hub
 from embedstream_producer.plan import lines as plan_lines
 from embedstream_producer.plan import make_plan
 from embedstream_producer.progress import LogHandler, Progress, ProgressFormat
@@ -51,6 +53,7 @@ from embedstream_producer.refusals import Refusals
 from embedstream_producer.retry_failed import FailedRows
 from embedstream_producer.server_side import part_names
 from embedstream_producer.sources import SourcePart
+from embedstream_producer.trees import split_pattern
 from embedstream_producer.watch import Watch
 
 DETACHED = 130
@@ -116,20 +119,22 @@ def submit(options: Options) -> int:
     if options.redis_url is not None:
         connect(options.redis_url)  # refuses what is no URL, also where nobody is asked because all is finished
     output = resolve_output(options)
+    format = options.settings.get("format")
+    corpus = expand(options.corpus, format)
     spec = make_spec(
         queue=options.queue,
         output=output,
         model=options.model,
         revision=options.revision,
-        parts=part_names(options.corpus) if options.server_side else [part_name(source) for source in options.corpus],
+        parts=part_names(corpus) if options.server_side else [part_name(source) for source in corpus],
         settings=options.settings,
     )
     if options.plan or options.plan_measure:
-        return _plan(options, spec)
+        return _plan(options, spec, corpus)
     if options.server_side:
         spec = with_types(spec)
         return _submit_server_side(options, spec, open_sink(spec.output, spec, options.redis_url))
-    parts = check_sources(options.corpus, notice=_tell(options), spec=spec)
+    parts = check_sources(corpus, notice=_tell(options), spec=spec, format=spec.format)
     spec = with_types(spec, (part.kept_types for part in parts))
     sink = open_sink(spec.output, spec, options.redis_url)
     with contextlib.ExitStack() as stack:
@@ -140,8 +145,8 @@ def submit(options: Options) -> int:
         return _submit(options, spec, sink, parts, failed)
 
 
-def _plan(options: Options, spec: JobSpec) -> int:
-    parts = check_sources(options.corpus, notice=_tell(options), spec=spec)
+def _plan(options: Options, spec: JobSpec, corpus: Sequence[str]) -> int:
+    parts = check_sources(corpus, notice=_tell(options), spec=spec, format=spec.format)
     with Progress(options.quiet, total_bytes(parts), format=options.progress) as progress:
         for part in parts:
             progress.tell(part.advice or "")
@@ -214,14 +219,16 @@ def _tell(options: Options) -> Callable[[str], None] | None:
 
 
 def resolve_output(options: Options) -> str:
-    """`-o`, or `<corpus>.vectors` for one file."""
+    """`-o`, or `<corpus>.vectors` for one file or folder."""
     if options.output:
         return options.output
     if len(options.corpus) != 1:
         raise UsageError("several files become one dataset: say where it goes (-o OUTPUT)")
     if options.corpus[0] == STDIN:
         raise UsageError("standard input has no name: say where the vectors go (-o OUTPUT)")
-    corpus = options.corpus[0]
+    corpus = options.corpus[0].rstrip("/")
+    if is_hub(corpus) or split_pattern(corpus)[1]:
+        raise UsageError(f"{corpus}: is no file or folder here that an output could lie beside: say where it goes (-o)")
     return parse_object(corpus, "corpus").sibling(".vectors") if is_object(corpus) else f"{corpus}.vectors"
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Literal
+from typing import Literal, get_args
 
 import click
 
 from embedstream.cli.command import Command
 from embedstream.cli.commands import INTERRUPTED, end, on_signals, run
-from embedstream.jobs import DEFAULT_MODEL
+from embedstream.jobs import DEFAULT_MODEL, CorpusFormat
 from embedstream.outputs import Task, parse_emit
 
 
@@ -29,6 +29,7 @@ from embedstream.outputs import Task, parse_emit
             "keep",
             "no_text",
             "empty",
+            "corpus_format",
         ],
         "Before embedding": ["plan", "plan_measure"],
         "Failed rows": ["max_errors", "retry_failed"],
@@ -69,6 +70,12 @@ from embedstream.outputs import Task, parse_emit
     "int8, ubinary. DIM: the first dimensions.  [default: all that the model gives, in float32]",
 )
 @click.option("--role", type=click.Choice(["document", "query"]), default="document", help="What the texts are.")
+@click.option(
+    "--format",
+    "corpus_format",
+    type=click.Choice(get_args(CorpusFormat)),
+    help="What the corpus is; csv is TSV, too.  [default: what each part's content shows]",
+)
 @click.option("--id-field", metavar="FIELD", help="Where a row has its id.  [default: _id, id, custom_id or docid]")
 @click.option(
     "--number-rows", is_flag=True, help="Read no ids: make them from the numbers of file and row, such as 0-17."
@@ -130,6 +137,7 @@ def embed_submit(
     task: Task,
     emit: tuple[str, ...],
     role: Literal["document", "query"],
+    corpus_format: CorpusFormat | None,
     id_field: str | None,
     number_rows: bool,
     text_field: str | None,
@@ -157,8 +165,9 @@ def embed_submit(
     progress: Literal["auto", "json"],
     quiet: bool,
 ) -> None:
-    """Embed a corpus. Each CORPUS is a file or s3://bucket/key, of Parquet or of JSON lines (plain, .gz, .zst); or -
-    for JSON lines on standard input.
+    """Embed a corpus. Each CORPUS is a file, a folder, a pattern of names ('docs/**/*.md'), s3://bucket/key,
+    hf://datasets/owner/name@revision, or - for standard input. JSON lines or a JSON array, CSV or TSV (each plain, .gz
+    or .zst), Parquet, Arrow, and folders of these, of texts, or saved by `datasets`, are recognized by their content.
 
     Exit codes: 0 all written, or failures within --max-errors; 1 the job failed; 2 wrong usage, or input refused; 3
     written, but some rows failed; 4 cancelled; 130 detached by Ctrl-C.
@@ -180,6 +189,7 @@ def embed_submit(
         revision=revision or None,
         max_errors=max_errors or "",
         settings={
+            "format": corpus_format,
             "task": task,
             "outputs": tuple(map(parse_emit, emit)),
             "role": role,

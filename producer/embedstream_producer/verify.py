@@ -28,6 +28,7 @@ from embedstream.verify.folder_output import FolderCheck
 from embedstream.verify.manifest_sums import check_manifest
 from embedstream.verify.redis_output import HashCheck
 from embedstream_producer.corpus import check_sources, part_name
+from embedstream_producer.expanding import expand
 from embedstream_producer.progress import ProgressFormat, WorkProgress
 
 MOST_NAMED = 10
@@ -178,11 +179,13 @@ def _parts(spec: JobSpec, corpus: Sequence[str]) -> Sequence[Part]:
     """The corpus as parts in the job's order: by their paths if these are the job's own, else as they are given."""
     if not corpus:
         return []
+    corpus = expand(corpus, spec.format)
     if len(corpus) != len(spec.parts):
         named = ", ".join(spec.parts[:3]) + (", …" if len(spec.parts) > 3 else "")
         raise UsageError(f"--corpus: {len(corpus)} files given, the job was made of {len(spec.parts)} ({named})")
     at = {part_name(source): source for source in corpus}
-    return check_sources([at[name] for name in spec.parts] if set(at) == set(spec.parts) else corpus)
+    ordered = [at[name] for name in spec.parts] if set(at) == set(spec.parts) else corpus
+    return check_sources(ordered, format=spec.format)
 
 
 def verdict_lines(verdict: Verdict) -> Iterator[str]:

@@ -68,9 +68,9 @@ def test_the_metrics_are_those_declared_and_say_what_the_job_did(workers: Fleet,
         "embedstream_committed_rows_total": 5000,
         "embedstream_failed_rows_total": 2,
         "embedstream_truncated_rows_total": manifest["truncated"],
+        "embedstream_duplicate_rows_total": manifest["duplicates"],
         "embedstream_committed_tokens_total": manifest["tokens"],
         "embedstream_padding_tokens_total": manifest["padded"] - manifest["tokens"],
-        "embedstream_batch_tokens_sum": manifest["tokens"],
         "embedstream_ready": 1,
         "embedstream_redis_up": 1,
         "embedstream_queue_blocks": 0,
@@ -80,6 +80,8 @@ def test_the_metrics_are_those_declared_and_say_what_the_job_did(workers: Fleet,
     }.items():
         assert value(families, name) == counted, name
     assert manifest["truncated"] > 0
+    not_computed = manifest["tokens"] - value(families, "embedstream_batch_tokens_sum")
+    assert 0 <= not_computed <= 20 * manifest["duplicates"]
     assert value(families, "embedstream_queue_workers", state="ready") == 1
     assert value(families, "embedstream_stage_seconds_count", stage="commit") == len(manifest["shards"])
     busy = value(families, "embedstream_device_busy_seconds_total")

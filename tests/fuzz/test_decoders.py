@@ -27,6 +27,7 @@ from embedstream.queue.blocks import MAX_BODY_BYTES, MAX_CONTENT_BYTES, Block, R
 from embedstream.queue.job_record import parse_status
 from embedstream.queue.packing import Packer
 from embedstream_producer.lines import LineStream
+from embedstream_producer.plain import PlainStream
 
 LIMIT = timedelta(seconds=2)
 """For one input of a few kilobytes; what takes longer counts as hanging."""
@@ -179,7 +180,7 @@ def test_the_longest_lines_take_seconds_at_most(kind: str) -> None:
 @given(st.binary(max_size=2000), st.sampled_from([b"", b"\x1f\x8b\x08\x00", b"\x28\xb5\x2f\xfd"]))
 def test_a_corpus_of_any_bytes(data: bytes, magic: bytes) -> None:
     try:
-        with LineStream(BytesIO(magic + data), "corpus", longest=500) as stream:
+        with LineStream(PlainStream(BytesIO(magic + data), "corpus"), "corpus", longest=500) as stream:
             for _, lines in stream.batches():
                 for line in lines:
                     judged(line)

@@ -155,13 +155,12 @@ def test_each_text_is_computed_once_and_all_its_rows_have_its_results(
     assert sorted(model.computed) == sorted(seen)
 
 
-@pytest.mark.parametrize("other", [{"space": "another"}, {"kinds": ["dense", "sparse"]}], ids=["space", "kinds"])
-def test_nothing_is_taken_from_results_that_were_made_in_another_way(other: dict[str, object]) -> None:
+@pytest.mark.parametrize(("space", "kinds"), [("another", ["dense"]), ("space", ["dense", "sparse"])])
+def test_nothing_is_taken_from_results_that_were_made_in_another_way(space: str, kinds: list[Kind]) -> None:
     recent = Recent()
     Model(recent=recent).run(["a"])
-    kinds: list[Kind] = other.pop("kinds", ["dense"])  # type: ignore[assignment]
     second = Model(kinds, recent)
-    assert_results(second.run(["a"], **other), ["a"], kinds)
+    assert_results(second.run(["a"], space=space), ["a"], kinds)
     assert second.computed == ["a"]
 
 

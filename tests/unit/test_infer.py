@@ -108,14 +108,14 @@ def make_group(
 
 
 def run(
-    engine: FakeEngine, lengths: Sequence[int], budget: int = 64, **group: dict[int, tuple[str, str]]
+    engine: FakeEngine, lengths: Sequence[int], budget: int = 64, errors: dict[int, tuple[str, str]] | None = None
 ) -> EmbeddedGroup:
     """One group through the stage."""
     source: Channel[list[TokenizedGroup] | Urgent] = Channel(1)
     out: Channel[list[EmbeddedGroup]] = Channel(1)
     life = Life()
     infer = Infer(share(life=life), engine, budget, Ahead(64, padded=False), source, out)
-    source.put([make_group(lengths, **group)])
+    source.put([make_group(lengths, errors)])
     source.close()
     start_stage("infer", life, infer.run, [source, out]).join(30)
     if life.failure is not None:

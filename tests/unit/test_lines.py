@@ -21,6 +21,11 @@ from hypothesis import strategies as st
 from embedstream.corpus.records import LONGEST_LINE_BYTES
 from embedstream.errors import InputError
 from embedstream_producer.lines import LineStream
+from embedstream_producer.plain import ByteStream, PlainStream
+
+
+def line_stream(raw: ByteStream, label: str, **bounds: int) -> LineStream:
+    return LineStream(PlainStream(raw, label), label, **bounds)
 
 
 def gz(data: bytes) -> bytes:
@@ -56,10 +61,10 @@ def plain(lines: list[bytes]) -> list[bytes]:
 
 
 def lines_of(data: bytes, label: str = "corpus", longest: int = 1 << 20, read_bytes: int = 1 << 18) -> list[bytes]:
-    with LineStream(io.BytesIO(data), label, longest=longest, read_bytes=read_bytes) as stream:
+    with line_stream(io.BytesIO(data), label, longest=longest, read_bytes=read_bytes) as stream:
         lines = all_lines(stream)
-        assert stream.position == len(data)
-        assert stream.sha256 == hashlib.sha256(data).hexdigest(), "the bytes as they lie"
+        assert stream.plain.position == len(data)
+        assert stream.plain.sha256 == hashlib.sha256(data).hexdigest(), "the bytes as they lie"
         return lines
 
 
@@ -112,12 +117,12 @@ def test_every_kind_of_input_gives_the_same_lines(data: bytes) -> None:
 @pytest.mark.parametrize("size", [1, 2, 7])
 def test_a_slow_pipe_loses_nothing(size: int) -> None:
     for data in (b"\xef\xbb\xbf" + TEXT[:200], gz(TEXT[:200]), zstd(TEXT[:200])):
-        with LineStream(Trickle(data, size), "pipe") as stream:
+        with line_stream(Trickle(data, size), "pipe") as stream:
             assert b"\n".join(all_lines(stream)) + b"\n" in (
                 TEXT[:200],
                 TEXT[:200] + b"\n",
             )
-            assert stream.sha256 == hashlib.sha256(data).hexdigest()
+            assert stream.plain.sha256 == hashlib.sha256(data).hexdigest()
 
 
 def test_a_pipe_that_is_made_non_blocking_is_read_to_its_end() -> None:
@@ -133,7 +138,7 @@ def test_a_pipe_that_is_made_non_blocking_is_read_to_its_end() -> None:
 
     writer = threading.Thread(target=write)
     writer.start()
-    with LineStream(io.FileIO(reading), "pipe") as stream:
+    with line_stream(io.FileIO(reading), "pipe") as stream:
         batches = stream.batches()
         assert next(batches) == (0, [b"first"])
         ready.set()
@@ -164,7 +169,7 @@ def test_lines_among_many_blank_ones_keep_their_place(runs: list[tuple[bytes, in
 
 def test_a_million_blank_lines_are_no_list() -> None:
     data = (b"\n" * 1_000_000 + b"{}") * 3 + b" \n" * 1_000_000
-    with LineStream(io.BytesIO(gz(data)), "corpus") as stream:
+    with line_stream(io.BytesIO(gz(data)), "corpus") as stream:
         batches = list(stream.batches())
     found = [(place + at, line) for place, lines in batches for at, line in enumerate(lines) if line.strip()]
     assert found == [(1_000_000, b"{}"), (2_000_000, b"{}"), (3_000_000, b"{} ")]
@@ -207,7 +212,7 @@ def test_a_line_far_over_the_bound_takes_no_memory_for_its_rest() -> None:
             self.left -= 1
             return b"x" * size if self.left > 0 else b"\nlast\n" if self.left == 0 else b""
 
-    with LineStream(Endless(), "endless", longest=100_000) as stream:
+    with line_stream(Endless(), "endless", longest=100_000) as stream:
         assert [len(line) for line in all_lines(stream)] == [100_001, 4]
 
 
@@ -219,9 +224,7 @@ def test_an_input_without_records_has_only_blank_lines(data: bytes) -> None:
 @pytest.mark.parametrize("cut", [-1, -9, 20])
 @pytest.mark.parametrize(("format", "packed"), [("gzip", gz(TEXT)), ("zstd", zstd(TEXT))])
 def test_an_archive_that_is_cut_off_names_file_and_position(format: str, packed: bytes, cut: int) -> None:
-    with pytest.raises(
-        InputError, match=rf"^corpus: {format} data is damaged or cut off after [\d,]+ bytes, near line [\d,]+"
-    ):
+    with pytest.raises(InputError, match=rf"^corpus: {format} data is damaged or cut off after [\d,]+ bytes"):
         lines_of(packed[:cut])
 
 
@@ -256,11 +259,7 @@ def test_a_file_that_is_not_compressed_as_named_is_refused(label: str) -> None:
         (b"<Error><Code>AccessDenied</Code></Error>", "HTML or XML"),
         (zlib.compress(b"{}\n"), "compressed with zlib"),
         (b"\x1e{}\n", "a sequence of JSON texts"),
-        (b'[{"id": 1}]', "a JSON array.*jq"),
-        (b'\n [\n  {"id": 1}\n]\n', "a JSON array.*jq"),
-        (b"[" + b"1," * 5000 + b"1]", "a JSON array.*jq"),
         (b'{\n  "id": 1\n}\n', "JSON spread over lines.*jq"),
-        (gz(b"[1]"), "a JSON array.*jq"),
         (gz(b"PK\x03\x04...."), "a zip archive"),
     ],
 )
@@ -273,7 +272,7 @@ def test_a_stream_that_fails_is_named(tmp_path: Path) -> None:
     path = tmp_path / "corpus"
     path.write_bytes(TEXT)
     raw = path.open("rb", buffering=0)
-    with LineStream(raw, "corpus") as stream:
+    with line_stream(raw, "corpus") as stream:
         batches = stream.batches()
         next(batches)
         os.close(raw.fileno())
@@ -286,9 +285,10 @@ PEAK = """
 import resource, sys
 from pathlib import Path
 from embedstream_producer.lines import LineStream
+from embedstream_producer.plain import PlainStream
 
 def read(path):
-    with LineStream(Path(path).open("rb", buffering=0), path) as stream:
+    with LineStream(PlainStream(Path(path).open("rb", buffering=0), path), path) as stream:
         return [len(line) for _, lines in stream.batches() for line in lines]
 
 read(sys.argv[1])

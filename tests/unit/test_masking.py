@@ -113,3 +113,9 @@ def test_errors_and_logs_of_whatever_kind_hide_passwords() -> None:
         line = formatter.format(record)
         assert "no route to redis://:***@h:6379/0" in line
         assert SECRET not in line
+
+
+def test_the_revision_of_a_data_set_is_no_secret() -> None:
+    address = "hf://datasets/owner/some.name@refs%2Fconvert%2Fparquet/data/part.parquet"
+    assert mask(address) == address
+    assert mask("hf://user:secret@host/datasets") == "hf://user:***@host/datasets"

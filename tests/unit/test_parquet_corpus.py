@@ -151,7 +151,7 @@ def test_files_that_cannot_be_read_are_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"c\.parquet: is damaged or no Parquet file"):
         check_sources([str(path)])
     path.write_bytes(gzip.compress(whole))
-    with pytest.raises(InputError, match="is a Parquet file, not JSON Lines: name the file itself"):
+    with pytest.raises(InputError, match="is a Parquet file, no corpus: name the file itself"):
         check_sources([str(path)])
     pq.write_table(table(0), path)
     with pytest.raises(InputError, match="has no records"):

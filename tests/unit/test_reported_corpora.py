@@ -209,7 +209,7 @@ def test_kgx_347_an_archive_within_any_compression_is_named(
 ) -> None:
     path = tmp_path / "c.jsonl.gz"
     path.write_bytes(pack(ARCHIVES[what]))
-    with pytest.raises(InputError, match=rf"c\.jsonl\.gz: is {what.partition(' (')[0]}, not JSON Lines: unpack it"):
+    with pytest.raises(InputError, match=rf"c\.jsonl\.gz: is {what.partition(' (')[0]}, no corpus: unpack it"):
         read(path)
 
 
@@ -264,8 +264,8 @@ def test_a_git_lfs_pointer_is_named_with_the_command_that_fetches_the_file(name:
         read(tmp_path / name)
 
 
-def test_a_csv_is_one_sentence(tmp_path: Path) -> None:
-    path = tmp_path / "c.csv"
+def test_what_is_no_json_is_one_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "c.jsonl"
     path.write_text("id,text\n1,hello\n2,world\n")
     with pytest.raises(InputError) as refused:
         read(path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -138,7 +138,8 @@ class Begun:
         rows = len(group.input_hashes)
         if group.note is None:
             self._texts = distinct(group.input_hashes)
-            self._hashes: list[bytes] = group.input_hashes.take(pa.array(self._texts.first)).to_pylist()
+            firsts: Any = pa.array(self._texts.first)
+            self._hashes = cast("list[bytes]", group.input_hashes.take(firsts).to_pylist())
             self._found = [*recent.find(self._maker, self._hashes)]
         else:  # each row has to show what it does to the worker
             self._texts, self._hashes, self._found = Distinct(np.arange(rows), np.arange(rows)), [], []

@@ -140,8 +140,8 @@ class Infer:
         """Hand on what is over, fill the model, wait for a batch. Whether there is more to do."""
         if self._life.stopping.is_set():
             for window in self._windows:
-                for begun in window.groups:
-                    begun.work.stop()
+                for group in window.groups:
+                    group.work.stop()
         self._hand_on()
         while len(self._flying) < self._engine.in_flight and (chosen := self._next_work()) is not None:
             work, begun = chosen
@@ -150,10 +150,10 @@ class Infer:
         if self._flying:
             free = len(self._flying) < self._engine.in_flight
             for future in wait(self._flying, LOOK_SECONDS if free else None, FIRST_COMPLETED).done:
-                work, taken, begun = self._flying.pop(future)
+                work, taken, of = self._flying.pop(future)
                 self._settle(work, taken, future)
-                if begun is not None:
-                    self._ledger.in_model(begun.group, begun.group.job.id, begun.in_hand)
+                if of is not None:
+                    self._ledger.in_model(of.group, of.group.job.id, of.in_hand)
             self._answer()
         return bool(self._flying or self._windows or self._urgent or not self._closed)
 

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -129,7 +129,8 @@ class Tokenize:
         texts = distinct(hashes)
         repeated = len(texts.first) < rows.num_rows
         if repeated:
-            rows = rows.take(pa.array(texts.first))
+            firsts_of_texts: Any = pa.array(texts.first)
+            rows = rows.take(firsts_of_texts)
         tokenizer = self._tokenizers.get()
         try:
             with self._activity.computing():

@@ -1,0 +1,162 @@
+"""CSV and TSV of a corpus: a header, quotes, and all values as text."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import re
+from collections import deque
+from collections.abc import Iterator, Sequence
+from io import IOBase
+from pathlib import PurePath
+from typing import Any, cast
+
+import pyarrow as pa
+import pyarrow.csv
+
+from embedstream.corpus.records import LONGEST_LINE_BYTES
+from embedstream.errors import InputError
+from embedstream.records import PartContent
+from embedstream_producer.sources import Source, rest_of
+from embedstream_producer.tables import BadRow, TablePart, sliced
+
+SUFFIXES = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
+"""Of names, with what stands between two values."""
+
+_DELIMITERS = ",\t;|"
+_NAME = re.compile(r"[\w .:/()-]{1,60}")
+
+
+class CsvTable:
+    """A table whose header is read. A value without quotes that is empty is null, one in quotes is an empty text."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self._plain = source.plain
+        self._bad: deque[Any] = deque()
+        names = header(self._plain.head, source.label) or []
+        self._reader = self._opened(names)
+        self.schema = pa.schema([]) if self._reader is None else self._reader.schema
+        self._first = self._next()
+
+    @property
+    def empty(self) -> bool:
+        return self._first is None and not self._bad
+
+    @property
+    def position(self) -> int:
+        return self._plain.position
+
+    def rows(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch | BadRow]:
+        row, batch = 0, self._first
+        while batch is not None:
+            batch = batch.select(columns)
+            while batch.num_rows:
+                # Rows that were skipped lie between those of the batch.
+                before = min(self._bad[0].number - 2 - row, batch.num_rows) if self._bad else batch.num_rows
+                if before > 0:
+                    yield from sliced(batch.slice(0, before))
+                    row, batch = row + before, batch.slice(before)
+                else:
+                    yield self._bad_row()
+                    row += 1
+            batch = self._next()
+        while self._bad:
+            yield self._bad_row()
+
+    def content(self) -> PartContent:
+        return rest_of(self._plain, self.source)
+
+    def close(self) -> None:
+        self.source.close()
+
+    def _opened(self, names: Sequence[str]) -> Any:
+        """None: there is not even a header."""
+        csv_of: Any = pyarrow.csv
+        with self._explained():
+            try:
+                return csv_of.open_csv(
+                    pa.PythonFile(cast("IOBase", self._plain), mode="r"),
+                    # Threads would tell of bad rows without their numbers.
+                    read_options=csv_of.ReadOptions(use_threads=False, block_size=LONGEST_LINE_BYTES),
+                    parse_options=csv_of.ParseOptions(
+                        delimiter=delimiter(self._plain.head, self.source.label),
+                        newlines_in_values=True,
+                        invalid_row_handler=self._skip,
+                    ),
+                    convert_options=csv_of.ConvertOptions(
+                        column_types=dict.fromkeys(names, pa.string()),
+                        check_utf8=False,
+                        null_values=[""],
+                        strings_can_be_null=True,
+                        quoted_strings_can_be_null=False,
+                    ),
+                )
+            except pa.ArrowInvalid as error:
+                if "Empty CSV" not in str(error):
+                    raise
+                return None
+
+    def _next(self) -> pa.RecordBatch | None:
+        with self._explained():
+            for batch in self._reader or ():
+                if batch.num_rows:
+                    return cast("pa.RecordBatch", batch)
+        return None
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except pa.ArrowInvalid as error:
+            if "straddling" not in str(error):
+                raise
+            raise InputError(
+                f"{self.source.label}: a row has more than {LONGEST_LINE_BYTES:,} bytes, or a quote is never closed: "
+                f"split the row, or repair the file"
+            ) from error
+
+    def _skip(self, row: Any) -> str:
+        self._bad.append(row)
+        return "skip"
+
+    def _bad_row(self) -> BadRow:
+        row = self._bad.popleft()
+        return BadRow(f"the row has {row.actual_columns} values, the header {row.expected_columns}", row.text)
+
+
+class CsvPart(TablePart):
+    """A CSV or TSV file or stream."""
+
+    what = "CSV file"
+    open = CsvTable
+
+
+def delimiter(head: bytes, name: str) -> str:
+    """What stands between two values: what a name ending in .tsv or .csv says, unless the first line has none of it."""
+    line = _first_line(head)
+    said = SUFFIXES.get(suffix(name), ",")
+    return said if said in line else max(_DELIMITERS, key=line.count)
+
+
+def header(head: bytes, name: str) -> list[str]:
+    """The names of the columns."""
+    return next(csv.reader([_first_line(head)], delimiter=delimiter(head, name)), [])
+
+
+def looks_like_csv(head: bytes, name: str) -> bool:
+    """Whether the first line is a header of several columns."""
+    names = header(head, name)
+    return len(names) > 1 and len(set(names)) == len(names) and all(map(_NAME.fullmatch, names))
+
+
+def suffix(name: str) -> str:
+    """The ending of a name, that of a compression left out."""
+    path = PurePath(name.partition("?")[0])
+    if path.suffix in (".gz", ".zst"):
+        path = path.with_suffix("")
+    return path.suffix.lower()
+
+
+def _first_line(head: bytes) -> str:
+    return head.removeprefix(b"\xef\xbb\xbf").partition(b"\n")[0].rstrip(b"\r").decode(errors="replace")
