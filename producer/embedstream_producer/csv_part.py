@@ -140,8 +140,11 @@ def delimiter(head: bytes, name: str) -> str:
 
 
 def header(head: bytes, name: str) -> list[str]:
-    """The names of the columns."""
-    return next(csv.reader([_first_line(head)], delimiter=delimiter(head, name)), [])
+    """The names of the columns; none where the first line is no header."""
+    try:
+        return next(csv.reader([_first_line(head)], delimiter=delimiter(head, name)), [])
+    except csv.Error:  # zero bytes, or a line end of another kind within
+        return []
 
 
 def looks_like_csv(head: bytes, name: str) -> bool:

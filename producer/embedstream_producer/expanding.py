@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import msgspec
 
@@ -54,12 +54,10 @@ def is_texts(source: str) -> bool:
     """Whether a source that is expanded already is a folder of texts: any other folder would have become its files."""
     if source == STDIN:
         return False
-    folder, pattern = split_pattern(source)
-    if not pattern and not is_hub(source) and not is_object(source):
-        return Path(folder).is_dir()
-    if pattern and not is_hub(source) and not is_object(source) and Path(source).is_file():
-        return False
-    return bool(pattern) or tree_of(source, source) is not None
+    if is_hub(source) or is_object(source):
+        return bool(split_pattern(source)[1]) or tree_of(source, source) is not None
+    # Not by `Path`, which raises for names that no file can have.
+    return os.path.isdir(source) or (bool(split_pattern(source)[1]) and not os.path.exists(source))  # noqa: PTH110, PTH112
 
 
 def texts_of(source: str, label: str, format: CorpusFormat | None) -> texts_part.TextsSource:
@@ -78,7 +76,7 @@ def _expanded(source: str, format: CorpusFormat | None) -> list[str]:
         return [source]
     local = not is_hub(source) and not is_object(source)
     folder, pattern = split_pattern(source)
-    if local and pattern and Path(source).exists():
+    if local and pattern and os.path.exists(source):  # noqa: PTH110
         pattern, folder = "", source  # a name may have these characters
     tree = tree_of(folder or ".", source)
     if tree is None:

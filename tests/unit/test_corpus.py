@@ -170,7 +170,7 @@ def test_every_line_that_is_not_blank_ends_once(data: bytes, tmp_path_factory: p
     path.write_bytes(data)
     blocks: list[Block] | None = None
     try:
-        parts = check_sources([str(path)])
+        parts = check_sources([str(path)], format="jsonl")
         with DuplicateIndex() as index:
             blocks = list(parts[0].blocks(make_spec(parts, empty="skip"), index))
     except InputError as error:
