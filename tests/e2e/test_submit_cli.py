@@ -22,7 +22,17 @@ from conftest import RedisServer
 from lab.mini_worker import MiniWorker
 from lab.redis_servers import own_server
 
-from e2e.harness import BIN, assert_contents, environment, read_errors, read_manifest, run, start_submit, wait_until
+from e2e.harness import (
+    BIN,
+    assert_contents,
+    environment,
+    read_errors,
+    read_manifest,
+    read_rows,
+    run,
+    start_submit,
+    wait_until,
+)
 from embedstream.cli.commands import ECHO_SECONDS
 from embedstream.jobs import FORMAT_VERSION, job_id
 from embedstream.queue.broker import Broker
@@ -69,8 +79,8 @@ def test_defaults_and_exit_codes_are_in_the_help() -> None:
         ([], "CORPUS"),
         (["none.jsonl"], "none.jsonl"),
         (["empty.jsonl"], "empty.jsonl"),
-        (["c.csv"], "c.csv: the first 2 rows are all refused: line 1: "),
-        (["c.csv", "empty.jsonl", "-o", "out"], "a corpus has one JSON object per line: nothing was started"),
+        (["c.txt"], "c.txt: the first 2 rows are all refused: line 1: "),
+        (["c.txt", "empty.jsonl", "-o", "out"], "a corpus has one JSON object per line: nothing was started"),
         (["c.jsonl", "--text-field", "body"], 'no field "body"'),
         (["c.jsonl", "c.jsonl", "-o", "out"], "twice"),
         (["c.jsonl", "d.jsonl"], "-o"),
@@ -97,7 +107,7 @@ def test_what_cannot_be_done_is_refused_in_one_sentence_and_leaves_nothing(
     corpus(tmp_path)
     corpus(tmp_path, name="d.jsonl")
     (tmp_path / "empty.jsonl").write_text("\n\n")
-    (tmp_path / "c.csv").write_text("id,text\n1,hello\n")
+    (tmp_path / "c.txt").write_text("hello\nworld\n")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("mine")
     before = sorted(str(path) for path in tmp_path.rglob("*"))
@@ -125,7 +135,7 @@ def test_the_report_is_one_json_object(tmp_path: Path, url: str, queue: str) -> 
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert set(report) == {
-        *("job", "state", "rows", "failed", "truncated", "tokens"),
+        *("job", "state", "rows", "failed", "truncated", "duplicates", "tokens"),
         *("padding", "seconds", "output", "model", "outputs"),
     }
     assert (report["state"], report["rows"], report["outputs"][0]["dim"]) == ("completed", 50, 2)
@@ -469,3 +479,29 @@ def test_a_script_gets_the_jobs_id_of_a_command_that_leaves(tmp_path: Path, url:
         done = run("embed-submit", corpus(tmp_path, 5), "-o", tmp_path / "out", *fleet_args(url, queue), "--detach")
         assert (done.returncode, done.stdout.strip()) == (0, job_id(queue, str(tmp_path / "out")))
         assert run("embed-status", done.stdout.strip(), "--redis", url).returncode == 0
+
+
+def test_a_folder_of_texts_a_csv_and_an_array_are_embedded_and_verified(tmp_path: Path) -> None:
+    (tmp_path / "docs" / "deep").mkdir(parents=True)
+    (tmp_path / "docs" / "a.md").write_text("# One\n\na text")
+    (tmp_path / "docs" / "deep" / "b.md").write_text("another text")
+    (tmp_path / "c.csv").write_text('id,text,lang\n1,"a text, quoted",en\n2,text,\n')
+    (tmp_path / "c.json").write_text('[{"id": "x", "text": "the last"}]')
+    sources = [tmp_path / "docs", tmp_path / "c.csv", tmp_path / "c.json"]
+    command = ["embed-submit", *sources, "-o", tmp_path / "out", "--model", "hashing"]
+    done = run(*command)
+    assert done.returncode == 0, done.stderr
+    rows = {row["id"]: row["text"] for row in read_rows(tmp_path / "out")}
+    assert rows == {
+        "a.md": "# One\n\na text",
+        "deep/b.md": "another text",
+        "1": "a text, quoted",
+        "2": "text",
+        "x": "the last",
+    }
+    assert all(part["sha256"] for part in read_manifest(tmp_path / "out")["parts"])
+    assert "nothing was done" in run(*command).stdout
+    verified = run("embed-verify", tmp_path / "out", *(arg for source in sources for arg in ("--corpus", source)))
+    assert verified.returncode == 0, verified.stdout
+    (tmp_path / "docs" / "deep" / "b.md").write_text("another test")
+    assert run(*command).returncode == 2
