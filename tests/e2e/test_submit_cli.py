@@ -488,7 +488,7 @@ def test_a_folder_of_texts_a_csv_and_an_array_are_embedded_and_verified(tmp_path
     (tmp_path / "c.csv").write_text('id,text,lang\n1,"a text, quoted",en\n2,text,\n')
     (tmp_path / "c.json").write_text('[{"id": "x", "text": "the last"}]')
     sources = [tmp_path / "docs", tmp_path / "c.csv", tmp_path / "c.json"]
-    command = ["embed-submit", *sources, "-o", tmp_path / "out", "--model", "hashing"]
+    command = ["embed-submit", *map(str, sources), "-o", str(tmp_path / "out"), "--model", "hashing"]
     done = run(*command)
     assert done.returncode == 0, done.stderr
     rows = {row["id"]: row["text"] for row in read_rows(tmp_path / "out")}
