@@ -17,6 +17,7 @@ from fastapi.exceptions import RequestValidationError
 from prometheus_client import CollectorRegistry
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
 import embedstream
@@ -33,7 +34,17 @@ from embedstream.errors import (
     SpecDiffers,
 )
 from embedstream.metrics.exposition import QueueCollector
-from embedstream_gateway import cohere, jobs, openai_batches, openai_embeddings, openai_files, probes, refusals, tei
+from embedstream_gateway import (
+    cohere,
+    jobs,
+    openai_batches,
+    openai_embeddings,
+    openai_files,
+    page,
+    probes,
+    refusals,
+    tei,
+)
 from embedstream_gateway.admission import Admission
 from embedstream_gateway.api_keys import ApiKeys
 from embedstream_gateway.batch_runner import BatchRunner
@@ -85,6 +96,7 @@ def make_app(plan: Plan) -> ASGIApp:
                     runner.start()
                     running.callback(runner.stop)
                 app.state.uploads = asyncio.Semaphore(MOST_UPLOADS)
+                app.state.searches = asyncio.Semaphore(page.SEARCHES)
                 app.state.streams = asyncio.Semaphore(MOST_STREAMS)
                 app.state.services = Services(
                     client=client,
@@ -107,8 +119,9 @@ def make_app(plan: Plan) -> ASGIApp:
     )
     app.state.registry = registry = CollectorRegistry()
     registry.register(QueueCollector(plan.redis_url))
-    for module in (openai_embeddings, openai_files, openai_batches, tei, cohere, jobs, probes):
+    for module in (openai_embeddings, openai_files, openai_batches, tei, cohere, jobs, page, probes):
         app.include_router(module.router)
+    app.mount("/page/static", StaticFiles(packages=[("embedstream_gateway", "static")]))
     app.add_exception_handler(Refusal, _refused)
     app.add_exception_handler(EmbedstreamError, _failed)
     app.add_exception_handler(RequestValidationError, _invalid)

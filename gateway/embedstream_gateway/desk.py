@@ -5,24 +5,33 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
 
 from embedstream.api.client import Client
 from embedstream.api.job import readable
 from embedstream.api.looks import JobLook, fleet_object, look_at_job, look_at_jobs, queue_object
+from embedstream.api.search import Hit, search
+from embedstream.dataset.manifest import manifest_spec
 from embedstream.dataset.objects import is_object, parse_object
 from embedstream.dataset.roots import check_output
 from embedstream.dataset.schema import ErrorRow
 from embedstream.dataset.sink import Sink
-from embedstream.dataset.sinks import open_sink
+from embedstream.dataset.sinks import canonical_output, open_sink
 from embedstream.errors import JobUnknown, OutputError, UsageError
 from embedstream.jobs import JobSpec, JobState
 from embedstream.lifecycle.handing_over import hand_over, without_coordinator
-from embedstream.lifecycle.opening import SpecSettings, is_here, make_spec, with_types
+from embedstream.lifecycle.opening import SpecSettings, is_here, make_spec, no_dataset, with_types
 from embedstream.queue.broker import Broker
+from embedstream.queue.coordination import CoordinatorRecord, coordinators, unsealed_parts
 from embedstream.queue.queues import QueueLook
+from embedstream.records import Manifest
 from embedstream.server.connection import connect, explaining
 from embedstream.server.patience import Patience
 from embedstream_gateway.refusals import Refusal, bad
@@ -31,6 +40,23 @@ _ID = re.compile(r"[0-9a-f]{16}")
 
 _HERE = ("-", "records")
 """Parts that were with the program that submitted them."""
+
+
+MOST_COUNTED = 200_000
+"""Failed rows that are read to count them by kind: some seconds."""
+
+
+@dataclass(frozen=True)
+class Details:
+    """A job with what lies in its output."""
+
+    look: JobLook
+    unsealed: frozenset[int]
+    """Parts that are not read to their end."""
+    manifest: Manifest | None
+    """None before the end, and where the output is none of this gateway's."""
+    kinds: list[tuple[str, int]]
+    """Failed rows by their codes, the most frequent first; empty if they cannot be read, or are too many."""
 
 
 class Desk:
@@ -57,6 +83,66 @@ class Desk:
         queues = [queue_object(look, jobs) for look, jobs in self.queues()]
         with explaining(self._url):
             return {**fleet_object(self._nowhere), "queues": queues}
+
+    def coordinators(self) -> list[CoordinatorRecord]:
+        """Those that live. Raises `BrokerError`."""
+        with explaining(self._url):
+            return coordinators(self._nowhere)
+
+    def details(self, id: str) -> Details:
+        """One job in full. Raises as `look`."""
+        found = self.look(id)
+        status, spec = found.status, found.status.spec
+        unsealed: frozenset[int] = frozenset()
+        manifest, kinds = None, list[tuple[str, int]]()
+        if not status.sealed:
+            with explaining(self._url):
+                unsealed = frozenset(unsealed_parts(self._nowhere.of(spec.queue), id, len(spec.parts)))
+        if status.state.ended and self.allows(spec.output):
+            with contextlib.suppress(OutputError):  # what Redis knows is shown
+                sink = readable(status, open_sink(spec.output, None, self._url, self._roots))
+                manifest = sink.read_manifest()
+                if manifest is not None and 0 < manifest.failed <= MOST_COUNTED:
+                    kinds = Counter(row.code for row in sink.read_errors()).most_common()
+        return Details(found, unsealed, manifest, kinds)
+
+    def allows(self, output: str) -> bool:
+        """Whether this gateway may read and write an output."""
+        try:
+            self._refuse_outside(output)
+        except Refusal:
+            return False
+        return True
+
+    def manifest(self, output: str) -> Manifest:
+        """Of a finished dataset. Raises `Refusal`, `OutputError`."""
+        address = canonical_output(output)
+        self._refuse_outside(address)
+        found = open_sink(address, None, self._url, self._roots).read_manifest()
+        if found is None:
+            raise no_dataset(address)
+        return found
+
+    @staticmethod
+    def queue_of(manifest: Manifest) -> str:
+        """The queue whose model made a dataset."""
+        return manifest_spec(manifest).queue
+
+    def search(
+        self, output: str, manifest: Manifest, query: npt.NDArray[np.float32], fingerprint: str, k: int
+    ) -> list[Hit]:
+        """The `k` rows of a dataset nearest to a vector [1, dim]. Raises `Refusal`, `UsageError`, `OutputError`."""
+        made_by = {recipe.fingerprint for recipe in manifest.recipes}
+        if made_by and made_by != {fingerprint}:
+            raise Refusal(
+                HTTPStatus.CONFLICT,
+                f"{output} was made by another model than the workers of queue {self.queue_of(manifest)} have now: "
+                f"their vectors cannot be compared",
+                "other_model",
+                "output",
+            )
+        self._refuse_outside(canonical_output(output))
+        return search(output, {"dense": query}, k, self._url)
 
     def spec(
         self,

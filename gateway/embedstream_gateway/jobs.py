@@ -105,14 +105,14 @@ async def create(body: JobBody, request: Request) -> Response:
     serving = services(request)
     model = await serving.fleet.find_any(body.model)
     desk, settings = serving.desk, body.settings()
-    spec = await _blocking(
+    spec = await blocking(
         lambda: desk.spec(model.queue, model.worker.model, body.output, body.revision, body.corpus, settings)
     )
     if body.corpus is not None:
-        await _blocking(lambda: desk.hand_over(spec, body.max_errors))
+        await blocking(lambda: desk.hand_over(spec, body.max_errors))
     else:
-        await _blocking(lambda: desk.push(body.records or [], spec, body.max_errors))
-    look = await _blocking(lambda: desk.look(spec.job))
+        await blocking(lambda: desk.push(body.records or [], spec, body.max_errors))
+    look = await blocking(lambda: desk.look(spec.job))
     answer = json(job_object(look))
     answer.status_code = HTTPStatus.ACCEPTED
     answer.headers["Location"] = f"/jobs/{spec.job}"
@@ -123,31 +123,31 @@ async def create(body: JobBody, request: Request) -> Response:
 async def list_jobs(request: Request) -> Response:
     """All queues with their jobs and workers, coordinators and mergers: what `embed-status --json` prints."""
     desk = services(request).desk
-    return json(await _blocking(desk.fleet))
+    return json(await blocking(desk.fleet))
 
 
 @router.get("/jobs/{id}")
 async def get_job(id: str, request: Request) -> Response:
     """One job: what `embed-status JOB --json` prints."""
     desk = services(request).desk
-    return json(job_object(await _blocking(lambda: desk.look(id))))
+    return json(job_object(await blocking(lambda: desk.look(id))))
 
 
 @router.delete("/jobs/{id}")
 async def cancel(id: str, request: Request) -> Response:
     """End a job early. What is written stays."""
     desk = services(request).desk
-    if not await _blocking(lambda: desk.cancel(id)):
+    if not await blocking(lambda: desk.cancel(id)):
         raise Refusal(HTTPStatus.CONFLICT, f"job {id} has ended already", "ended")
-    return json(job_object(await _blocking(lambda: desk.look(id))))
+    return json(job_object(await blocking(lambda: desk.look(id))))
 
 
 @router.post("/jobs/{id}/retry")
 async def retry(id: str, request: Request) -> Response:
     """Go on with a job that was cancelled or failed, if coordinators read its corpus."""
     desk = services(request).desk
-    await _blocking(lambda: desk.retry(id))
-    return json(job_object(await _blocking(lambda: desk.look(id))))
+    await blocking(lambda: desk.retry(id))
+    return json(job_object(await blocking(lambda: desk.look(id))))
 
 
 @router.get("/jobs/{id}/errors")
@@ -159,7 +159,7 @@ async def errors(
 ) -> Response:
     """The failed rows of an ended job, in the order of the corpus, with their originals."""
     desk = services(request).desk
-    rows = await _blocking(lambda: list(islice(desk.errors(id), offset, offset + limit + 1)))
+    rows = await blocking(lambda: list(islice(desk.errors(id), offset, offset + limit + 1)))
     return json({"errors": rows[:limit], "offset": offset, "has_more": len(rows) > limit})
 
 
@@ -174,7 +174,7 @@ async def events(id: str, request: Request) -> Response:
     streams: asyncio.Semaphore = request.app.state.streams
     if streams.locked():
         raise overloaded(f"{MOST_STREAMS} callers follow jobs already: ask GET /jobs/{id} now and then")
-    first = job_object(await _blocking(lambda: desk.look(id)))
+    first = job_object(await blocking(lambda: desk.look(id)))
 
     async def follow() -> AsyncIterator[bytes]:
         seen, until = first, time.monotonic() + LONGEST_STREAM_SECONDS
@@ -183,7 +183,7 @@ async def events(id: str, request: Request) -> Response:
             while seen["ended"] is None and time.monotonic() < until:
                 await asyncio.sleep(EVENT_SECONDS)
                 try:
-                    now = job_object(await _blocking(lambda: desk.look(id)))
+                    now = job_object(await blocking(lambda: desk.look(id)))
                 except Refusal:
                     return  # the follower asks again, and is told
                 if {**now, "now": 0, "seconds": 0} != {**seen, "now": 0, "seconds": 0}:
@@ -199,7 +199,7 @@ def _event(value: dict[str, Any]) -> bytes:
     return b"event: job\ndata: " + msgspec.json.encode(value) + b"\n\n"
 
 
-async def _blocking(act: Callable[[], R]) -> R:
+async def blocking(act: Callable[[], R]) -> R:
     """Done in a thread. Raises `Refusal` if that takes too long: Redis is waited for."""
     try:
         return await asyncio.wait_for(asyncio.to_thread(act), SUBMIT_SECONDS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from html import escape
 from http import HTTPStatus
 from typing import Any
 
@@ -26,6 +27,14 @@ _OPENAI_TYPES = {
     HTTPStatus.FORBIDDEN: "permission_error",
     HTTPStatus.TOO_MANY_REQUESTS: "rate_limit_error",
 }
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Not shown: embedstream</title><link rel="stylesheet" href="/page/static/style.css"></head>
+<body><main><h1>This cannot be shown</h1><p class="notice">{}</p><p><a href="/">Back to the fleet</a></p>
+</main></body></html>
+"""
 
 
 class Refusal(Exception):
@@ -68,7 +77,7 @@ def answer(refusal: Refusal, path: str) -> Response:
         scheme = 'Basic realm="embedstream", charset="UTF-8"' if is_page(path) else "Bearer"
         headers["WWW-Authenticate"] = scheme
     if is_page(path):
-        return Response(f"{refusal}\n", refusal.status, headers, "text/plain; charset=utf-8")
+        return Response(_PAGE.format(escape(str(refusal))), refusal.status, headers, "text/html")
     return Response(msgspec.json.encode(_envelope(refusal, path)), refusal.status, headers, "application/json")
 
 

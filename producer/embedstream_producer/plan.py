@@ -25,9 +25,8 @@ from embedstream.queue.broker import Broker
 from embedstream.queue.queues import look_at_queue
 from embedstream.records import Recipe
 from embedstream.server.connection import connect, mask
-from embedstream.terminal import counted
+from embedstream.terminal import counted, duration
 from embedstream_producer.progress import Progress
-from embedstream_producer.report import duration
 
 SAMPLE_ROWS = 32_768
 """Rows whose tokens are known at once, at most: a mean of them is within some permille of that of all."""

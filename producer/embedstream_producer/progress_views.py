@@ -16,8 +16,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from embedstream.terminal import counted, printable, printable_lines
-from embedstream_producer.report import duration
+from embedstream.terminal import counted, duration, printable, printable_lines
 
 PLAIN_SECONDS = 10.0
 """Between two lines where there is no terminal: a log stays readable."""

@@ -19,7 +19,7 @@ from embedstream.outputs import Output, describe
 from embedstream.queue.refusals import FOR_GOOD
 from embedstream.records import Manifest
 from embedstream.server.connection import mask, redis_option
-from embedstream.terminal import counted
+from embedstream.terminal import counted, duration
 
 SOME_ROWS_FAILED = 3
 
@@ -173,12 +173,3 @@ def errors_of(output: str) -> str:
     if is_redis(output):
         return f"the hash {parse_address(output).prefix}_errors"
     return parse_object(output, "output").child(ERRORS) if is_object(output) else f"{output}/{ERRORS}"
-
-
-def duration(seconds: float) -> str:
-    """As a person says it."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02} min"

@@ -17,8 +17,7 @@ from embedstream.lifecycle.watching import why_ended
 from embedstream.queue.queues import QueueLook
 from embedstream.queue.workers import WorkerRecord
 from embedstream.server.connection import mask
-from embedstream.terminal import counted, printable
-from embedstream_producer.report import duration
+from embedstream.terminal import counted, duration, printable
 from embedstream_producer.status_view import (
     failures,
     notes_of,

@@ -12,8 +12,8 @@ from embedstream.lifecycle.watching import why_ended
 from embedstream.queue.queues import QueueLook
 from embedstream.queue.workers import Rate, WorkerRecord
 from embedstream.server.connection import mask
-from embedstream.terminal import counted
-from embedstream_producer.report import duration, errors_of
+from embedstream.terminal import counted, duration
+from embedstream_producer.report import errors_of
 
 
 def queue_lines(look: QueueLook, jobs: Sequence[JobLook]) -> Iterator[str]:
