@@ -42,6 +42,13 @@ RESERVED_COLUMNS = frozenset(
 """Columns of the dataset that a kept field may not replace (nor may it take an output's name)."""
 
 
+QUERY_FIELD = "query"
+"""The first of a pair, unless another field is named."""
+
+RUN_FIELDS = (QUERY_FIELD, "query_id", "doc_id")
+"""Kept fields of the rows of a run, which come after those of the documents."""
+
+
 class Retry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What makes a job one over failed rows of a finished dataset: they are added to it when the job ends."""
 
@@ -85,6 +92,8 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
     text: bool = True
     """Whether the dataset keeps the text column."""
     empty: Literal["error", "skip"] = "error"
+    run: bool = False
+    """Whether the parts are pairs of ids (a run in TREC's format), then the queries' texts, then those of documents."""
     task: Task = "auto"
     outputs: tuple[OutputSpec, ...] = ()
     """Empty: all that the model gives for the task, one output of each kind."""
@@ -121,6 +130,10 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
         if not self.queue or any(c in self.queue for c in "{}\0\n"):
             raise UsageError(f"queue name {self.queue!r}: use letters, digits, dots, slashes and dashes (--queue)")
         named = ("queue", "output", "model", "revision", "id_field", "text_field", "title_field", "title_sep")
+        if self.run and (self.number_rows or self.query_field != QUERY_FIELD):
+            raise UsageError("--run: pairs are named by the ids of a run: leave out --number-rows and --query-field")
+        if self.run and (len(self.parts) < 3 or self.keep[-3:] != RUN_FIELDS):
+            raise UsageError("--run: name the run, its queries (--queries), and its corpus")
         if self.query_field is not None and self.query_field not in self.keep:
             raise UsageError(f"--query-field {self.query_field}: keep it, too (--keep)")
         if self.query_field is not None and self.keep_types.get(self.query_field, "string") != "string":

@@ -59,6 +59,7 @@ def spec_of(queue: str, model: str, corpus: str, output: str) -> bytes:
         "keep_types": {},
         "text": True,
         "empty": "error",
+        "run": False,
         "task": "auto",
         "outputs": [],
         "retry": None,

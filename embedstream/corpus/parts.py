@@ -20,6 +20,12 @@ class Part(ABC):
     content: PartContent | None = None
     """What was read when a reading last came to its end; None for what are no bytes that others can read."""
 
+    advice: str | None = None
+    """What the user should know before the job is made."""
+
+    made_of: Sequence[Part] = ()
+    """Parts without rows of their own, of which this one's rows are made, too."""
+
     kept_types: Mapping[str, KeptType] = MappingProxyType({})
     """Types of the kept columns, once it was looked into; empty for a part without rows."""
 

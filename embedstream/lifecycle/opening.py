@@ -17,7 +17,17 @@ from embedstream.dataset.sink import Sink
 from embedstream.dataset.sinks import canonical_output
 from embedstream.errors import BrokerError, OutputError, UsageError
 from embedstream.failpoints import reach
-from embedstream.jobs import CorpusFormat, JobSpec, JobState, KeptType, model_address, model_folder, queue_name
+from embedstream.jobs import (
+    QUERY_FIELD,
+    RUN_FIELDS,
+    CorpusFormat,
+    JobSpec,
+    JobState,
+    KeptType,
+    model_address,
+    model_folder,
+    queue_name,
+)
 from embedstream.lifecycle.adoption import Adopted, adopt_shards
 from embedstream.outputs import OutputSpec, Task, parse_emit
 from embedstream.queue.broker import Broker
@@ -28,9 +38,6 @@ from embedstream.records import Manifest
 from embedstream.server.connection import mask
 from embedstream.server.foreign import leaving_out
 from embedstream.server.patience import Patience
-
-QUERY_FIELD = "query"
-"""The first of a pair, unless another field is named."""
 
 
 class SpecSettings(TypedDict, total=False):
@@ -51,6 +58,8 @@ class SpecSettings(TypedDict, total=False):
     title_sep: str
     query_field: str | None
     """The first of a pair; None: `query`, if the task is to rerank."""
+    run: bool
+    """Whether the parts are a run in TREC's format, its queries, and its documents."""
     keep: Sequence[str]
     """Fields to carry into the dataset: `NAME`, or `NAME:TYPE` with `int64`, `float64`, `bool` or `string`."""
     text: bool
@@ -69,10 +78,12 @@ def make_spec(
     outputs = settings.get("outputs", ())
     given["outputs"] = tuple(parse_emit(each) if isinstance(each, str) else each for each in outputs)
     task = settings.get("task", "auto")
+    run = settings.get("run", False)
     query = settings.get("query_field")
-    if query is None and (task == "rerank" or (task == "auto" and scores_pairs(model))):
+    if query is None and (run or task == "rerank" or (task == "auto" and scores_pairs(model))):
         query = given["query_field"] = QUERY_FIELD
-    given["keep"] = keep if query is None or query in keep else (*keep, query)
+    own = RUN_FIELDS if run else () if query is None or query in keep else (query,)
+    given["keep"] = (*keep, *own)
     spec = JobSpec(
         queue=queue or queue_name(model),
         output=canonical_output(output),

@@ -40,6 +40,7 @@ def refuse_changed(
     """
     told = on_position or (lambda _part, _read: None)
     suspects = {part.index for part in parts if not _has_sum(part, manifest.parts[part.index].sha256, told)}
+    suspects |= {part.index for part in parts if any(other.index in suspects for other in part.made_of)}
     if not suspects:
         return []
     known, remarks, differing = sink.block_sums(), list[str](), list[str]()

@@ -27,6 +27,9 @@ class Code(enum.StrEnum):
     MISSING_FIELD = "missing_field"  # none of the text fields, or not the one the spec names
     TEXT_NOT_STRING = "text_not_string"  # text or title is not a string
     MISSING_QUERY = "missing_query"  # a pair without its first text
+    BAD_RUN_LINE = "bad_run_line"  # not the six columns of a run in TREC's format
+    UNKNOWN_QUERY = "unknown_query"  # of a pair of a run: there is no query of this id
+    UNKNOWN_DOCUMENT = "unknown_document"  # the same of its document
     EMPTY_TEXT = "empty_text"  # nothing that can be seen once the title is joined
     TEXT_TOO_LONG = "text_too_long"  # more than BLOCK_LIMITS.longest_text_bytes
     NUL_IN_TEXT = "nul_in_text"  # U+0000 in id, text or a kept string: most stores cannot hold it

@@ -68,11 +68,16 @@ class FilePart(SourcePart["_Head"]):
         return not self._open().held
 
     def outcomes(self, spec: JobSpec, on_position: Callable[[int], None] | None = None) -> Iterator[Sequence[Outcome]]:
+        reader = RecordReader(spec, self.index)
+        for row, lines in self.lines(on_position):
+            for start in range(0, len(lines), ROWS_AT_ONCE):
+                yield list(_judge(reader, row + start, lines[start : start + ROWS_AT_ONCE]))
+
+    def lines(self, on_position: Callable[[int], None] | None = None) -> Iterator[tuple[int, list[bytes]]]:
+        """All lines, blank ones too, some at a time, with the row of the first. Raises as `outcomes` does."""
         with contextlib.closing(self._take()) as head:
-            reader = RecordReader(spec, self.index)
             for row, lines in head.batches():
-                for start in range(0, len(lines), ROWS_AT_ONCE):
-                    yield list(_judge(reader, row + start, lines[start : start + ROWS_AT_ONCE]))
+                yield row, lines
                 if on_position is not None:
                     on_position(head.plain.position)
             self.content = PartContent(None if self.once else head.plain.position, head.plain.sha256)
@@ -142,11 +147,12 @@ def open_part(
     stdin: ByteStream | None = None,
     opener: Opener | None = None,
     format: CorpusFormat | None = None,
+    kind: type[SourcePart[Any]] | None = None,
 ) -> SourcePart[Any]:
     """A source as the part that it is by its format, or else by its first bytes. It stays open to be read.
 
     `stdin`: what `-` is, by default the process's own. `opener`: opens files, each time that one is read; folders are
-    none then.
+    none then. `kind`: the part that it is, if it has no format of a corpus.
 
     Raises:
         InputError: it cannot be read.
@@ -166,7 +172,7 @@ def open_part(
         return FileSource(name, source, opener)
 
     opened = open_it()
-    return _PARTS[format or recognized(opened)](index, name, opened, open_it)
+    return (kind or _PARTS[format or recognized(opened)])(index, name, opened, open_it)
 
 
 _PARTS: dict[CorpusFormat, type[SourcePart[Any]]] = {

@@ -161,9 +161,6 @@ Begun = TypeVar("Begun", bound=_Closes)
 class SourcePart(Part, Generic[Begun]):
     """A part that is opened once: to be checked, for advice, and for its first reading. `Begun`: what is open then."""
 
-    advice: str | None = None
-    """What the user should know before the job is made."""
-
     def __init__(self, index: int, name: str, source: Source, again: Callable[[], Source]) -> None:
         """Look into `source`. `again` opens it anew, unless it is a stream.
 

@@ -7,7 +7,6 @@ import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from embedstream.corpus.duplicates import DuplicateIndex
 from embedstream.corpus.parts import Part
@@ -41,7 +40,7 @@ from embedstream.settings import Settings
 from embedstream.terminal import counted, echo, echo_json
 from embedstream_producer import report
 from embedstream_producer.changed_model import refuse_changed_model
-from embedstream_producer.corpus import check_sources, part_name, total_bytes
+from embedstream_producer.corpus import part_name, total_bytes
 from embedstream_producer.embedded import OutputLock
 from embedstream_producer.embedded_run import Embedded, check_installed, made_folders
 from embedstream_producer.expanding import STDIN, expand
@@ -52,7 +51,7 @@ from embedstream_producer.progress import LogHandler, Progress, ProgressFormat
 from embedstream_producer.refusals import Refusals
 from embedstream_producer.retry_failed import FailedRows
 from embedstream_producer.server_side import part_names
-from embedstream_producer.sources import SourcePart
+from embedstream_producer.trec_run import check_corpus
 from embedstream_producer.trees import split_pattern
 from embedstream_producer.watch import Watch
 
@@ -92,6 +91,10 @@ class Options:
     trust_unchanged: bool = False
     plan: bool = False
     plan_measure: bool = False
+    run: str | None = None
+    """A run in TREC's format, whose pairs are scored."""
+    queries: str | None = None
+    """The queries of the run."""
     worker: tuple[str, ...] = ()
     """Flags of embed-worker for the one that this command starts."""
     detach: bool = False
@@ -114,6 +117,10 @@ def submit(options: Options) -> int:
         raise UsageError("--server-side needs --redis: coordinators find the job there")
     if options.server_side and options.retry_failed:
         raise UsageError("--server-side and --retry-failed exclude each other: failed rows are read on this machine")
+    if (options.run is None) != (options.queries is None):
+        raise UsageError("--run and --queries belong together: a run names its queries by their ids")
+    if options.run is not None and options.server_side:
+        raise UsageError("--server-side and --run exclude each other: a run is read on this machine")
     if (options.plan or options.plan_measure) and (options.server_side or options.retry_failed):
         raise UsageError("--plan reads the corpus here, and all of it: leave out --server-side and --retry-failed")
     if options.redis_url is not None:
@@ -121,6 +128,8 @@ def submit(options: Options) -> int:
     output = resolve_output(options)
     format = options.settings.get("format")
     corpus = expand(options.corpus, format)
+    if options.run is not None and options.queries is not None:
+        corpus = [options.run, options.queries, *corpus]
     spec = make_spec(
         queue=options.queue,
         output=output,
@@ -134,7 +143,7 @@ def submit(options: Options) -> int:
     if options.server_side:
         spec = with_types(spec)
         return _submit_server_side(options, spec, open_sink(spec.output, spec, options.redis_url))
-    parts = check_sources(corpus, notice=_tell(options), spec=spec, format=spec.format)
+    parts = check_corpus(corpus, spec, _tell(options))
     spec = with_types(spec, (part.kept_types for part in parts))
     sink = open_sink(spec.output, spec, options.redis_url)
     with contextlib.ExitStack() as stack:
@@ -146,7 +155,7 @@ def submit(options: Options) -> int:
 
 
 def _plan(options: Options, spec: JobSpec, corpus: Sequence[str]) -> int:
-    parts = check_sources(corpus, notice=_tell(options), spec=spec, format=spec.format)
+    parts = check_corpus(corpus, spec, _tell(options))
     with Progress(options.quiet, total_bytes(parts), format=options.progress) as progress:
         for part in parts:
             progress.tell(part.advice or "")
@@ -195,9 +204,7 @@ def _submit_server_side(options: Options, spec: JobSpec, sink: Sink) -> int:
     return report.exit_code(result, parse_max_errors(options.max_errors)) if isinstance(stands, Manifest) else 0
 
 
-def _submit(
-    options: Options, spec: JobSpec, sink: Sink, parts: Sequence[SourcePart[Any]], failed: FailedRows | None
-) -> int:
+def _submit(options: Options, spec: JobSpec, sink: Sink, parts: Sequence[Part], failed: FailedRows | None) -> int:
     with Progress(options.quiet, total_bytes(parts), format=options.progress) as progress:
         handler = LogHandler(progress)
         logging.getLogger("embedstream").addHandler(handler)
@@ -219,9 +226,11 @@ def _tell(options: Options) -> Callable[[str], None] | None:
 
 
 def resolve_output(options: Options) -> str:
-    """`-o`, or `<corpus>.vectors` for one file or folder."""
+    """`-o`, or `<corpus>.vectors` for one file or folder, or `<run>.vectors`."""
     if options.output:
         return options.output
+    if options.run is not None:
+        return f"{options.run}.vectors"
     if len(options.corpus) != 1:
         raise UsageError("several files become one dataset: say where it goes (-o OUTPUT)")
     if options.corpus[0] == STDIN:
@@ -240,7 +249,7 @@ class Run:
         options: Options,
         spec: JobSpec,
         sink: Sink,
-        parts: Sequence[SourcePart[Any]],
+        parts: Sequence[Part],
         progress: Progress,
         failed: FailedRows | None = None,
     ) -> None:

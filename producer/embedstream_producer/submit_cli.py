@@ -26,6 +26,8 @@ from embedstream.outputs import Task, parse_emit
             "title_field",
             "title_sep",
             "query_field",
+            "run_file",
+            "queries",
             "keep",
             "no_text",
             "empty",
@@ -41,6 +43,7 @@ from embedstream.outputs import Task, parse_emit
         "embed-submit corpus.jsonl.gz --model BAAI/bge-small-en-v1.5 -o vectors/",
         "embed-submit part-*.parquet --redis redis://host:6379/0 -o s3://bucket/vectors --keep lang",
         "zcat corpus.gz | embed-submit - -o vectors/",
+        "embed-submit corpus.jsonl --run bm25.trec --queries queries.jsonl --model ./reranker -o reranked/",
     ],
 )
 @click.argument("corpus", nargs=-1, required=True)
@@ -88,6 +91,13 @@ from embedstream.outputs import Task, parse_emit
 @click.option("--title-field", metavar="FIELD", help="Joined in front of the text; '' for none.  [default: title]")
 @click.option("--title-sep", default=" ", show_default="a space", help="Between title and text.")
 @click.option("--query-field", metavar="FIELD", help="The first text of a pair.  [default: query, for rerankers]")
+@click.option(
+    "--run",
+    "run_file",
+    metavar="FILE",
+    help="Score the pairs of a run in TREC's format; the corpus has the texts of its documents.",
+)
+@click.option("--queries", metavar="FILE", help="The queries of the run, with the ids that it names.")
 @click.option(
     "--keep",
     multiple=True,
@@ -144,6 +154,8 @@ def embed_submit(
     title_field: str | None,
     title_sep: str,
     query_field: str | None,
+    run_file: str | None,
+    queries: str | None,
     keep: tuple[str, ...],
     no_text: bool,
     empty: Literal["error", "skip"],
@@ -202,12 +214,15 @@ def embed_submit(
             "title_field": title_field,
             "title_sep": title_sep,
             "query_field": query_field,
+            "run": run_file is not None,
             "keep": keep,
             "text": not no_text,
             "empty": empty,
         },
         retry_failed=retry_failed,
         trust_unchanged=trust_unchanged,
+        run=run_file,
+        queries=queries,
         plan=plan,
         plan_measure=plan_measure,
         worker=(*worker, *(["--no-warmup"] if no_warmup else [])),

@@ -27,9 +27,10 @@ from embedstream.verify.findings import Finding, Findings, Kind
 from embedstream.verify.folder_output import FolderCheck
 from embedstream.verify.manifest_sums import check_manifest
 from embedstream.verify.redis_output import HashCheck
-from embedstream_producer.corpus import check_sources, part_name
+from embedstream_producer.corpus import part_name
 from embedstream_producer.expanding import expand
 from embedstream_producer.progress import ProgressFormat, WorkProgress
+from embedstream_producer.trec_run import check_corpus
 
 MOST_NAMED = 10
 """Unlisted files that are named; of all others only the number."""
@@ -185,7 +186,7 @@ def _parts(spec: JobSpec, corpus: Sequence[str]) -> Sequence[Part]:
         raise UsageError(f"--corpus: {len(corpus)} files given, the job was made of {len(spec.parts)} ({named})")
     at = {part_name(source): source for source in corpus}
     ordered = [at[name] for name in spec.parts] if set(at) == set(spec.parts) else corpus
-    return check_sources(ordered, format=spec.format)
+    return check_corpus(ordered, spec, look=False)
 
 
 def verdict_lines(verdict: Verdict) -> Iterator[str]:

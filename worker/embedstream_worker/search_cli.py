@@ -9,14 +9,27 @@ import click
 
 from embedstream.cli.command import Command
 from embedstream.cli.commands import run
+from embedstream.errors import UsageError
 from embedstream.outputs import Kind
 from embedstream_worker.model_folder import ALLOW_PICKLE, TRUST_REMOTE_CODE, Trust
 
 
-@click.command(cls=Command, examples=['embed-search corpus.jsonl.vectors "how do I read a file line by line?" -k 3'])
+@click.command(
+    cls=Command,
+    examples=[
+        'embed-search corpus.jsonl.vectors "how do I read a file line by line?" -k 3',
+        "embed-search reranked/ --run > reranked.trec",
+    ],
+)
 @click.argument("output")
-@click.argument("query")
-@click.option("-k", default=5, type=click.IntRange(min=1), help="How many texts to show.")
+@click.argument("query", required=False)
+@click.option("-k", type=click.IntRange(min=1), help="How many texts to show.  [default: 5; all pairs of a query]")
+@click.option(
+    "--run",
+    "as_run",
+    is_flag=True,
+    help="Print the pairs of a run that was scored (embed-submit --run), best first, in TREC's format.",
+)
 @click.option(
     "--model",
     allow_from_autoenv=False,  # that variable says what to embed with, not what made a dataset
@@ -38,8 +51,9 @@ from embedstream_worker.model_folder import ALLOW_PICKLE, TRUST_REMOTE_CODE, Tru
 @click.version_option(package_name="embedstream")
 def search_command(
     output: str,
-    query: str,
-    k: int,
+    query: str | None,
+    k: int | None,
+    as_run: bool,
     model: str | None,
     prompt: str | None,
     by: Kind | None,
@@ -55,11 +69,18 @@ def search_command(
 
     A model that the dataset names is loaded only if you have used it on this machine, or installed its package.
     """
+    if as_run == (query is not None):
+        raise UsageError("give a QUERY; or --run, for the pairs of a run that was scored")
+    if query is None:
+        from embedstream_worker.ranked import show_run
+
+        show_run(output, k, redis_url or None)
+        return
     # Not at the top: loading it takes a while, in which Ctrl-C shall end this command as at any other time.
     from embedstream_worker.searching import show_nearest
 
     trust = Trust(code=trust_remote_code, pickle=allow_pickle)
-    show_nearest(output, query, k, model, trust, prompt, redis_url or None, by)
+    show_nearest(output, query, k or 5, model, trust, prompt, redis_url or None, by)
 
 
 def main() -> None:
