@@ -1,6 +1,6 @@
 # syntax=docker/dockerfile:1
 
-# Targets: producer (small, no model libraries), coordinator, worker-cpu, worker-cuda.
+# Targets: producer (small, no model libraries), coordinator, gateway, worker-cpu, worker-cuda.
 #   docker build --target worker-cuda -t embedstream/worker-cuda .
 # Each has one layer of dependencies, which changes with pyproject.toml and constraints.txt, and a small one of code.
 
@@ -18,6 +18,10 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 FROM requirements AS requirements-coordinator
 RUN --mount=type=cache,target=/root/.cache/pip \
     python requirements.py coordinator > wanted.txt && pip install -c constraints.txt -r wanted.txt
+
+FROM requirements AS requirements-gateway
+RUN --mount=type=cache,target=/root/.cache/pip \
+    python requirements.py gateway > wanted.txt && pip install -c constraints.txt -r wanted.txt
 
 # The package index has torch with all it needs for NVIDIA devices. Another index, as of wheels for CPUs alone (a tenth of
 # the size), is named by --build-arg TORCH_INDEX_URL=...; everything but torch comes from the package index.
@@ -68,6 +72,11 @@ FROM runtime AS coordinator
 COPY --from=requirements-coordinator /opt/embedstream /opt/embedstream
 COPY --from=code /code /opt/embedstream
 ENTRYPOINT ["embed-coordinator"]
+
+FROM runtime AS gateway
+COPY --from=requirements-gateway /opt/embedstream /opt/embedstream
+COPY --from=code /code /opt/embedstream
+ENTRYPOINT ["embed-serve"]
 
 FROM runtime AS worker-cpu
 VOLUME ["/models"]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import msgspec
 
 from embedstream.errors import RequestError, UsageError
-from embedstream.jobs import check_prompting
+from embedstream.jobs import check_prompting, check_setting
 from embedstream.outputs import Kind
 from embedstream.queue.broker import AsyncBroker, Broker
 from embedstream.queue.steps import Answer, Code, Step, Steps
@@ -58,11 +58,14 @@ class EmbedRequest(msgspec.Struct, frozen=True, kw_only=True):
     task: RequestTask = "embed"
     query: str | None = None
     """To rerank: the first text of each pair."""
+    id: str = ""
+    """By which its sender knows it, for a worker's log."""
 
     def check(self) -> None:
         """Raise `UsageError` for more than a request may ask."""
         if len(self.texts) > MOST_TEXTS:
             raise UsageError(f"{len(self.texts)} texts in one request: at most {MOST_TEXTS}, submit more as a job")
+        check_setting("the request's id", self.id)
         check_prompting(self.prompt, self.prompt_name, self.max_length)
         if (self.task == "rerank") != bool(self.query):
             raise UsageError(

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from embedstream.api.interactive import EmbedReply, EmbedRequest
 from embedstream_gateway.fleet import LiveModel
+from embedstream_gateway.observing import current_id
 from embedstream_gateway.refusals import Refusal, bad, overloaded, unavailable
 
 PIECE_TEXTS = 256
@@ -30,6 +31,10 @@ MOST_FLIGHTS = 64
 
 MOST_WAITING_BYTES = 64 * 1024 * 1024
 """Of texts that wait here. Beyond it callers are told to come later."""
+
+
+MOST_IDS = 16
+"""Of requests that go together, which a worker's log can name."""
 
 
 class Asker(Protocol):
@@ -58,6 +63,8 @@ class _Piece:
 
     request: EmbedRequest
     size: int
+    id: str
+    """Of the caller's request."""
     done: asyncio.Future[Rows]
 
 
@@ -88,7 +95,8 @@ class Gathering:
             Refusal: too much waits; no worker answered in time; a text or a setting cannot be used.
             BrokerError, UsageError: as `Asker.ask`.
         """
-        pieces = [_Piece(part, size, asyncio.get_running_loop().create_future()) for part, size in _split(request)]
+        loop, id = asyncio.get_running_loop(), current_id.get()
+        pieces = [_Piece(part, size, id, loop.create_future()) for part, size in _split(request)]
         total = sum(piece.size for piece in pieces)
         if self._bytes and self._bytes + total > MOST_WAITING_BYTES:
             raise overloaded("too many texts wait already: try again later")
@@ -129,7 +137,8 @@ class Gathering:
 
     async def _send(self, queue: str, pieces: Sequence[_Piece]) -> None:
         texts = tuple(text for piece in pieces for text in piece.request.texts)
-        request = msgspec.structs.replace(pieces[0].request, texts=texts)
+        ids = dict.fromkeys(piece.id for piece in pieces[:MOST_IDS])
+        request = msgspec.structs.replace(pieces[0].request, texts=texts, id=" ".join(ids))
         try:
             rows = _rows(await self._asker.ask(request, queue, self._timeout), request, queue)
         except Exception as error:  # noqa: BLE001 - it is each caller's

@@ -6,6 +6,7 @@ import logging
 import re
 import secrets
 import time
+from contextvars import ContextVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from starlette.datastructures import Headers, MutableHeaders
@@ -14,6 +15,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from embedstream.metrics import metrics
 
 log = logging.getLogger(__name__)
+
+current_id: ContextVar[str] = ContextVar("current_id", default="")
+"""Of the request that is being answered."""
 
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
@@ -58,6 +62,7 @@ class Observing:
         begun, status = time.perf_counter(), 0
         id = request_id(Headers(scope=scope).get("x-request-id"))
         scope.setdefault("state", {})["request_id"] = id
+        current_id.set(id)
 
         async def answering(message: Message) -> None:
             nonlocal status

@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import socket
 import ssl
+import sys
 from pathlib import Path
 
 import uvicorn
 
+from embedstream.cli.commands import on_signals
 from embedstream.errors import UsageError
 from embedstream.server.connection import connect, explaining
 from embedstream.server.preflight import check
@@ -61,6 +63,8 @@ def serve(plan: Plan, host: str, port: int, certificate: Path | None, key: Path 
     listener = listen(host, port)
     scheme, shown = "http" if certificate is None else "https", f"[{host}]" if ":" in host else host
     log.info("serving %s://%s:%d", scheme, shown, listener.getsockname()[1])
+    # uvicorn has handlers of its own while it serves, and sends itself the signal once more when it has ended.
+    on_signals(lambda: sys.exit(0), 1)
     uvicorn.Server(config).run(sockets=[listener])
 
 

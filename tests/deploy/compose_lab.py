@@ -90,8 +90,9 @@ class Stack:
         """Of a service's processes. A variable without a value is the tester's own, and left out."""
         given = self.services[service].get("environment", {})
         made = {name: self.here(service, value) for name, value in given.items() if value is not None}
-        if "EMBEDSTREAM_METRICS_PORT" in made:
-            made["EMBEDSTREAM_METRICS_PORT"] = str(free_port())
+        for name in ("EMBEDSTREAM_METRICS_PORT", "EMBEDSTREAM_SERVE_PORT"):
+            if name in made:
+                made[name] = str(free_port())
         home = {"HOME": str(self.root / "volumes" / "models")}
         return environment(**home, **made, **self.extra, PATH=f"{BIN}{os.pathsep}{os.environ['PATH']}")
 

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import redis
 import redis.exceptions
@@ -20,6 +21,7 @@ from deploy.compose_lab import Container, Stack, seconds, stack, write_env
 from deploy.images import REPOSITORY, compose, services
 from embedstream.metrics import metrics
 from embedstream.server.connection import connect
+from embedstream_gateway.api_keys import make_key
 
 SLOW = "[[fault:slow]]"
 """0.2 s of a worker's time in each text that holds it."""
@@ -74,6 +76,7 @@ def test_profiles_choose_the_device_and_the_monitoring(env_file: Path) -> None:
     assert service_names(env_file, "gpu") == always | {"worker"}
     assert service_names(env_file, "cpu") == always | {"worker-cpu"}
     assert service_names(env_file, "cpu", "monitoring") == always | {"worker-cpu", "prometheus", "grafana"}
+    assert service_names(env_file, "cpu", "gateway") == always | {"worker-cpu", "gateway"}
 
 
 def test_only_the_worker_of_the_gpu_profile_reserves_devices(env_file: Path) -> None:
@@ -94,13 +97,13 @@ def test_workers_have_longer_to_stop_than_they_drain(env_file: Path) -> None:
         assert seconds(said["stop_grace_period"]) >= drain + 10
 
 
-@pytest.fixture(params=["coordinator", "grafana", "prometheus", "redis", "submit", "worker", "worker-cpu"])
+@pytest.fixture(params=["coordinator", "gateway", "grafana", "prometheus", "redis", "submit", "worker", "worker-cpu"])
 def service(request: pytest.FixtureRequest, env_file: Path) -> Any:
     return services(env_file)[request.param]
 
 
 def test_no_service_is_left_out_below(env_file: Path) -> None:
-    known = {"coordinator", "grafana", "prometheus", "redis", "submit", "worker", "worker-cpu"}
+    known = {"coordinator", "gateway", "grafana", "prometheus", "redis", "submit", "worker", "worker-cpu"}
     assert set(services(env_file)) == known
 
 
@@ -124,7 +127,7 @@ def test_no_password_is_on_a_command_line(service: Any) -> None:
 
 def test_our_own_services_are_not_root_and_run_under_an_init(env_file: Path) -> None:
     ours = {name: said for name, said in services(env_file).items() if "build" in said}
-    assert set(ours) == {"worker", "worker-cpu", "coordinator", "submit"}
+    assert set(ours) == {"worker", "worker-cpu", "coordinator", "gateway", "submit"}
     for said in ours.values():
         assert said["init"] is True
         assert said["user"] == "1000:1000"
@@ -155,6 +158,7 @@ def test_redis_is_administrated_by_nobody_and_its_password_is_in_no_list_of_proc
 def test_nothing_is_published_beyond_this_machine(env_file: Path) -> None:
     published = {name: [port["host_ip"] for port in said.get("ports", [])] for name, said in services(env_file).items()}
     assert {name: hosts for name, hosts in published.items() if hosts} == {
+        "gateway": ["127.0.0.1"],
         "prometheus": ["127.0.0.1"],
         "grafana": ["127.0.0.1"],
     }
@@ -222,6 +226,20 @@ def test_a_job_goes_through_while_workers_come_and_go(tmp_path: Path) -> None:
         assert_exact(Path(output), texts, every=50)
         again, said = fleet.run("submit", "corpus.jsonl")
         assert again == 0, said
+
+
+def test_a_gateway_is_healthy_with_keys_and_serves_whom_has_one(tmp_path: Path) -> None:
+    (tmp_path / "keys").mkdir()
+    secret, line = make_key("test", ["embed"])
+    (tmp_path / "keys" / "keys.txt").write_text(line)
+    with stack(tmp_path, EMBEDSTREAM_KEYS=str(tmp_path / "keys")) as fleet:
+        fleet.scale("worker-cpu", 1)
+        gateway = fleet.start("gateway")
+        wait_until(lambda: fleet.healthy(gateway), "gateway healthy")
+        url = f"http://127.0.0.1:{gateway.environment['EMBEDSTREAM_SERVE_PORT']}/v1/models"
+        assert httpx.get(url).status_code == 401
+        assert httpx.get(url, headers={"Authorization": f"Bearer {secret}"}).json()["data"]
+        assert fleet.stop(gateway) == 0
 
 
 def test_a_coordinator_is_healthy_reads_a_corpus_by_itself_and_tells_what_is_queued(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from deploy.images import EXEC_FORM, REPOSITORY, Dockerfile, tool
 
-TARGETS = ("producer", "coordinator", "worker-cpu", "worker-cuda")
+TARGETS = ("producer", "coordinator", "gateway", "worker-cpu", "worker-cuda")
 MODEL_LIBRARIES = ("torch", "transformers", "sentence-transformers", "openvino", "onnxruntime")
 
 
@@ -76,11 +76,11 @@ def test_workers_are_healthy_when_they_say_that_they_are_ready(target: str) -> N
     assert Dockerfile().command(target, "HEALTHCHECK") == ["embed-worker", "--check"]
 
 
-@pytest.mark.parametrize("target", ["producer", "coordinator"])
+@pytest.mark.parametrize("target", ["producer", "coordinator", "gateway"])
 def test_what_holds_no_model_carries_no_model_library(target: str) -> None:
     runs = requirement_stages(target)
-    extras = [extra for extra in ("coordinator",) if extra in runs]
-    assert (target == "coordinator") == bool(extras)
+    extras = [extra for extra in ("coordinator", "gateway") if f"requirements.py {extra}" in runs]
+    assert extras == [extra for extra in ("coordinator", "gateway") if extra == target]
     assert "torch" not in runs
     names = [line.split(">")[0].split("=")[0].split("[")[0].strip() for line in required(*extras).splitlines()]
     assert not set(names) & set(MODEL_LIBRARIES)

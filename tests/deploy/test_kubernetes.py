@@ -181,6 +181,20 @@ def test_probes_ask_the_port_at_which_metrics_are_served(name: str) -> None:
     )
 
 
+def test_a_gateway_listens_where_its_probes_its_service_and_prometheus_ask_and_has_keys() -> None:
+    deployment, service = the("Deployment", "gateway"), the("Service", "gateway")
+    said, template = container(deployment), deployment["spec"]["template"]
+    env = {each["name"]: each.get("value") for each in said["env"]}
+    (port,) = said["ports"]
+    annotations = template["metadata"]["annotations"]
+    assert str(port["containerPort"]) == env["EMBEDSTREAM_SERVE_PORT"] == annotations["prometheus.io/port"]
+    assert said["readinessProbe"]["httpGet"] == {"path": "/readyz", "port": port["name"]}
+    assert [each["targetPort"] for each in service["spec"]["ports"]] == [port["name"]]
+    assert service["spec"]["selector"].items() <= template["metadata"]["labels"].items()
+    assert env["EMBEDSTREAM_API_KEY_FILE"].startswith("/keys/")
+    assert {"name": "keys", "secret": {"secretName": "embedstream-api-keys"}} in template["spec"]["volumes"]
+
+
 def test_a_worker_has_longer_to_stop_than_it_drains_and_minutes_to_start() -> None:
     template = the("Deployment", "worker")["spec"]["template"]["spec"]
     env = {each["name"]: each.get("value") for each in template["containers"][0]["env"]}
@@ -254,7 +268,7 @@ def selects(selector: Manifest, template: Manifest) -> bool:
 def admitted(template: Manifest) -> dict[str, list[Manifest]]:
     """Who may connect to a pod, by the port's name."""
     found: dict[str, list[Manifest]] = {}
-    for policy in render("base"):
+    for policy in render("."):
         if policy["kind"] == "NetworkPolicy" and selects(policy["spec"]["podSelector"], template):
             for rule in policy["spec"].get("ingress", []):
                 for port in rule["ports"]:
@@ -279,7 +293,7 @@ def test_only_the_fleet_reaches_redis_and_only_monitoring_reaches_metrics() -> N
                 for other in pods()
                 if selects(peer["podSelector"], other)
             }
-            assert reached == {"coordinator", "submit", "worker"}
+            assert reached == {"coordinator", "gateway", "submit", "worker"}
         for peer in told.get("metrics", []):
             assert peer == {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}, name
 

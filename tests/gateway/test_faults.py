@@ -10,6 +10,7 @@ import openai
 from e2e.harness import fleet, wait_until
 from lab.hashing_reference import reference_vector
 from lab.redis_servers import own_server
+from lab_engines import faulty
 
 
 def test_requests_go_on_once_redis_and_a_worker_are_back(tmp_path: Path) -> None:
@@ -41,3 +42,17 @@ def test_requests_go_on_once_redis_and_a_worker_are_back(tmp_path: Path) -> None
 
 def embed(url: str) -> httpx.Response:
     return httpx.post(f"{url}/v1/embeddings", json={"model": "hashing", "input": "a text"}, timeout=30)
+
+
+def test_what_fails_in_a_worker_is_in_its_log_by_the_callers_id(tmp_path: Path) -> None:
+    (tmp_path / "faults").mkdir()
+    with own_server() as server, fleet(server.url, tmp_path) as running:
+        running.start_worker(**faulty(tmp_path / "faults"))
+        _, url = running.start_gateway()
+        body = {"model": "hashing", "input": "[[fault:tokenize-raise]]"}
+        failed = httpx.post(f"{url}/v1/embeddings", json=body, headers={"X-Request-Id": "mine-42"}, timeout=30)
+        assert (failed.status_code, failed.json()["error"]["code"]) == (500, "worker_failed")
+        assert failed.headers["X-Request-Id"] == "mine-42"
+        log = (tmp_path / "worker-0.log").read_text()
+        assert "request mine-42 could not be embedded" in log
+        assert embed(url).status_code == 200

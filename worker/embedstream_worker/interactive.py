@@ -109,15 +109,18 @@ class Interactive:
         self._broker.run(self._broker.reply(name, claimed.entry, payload, REPLY_KEEP_MS))
 
     def _answer(self, body: bytes) -> EmbedReply:
+        id = ""
         try:
             refuse_long_body(body)
-            return self._embed(msgspec.msgpack.decode(body, type=EmbedRequest))
+            request = msgspec.msgpack.decode(body, type=EmbedRequest)
+            id = request.id
+            return self._embed(request)
         except (msgspec.MsgspecError, ModelError, UsageError) as error:
             return EmbedReply(error=str(error))
         except Closed:
             raise
         except Exception as error:  # noqa: BLE001 - a request must not end the worker, nor the next that is asked
-            log.warning("a request could not be embedded: %s: %s", type(error).__name__, error)
+            log.warning("request %s could not be embedded: %s: %s", id or "(no id)", type(error).__name__, error)
             return EmbedReply(error=f"{type(error).__name__}: {error}", internal=True)
 
     def _embed(self, request: EmbedRequest) -> EmbedReply:
