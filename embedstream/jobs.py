@@ -36,6 +36,10 @@ KeptType: TypeAlias = Literal["string", "int64", "float64", "bool"]
 CorpusFormat: TypeAlias = Literal["jsonl", "json", "csv", "parquet", "arrow", "text"]
 """Of a part: JSON lines, a JSON array, CSV or TSV, Parquet, Arrow IPC, a folder of texts."""
 
+ChunkBy: TypeAlias = Literal["recursive", "sentence", "markdown"]
+"""Where texts are cut: at paragraphs, lines, sentences and words, in this order; at sentences; or as the first, with
+headings and blocks of Markdown before all."""
+
 RESERVED_COLUMNS = frozenset(
     {"part", "row", "id", "chunk", "start", "end", "text", "text_pair", "n_tokens", "truncated", "input_hash"}
 )
@@ -58,6 +62,30 @@ class Retry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The dataset's: no vector of another may be added."""
     ranges: str = ""
     """Of its int8 columns, as `encode_ranges` gives them; empty: it has none, or no rows."""
+
+
+class Chunking(msgspec.Struct, frozen=True, kw_only=True):
+    """How texts are cut into chunks, each of which is a row. Nothing of them is left out."""
+
+    tokens: int
+    """Most tokens that enter the model for a chunk, prompt, title and special tokens included; 0: what it takes."""
+    overlap: int = 0
+    """Most tokens that a chunk has in common with the one before."""
+    by: ChunkBy = "recursive"
+    format: str = ""
+    """What enters the model, `{title}` and `{chunk}` replaced; empty: the title, if any, `title_sep` and the chunk."""
+    tokenizer: str = ""
+    """Sum of the model's tokenizer, by which texts are cut."""
+
+    def check(self) -> None:
+        """Raise `UsageError` for what cannot be."""
+        if not 0 <= self.tokens <= MOST_TOKENS:
+            raise UsageError(f"--chunk-tokens {self.tokens}: must be between 1 and {MOST_TOKENS:,}")
+        if self.overlap < 0 or (self.tokens and self.overlap >= self.tokens):
+            raise UsageError(f"--chunk-overlap {self.overlap}: must be below the size of a chunk (--chunk-tokens)")
+        check_setting("--chunk-format", self.format)
+        if self.format and self.format.count("{chunk}") != 1:
+            raise UsageError(f"--chunk-format {self.format!r}: must have {{chunk}} once, and may have {{title}}")
 
 
 class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -94,6 +122,10 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
     empty: Literal["error", "skip"] = "error"
     run: bool = False
     """Whether the parts are pairs of ids (a run in TREC's format), then the queries' texts, then those of documents."""
+    chunking: Chunking | None = None
+    """None: each text is one row."""
+    on_long: Literal["cut", "error"] = "cut"
+    """What becomes of a text that is longer than the model takes. No chunk is cut."""
     task: Task = "auto"
     outputs: tuple[OutputSpec, ...] = ()
     """Empty: all that the model gives for the task, one output of each kind."""
@@ -142,6 +174,10 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
             raise UsageError("--query-field: no prompt goes in front of a pair: leave --prompt out")
         for name in named:
             check_setting(f"--{name.replace('_', '-')}", getattr(self, name))
+        if self.chunking is not None:
+            self.chunking.check()
+            if self.query_field is not None:
+                raise UsageError("--chunk-tokens: texts of pairs are not cut: leave it out")
         if self.number_rows and self.id_field is not None:
             raise UsageError("--number-rows and --id-field exclude each other")
         check_prompting(self.prompt, self.prompt_name, self.max_length)
@@ -286,7 +322,8 @@ def differing_field(existing: JobSpec, wanted: JobSpec) -> str | None:
     # The model first: the queue is named after it, and whoever changes the one thinks of it, not of the other.
     for name in ("model", *JobSpec.__struct_fields__):
         if getattr(existing, name) != getattr(wanted, name):
-            return {"parts": "corpus", "text": "no_text", "outputs": "emit"}.get(name, name).replace("_", "-")
+            spelled = {"parts": "corpus", "text": "no_text", "outputs": "emit", "chunking": "chunk_tokens"}
+            return spelled.get(name, name).replace("_", "-")
     return None
 
 

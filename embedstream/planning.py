@@ -2,6 +2,7 @@
 
 Each message is its length (4 bytes, little-endian) and MessagePack. First comes the job's spec, answered by a
 `TokenCounter`; then lists of texts, each answered by their `Counted`, and perhaps a `Measure`, answered by `Measured`.
+To cut texts into chunks, `Cut` is answered by `Chunked` (see `embedstream.chunks`).
 """
 
 from __future__ import annotations
@@ -28,6 +29,12 @@ class TokenCounter(msgspec.Struct, frozen=True, kw_only=True):
     """Of a row; None: not known."""
     fingerprint: str = ""
     """Of the model's folder as it is now; empty: not known."""
+    tokenizer: str = ""
+    """Sum of what decides where texts are cut; empty: none are."""
+    max_length: int = 0
+    """Tokens that the model takes, special tokens included."""
+    overhead: int = 0
+    """Tokens of prompt and special tokens."""
 
 
 class Counted(msgspec.Struct, frozen=True, array_like=True):
@@ -38,7 +45,7 @@ class Counted(msgspec.Struct, frozen=True, array_like=True):
     truncated: list[bool]
 
 
-class Measure(msgspec.Struct, frozen=True, kw_only=True):
+class Measure(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Asks to embed some texts for some seconds."""
 
     texts: list[str]

@@ -60,6 +60,8 @@ def spec_of(queue: str, model: str, corpus: str, output: str) -> bytes:
         "text": True,
         "empty": "error",
         "run": False,
+        "chunking": None,
+        "on_long": "cut",
         "task": "auto",
         "outputs": [],
         "retry": None,

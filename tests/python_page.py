@@ -17,7 +17,7 @@ import embedstream
 import embedstream.testing
 from embedstream import errors
 from embedstream.dataset.schema import ErrorRow
-from embedstream.jobs import JobSpec, JobState, JobStatus
+from embedstream.jobs import Chunking, JobSpec, JobState, JobStatus
 from embedstream.lifecycle.opening import SpecSettings
 
 PAGE = Path(__file__).parents[1] / "docs" / "python.md"
@@ -200,7 +200,8 @@ def _prose(text: str, more: str = "") -> str:
 
 
 def _settings() -> str:
-    docs, defaults = field_docs(JobSpec), dict(_defaults(JobSpec))
+    docs, defaults = field_docs(JobSpec), dict(_defaults(JobSpec)) | {"chunk_tokens": None}
+    defaults |= {f"chunk_{name}": default for name, default in _defaults(Chunking)}
     own = field_docs(SpecSettings)
     rows = [
         [f"`{name}`", f"`{kind}`", f"`{defaults[name]!r}`", own.get(name) or docs.get(name, OF_FLAGS.get(name, ""))]

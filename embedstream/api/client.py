@@ -16,6 +16,7 @@ from embedstream.api import interactive
 from embedstream.api.interactive import EmbedReply, EmbedRequest, make_pairs, make_request
 from embedstream.api.job import Job, warn
 from embedstream.api.record_blocks import RECORDS, Records, records_part
+from embedstream.corpus.chunking import with_tokenizer
 from embedstream.corpus.duplicates import DuplicateIndex
 from embedstream.dataset.sink import Sink
 from embedstream.dataset.sinks import open_sink
@@ -162,7 +163,7 @@ class Client:
 
     def make_spec(self, output: str, model: str | None, revision: str | None, settings: SpecSettings) -> JobSpec:
         """What `submit` is told, checked. Raises `UsageError`."""
-        return make_spec(
+        spec = make_spec(
             queue=self.settings.queue,
             output=output,
             model=model or self.settings.model,
@@ -170,6 +171,7 @@ class Client:
             parts=(RECORDS,),
             settings=settings,
         )
+        return with_tokenizer(spec)
 
     def job(self, id: str, *, output: str | None = None) -> Job:
         """A job by its id, on any queue. `output`: where its vectors lie, for `Job.results`.

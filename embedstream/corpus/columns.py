@@ -27,7 +27,6 @@ from embedstream.errors import InputError
 from embedstream.jobs import JobSpec, KeptType
 from embedstream.queue.kept import fits, kept_type
 from embedstream.queue.refusals import Code, RowRefused, refusal
-from embedstream.settings import BLOCK_LIMITS
 from embedstream.terminal import printable
 
 Column = Any
@@ -86,12 +85,12 @@ class ColumnReader:
     def judge(self, row: int, batch: pa.RecordBatch) -> Sequence[Outcome]:
         """How the rows end. `batch` has `columns`; `row` is the position of its first row in the part."""
         plain, broken = self._plain(batch)
-        ids, texts, sizes, clean = self._judged(row, plain)
+        ids, texts, sizes, clean, titles = self._judged(row, plain)
         kept, clean = self._kept(plain, clean)
         sources = map(_Row, repeat(plain), range(batch.num_rows))
         rows = range(row, row + batch.num_rows)
         outcomes: list[Outcome] = list(
-            map(Record, rows, ids.to_pylist(), texts.to_pylist(), sizes.to_pylist(), kept, sources)
+            map(Record, rows, ids.to_pylist(), texts.to_pylist(), sizes.to_pylist(), kept, sources, titles)
         )
         for at in pc.indices_nonzero(pc.invert(clean)).to_pylist():
             source = _Row(plain, at)
@@ -101,8 +100,9 @@ class ColumnReader:
             outcomes[at] = refusal(row + at, None, Code.NOT_UTF8, message, _Row(plain, at))
         return outcomes
 
-    def _judged(self, row: int, batch: pa.RecordBatch) -> tuple[Column, Column, Column, Column]:
-        """Ids, texts with their titles in front, their bytes of UTF-8, and in which rows nothing is unusual so far."""
+    def _judged(self, row: int, batch: pa.RecordBatch) -> tuple[Column, Column, Column, Column, Iterable[str]]:
+        """Ids, texts with their titles in front, their bytes of UTF-8, in which rows nothing is unusual so far, and
+        the titles that are not in front."""
         if self._rows.numbered is None:
             id_column: Column = batch.column(self._ids[0])
             ids = id_column if pa.types.is_string(id_column.type) else id_column.cast(pa.string())
@@ -110,24 +110,29 @@ class ColumnReader:
             ids = pa.array([f"{self._rows.numbered}{at}" for at in range(row, row + batch.num_rows)], pa.string())
         texts: Column = batch.column(self._texts[0])
         clean = pc.and_(ids.is_valid(), texts.is_valid())
+        titles: Iterable[str] = repeat("", batch.num_rows)
         title: Column = None if self._title is None else batch.column(self._title)
         if title is not None and pa.types.is_string(title.type):
             titled = pc.greater(pc.binary_length(title), 0).fill_null(False)
             empty = pc.equal(pc.binary_length(texts), 0).fill_null(True)
             blank = pc.invert(pc.match_substring_regex(title, _VISIBLE)).fill_null(False)
             clean = pc.and_not(clean, pc.and_(titled, pc.or_(empty, blank)))
-            joined = pc.binary_join_element_wise(title, texts, self._rows.title_sep)
-            texts = pc.if_else(titled, joined, texts)
+            if self._rows.joins:
+                joined = pc.binary_join_element_wise(title, texts, self._rows.title_sep)
+                texts = pc.if_else(titled, joined, texts)
+            else:
+                clean = pc.and_not(clean, pc.match_substring(title, "\0").fill_null(False))
+                titles = pc.fill_null(title, "").to_pylist()
         sizes = pc.binary_length(texts)
         id_sizes = pc.binary_length(ids)
         for within in (
-            pc.and_(pc.greater(sizes, 0), pc.less_equal(sizes, BLOCK_LIMITS.longest_text_bytes)),
+            pc.and_(pc.greater(sizes, 0), pc.less_equal(sizes, self._rows.longest_text_bytes)),
             pc.and_(pc.greater(id_sizes, 0), pc.less_equal(id_sizes, LONGEST_ID_BYTES)),
             pc.invert(pc.or_(pc.match_substring(texts, "\0"), pc.match_substring(ids, "\0"))),
             pc.match_substring_regex(texts, _VISIBLE),
         ):
             clean = pc.and_(clean, within.fill_null(False))
-        return ids, texts, sizes, clean
+        return ids, texts, sizes, clean, titles
 
     def _kept(self, batch: pa.RecordBatch, clean: Column) -> tuple[Iterator[tuple[str | None, ...]], Column]:
         """The kept fields of each row; and `clean` without the rows in which they are unusual."""

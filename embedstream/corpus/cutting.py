@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import PurePath
 
+from embedstream.corpus.chunking import chunker_of
 from embedstream.corpus.duplicates import DuplicateIndex, Position
 from embedstream.corpus.records import Outcome, Record, duplicate_refusal
 from embedstream.jobs import JobSpec
@@ -23,9 +24,11 @@ def cut_part(
 
     The blocks do not depend on how the rows are batched. `on_refusal` is called with each refused row, once a reading.
     """
-    packer = Packer(part, spec.keep)
+    packer, chunker = Packer(part, spec.keep), None if spec.chunking is None else chunker_of(spec)
     for outcomes in batches:
-        earlier = iter(_check_ids(part, outcomes, duplicates))
+        positions = _check_ids(part, outcomes, duplicates)
+        earlier = iter(positions)
+        cut = iter(() if chunker is None else chunker.chunks(_first_ones(outcomes, positions)))
         for outcome in outcomes:
             block: Block | None = None
             if outcome is None:
@@ -34,6 +37,14 @@ def cut_part(
                 block = _refuse(packer, outcome, on_refusal)
             elif (position := next(earlier)) is not None:
                 block = _refuse(packer, duplicate_refusal(outcome, _where(position, part, spec)), on_refusal)
+            elif chunker is not None:
+                chunks = next(cut)
+                if isinstance(chunks, Refusal):
+                    block = _refuse(packer, chunks, on_refusal)
+                for chunk in () if isinstance(chunks, Refusal) else chunks:
+                    full = packer.add(outcome.row, outcome.id, *chunk)
+                    if full is not None:
+                        yield full
             else:
                 block = packer.add(outcome.row, outcome.id, outcome.text, outcome.text_bytes, outcome.kept)
             if block is not None:
@@ -52,6 +63,12 @@ def enter_ids(
         rows = [outcome.row for outcome in outcomes if type(outcome) is Record]
         earlier = _check_ids(part, outcomes, duplicates)
         yield [(row, position) for row, position in zip(rows, earlier, strict=True) if position is not None]
+
+
+def _first_ones(outcomes: Sequence[Outcome], positions: Sequence[Position | None]) -> list[Record]:
+    """The records whose ids were not used before."""
+    records = (outcome for outcome in outcomes if type(outcome) is Record)
+    return [record for record, position in zip(records, positions, strict=True) if position is None]
 
 
 def _check_ids(part: int, outcomes: Sequence[Outcome], duplicates: DuplicateIndex) -> list[Position | None]:

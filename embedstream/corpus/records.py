@@ -32,6 +32,8 @@ TITLE_FIELD = "title"
 
 LONGEST_LINE_BYTES = 8 * MIB
 """A longer line is refused unread: the longest text with every character escaped still fits."""
+LONGEST_DOCUMENT_BYTES = LONGEST_LINE_BYTES
+"""Of a text that is to be cut into chunks."""
 LONGEST_ID_BYTES = BLOCK_LIMITS.longest_id_bytes
 LONGEST_KEPT_BYTES = MIB
 """All kept fields of a row together: a block must stay a small stream entry."""
@@ -62,13 +64,15 @@ class Record(msgspec.Struct, frozen=True, gc=False):
     """Position in the part: line number - 1 for files."""
     id: str
     text: str
-    """With the title in front."""
+    """With the title in front, unless it is to be cut."""
     text_bytes: int
     """Its length in UTF-8."""
     kept: tuple[str | None, ...]
     """The fields of `JobSpec.keep`: strings as they are, null for null or missing, anything else as its JSON text."""
     source: Source
     """For the report, if the row turns out to be a duplicate."""
+    title: str = ""
+    """Where texts are cut into chunks: what is put in front of each, and is not in front of the text."""
 
 
 Outcome: TypeAlias = Record | Refusal | None
@@ -126,6 +130,9 @@ class RecordReader:
         self._types = spec.keep_types
         self._typed_at = [(at, spec.keep_types[name]) for at, name in enumerate(spec.keep) if name in spec.keep_types]
         self._skip_empty = spec.empty == "skip"
+        self.joins = spec.chunking is None
+        """Whether titles are put in front of texts here."""
+        self.longest_text_bytes = BLOCK_LIMITS.longest_text_bytes if self.joins else LONGEST_DOCUMENT_BYTES
         named = (spec.id_field, spec.text_field, spec.title_field, *spec.keep)
         self._wanted = tuple(dict.fromkeys((*self.ids, *self.texts, self.title, *spec.keep)))
         names = [name for name in self._wanted if "." not in name]
@@ -180,15 +187,17 @@ class RecordReader:
             return None
         if type(id) is not str or type(text) is not str:
             return None
+        title: object = ""
         if at != self._title_at and (title := values[self._title_at]) is not unset:
             if type(title) is not str:
                 return None
             if title:
-                if not text or is_blank(title):
+                if not text or is_blank(title) or "\0" in title:
                     return None
-                text = f"{title}{self.title_sep}{text}"
+                if self.joins:
+                    text = f"{title}{self.title_sep}{text}"
         text_bytes = len(text) if text.isascii() else len(text.encode())
-        if not 0 < text_bytes <= BLOCK_LIMITS.longest_text_bytes or is_blank(text) or "\0" in text:
+        if not 0 < text_bytes <= self.longest_text_bytes or is_blank(text) or "\0" in text:
             return None
         if not 0 < len(id) <= LONGEST_ID_BYTES // 4 or "\0" in id:
             return None
@@ -199,7 +208,7 @@ class RecordReader:
                 return None
             if any((value := kept[at]) is not None and not fits(value, type) for at, type in self._typed_at):
                 return None
-        return Record(row, id, text, text_bytes, kept, line)
+        return Record(row, id, text, text_bytes, kept, line, title if type(title) is str and not self.joins else "")
 
     def _slow_line(self, row: int, line: bytes) -> Outcome:
         if len(line) > LONGEST_LINE_BYTES:
@@ -235,19 +244,22 @@ class RecordReader:
         id: str | None = None
         try:
             id = self._judge_id(row, found, there)
-            text = self._judge_text(found, there)
+            title, text = self._judge_text(found, there)
+            if title and (self.joins or not text):
+                title, text = "", f"{title}{self.title_sep}{text}" if text else title
             if is_blank(text):
                 if self._skip_empty:
                     return None
                 raise RowRefused(Code.EMPTY_TEXT, "text is empty; --empty skip leaves such rows out")
+            _check_characters("title", title)
             size = _check_characters("text", text)
-            if size > BLOCK_LIMITS.longest_text_bytes:
-                most = BLOCK_LIMITS.longest_text_bytes
+            if size > self.longest_text_bytes:
+                most = self.longest_text_bytes
                 raise RowRefused(Code.TEXT_TOO_LONG, f"text has {size:,} bytes, at most {most:,} are allowed; split it")
             kept = tuple(self._judge_kept(found))
         except RowRefused as refused:
             return refusal(row, id, refused.code, str(refused), source)
-        return Record(row, id, text, size, kept, source)
+        return Record(row, id, text, size, kept, source, title)
 
     def _judge_id(self, row: int, fields: Mapping[str, _Found], there: Iterable[object]) -> str:
         if self.numbered is not None:
@@ -264,7 +276,8 @@ class RecordReader:
             trouble = RowRefused(Code.MISSING_ID, _missing(self.ids, "id", there, use))
         raise trouble
 
-    def _judge_text(self, fields: Mapping[str, _Found], there: Iterable[object]) -> str:
+    def _judge_text(self, fields: Mapping[str, _Found], there: Iterable[object]) -> tuple[str, str]:
+        """Title, empty where there is none to be seen, and text."""
         names = [name for name in self.texts if name in fields]
         if not names:
             raise RowRefused(Code.MISSING_FIELD, _missing(self.texts, "text", there, f"--text-field {NAME}"))
@@ -274,13 +287,11 @@ class RecordReader:
             raise RowRefused(Code.TEXT_NOT_STRING, f"{_field(name)} is {found.kind}; a text must be a string")
         title = _NULL if self.title == name else fields.get(self.title, _NULL)
         if title.kind == "null":
-            return found.text
+            return "", found.text
         if title.kind != _STRING:
             message = f"{_field(self.title)} is {title.kind}; a title must be a string; --title-field takes another"
             raise RowRefused(Code.TEXT_NOT_STRING, message)
-        if is_blank(title.text):
-            return found.text
-        return f"{title.text}{self.title_sep}{found.text}" if found.text else title.text
+        return "" if is_blank(title.text) else title.text, found.text
 
     def _judge_kept(self, fields: Mapping[str, _Found]) -> Iterable[str | None]:
         total = 0

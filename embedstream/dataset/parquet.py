@@ -66,7 +66,7 @@ def _layout(schema: pa.Schema) -> dict[str, Any]:
     vectors = [field.name for field in schema if pa.types.is_fixed_size_list(field.type)]
     leaves = [f"{name}.list.element" for name in vectors]
     random = {*vectors, "input_hash"}
-    fixed = {"part", "row", "id", "chunk", "text", "n_tokens", "truncated"}
+    fixed = {"part", "row", "id", "chunk", "start", "end", "text", "n_tokens", "truncated"}
     zstd = [name for name in schema.names if name not in random] + leaves
     return {
         "use_dictionary": [name for name in schema.names if name not in fixed | random] + ["part", "chunk"],

@@ -47,6 +47,9 @@ SLICE_ROWS = 256
 SLICE_BYTES = 1024 * 1024
 """What goes to the server at once: enough that round trips vanish, little enough that others are served between."""
 
+CHUNK_FIELDS = ("chunk", "start", "end")
+"""Of hashes of a job whose texts are cut."""
+
 _OWN_NAME = re.compile(rb"_[a-z]")
 """How names begin that are no row's: `_errors`, `_manifest`, `_pending`, `_shards`, `_probe-…`. See `_name`."""
 
@@ -121,12 +124,14 @@ class RedisSink:
         self._refuse_foreign(keys)
         names = [*(["text"] if spec.text else []), *spec.keep]
         values = [_list(batch, name) for name in names]
+        places = {name: _list(batch, name) for name in CHUNK_FIELDS if spec.chunking is not None}
         vectors = {name: to_fields(batch.column(name)) for name in results}
         # Fields that a row does not have are removed, so that no older job's text stays beside a new vector.
         never = [] if spec.text else ["text"]
         pipe, size = self._client.pipeline(transaction=False), 0
         for i, id in enumerate(ids):
             mapping: dict[str, Any] = {"id": id, "job": spec.job, "truncated": int(truncated[i])}
+            mapping |= {name: column[i] for name, column in places.items()}
             absent = list(never)
             for name, column in zip(names, values, strict=True):
                 if column[i] is None:
@@ -331,14 +336,22 @@ class RedisSink:
                 some = keys[start : start + SLICE_ROWS]
                 yield some, self._fields(some, fields)
 
-    def look(self, ids: Sequence[str], fields: Sequence[str]) -> tuple[list[bytes], list[Fields]]:
-        """Keys of rows by their ids, and their fields: all None where there is no such hash. Raises `OutputError`."""
-        keys = [self.key(id) for id in ids]
+    def look(
+        self, ids: Sequence[str], chunks: Sequence[int], fields: Sequence[str]
+    ) -> tuple[list[bytes], list[Fields]]:
+        """Keys of rows by id and chunk, and their fields: all None where there is no such hash.
+
+        Raises `OutputError`.
+        """
+        keys = [self.key(id, chunk) for id, chunk in zip(ids, chunks, strict=True)]
         return keys, self._fields(keys, fields)
 
-    def look_at_errors(self, places: Sequence[tuple[int, int]]) -> list[ErrorRow | None]:
-        """The error row of each (part, row), of this job or an older one, if there is any. Raises `OutputError`."""
-        names = [f"{part}:{row}:0" for part, row in places]
+    def look_at_errors(self, places: Sequence[tuple[int, int, int]]) -> list[ErrorRow | None]:
+        """The error row of each (part, row, chunk), of this job or an older one, if there is any.
+
+        Raises `OutputError`.
+        """
+        names = [f"{part}:{row}:{chunk}" for part, row, chunk in places]
         found = self._ask(lambda: self._client.hmget(f"{self._prefix}_errors", names)) if names else []
         with self._reading("_errors"):
             return [None if data is None else msgspec.json.decode(data, type=ErrorRow) for data in found]
@@ -391,9 +404,9 @@ class RedisSink:
         words += ["-n", query["db"]] if query.get("db", "0") != "0" else []
         return f"{shlex.join([*words, '--scan', '--pattern', f'{_escaped(self._prefix)}*'])} | head"
 
-    def key(self, id: str) -> bytes:
+    def key(self, id: str, chunk: int = 0) -> bytes:
         """The key of a row."""
-        return self._key(id, 0).encode(errors="replace")
+        return self._key(id, chunk).encode(errors="replace")
 
     def _key(self, id: str, chunk: int) -> str:
         return f"{self._prefix}{_name(id, chunk)}"
@@ -451,6 +464,7 @@ def read_schema(manifest: Manifest) -> pa.Schema:
     spec = manifest_spec(manifest)
     fields: list[pa.Field[Any]] = [
         pa.field("id", pa.string(), nullable=False),
+        *(pa.field(name, pa.int64()) for name in CHUNK_FIELDS if spec.chunking is not None),
         *([pa.field("text", pa.string(), nullable=False)] if spec.text else []),
         pa.field("truncated", pa.bool_(), nullable=False),
         *(pa.field(name, pa.string()) for name in spec.keep),
@@ -462,4 +476,6 @@ def read_schema(manifest: Manifest) -> pa.Schema:
 def _array(values: list[bytes | None], type: Any) -> Any:
     if pa.types.is_boolean(type):
         return pa.array([value == b"1" for value in values])
+    if pa.types.is_int64(type):
+        return pa.array([None if value is None else int(value) for value in values], type)
     return from_fields(values, type)

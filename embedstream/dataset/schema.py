@@ -73,6 +73,7 @@ def dataset_schema(spec: JobSpec, outputs: Sequence[Output]) -> pa.Schema:
         pa.field("row", pa.int64(), nullable=False),
         pa.field("id", pa.string(), nullable=False),
         pa.field("chunk", pa.int32(), nullable=False),
+        *([pa.field("start", pa.int64()), pa.field("end", pa.int64())] if spec.chunking else []),
         *([pa.field("text", pa.string(), nullable=False)] if spec.text else []),
         pa.field("n_tokens", pa.int32(), nullable=False),
         pa.field("truncated", pa.bool_(), nullable=False),

@@ -20,6 +20,8 @@ from embedstream.failpoints import reach
 from embedstream.jobs import (
     QUERY_FIELD,
     RUN_FIELDS,
+    ChunkBy,
+    Chunking,
     CorpusFormat,
     JobSpec,
     JobState,
@@ -64,6 +66,16 @@ class SpecSettings(TypedDict, total=False):
     """Fields to carry into the dataset: `NAME`, or `NAME:TYPE` with `int64`, `float64`, `bool` or `string`."""
     text: bool
     empty: Literal["error", "skip"]
+    chunk_tokens: int | None
+    """Cut texts into chunks of at most so many tokens; None: a text is a row."""
+    chunk_overlap: int
+    """At most so many tokens of a chunk are those of the one before, too."""
+    chunk_by: ChunkBy
+    """Where: `recursive` (at paragraphs, lines, sentences, words), `sentence`, or `markdown` (at headings first)."""
+    chunk_format: str
+    """What enters the model of a chunk, with `{title}` and `{chunk}`."""
+    on_long: Literal["cut", "error", "chunk"]
+    """What becomes of a text that is longer than the model takes; `chunk`: it is cut into chunks of what it takes."""
 
 
 def make_spec(
@@ -74,6 +86,9 @@ def make_spec(
     Kept fields have the types that the settings name; `with_types` adds those that the corpus has.
     """
     given = dict(settings)
+    given |= _chunking(settings)
+    for name in ("chunk_tokens", "chunk_overlap", "chunk_by", "chunk_format"):
+        given.pop(name, None)
     keep, given["keep_types"] = _split_types(settings.get("keep", ()))
     outputs = settings.get("outputs", ())
     given["outputs"] = tuple(parse_emit(each) if isinstance(each, str) else each for each in outputs)
@@ -98,6 +113,25 @@ def make_spec(
         raise UsageError(f"a setting of the job has another type: {error}") from error
     spec.check()
     return spec
+
+
+def _chunking(settings: SpecSettings) -> dict[str, object]:
+    tokens, on_long = settings.get("chunk_tokens"), settings.get("on_long", "cut")
+    if tokens is not None and tokens < 1:
+        raise UsageError(f"--chunk-tokens {tokens}: must be at least 1")
+    if tokens is None and on_long != "chunk":
+        unused = [name for name in ("chunk_overlap", "chunk_format") if settings.get(name)]
+        if unused or settings.get("chunk_by", "recursive") != "recursive":
+            flag = (unused or ["chunk_by"])[0].replace("_", "-")
+            raise UsageError(f"--{flag}: texts are cut with --chunk-tokens or --on-long chunk alone: give one of them")
+        return {"on_long": on_long}
+    chunking = Chunking(
+        tokens=tokens or 0,
+        overlap=settings.get("chunk_overlap", 0),
+        by=settings.get("chunk_by", "recursive"),
+        format=settings.get("chunk_format", ""),
+    )
+    return {"chunking": chunking, "on_long": "cut" if on_long == "chunk" else on_long}
 
 
 def scores_pairs(model: str) -> bool:

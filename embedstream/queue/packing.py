@@ -23,14 +23,28 @@ class Packer:
     def _clear(self) -> None:
         self._rows: list[int] = []
         self._ids: list[str] = []
+        self._chunks: list[int] = []
         self._texts: list[str] = []
+        self._spans: list[tuple[int | None, int | None]] = []
         self._kept: list[tuple[str | None, ...]] = []
         self._bytes = 0
         self._refused: list[Refusal] = []
         self._skipped = 0
 
-    def add(self, row: int, id: str, text: str, text_bytes: int, kept: tuple[str | None, ...] = ()) -> Block | None:
-        """Add a good row of at most `longest_text_bytes`; `text_bytes` is its text's length in UTF-8."""
+    def add(
+        self,
+        row: int,
+        id: str,
+        text: str,
+        text_bytes: int,
+        kept: tuple[str | None, ...] = (),
+        chunk: int = 0,
+        span: tuple[int | None, int | None] = (None, None),
+    ) -> Block | None:
+        """Add a good row of at most `longest_text_bytes`; `text_bytes` is its text's length in UTF-8.
+
+        `chunk`, `span`: of a row that is cut, which of its chunks this is, and where in its text that lies.
+        """
         full = None
         if kept:  # by characters, which is cheap and keeps stream entries small all the same
             text_bytes += sum(map(len, filter(None, kept)))
@@ -38,7 +52,9 @@ class Packer:
             full = self._cut()
         self._rows.append(row)
         self._ids.append(id)
+        self._chunks.append(chunk)
         self._texts.append(text)
+        self._spans.append(span)
         self._kept.append(kept)
         self._bytes += text_bytes
         return full or self._cut_if_full()
@@ -64,10 +80,10 @@ class Packer:
         arrays: list[pa.Array[Any]] = [
             pa.array(self._rows, pa.int64()),
             pa.array(self._ids, pa.string()),
-            pa.array([0] * count, pa.int32()),
+            pa.array(self._chunks, pa.int32()),
             pa.array(self._texts, pa.string()),
-            pa.nulls(count, pa.int64()),
-            pa.nulls(count, pa.int64()),
+            _ends([start for start, _ in self._spans]),
+            _ends([end for _, end in self._spans]),
             pa.nulls(count, pa.string()),
         ]
         columns = zip(*self._kept, strict=True) if count else ([] for _ in range(len(self._schema) - len(arrays)))
@@ -84,3 +100,8 @@ class Packer:
         self._number += 1
         self._clear()
         return block
+
+
+def _ends(values: list[int | None]) -> pa.Array[Any]:
+    """Nulls alone are made of the same bytes in every version of Arrow."""
+    return pa.nulls(len(values), pa.int64()) if all(value is None for value in values) else pa.array(values, pa.int64())

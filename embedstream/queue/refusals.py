@@ -32,6 +32,7 @@ class Code(enum.StrEnum):
     UNKNOWN_DOCUMENT = "unknown_document"  # the same of its document
     EMPTY_TEXT = "empty_text"  # nothing that can be seen once the title is joined
     TEXT_TOO_LONG = "text_too_long"  # more than BLOCK_LIMITS.longest_text_bytes
+    NOT_CUT = "not_cut"  # no chunk of the size that is asked for can be made of the text
     NUL_IN_TEXT = "nul_in_text"  # U+0000 in id, text or a kept string: most stores cannot hold it
     LONE_SURROGATE = "lone_surrogate"  # half of a UTF-16 pair, which no encoding can hold
     BAD_KEPT = "bad_kept"  # a Python value of a kept field that JSON cannot hold

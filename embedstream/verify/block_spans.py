@@ -22,7 +22,9 @@ _NONE = np.iinfo(np.int64).max
 class BlockSpans:
     """The first and the last row of each block; 32 bytes a block and file."""
 
-    def __init__(self) -> None:
+    def __init__(self, cut: bool = False) -> None:
+        """`cut`: whether rows are cut into chunks, so that one may lie in two blocks that follow each other."""
+        self._cut = cut
         self._found: list[npt.NDArray[np.int64]] = []
 
     def file(self, blocks: Sequence[BlockRecord], failed: bool, rows: int) -> FileSpans:
@@ -49,7 +51,8 @@ class BlockSpans:
         begins = np.flatnonzero(np.append(True, (found[1:, :2] != found[:-1, :2]).any(axis=1)))
         part = found[begins, 0]
         first, last = np.minimum.reduceat(found[:, 2], begins), np.maximum.reduceat(found[:, 3], begins)
-        overlaps = np.flatnonzero((part[1:] == part[:-1]) & (first[1:] <= last[:-1]))
+        before = first[1:] < last[:-1] if self._cut else first[1:] <= last[:-1]
+        overlaps = np.flatnonzero((part[1:] == part[:-1]) & before)
         told: dict[Place, str] = {}
         for at in overlaps:
             low, high = int(first[at + 1]), int(last[at])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from functools import partial
 
 import numpy as np
 
@@ -10,7 +11,7 @@ from embedstream.dataset.input_hash import entered, text_digests
 from embedstream.queue.blocks import Block
 from embedstream.records import Manifest
 from embedstream.verify.findings import MOST_SHOWN, Finding, Kind
-from embedstream.verify.folder_output import FolderCheck
+from embedstream.verify.folder_output import FolderCheck, by_section
 from embedstream.verify.locating import Place, locate
 from embedstream.verify.places import Mask, Places, Rows
 from embedstream.verify.rows import id_numbers, kept_numbers
@@ -59,33 +60,49 @@ class CorpusCheck:
     def _compare_rows(self, block: Block, label: str) -> None:
         part, batch, spec = block.part, block.rows, self._check.spec
         rows: Rows = batch.column("row").to_numpy()
-        good, failed = self._check.good.remove(part, rows), self._check.failed.remove(part, rows)
-        there = self._numbers.get(part, rows)
+        chunks: Rows = batch.column("chunk").to_numpy()
+        good, failed = np.zeros(len(rows), np.bool_), np.zeros(len(rows), np.bool_)
+        there = np.zeros((len(rows), 3), np.uint64)
+        for section, chosen in by_section(np.full(len(rows), part), chunks, len(spec.parts)):
+            good[chosen] = self._check.good.remove(section, rows[chosen])
+            failed[chosen] = self._check.failed.remove(section, rows[chosen])
+            there[chosen] = self._numbers.get(section, rows[chosen])
+        told = partial(self._told, part=part, rows=rows, chunks=chunks, label=label)
         ids = batch.column("id")
-        self._told(Kind.NOT_IN_DATASET, part, rows, ~(good | failed), ids.to_pylist(), label, "is not in the dataset")
+        told(Kind.NOT_IN_DATASET, bad=~(good | failed), ids=ids.to_pylist(), words="is not in the dataset")
         other_id = (good | failed) & (there[:, 0] != id_numbers(ids))
-        self._told(Kind.OTHER_ID, part, rows, other_id, ids.to_pylist(), label, "has another id in the dataset")
+        told(Kind.OTHER_ID, bad=other_id, ids=ids.to_pylist(), words="has another id in the dataset")
         same = good & ~failed & ~other_id
         digests = text_digests(entered(batch, self._check.spec.query_field), self._check.manifest.prompt)
         texts = np.frombuffer(digests, np.uint64).reshape(-1, 2)[:, 0]
         other_text = same & (there[:, 1] != texts)
         words = "has another text than the one that was embedded"
-        self._told(Kind.OTHER_TEXT, part, rows, other_text, ids.to_pylist(), label, words)
+        told(Kind.OTHER_TEXT, bad=other_text, ids=ids.to_pylist(), words=words)
         if spec.keep:
             other = same & (there[:, 2] != kept_numbers(batch, spec))
             words = f"has other values of {', '.join(spec.keep)} than the dataset"
-            self._told(Kind.OTHER_FIELDS, part, rows, other, ids.to_pylist(), label, words)
+            told(Kind.OTHER_FIELDS, bad=other, ids=ids.to_pylist(), words=words)
 
     def _compare_refused(self, block: Block, label: str) -> None:
         part, ids = block.part, [refusal.id for refusal in block.refused]
         rows = np.array([refusal.row for refusal in block.refused], np.int64)
         good, failed = self._check.good.remove(part, rows), self._check.failed.remove(part, rows)
         words = "is refused, and is not in the dataset's errors"
-        self._told(Kind.NOT_IN_DATASET, part, rows, ~(good | failed), ids, label, words)
-        self._told(Kind.NOT_IN_CORPUS, part, rows, good & ~failed, ids, label, "is refused, and is in the dataset")
+        told = partial(self._told, part=part, rows=rows, chunks=np.zeros(len(rows), np.int64), label=label, ids=ids)
+        told(Kind.NOT_IN_DATASET, bad=~(good | failed), words=words)
+        told(Kind.NOT_IN_CORPUS, bad=good & ~failed, words="is refused, and is in the dataset")
 
     def _told(
-        self, kind: Kind, part: int, rows: Rows, bad: Mask, ids: list[str | None], label: str, words: str
+        self,
+        kind: Kind,
+        *,
+        part: int,
+        rows: Rows,
+        chunks: Rows,
+        bad: Mask,
+        ids: list[str | None],
+        label: str,
+        words: str,
     ) -> None:
         """Count the rows in the mask; the first of a kind are told, once it is known which file they are in."""
         if not bad.any():
@@ -94,8 +111,8 @@ class CorpusCheck:
         waiting = sum(other is kind for other, *_ in self._unlocated)
         told = found[: max(0, self._findings.room(kind) - waiting)]
         for at in told:
-            place = Place(part, int(rows[at]))
-            self._unlocated.append((kind, place, f"{label}:{place.row + 1}: {words}", ids[at]))
+            place = Place(part, int(rows[at]), int(chunks[at]))
+            self._unlocated.append((kind, place, f"{_named(label, place)}: {words}", ids[at]))
         self._findings.count(kind, len(found) - len(told))
 
     def finish(self, labels: list[str]) -> None:
@@ -115,13 +132,18 @@ class CorpusCheck:
         for place, words in extra:
             there = located.get(place, nowhere)
             label = labels[place.part] if place.part < len(labels) else f"part {place.part}"
-            message = f"{label}:{place.row + 1}: {words} in the corpus"
+            message = f"{_named(label, place)}: {words} in the corpus"
             self._findings.add(Kind.NOT_IN_CORPUS, message, there.file, there.row, there.id)
 
     def _left(self, places: Places) -> list[Place]:
         left: list[Place] = []
-        for part, rows in places:
+        for section, rows in places:
+            chunk, part = divmod(section, len(self._check.spec.parts))
             shown = rows[: MOST_SHOWN - len(left)]
-            left += [Place(part, int(row)) for row in shown]
+            left += [Place(part, int(row), chunk) for row in shown]
             self._findings.count(Kind.NOT_IN_CORPUS, len(rows) - len(shown))
         return left
+
+
+def _named(label: str, place: Place) -> str:
+    return f"{label}:{place.row + 1}{f' chunk {place.chunk}' if place.chunk else ''}"

@@ -30,6 +30,9 @@ from embedstream.verify.rows import Located, bad_column, id_numbers, kept_number
 _TOTALS = ("skipped", "truncated", "duplicates", "tokens", "padded")
 """What a manifest adds up over its shards, beside rows and error rows."""
 
+MOST_CHUNKS = 1 << 19
+"""Of one text: one of 8 MiB has no more chunks of 16 bytes."""
+
 _SPARE_PAGES = 4096
 _PAGES_PER_FULL_ONE = 64
 """How thinly rows may be spread: a corpus with 63 blank lines for each row is still followed."""
@@ -53,6 +56,8 @@ class FolderCheck:
         self._on_rows = on_rows
         self.findings = findings
         most = _SPARE_PAGES + _PAGES_PER_FULL_ONE * ((manifest.rows + manifest.failed) // PAGE_ROWS + 1)
+        if self.spec.chunking is not None:
+            most += MOST_CHUNKS
         self.good, self.failed = Places(most), Places(most)
         """The rows of the dataset, and those of its errors."""
         self.numbers = PlaceNumbers(3) if compare else None
@@ -61,7 +66,7 @@ class FolderCheck:
         """Read so far."""
         self._names = set(sink.files.names())
         self._per_part = np.zeros((len(self.spec.parts), 2), np.int64)
-        self._spans = BlockSpans()
+        self._spans = BlockSpans(self.spec.chunking is not None)
         self._totals = dict.fromkeys(_TOTALS, 0)
         self._errors_sound = True
         """Whether nothing was wrong with the files of error rows, so that they can be told as people read them."""
@@ -198,27 +203,27 @@ class FolderCheck:
             for kind, bad in bad_column(output, batch, alone=len(outputs) == 1).items():
                 located.add(kind, bad)
         numbers = None if self.numbers is None else self._numbers_of(batch, located)
-        for part, chosen, rows in self._places(batch, located):
-            doubled, beyond = self.good.add(part, rows)
+        for section, chosen, rows in self._places(batch, located):
+            doubled, beyond = self.good.add(section, rows)
             located.add(Kind.DOUBLED, _widened(chosen, doubled))
             located.add(Kind.PLACE, _widened(chosen, beyond))
-            located.add(Kind.IN_BOTH, _widened(chosen, self.failed.has(part, rows)))
-            self._per_part[part, 0] += len(rows)
+            located.add(Kind.IN_BOTH, _widened(chosen, self.failed.has(section, rows)))
+            self._per_part[section % len(self.spec.parts), 0] += len(rows)
             if numbers is not None and self.numbers is not None:
-                self.numbers.put(part, rows[~beyond], numbers[chosen][~beyond])
+                self.numbers.put(section, rows[~beyond], numbers[chosen][~beyond])
 
     def _check_error_rows(self, batch: pa.RecordBatch, located: Located) -> None:
         numbers = np.zeros((batch.num_rows, 3), np.uint64)
         if self.numbers is not None:
             numbers[:, 0] = id_numbers(batch.column("id"))
-        for part, chosen, rows in self._places(batch, located):
-            doubled, beyond = self.failed.add(part, rows)
+        for section, chosen, rows in self._places(batch, located):
+            doubled, beyond = self.failed.add(section, rows)
             located.add(Kind.DOUBLED, _widened(chosen, doubled))
             located.add(Kind.PLACE, _widened(chosen, beyond))
-            located.add(Kind.IN_BOTH, _widened(chosen, self.good.has(part, rows)))
-            self._per_part[part, 1] += len(rows)
+            located.add(Kind.IN_BOTH, _widened(chosen, self.good.has(section, rows)))
+            self._per_part[section % len(self.spec.parts), 1] += len(rows)
             if self.numbers is not None:
-                self.numbers.put(part, rows[~beyond], numbers[chosen][~beyond])
+                self.numbers.put(section, rows[~beyond], numbers[chosen][~beyond])
 
     def _numbers_of(self, batch: pa.RecordBatch, located: Located) -> Numbers:
         """What is compared with the corpus, [n, 3]; texts that are not those of their own hash are told at once."""
@@ -234,13 +239,16 @@ class FolderCheck:
         return numbers
 
     def _places(self, batch: pa.RecordBatch, located: Located) -> Iterator[tuple[int, Mask, Rows]]:
-        """The batch by part: its number, which rows are of it, and their row numbers. Impossible places are told."""
+        """The batch by section: its number, which rows are of it, and their row numbers. Impossible places are told."""
         part, row, chunk = (batch.column(name).to_numpy() for name in ("part", "row", "chunk"))
-        impossible = (part < 0) | (part >= len(self.spec.parts)) | (row < 0) | (row >= MOST_INPUT_ROWS) | (chunk != 0)
+        most = 1 if self.spec.chunking is None else MOST_CHUNKS
+        impossible = (part < 0) | (part >= len(self.spec.parts)) | (row < 0) | (row >= MOST_INPUT_ROWS)
+        impossible |= (chunk < 0) | (chunk >= most)
         located.add(Kind.PLACE, impossible)
-        for each in np.unique(part[~impossible]):
-            chosen = (part == each) & ~impossible
-            yield int(each), chosen, row[chosen].astype(np.int64)
+        for each, chosen in by_section(part, chunk, len(self.spec.parts)):
+            chosen &= ~impossible
+            if chosen.any():
+                yield each, chosen, row[chosen].astype(np.int64)
 
     def _check_order(self) -> None:
         """What a corpus would tell better: rows that are not between those of the neighbouring blocks."""
@@ -276,6 +284,13 @@ class FolderCheck:
             return
         if differs:
             self.findings.add(Kind.ERRORS, f"{lines:,} lines, {self.manifest.failed:,} rows failed; {differs}", ERRORS)
+
+
+def by_section(part: Any, chunk: Any, parts: int) -> Iterator[tuple[int, Mask]]:
+    """Rows by part and chunk, which make a section (`chunk * parts + part`): its number, and which rows are of it."""
+    section = chunk.astype(np.int64) * parts + part
+    for each in np.unique(section):
+        yield int(each), section == each
 
 
 _Sums = list[tuple[str, tuple[int, str] | OutputError | None]]

@@ -17,6 +17,7 @@ class Place(NamedTuple):
 
     part: int
     row: int
+    chunk: int = 0
 
 
 def locate(sink: FolderSink, manifest: Manifest, wanted: set[Place]) -> dict[Place, Finding]:
@@ -28,15 +29,17 @@ def locate(sink: FolderSink, manifest: Manifest, wanted: set[Place]) -> dict[Pla
     if not wanted:
         return located
     for shard in manifest.shards:
-        rows = [(part_file(shard.name), sink.batches(part_file(shard.name), ["part", "row", "id"], BATCH_ROWS))]
+        file = part_file(shard.name)
+        rows = [(file, sink.batches(file, ["part", "row", "chunk", "id"], BATCH_ROWS))]
         rows += [(errors_file(shard.name), sink.errors(shard.name))] if shard.failed else []
         for name, batches in rows:
             start = 0
             try:
                 for batch in batches:
-                    part, row = (batch.column(column).to_numpy() for column in ("part", "row"))
+                    part, row, chunk = (batch.column(column).to_numpy() for column in ("part", "row", "chunk"))
                     for place in wanted - located.keys():
-                        for at in np.flatnonzero((part == place.part) & (row == place.row))[:1]:
+                        same = (part == place.part) & (row == place.row) & (chunk == place.chunk)
+                        for at in np.flatnonzero(same)[:1]:
                             id = batch.column("id")[int(at)].as_py()
                             located[place] = Finding(message="", file=name, row=start + int(at), id=id)
                     start += batch.num_rows

@@ -53,8 +53,9 @@ class HashCheck:
         rows: list[Any] = block.rows.column("row").to_pylist()
         columns: dict[str, list[Any]] = {name: block.rows.column(name).to_pylist() for name in self._kept()}
         ids: list[Any] = block.rows.column("id").to_pylist()
-        errors = self.sink.look_at_errors([(block.part, row) for row in rows])
-        keys, found = self.sink.look(ids, ["job", *columns])
+        chunks: list[Any] = block.rows.column("chunk").to_pylist()
+        errors = self.sink.look_at_errors([(block.part, row, chunk) for row, chunk in zip(rows, chunks, strict=True)])
+        keys, found = self.sink.look(ids, chunks, ["job", *columns])
         for at, (key, fields) in enumerate(zip(keys, found, strict=True)):
             place, name = f"{label}:{rows[at] + 1}", key.decode(errors="replace")
             error = errors[at]
@@ -69,7 +70,7 @@ class HashCheck:
                 if value != wanted:
                     kind = Kind.OTHER_TEXT if column == "text" else Kind.OTHER_FIELDS
                     self.findings.add(kind, f"{place}: has another {column} than the dataset", name, id=ids[at])
-        failed = self.sink.look_at_errors([(block.part, refusal.row) for refusal in block.refused])
+        failed = self.sink.look_at_errors([(block.part, refusal.row, 0) for refusal in block.refused])
         for refusal, error in zip(block.refused, failed, strict=True):
             if error is None:
                 message = f"{label}:{refusal.row + 1}: is refused, and is not in the dataset's errors"
@@ -78,19 +79,21 @@ class HashCheck:
     def run(self, index: DuplicateIndex) -> None:
         """Read every key below the prefix. `index` holds the ids of the corpus if that was compared, else nothing."""
         known = 0
-        for keys, found in self.sink.scan(["job", "id", *(field.name for field in self._columns)]):
+        for keys, found in self.sink.scan(["job", "id", "chunk", *(field.name for field in self._columns)]):
             mine = [at for at, fields in enumerate(found) if fields[0] in self._jobs]
             self._note_foreign([keys[at] for at in range(len(keys)) if found[at][0] not in self._jobs])
             names = [(found[at][1] or b"").decode(errors="replace") for at in mine]
-            earlier = index.check(_KEYS_PART, range(known, known + len(mine)), names)
+            chunks = [_number(found[at][2]) for at in mine]
+            entered = names if self.compared is not None else [f"{c}:{n}" for c, n in zip(chunks, names, strict=True)]
+            earlier = index.check(_KEYS_PART, range(known, known + len(mine)), entered)
             known += len(mine)
-            for at, name, position in zip(mine, names, earlier, strict=True):
+            for at, name, chunk, position in zip(mine, names, chunks, earlier, strict=True):
                 key = keys[at].decode(errors="replace")
                 if self.compared is not None and position is None:
                     self.findings.add(Kind.NOT_IN_CORPUS, "no such id in the corpus", key, id=name)
-                if keys[at] != self.sink.key(name):
+                if keys[at] != self.sink.key(name, chunk):
                     self.findings.add(Kind.OTHER_ID, "the hash has another id than its key", key, id=name)
-            self._check_results([keys[at] for at in mine], [found[at] for at in mine])
+            self._check_results([keys[at] for at in mine], [[*found[at][:2], *found[at][3:]] for at in mine])
             self._on_rows(len(mine))
         if self.compared is None and len(index) != self.manifest.rows:
             message = (
@@ -145,6 +148,11 @@ class HashCheck:
             except (ValueError, pa.ArrowException) as error:
                 raise _Unreadable(f"{field.name}: {error}") from error
         return pa.RecordBatch.from_arrays(arrays, schema=pa.schema(self._columns))
+
+
+def _number(field: bytes | None) -> int:
+    """Which chunk a hash says that it is."""
+    return int(field) if field is not None and field.isdigit() else 0
 
 
 class _Unreadable(Exception):

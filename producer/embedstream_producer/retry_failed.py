@@ -89,7 +89,10 @@ class FailedRows:
         Raises:
             CorpusChanged: a row is not what failed.
         """
-        failed = ((place.row, msgspec.json.decode(value, type=_Failed)) for place, value in self._rows.of_part(part))
+        failed = (
+            ((place.row, place.chunk), msgspec.json.decode(value, type=_Failed))
+            for place, value in self._rows.of_part(part)
+        )
         return pick(part, source, blocks, failed, self._sums, self.spec.keep)
 
 
@@ -102,25 +105,27 @@ def pick(
     part: int,
     source: str,
     blocks: Iterable[Block],
-    failed: Iterator[tuple[int, _Failed]],
+    failed: Iterator[tuple[tuple[int, int], _Failed]],
     sums: Mapping[tuple[int, int], str],
     keep: tuple[str, ...],
 ) -> Iterator[Block]:
-    """The rows of a part that failed, which come in order, packed as blocks; reads all of `blocks`."""
+    """The rows of a part that failed, which come in order of row and chunk, packed as blocks; reads all of `blocks`."""
     packer, wanted, count = Packer(part, keep), next(failed, None), 0
     for block in blocks:
         count = block.number + 1
-        if wanted is None or block.span is None or wanted[0] > block.span[1]:
+        rows = {(row["row"], row["chunk"]): row for row in block.rows.to_pylist()}
+        last_one = max(rows, default=None)
+        if wanted is None or last_one is None or wanted[0] > last_one or block.span is None:
             continue
         if sums.get((part, block.number), block.sum.hex()) != block.sum.hex():
             raise CorpusChanged(source, block.number, block.span)
-        rows = {row["row"]: row for row in block.rows.to_pylist()}
-        while wanted is not None and wanted[0] <= block.span[1]:
+        while wanted is not None and wanted[0] <= last_one:
             row = rows.get(wanted[0])
             if row is None or row["id"] != wanted[1].id or not row["text"].startswith(wanted[1].beginning):
                 raise CorpusChanged(source, block.number, block.span)
             kept = tuple(row[name] for name in keep)
-            full = packer.add(row["row"], row["id"], row["text"], len(row["text"].encode()), kept)
+            size, span = len(row["text"].encode()), (row["start"], row["end"])
+            full = packer.add(row["row"], row["id"], row["text"], size, kept, row["chunk"], span)
             if full is not None:
                 yield full
             wanted = next(failed, None)

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from embedstream.corpus.chunking import with_tokenizer
 from embedstream.corpus.duplicates import DuplicateIndex
 from embedstream.corpus.parts import Part
 from embedstream.dataset.objects import is_object, parse_object
@@ -138,6 +139,7 @@ def submit(options: Options) -> int:
         parts=part_names(corpus) if options.server_side else [part_name(source) for source in corpus],
         settings=options.settings,
     )
+    spec = with_tokenizer(spec)
     if options.plan or options.plan_measure:
         return _plan(options, spec, corpus)
     if options.server_side:

@@ -10,7 +10,7 @@ import click
 
 from embedstream.cli.command import Command
 from embedstream.cli.commands import INTERRUPTED, end, on_signals, run
-from embedstream.jobs import DEFAULT_MODEL, CorpusFormat
+from embedstream.jobs import DEFAULT_MODEL, ChunkBy, CorpusFormat
 from embedstream.outputs import Task, parse_emit
 
 
@@ -33,6 +33,7 @@ from embedstream.outputs import Task, parse_emit
             "empty",
             "corpus_format",
         ],
+        "Long texts": ["on_long", "chunk_tokens", "chunk_overlap", "chunk_by", "chunk_format"],
         "Before embedding": ["plan", "plan_measure"],
         "Failed rows": ["max_errors", "retry_failed"],
         "A finished output": ["trust_unchanged"],
@@ -109,6 +110,38 @@ from embedstream.outputs import Task, parse_emit
 @click.option("--prompt", help="Put in front of every text.  [default: the model's own for the role]")
 @click.option("--prompt-name", help="One of the model's prompts.")
 @click.option("--max-length", type=click.IntRange(min=1), help="Tokens of a text.  [default: the model's own]")
+@click.option(
+    "--on-long",
+    type=click.Choice(["cut", "error", "chunk"]),
+    default="cut",
+    help="What becomes of a text that is longer than the model takes. cut: its end is left out, and it is marked; "
+    "chunk: texts are cut into chunks of what the model takes.",
+)
+@click.option(
+    "--chunk-tokens",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Cut texts into chunks of at most N tokens, prompt and special tokens included; each is a row.",
+)
+@click.option(
+    "--chunk-overlap",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="M",
+    help="At most so many tokens of a chunk are those of the one before, too.",
+)
+@click.option(
+    "--chunk-by",
+    type=click.Choice(get_args(ChunkBy)),
+    default="recursive",
+    help="Where texts are cut: at paragraphs, lines, sentences and words; at sentences; or at headings first.",
+)
+@click.option(
+    "--chunk-format",
+    default="",
+    metavar="FORMAT",
+    help="What enters the model of a chunk, such as '{title}\\n{chunk}' (\\n: a new line).  [default: title and chunk]",
+)
 @click.option("--max-errors", metavar="N|P%", help="The job fails if more rows fail than this; otherwise exit 0.")
 @click.option("--retry-failed", is_flag=True, help="Run again the rows of a finished output that failed in a worker.")
 @click.option("--plan", is_flag=True, help="Embed nothing: read the corpus, and print what the job would be.")
@@ -162,6 +195,11 @@ def embed_submit(
     prompt: str | None,
     prompt_name: str | None,
     max_length: int | None,
+    on_long: Literal["cut", "error", "chunk"],
+    chunk_tokens: int | None,
+    chunk_overlap: int,
+    chunk_by: ChunkBy,
+    chunk_format: str,
     max_errors: str | None,
     retry_failed: bool,
     trust_unchanged: bool,
@@ -218,6 +256,11 @@ def embed_submit(
             "keep": keep,
             "text": not no_text,
             "empty": empty,
+            "on_long": on_long,
+            "chunk_tokens": chunk_tokens,
+            "chunk_overlap": chunk_overlap,
+            "chunk_by": chunk_by,
+            "chunk_format": chunk_format.replace("\\n", "\n"),
         },
         retry_failed=retry_failed,
         trust_unchanged=trust_unchanged,

@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 
-from embedstream.corpus.records import Outcome, RecordReader
+from embedstream.corpus.records import LONGEST_DOCUMENT_BYTES, Outcome, RecordReader
 from embedstream.jobs import JobSpec
 from embedstream.queue.refusals import Code, refusal
 from embedstream.records import PartContent
-from embedstream.settings import BLOCK_LIMITS
 from embedstream_producer.sources import Source, SourcePart
 from embedstream_producer.trees import Tree
 
@@ -17,7 +16,7 @@ SUFFIXES = (".txt", ".text", ".md", ".markdown", ".mdx", ".rst", ".adoc", ".org"
 """Of names, by which files of a folder are taken for texts."""
 
 ROWS_AT_ONCE = 64
-MOST_BYTES = BLOCK_LIMITS.longest_text_bytes + 1
+MOST_BYTES = LONGEST_DOCUMENT_BYTES + 1
 """Read of a file: so much shows that it is too long."""
 
 

@@ -11,18 +11,19 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
 
+from embedstream.chunks import Chunked, Cut, chunk_input
 from embedstream.dataset.input_hash import model_inputs
-from embedstream.errors import EmbedstreamError
+from embedstream.errors import EmbedstreamError, ModelError
 from embedstream.jobs import JobSpec
 from embedstream.outputs import MOST_DIMENSIONS, Dtype, Output
 from embedstream.planning import Counted, Measure, Measured, TokenCounter, receive, send
 
-_ASKED: Any = list[str] | Measure
+_ASKED: Any = list[str] | Measure | Cut
 
 _BYTES: dict[Dtype, float] = {"float32": 4, "float16": 2, "int8": 1, "ubinary": 1 / 8}
 
@@ -38,6 +39,8 @@ class Plan:
     pairs: bool
     """Whether texts are pairs, as `entered` gives them."""
     about: TokenCounter
+    cutter: Any = None
+    """A `Cutter`, for a job whose texts are cut."""
 
     def encode(self, texts: list[str]) -> Iterator[Any]:
         """The `Tokens` of texts, piece by piece; those that the tokenizer cannot bear have none."""
@@ -80,7 +83,8 @@ def plan_of(spec: JobSpec) -> Plan:
         from embedstream_worker.models import resolve_model
         from embedstream_worker.purpose import Purpose
 
-        folder = resolve_model(spec.model, spec.revision, offline=True)
+        # Of a job whose texts are cut, the model is needed here: nothing is submitted before.
+        folder = resolve_model(spec.model, spec.revision, offline=spec.chunking is None)
         model = read_text_model(folder)
         prompt, tokenizer = model.prompt(spec.role, spec.prompt, spec.prompt_name), model.input.tokenizer()
         info = EngineInfo(
@@ -104,7 +108,25 @@ def plan_of(spec: JobSpec) -> Plan:
         warning=missing(info, spec.role) if recipe.prompt_from == NOWHERE else "",
         vector_bytes=_vector_bytes(resolve_outputs(spec, info)),
     )
-    return Plan(tokenizer, prompt, max_length, info.pairs and spec.query_field is not None, about)
+    plan = Plan(tokenizer, prompt, max_length, info.pairs and spec.query_field is not None, about)
+    return plan if spec.chunking is None else _cutting(plan, spec, info.max_length)
+
+
+def _cutting(plan: Plan, spec: JobSpec, max_length: int) -> Plan:
+    from embedstream_worker.cutting import Cutter, SpanTokenizer, tokenizer_sum
+
+    assert spec.chunking is not None
+    if not isinstance(plan.tokenizer, SpanTokenizer):
+        raise ModelError(f"model {spec.model}: its tokenizer is written in Python, and does not say where tokens are")
+    bare = plan.prompt + chunk_input(spec.chunking, spec.title_sep, "", "")
+    about = msgspec.structs.replace(
+        plan.about,
+        tokenizer=tokenizer_sum(plan.tokenizer),
+        max_length=max_length,
+        overhead=int(plan.tokenizer.encode([bare], max_length).lengths[0]),
+    )
+    chunking = msgspec.structs.replace(spec.chunking, tokens=spec.chunking.tokens or plan.max_length)
+    return replace(plan, about=about, cutter=Cutter(plan.tokenizer, plan.prompt, chunking, spec.title_sep))
 
 
 def _vector_bytes(outputs: Sequence[Output]) -> int | None:
@@ -131,7 +153,17 @@ def main() -> None:
         return
     send(answer, msgspec.structs.replace(plan.about, fingerprint=_fingerprint(spec)))
     while (asked := receive(ask, _ASKED)) is not None:
-        send(answer, plan.count(asked) if isinstance(asked, list) else _measured(spec, plan, asked))
+        send(answer, _answered(spec, plan, asked))
+
+
+def _answered(spec: JobSpec, plan: Plan, asked: list[str] | Measure | Cut) -> object:
+    match asked:
+        case Cut():
+            return Chunked(plan.cutter.cut(asked.documents))
+        case Measure():
+            return _measured(spec, plan, asked)
+        case _:
+            return plan.count(asked)
 
 
 def _fingerprint(spec: JobSpec) -> str:

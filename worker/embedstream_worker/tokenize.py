@@ -87,6 +87,7 @@ class Tokenize:
             return self._tried(job, blocks[0])
         pieces = list(pool.map(lambda held: self._encode(job, held), blocks))
         tokens, errors = _joined([piece for piece, _ in pieces])
+        errors |= too_long(job, tokens, errors)
         return TokenizedGroup(job, blocks, tokens, pa.concat_arrays([hashes for _, hashes in pieces]), errors)
 
     def _checked(self, pool: ThreadPoolExecutor, groups: list[TokenizedGroup]) -> list[TokenizedGroup]:
@@ -169,7 +170,9 @@ class Tokenize:
         finally:
             self._tokenizers.put(tokenizer)
         hashes = input_hashes(entered(rows, query), job.prompt)
-        return TokenizedGroup(job, [held], join_tokens(pieces), hashes, errors, trial.note)
+        tokens = join_tokens(pieces)
+        errors |= too_long(job, tokens, errors)
+        return TokenizedGroup(job, [held], tokens, hashes, errors, trial.note)
 
 
 def by_job(blocks: list[HeldBlock]) -> list[tuple[OpenJob, list[HeldBlock]]]:
@@ -178,6 +181,14 @@ def by_job(blocks: list[HeldBlock]) -> list[tuple[OpenJob, list[HeldBlock]]]:
     for held in blocks:
         groups.setdefault(id(held.job), (held.job, []))[1].append(held)
     return list(groups.values())
+
+
+def too_long(job: OpenJob, tokens: Tokens, errors: RowErrors) -> RowErrors:
+    """Errors of rows that the job does not want to be cut."""
+    if job.spec.on_long == "cut" and job.spec.chunking is None:
+        return {}
+    message = f"the text has more than {job.max_length:,} tokens, and nothing is cut (--on-long error)"
+    return {row: ("too_long", message) for row in np.flatnonzero(tokens.truncated).tolist() if row not in errors}
 
 
 def encode_rows(tokenizer: TextTokenizer, texts: Sequence[str], prompt: str, max_length: int) -> Encoded:

@@ -9,6 +9,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import tokenizers
 
 from embedstream.errors import ModelError
@@ -71,6 +72,7 @@ class FastTokenizer:
         self.truncation_side = truncation_side
         self.add_special_tokens = add_special_tokens
         self._max_length: int | None = None
+        self._whole: tokenizers.Tokenizer | None = None
 
     def as_json(self) -> str:
         """The tokenizer as `tokenizer.json` has it, without padding and truncation."""
@@ -78,6 +80,15 @@ class FastTokenizer:
         backend.no_truncation()
         described: str = backend.to_str()
         return described
+
+    def begins(self, texts: Sequence[str]) -> list[npt.NDArray[np.int64]]:
+        """Where the tokens of each text begin in it, in characters, special tokens left out."""
+        if self._whole is None:
+            self._whole = tokenizers.Tokenizer.from_str(self.as_json())
+        with panics_are_errors():
+            encodings = self._whole.encode_batch(list(texts), add_special_tokens=False)
+        firsts = (np.array([first for first, _ in encoding.offsets], np.int64) for encoding in encodings)
+        return [np.maximum.accumulate(first) for first in firsts]
 
     def encode(self, texts: Sequence[str], max_length: int, firsts: Sequence[str] | None = None) -> Tokens:
         """Token ids with special tokens, cut at `max_length` tokens. Raises `ModelError` for an impossible length."""

@@ -26,8 +26,21 @@ U32 = npt.NDArray[np.uint32]
 U64 = npt.NDArray[np.uint64]
 
 
+def _begins(text: str) -> npt.NDArray[np.int64]:
+    sizes = np.array([len(character.encode()) for character in text], np.int64)
+    return np.searchsorted(np.cumsum(sizes), np.arange(0, int(sizes.sum()), 4), "right").astype(np.int64)
+
+
 class HashingTokenizer:
     """A token is 4 UTF-8 bytes of the text, little-endian, the last one filled up with zeros."""
+
+    def begins(self, texts: Sequence[str]) -> list[npt.NDArray[np.int64]]:
+        """Where the tokens of each text begin in it, in characters."""
+        return [_begins(text) for text in texts]
+
+    def as_json(self) -> str:
+        """What it is, as other tokenizers say it."""
+        return '{"type": "hashing"}'
 
     def encode(self, texts: Sequence[str], max_length: int, firsts: Sequence[str] | None = None) -> Tokens:
         """Token ids, cut at `max_length`; the empty text is the single token 0. It takes no pairs."""
