@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
+from hypothesis import settings as tries
 from hypothesis import strategies as st
 
 from embedstream.chunks import Document, chunk_input
 from embedstream.errors import UsageError
 from embedstream.jobs import ChunkBy, Chunking
+from embedstream.lifecycle.opening import SpecSettings, make_spec
 from embedstream_worker import cutting
 from embedstream_worker.cutting import Cutter
 from embedstream_worker.engines.hashing import HashingTokenizer
@@ -25,7 +27,7 @@ def chunks_of(text: str, most: int, overlap: int = 0, by: ChunkBy = "recursive")
     return [text[start:end] for start, end in spans]
 
 
-@settings(deadline=None, max_examples=300)
+@tries(deadline=None, max_examples=300)
 @given(text=TEXTS, most=st.integers(1, 40), overlap=st.integers(0, 39), by=WAYS)
 def test_chunks_have_all_of_a_text_and_no_more_tokens_than_they_may(
     text: str, most: int, overlap: int, by: ChunkBy
@@ -49,7 +51,7 @@ def test_chunks_have_all_of_a_text_and_no_more_tokens_than_they_may(
     assert all(at in covered for at, character in enumerate(text) if not character.isspace())
 
 
-@settings(deadline=None, max_examples=100)
+@tries(deadline=None, max_examples=100)
 @given(texts=st.lists(TEXTS, max_size=4), title=st.sampled_from(["", "A title"]), by=WAYS, most=st.integers(8, 40))
 def test_what_enters_the_model_has_no_more_tokens_than_a_chunk_may_have(
     texts: list[str], title: str, by: ChunkBy, most: int
@@ -121,3 +123,18 @@ def test_a_title_that_leaves_no_room_is_told() -> None:
 def test_what_cannot_be_is_one_sentence(chunking: Chunking, said: str) -> None:
     with pytest.raises(UsageError, match=said):
         chunking.check()
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"chunk_overlap": 8}, "--chunk-overlap: texts are cut with --chunk-tokens or --on-long chunk alone"),
+        ({"chunk_by": "markdown"}, "--chunk-by: texts are cut with --chunk-tokens"),
+        ({"chunk_tokens": 0}, "--chunk-tokens 0: must be at least 1"),
+        ({"chunk_tokens": 8, "chunk_overlap": 8}, "--chunk-overlap 8: must be below the size of a chunk"),
+        ({"chunk_tokens": 8, "query_field": "q", "keep": ["q"]}, "texts of pairs are not cut"),
+    ],
+)
+def test_settings_that_do_not_fit_each_other_are_refused(settings: SpecSettings, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        make_spec(queue=None, output="/out", model="hashing", revision=None, parts=("p",), settings=settings)

@@ -141,7 +141,7 @@ def _fetch(name: str, revision: str | None, wanted: list[str]) -> ModelFolder:
     except ModelError:
         raise
     except HFValidationError as error:
-        raise ModelError(f"model {name}: no such folder, and not a Hugging Face id (owner/name)") from error
+        raise _no_id(name) from error
     except RevisionNotFoundError as error:
         raise ModelError(f"model {name}: the hub has no revision {revision}; check --revision") from error
     except GatedRepoError as error:
@@ -167,6 +167,7 @@ def _refuse_pickled_only(name: str, there: list[str], wanted: list[str]) -> None
 
 def _find_cached(name: str, revision: str | None, patterns: list[str], trouble: str = "not asked") -> ModelFolder:
     from huggingface_hub import snapshot_download, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
     try:
         path = snapshot_download(
@@ -176,6 +177,8 @@ def _find_cached(name: str, revision: str | None, patterns: list[str], trouble: 
             ignore_patterns=_OTHER_RUNTIMES,
             local_files_only=True,
         )
+    except HFValidationError as error:
+        raise _no_id(name) from error
     except (OSError, ValueError) as error:
         if isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
             raise _only_a_part(name) from error
@@ -189,6 +192,10 @@ def _find_cached(name: str, revision: str | None, patterns: list[str], trouble: 
     if try_to_load_from_cache(name, _MODULES, revision=Path(path).name) is None:
         raise _only_a_part(name)
     return _from_hub(name, path)
+
+
+def _no_id(name: str) -> ModelError:
+    return ModelError(f"model {name}: no such folder, and not a Hugging Face id (owner/name)")
 
 
 def _only_a_part(name: str) -> ModelError:

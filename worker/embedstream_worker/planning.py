@@ -146,7 +146,8 @@ def main() -> None:
     try:
         plan = plan_of(spec)
     except ModuleNotFoundError as error:
-        send(answer, TokenCounter(trouble=f"{error.name} is not installed: pip install 'embedstream[worker]'"))
+        extra = "worker" if spec.chunking is None else "chunk"
+        send(answer, TokenCounter(trouble=f"{error.name} is not installed: pip install 'embedstream[{extra}]'"))
         return
     except EmbedstreamError as error:
         send(answer, TokenCounter(trouble=str(error), fingerprint=_fingerprint(spec)))
