@@ -246,7 +246,19 @@ FIELDS = ("spec", "state", "rows", "failed", "created", "ended", "pushed", "comm
 @fuzz(300)
 @given(st.dictionaries(st.sampled_from(FIELDS).map(str.encode), st.binary(max_size=30)))
 def test_a_job_of_any_fields(changed: dict[bytes, bytes]) -> None:
-    counters = ("submitted", "rows", "failed", "skipped", "truncated", "tokens", "padded", "done", "parts", *FIELDS[4:])
+    counters = (
+        "submitted",
+        "rows",
+        "failed",
+        "skipped",
+        "truncated",
+        "duplicates",
+        "tokens",
+        "padded",
+        "done",
+        "parts",
+        *FIELDS[4:],
+    )
     whole = {name.encode(): b"1" for name in (*counters, "space", "max_errors", "reason", "manifest")}
     whole |= {b"spec": SPEC.encode(), b"state": b"running", b"verdict": b""}
     assert parse_status("job", whole, 2.0).rows == 1
