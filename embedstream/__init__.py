@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from embedstream.api.async_client import AsyncClient, AsyncJob
     from embedstream.api.client import Client
+    from embedstream.api.embeddings import SparseVector
     from embedstream.api.job import Job
     from embedstream.api.reading import open_dataset
     from embedstream.errors import (
@@ -46,6 +47,7 @@ __all__ = [
     "JobUnknown",
     "OutputError",
     "RequestError",
+    "SparseVector",
     "SpecDiffers",
     "UsageError",
     "__version__",
@@ -60,6 +62,7 @@ _HOMES = {
     "JobSpec": "jobs",
     "JobState": "jobs",
     "JobStatus": "jobs",
+    "SparseVector": "api.embeddings",
     "open_dataset": "api.reading",
 }
 

@@ -16,6 +16,7 @@ from reference_page import field_docs, table
 import embedstream
 import embedstream.testing
 from embedstream import errors
+from embedstream.api.embeddings import SparseVector
 from embedstream.dataset.schema import ErrorRow
 from embedstream.jobs import Chunking, JobSpec, JobState, JobStatus
 from embedstream.lifecycle.opening import SpecSettings
@@ -88,6 +89,18 @@ except embedstream.UsageError as error:
     print(error)
 ```
 
+What else a model gives for a few texts is asked for by `outputs`, as `--emit` takes them: other dtypes and sizes of
+dense vectors, and weights of tokens or a vector for each token where the model has them:
+
+```python
+import embedstream
+
+with embedstream.Client("redis://host:6379/0") as client:
+    found = client.embed(["a question", "another"], outputs=["dense=half:float16", "dense=bits:ubinary:64"])
+    for name, rows in found.items():
+        print(name, rows.shape, rows.dtype)
+```
+
 With asyncio, for example in a web server; `embed` then takes some milliseconds and blocks no thread:
 
 ```python
@@ -124,6 +137,7 @@ def page() -> str:
         _states(),
         _struct("JobStatus", JobStatus),
         _struct("ErrorRow", ErrorRow),
+        _struct("SparseVector", SparseVector),
         _class(embedstream.AsyncClient),
         _class(embedstream.AsyncJob),
         f"## Reading a dataset\n\n{_function('open_dataset', embedstream.open_dataset)}"
@@ -225,7 +239,7 @@ OF_FLAGS = {
 """Settings that the flags of embed-submit describe."""
 
 
-def _struct(name: str, kind: type[msgspec.Struct]) -> str:
+def _struct(name: str, kind: type[Any]) -> str:
     docs = field_docs(kind)
     rows = [[f"`{field}`", f"`{type}`", docs.get(field, "")] for field, type in _annotations(kind)]
     members = [

@@ -7,18 +7,20 @@ import threading
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, Self, TypeVar, Unpack
+from typing import TYPE_CHECKING, Literal, Self, TypeVar, Unpack, overload
 
 import pyarrow as pa
 
 from embedstream.api import interactive
 from embedstream.api.client import Client, needed_url
+from embedstream.api.embeddings import Embeddings, embeddings
 from embedstream.api.interactive import EmbedReply, EmbedRequest, make_pairs, make_request
 from embedstream.api.job import Job, Waiting, checked, warn
 from embedstream.api.record_blocks import AT_ONCE, Records
 from embedstream.dataset.schema import ErrorRow
 from embedstream.jobs import JobStatus
 from embedstream.lifecycle.opening import SpecSettings
+from embedstream.outputs import OutputSpec
 from embedstream.queue.broker import AsyncBroker
 from embedstream.queue.workers import WorkerRecord
 from embedstream.server.connection import connect_async, explaining
@@ -133,6 +135,7 @@ class AsyncClient:
         """As `Client.job`."""
         return AsyncJob(await asyncio.to_thread(self._client.job, id, output=output), self.url)
 
+    @overload
     async def embed(
         self,
         texts: Sequence[str] | str,
@@ -143,10 +146,39 @@ class AsyncClient:
         *,
         model: str | None = None,
         max_length: int | None = None,
-    ) -> npt.NDArray[np.float32]:
+        outputs: None = None,
+    ) -> npt.NDArray[np.float32]: ...
+
+    @overload
+    async def embed(
+        self,
+        texts: Sequence[str] | str,
+        role: Literal["document", "query"] = "query",
+        prompt: str | None = None,
+        prompt_name: str | None = None,
+        timeout: float = 30.0,
+        *,
+        model: str | None = None,
+        max_length: int | None = None,
+        outputs: Sequence[OutputSpec | str],
+    ) -> Embeddings: ...
+
+    async def embed(
+        self,
+        texts: Sequence[str] | str,
+        role: Literal["document", "query"] = "query",
+        prompt: str | None = None,
+        prompt_name: str | None = None,
+        timeout: float = 30.0,
+        *,
+        model: str | None = None,
+        max_length: int | None = None,
+        outputs: Sequence[OutputSpec | str] | None = None,
+    ) -> npt.NDArray[np.float32] | Embeddings:
         """As `Client.embed`."""
-        request = make_request(texts, role, prompt, prompt_name, max_length)
-        return interactive.vectors(await self._asked(request, timeout, model), len(request.texts))
+        request = make_request(texts, role, prompt, prompt_name, max_length, outputs=outputs)
+        reply = await self._asked(request, timeout, model)
+        return interactive.vectors(reply, len(request.texts)) if outputs is None else embeddings(reply, request)
 
     async def rerank(
         self,

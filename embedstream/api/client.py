@@ -8,11 +8,12 @@ import shlex
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, Protocol, Self, Unpack
+from typing import TYPE_CHECKING, Literal, Protocol, Self, Unpack, overload
 
 import redis
 
 from embedstream.api import interactive
+from embedstream.api.embeddings import Embeddings, embeddings
 from embedstream.api.interactive import EmbedReply, EmbedRequest, make_pairs, make_request
 from embedstream.api.job import Job, warn
 from embedstream.api.record_blocks import RECORDS, Records, records_part
@@ -32,6 +33,7 @@ from embedstream.lifecycle.opening import (
 )
 from embedstream.lifecycle.submission import Pushed, push_job
 from embedstream.lifecycle.unchanged import refuse_changed
+from embedstream.outputs import OutputSpec
 from embedstream.queue.broker import Broker
 from embedstream.queue.workers import WorkerRecord
 from embedstream.server.connection import REQUEST_TIMEOUT_SECONDS, connect, explaining, with_redis
@@ -189,6 +191,7 @@ class Client:
             nowhere = Broker(self._redis, "")
             return Job(id, nowhere.of(find_queue(nowhere, id)), self.url, self.settings, sink)
 
+    @overload
     def embed(
         self,
         texts: Sequence[str] | str,
@@ -199,17 +202,51 @@ class Client:
         *,
         model: str | None = None,
         max_length: int | None = None,
-    ) -> npt.NDArray[np.float32]:
+        outputs: None = None,
+    ) -> npt.NDArray[np.float32]: ...
+
+    @overload
+    def embed(
+        self,
+        texts: Sequence[str] | str,
+        role: Literal["document", "query"] = "query",
+        prompt: str | None = None,
+        prompt_name: str | None = None,
+        timeout: float = 30.0,
+        *,
+        model: str | None = None,
+        max_length: int | None = None,
+        outputs: Sequence[OutputSpec | str],
+    ) -> Embeddings: ...
+
+    def embed(
+        self,
+        texts: Sequence[str] | str,
+        role: Literal["document", "query"] = "query",
+        prompt: str | None = None,
+        prompt_name: str | None = None,
+        timeout: float = 30.0,
+        *,
+        model: str | None = None,
+        max_length: int | None = None,
+        outputs: Sequence[OutputSpec | str] | None = None,
+    ) -> npt.NDArray[np.float32] | Embeddings:
         """Vectors of a few texts now, ahead of all jobs: float32 [n, dim].
 
         `role` chooses the model's prompt unless `prompt` (a text) or `prompt_name` is given. `timeout` in seconds.
+
+        With `outputs`, each written as `--emit` takes it, a dictionary by the outputs' names: of `dense` an array
+        [n, dim], of `dense:ubinary` one of bytes [n, dim / 8], of `sparse` a `SparseVector` for each text, and of
+        `multivector` an array [tokens, dim] for each text. Sparse and multi-vector models embed queries by the
+        library's `encode_query`, at most 64 at once.
 
         Raises:
             RequestError: no worker answered in time (the message says whether one is alive), or a text failed.
             BrokerError: Redis could not be used in this time, or refuses. A server that hangs costs some seconds more.
         """
-        request = make_request(texts, role, prompt, prompt_name, max_length)
-        return interactive.vectors(self.asked(request, timeout, model), len(request.texts))
+        request = make_request(texts, role, prompt, prompt_name, max_length, outputs=outputs)
+        reply = self.asked(request, timeout, model)
+        return interactive.vectors(reply, len(request.texts)) if outputs is None else embeddings(reply, request)
 
     def rerank(
         self,

@@ -12,7 +12,7 @@ import msgspec
 
 from embedstream.errors import RequestError, UsageError
 from embedstream.jobs import check_prompting, check_setting
-from embedstream.outputs import Kind
+from embedstream.outputs import Dtype, Kind, OutputSpec, check_outputs, parse_emit
 from embedstream.queue.broker import AsyncBroker, Broker
 from embedstream.queue.steps import Answer, Code, Step, Steps
 from embedstream.server.patience import NotYet, Patience
@@ -46,6 +46,13 @@ KIND_OF: dict[RequestTask, Kind] = {"embed": "dense", "rerank": "score", "classi
 """What a request is answered with."""
 
 
+EMBEDDED: tuple[Kind, ...] = ("dense", "sparse", "multivector")
+"""Kinds of outputs that are asked for by name."""
+
+MOST_REPLY_BYTES = 64 * MIB
+"""Of outputs by name: a vector for each token makes long answers."""
+
+
 class EmbedRequest(msgspec.Struct, frozen=True, kw_only=True):
     """Texts for the model, as one entry of the queue's interactive stream (MessagePack)."""
 
@@ -60,6 +67,8 @@ class EmbedRequest(msgspec.Struct, frozen=True, kw_only=True):
     """To rerank: the first text of each pair."""
     id: str = ""
     """By which its sender knows it, for a worker's log."""
+    outputs: tuple[OutputSpec, ...] = ()
+    """To embed: what is wanted of each text; empty: vectors in float32."""
 
     def check(self) -> None:
         """Raise `UsageError` for more than a request may ask."""
@@ -71,6 +80,13 @@ class EmbedRequest(msgspec.Struct, frozen=True, kw_only=True):
             raise UsageError(
                 f"{self.task}() with query {self.query!r}: rerank() needs one that is not empty, others none"
             )
+        check_outputs(self.outputs, frozenset())
+        for output in self.outputs:
+            check_setting("outputs", output.name)
+            if self.task != "embed" or output.kind not in EMBEDDED:
+                raise UsageError(f"{self.task}() with output {output}: only embed() gives {', '.join(EMBEDDED)}")
+            if output.dtype == "int8":
+                raise UsageError(f"embed() with output {output}: int8 has the ranges of a whole job: take float32")
         before = (self.prompt or "") + (self.query or "")
         total, most = len(self.texts) * len(before.encode()), BLOCK_LIMITS.longest_text_bytes
         named = [("the query", self.query or ""), *((f"text {at}", text) for at, text in enumerate(self.texts))]
@@ -93,13 +109,22 @@ def make_request(
     prompt_name: str | None,
     max_length: int | None,
     task: RequestTask = "embed",
+    outputs: Sequence[OutputSpec | str] | None = None,
 ) -> EmbedRequest:
-    """A request. Raises `UsageError` for what are no texts."""
+    """A request. Raises `UsageError` for what are no texts, or no outputs."""
     texts = (texts,) if isinstance(texts, str) else tuple(texts)
     for at, text in enumerate(texts):
         _check_text(task, f"text {at}", text)
+    if outputs is not None and not outputs:
+        raise UsageError(f"{task}() without any output: leave outputs out, or name one of {', '.join(EMBEDDED)}")
     return EmbedRequest(
-        texts=texts, role=role, prompt=prompt, prompt_name=prompt_name, max_length=max_length, task=task
+        texts=texts,
+        role=role,
+        prompt=prompt,
+        prompt_name=prompt_name,
+        max_length=max_length,
+        task=task,
+        outputs=tuple(parse_emit(each) if isinstance(each, str) else each for each in outputs or ()),
     )
 
 
@@ -120,6 +145,17 @@ def _check_text(task: RequestTask, name: str, text: str) -> None:
         raise UsageError(f"{name} has half of a UTF-16 surrogate pair (character {error.start}); repair it") from error
 
 
+class ReplyOutput(msgspec.Struct, frozen=True, kw_only=True):
+    """One of the outputs that were asked for."""
+
+    name: str
+    kind: Kind
+    dtype: Dtype
+    dim: int
+    rows: tuple[bytes, ...]
+    """Of each text, as a Redis hash has it."""
+
+
 class EmbedReply(msgspec.Struct, frozen=True, kw_only=True):
     """The answer: numbers for each text, or why there are none."""
 
@@ -136,6 +172,8 @@ class EmbedReply(msgspec.Struct, frozen=True, kw_only=True):
     """Tokens of each text, special tokens and prompt included: uint32 little-endian, [texts]."""
     cut: tuple[int, ...] = ()
     """The texts that were longer than the model takes, by their places."""
+    outputs: tuple[ReplyOutput, ...] = ()
+    """As many as were asked for by name; then there are no `vectors`."""
     model: str = ""
     fingerprint: str = ""
     error: str = ""

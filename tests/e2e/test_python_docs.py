@@ -21,6 +21,7 @@ SAYS = [
     "completed 1000 rows, 0 failed",
     "3 c empty_text",
     "exclude each other",
+    "half (2, 384) float16\nbits (2, 8) uint8",
     "(2, 384) float32",
 ]
 

@@ -17,7 +17,7 @@ from lab.worker import share
 from embedstream.dataset.folder import FolderSink
 from embedstream.dataset.input_hash import input_hashes
 from embedstream.dataset.values import Ragged
-from embedstream.errors import DeviceLost
+from embedstream.errors import DeviceLost, ModelError
 from embedstream.jobs import JobSpec
 from embedstream.outputs import Kind
 from embedstream.records import Recipe
@@ -451,3 +451,52 @@ def test_a_text_whose_results_of_one_kind_are_not_finite_is_tried_once_more_for_
     np.testing.assert_array_equal(sparse.values, np.array([1, 7, again, 3], np.float32))
     assert work.results()["dense"].tolist() == [[1, 1], [2, 2], [1, 1]]
     assert [code for code, _ in work.errors.values()] == (["not_finite"] if np.isnan(again) else [])
+
+
+class AskingEngine(FakeEngine):
+    """Embeds queries in a way of its own, for which no batch may be in it."""
+
+    def __init__(self) -> None:
+        super().__init__(self._enter)
+        self.in_flight = 2
+        self.inside = 0
+
+    def _enter(self, _: list[int]) -> None:
+        self.inside += 1
+
+    def run(self, batch: TokenBatch) -> Results:
+        results = super().run(batch)
+        self.inside -= 1
+        return results
+
+    def query(self, text: str, prompt: str | None) -> Results:
+        assert not self.inside
+        if text == "bad":
+            raise ModelError(f"the query cannot be embedded: {prompt}")
+        return {"dense": np.array([[len(text), -1]], np.float32)}
+
+
+def test_queries_of_an_engines_own_way_are_asked_between_batches_and_what_fails_is_said() -> None:
+    source: Channel[list[TokenizedGroup] | Urgent] = Channel(1)
+    out: Channel[list[EmbeddedGroup]] = Channel(1)
+    life, nothing = Life(), make_tokens([])
+    infer = Infer(share(life=life), AskingEngine(), 4, Ahead(64, padded=False), source, out)
+    source.put([make_group([1] * 200)])
+    thread = start_stage("infer", life, infer.run, [source, out])
+    asked = [Urgent(nothing, 0, "query", queries=("a", "bbb"), prompt="p: ") for _ in range(20)]
+    failing = Urgent(nothing, 0, "query", queries=("a", "bad", "b"), prompt="p: ")
+    for request in (*asked, failing):
+        source.put_first(request)
+    for request in (*asked, failing):
+        assert request.done.wait(30)
+    source.close()
+    thread.join(30)
+    assert life.failure is None
+    for request in asked:
+        assert request.results is not None
+        assert not request.errors
+        np.testing.assert_array_equal(request.results["dense"], [[1, -1], [3, -1]])
+    assert failing.errors == {1: ("engine_error", "the query cannot be embedded: p: ")}
+    groups = out.get()
+    assert groups is not None
+    assert_rows(groups[0], [1] * 200)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from embedstream.errors import ModelError
 from embedstream.jobs import JobSpec
 from embedstream.outputs import NAMES, Kind, Output, OutputSpec, Task
-from embedstream_worker.engines.base import EngineInfo
+from embedstream_worker.engines.base import EngineInfo, OutputInfo
 
 TASKS: dict[Kind, Task] = {
     "dense": "embed",
@@ -40,30 +42,34 @@ def resolve_outputs(spec: JobSpec, info: EngineInfo) -> tuple[Output, ...]:
         raise ModelError(f"--query-field {spec.query_field}: {gives}, of one text each")
     if spec.query_field is None and "score" in kinds:
         raise ModelError(f"{gives}: name the field of a pair's first text with --query-field (query, if --task rerank)")
-    made = []
-    for wanted in spec.outputs or [OutputSpec(name=NAMES[kind], kind=kind) for kind in kinds]:
-        if wanted.kind not in kinds:
-            raise ModelError(f"--emit {wanted}: {gives}")
-        given = info.outputs[wanted.kind]
-        dim = wanted.dim or given.dim
-        if dim > given.dim:
-            raise ModelError(f"--emit {wanted}: the model's vectors have {given.dim} dimensions")
-        if wanted.dtype == "ubinary" and dim % 8:
-            raise ModelError(f"--emit {wanted}: {dim} dimensions make no whole bytes: give a multiple of 8")
-        try:
-            output = Output(
-                name=wanted.name,
-                kind=wanted.kind,
-                dtype=wanted.dtype,
-                dim=dim,
-                normalized=given.normalized and wanted.dtype != "ubinary",
-                labels=given.labels,
-            )
-        except ValueError as error:
-            raise ModelError(f"model {spec.model}: {error}") from error
-        made.append(output)
+    wanted = spec.outputs or [OutputSpec(name=NAMES[kind], kind=kind) for kind in kinds]
+    given = {kind: info.outputs[kind] for kind in kinds}
+    made = tuple(resolve_output(each, f"model {spec.model}", given) for each in wanted)
     for output in made:
         if taken := [name for name in output.columns if name in spec.columns]:
             name = f"{output.kind}=NAME"
             raise ModelError(f"--keep {taken[0]}: the output has a column of that name: name it with --emit {name}")
-    return tuple(made)
+    return made
+
+
+def resolve_output(wanted: OutputSpec, model: str, given: Mapping[Kind, OutputInfo]) -> Output:
+    """What one output is, of a model that gives these. `model`: what to call it. Raises `ModelError` if it does not."""
+    if wanted.kind not in given:
+        raise ModelError(f"--emit {wanted}: {model} gives {', '.join(GIVES[kind] for kind in given)}")
+    info = given[wanted.kind]
+    dim = wanted.dim or info.dim
+    if dim > info.dim:
+        raise ModelError(f"--emit {wanted}: the model's vectors have {info.dim} dimensions")
+    if wanted.dtype == "ubinary" and dim % 8:
+        raise ModelError(f"--emit {wanted}: {dim} dimensions make no whole bytes: give a multiple of 8")
+    try:
+        return Output(
+            name=wanted.name,
+            kind=wanted.kind,
+            dtype=wanted.dtype,
+            dim=dim,
+            normalized=info.normalized and wanted.dtype != "ubinary",
+            labels=info.labels,
+        )
+    except ValueError as error:
+        raise ModelError(f"{model}: {error}") from error

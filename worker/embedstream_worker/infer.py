@@ -12,15 +12,18 @@ import threading
 from collections import deque
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from typing import cast
 
+import numpy as np
 import redis
 
-from embedstream.errors import DeviceLost
+from embedstream.errors import DeviceLost, ModelError
 from embedstream.outputs import Kind
 from embedstream_worker.ahead import Ahead
-from embedstream_worker.engines.base import Engine, OutOfMemory, Results, Role, Tokens
+from embedstream_worker.engines.base import Engine, OutOfMemory, OwnQueries, Results, Role, Tokens
 from embedstream_worker.equal_texts import Begun, Recent
 from embedstream_worker.held import EmbeddedGroup, RowErrors, TokenizedGroup
+from embedstream_worker.landing import landing
 from embedstream_worker.pipeline import Channel, Closed
 from embedstream_worker.shared import Shared
 from embedstream_worker.suspects import NotOurs
@@ -51,6 +54,10 @@ class Urgent:
     role: Role
     kinds: tuple[Kind, ...] = ("dense",)
     """Of results that are wanted, all of which the model gives."""
+    queries: tuple[str, ...] = ()
+    """In place of tokens: for `OwnQueries`."""
+    prompt: str | None = None
+    """Of these."""
     results: Results | None = None
     errors: RowErrors = field(default_factory=dict)
     done: threading.Event = field(default_factory=threading.Event)
@@ -103,6 +110,7 @@ class Infer:
         self._padded = engine.info.padded
         self._windows: deque[_Window] = deque()
         self._urgent: deque[tuple[Urgent, Work]] = deque()
+        self._queries: deque[Urgent] = deque()
         self._flying: dict[Future[Results], tuple[Work, Taken, Begun | None]] = {}
         self._recent = Recent()
         self._closed = False
@@ -133,7 +141,7 @@ class Infer:
             self._source.close()
             while (request := self._source.take_first(Urgent)) is not None:
                 request.done.set()
-            for request, _ in self._urgent:
+            for request in (*self._queries, *(request for request, _ in self._urgent)):
                 request.done.set()
 
     def _turn(self, pool: ThreadPoolExecutor) -> bool:
@@ -155,7 +163,9 @@ class Infer:
                 if of is not None:
                     self._ledger.in_model(of.group, of.group.job.id, of.in_hand)
             self._answer()
-        return bool(self._flying or self._windows or self._urgent or not self._closed)
+        if self._queries and not self._flying:
+            self._ask(self._queries.popleft())
+        return bool(self._flying or self._windows or self._urgent or self._queries or not self._closed)
 
     def _hand_on(self) -> None:
         """Give the writer the windows that are over; wait for it only when nothing else is to be done."""
@@ -170,6 +180,8 @@ class Infer:
         """What the next batch comes from: requests first, then windows in their order, then a new window."""
         while (request := self._source.take_first(Urgent)) is not None:
             self._begin_urgent(request)
+        if self._queries:
+            return None  # the model is to be free for them
         for _, work in self._urgent:
             if work.waiting:
                 return work, None
@@ -214,11 +226,30 @@ class Infer:
         return begun
 
     def _begin_urgent(self, request: Urgent) -> None:
+        if request.queries:
+            self._queries.append(request)
+            return
         outputs = {kind: self._outputs[kind] for kind in request.kinds}
         work = Work(request.tokens, request.prompt_length, request.role, outputs, self._padded, {})
         work.cut(self._budget)
         self._urgent.append((request, work))
         self._answer()  # at once if it has no text
+
+    def _ask(self, request: Urgent) -> None:
+        """Queries that a model embeds in a way of its own, one at a time, while no batch is in it."""
+        assert isinstance(self._engine, OwnQueries)
+        landings = {kind: landing(kind, self._outputs[kind], len(request.queries)) for kind in request.kinds}
+        for row, query in enumerate(request.queries):
+            try:
+                with self._activity.computing():
+                    results = self._engine.query(query, request.prompt)
+            except ModelError as error:
+                request.errors[row] = ("engine_error", str(error))
+                break
+            for kind, place in landings.items():
+                place.put(np.array([row]), results[kind])
+        request.results = cast("Results", {kind: place.values() for kind, place in landings.items()})
+        request.done.set()
 
     def _answer(self) -> None:
         for request, work in [pair for pair in self._urgent if pair[1].over]:

@@ -4,25 +4,40 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Protocol
 
 import msgspec
 import numpy as np
+import pyarrow as pa
 
-from embedstream.api.interactive import KIND_OF, EmbedReply, EmbedRequest, refuse_long_body
+from embedstream.api.interactive import (
+    KIND_OF,
+    MOST_REPLY_BYTES,
+    EmbedReply,
+    EmbedRequest,
+    ReplyOutput,
+    refuse_long_body,
+)
 from embedstream.dataset.input_hash import model_inputs
+from embedstream.dataset.redis_values import to_fields
+from embedstream.dataset.schema import output_fields
+from embedstream.dataset.values import to_columns
 from embedstream.errors import ModelError, UsageError
+from embedstream.outputs import Output
 from embedstream.queue.broker import Claimed
 from embedstream.server.patience import Refused, Stopped
+from embedstream.verify.rows import WORDS, bad_column
 from embedstream_worker.batching import join_tokens
-from embedstream_worker.engines.base import Engine, TextTokenizer
-from embedstream_worker.giving import GIVES
+from embedstream_worker.engines.base import Engine, OwnQueries, Results, TextTokenizer, Tokens
+from embedstream_worker.giving import GIVES, resolve_output
 from embedstream_worker.held import hand_back
 from embedstream_worker.infer import Urgent
 from embedstream_worker.pipeline import Closed
 from embedstream_worker.shared import Shared
 from embedstream_worker.troubles import patience
+from embedstream_worker.work import CODES
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +52,9 @@ NO_STREAM_SECONDS = 0.1
 
 MOST_DELIVERIES = 2
 """A request that outlived so many workers is not tried again."""
+
+MOST_OWN_QUERIES = 64
+"""To a model that takes them one at a time."""
 
 REPLY_KEEP_MS = 60_000
 """How long a reply waits to be read."""
@@ -127,9 +145,12 @@ class Interactive:
         request.check()
         info = self._engine.info
         kind, query = KIND_OF[request.task], request.query
-        if kind not in info.outputs:
+        outputs = [resolve_output(each, "this model", info.outputs) for each in request.outputs]
+        if not outputs and kind not in info.outputs:
             given = ", ".join(GIVES[each] for each in info.outputs)
             raise ModelError(f"{request.task}() needs a model that gives {GIVES[kind]}, this one gives {given}")
+        if self._asks_by_itself(request):
+            return self._asked(request, outputs)
         # Pairs have no prompt, as in jobs.
         prompt = "" if query else self._engine.prompt(request.role, request.prompt, request.prompt_name)
         max_length = request.max_length or info.max_length
@@ -140,22 +161,67 @@ class Interactive:
             ]
             prompt_length = self._tokenizer.prompt_length(prompt, max_length) if prompt else 0
         tokens = join_tokens(pieces)
-        urgent = Urgent(tokens, prompt_length, request.role, (kind,))
-        self._infer.put_first(urgent)
-        urgent.done.wait()
-        if urgent.results is None:
-            raise Closed
-        if urgent.errors:
-            row, (code, message) = next(iter(urgent.errors.items()))
-            return EmbedReply(error=f"text {row}: {code}: {message}")
+        kinds = tuple(dict.fromkeys(output.kind for output in outputs)) or (kind,)
+        urgent = Urgent(tokens, prompt_length, request.role, kinds)
+        results = self._run(urgent)
+        vectors = b"" if outputs else np.ascontiguousarray(results[kind], dtype="<f4").tobytes()
         return EmbedReply(
             kind=kind,
-            dim=info.outputs[kind].dim,
-            vectors=np.ascontiguousarray(urgent.results[kind], dtype="<f4").tobytes(),
-            labels=info.outputs[kind].labels,
+            dim=0 if outputs else info.outputs[kind].dim,
+            vectors=vectors,
+            outputs=reply_outputs(outputs, results),
+            labels=() if outputs else info.outputs[kind].labels,
             tokens=int(tokens.lengths.sum()),
             truncated=int(tokens.truncated.sum()),
             counts=tokens.lengths.astype("<u4").tobytes(),
             cut=tuple(np.flatnonzero(tokens.truncated).tolist()),
             fingerprint=info.fingerprint,
         )
+
+    def _asks_by_itself(self, request: EmbedRequest) -> bool:
+        """Whether the texts are queries to a model that embeds these in a way of its own. One that gives dense vectors,
+        too, embeds them as documents."""
+        own = isinstance(self._engine, OwnQueries) and "dense" not in self._engine.info.outputs
+        return own and request.task == "embed" and request.role == "query"
+
+    def _asked(self, request: EmbedRequest, outputs: Sequence[Output]) -> EmbedReply:
+        """Queries to such a model. Its library cuts them, and does not say so."""
+        if request.prompt_name is not None or request.max_length is not None:
+            raise ModelError("queries to this model take neither prompt_name nor max_length: its library decides")
+        if len(request.texts) > MOST_OWN_QUERIES:
+            raise ModelError(f"{len(request.texts)} queries in one request: at most {MOST_OWN_QUERIES} to this model")
+        nothing = Tokens(np.zeros(0, np.int32), np.zeros(1, np.int64), np.zeros(0, np.bool_))
+        kinds = tuple(dict.fromkeys(output.kind for output in outputs))
+        results = self._run(Urgent(nothing, 0, "query", kinds, queries=request.texts, prompt=request.prompt))
+        return EmbedReply(outputs=reply_outputs(outputs, results), fingerprint=self._engine.info.fingerprint)
+
+    def _run(self, urgent: Urgent) -> Results:
+        """Raises `Closed` if the model's stage has ended, and `ModelError` if a text failed."""
+        self._infer.put_first(urgent)
+        urgent.done.wait()
+        if urgent.results is None:
+            raise Closed
+        if urgent.errors:
+            row, (code, message) = next(iter(urgent.errors.items()))
+            raise ModelError(f"text {row}: {code}: {message}")
+        return urgent.results
+
+
+def reply_outputs(outputs: Sequence[Output], results: Results) -> tuple[ReplyOutput, ...]:
+    """Results as a reply has them. Raises `ModelError` for numbers that a dataset would have as an error row, and for
+    more than an answer may have."""
+    made, size = [], 0
+    for output in outputs:
+        columns = to_columns(output, results[output.kind])
+        batch = pa.RecordBatch.from_arrays(columns, schema=pa.schema(output_fields(output)))
+        for fault, bad in bad_column(output, batch, alone=len(outputs) == 1).items():
+            if bad.any():
+                raise ModelError(f"text {int(bad.argmax())}: {CODES[fault]}: as {output}: {WORDS[fault]}")
+        size += batch.nbytes
+        if size > MOST_REPLY_BYTES:
+            raise ModelError(
+                f"the answer has more than {MOST_REPLY_BYTES:,} bytes: ask for fewer texts, or submit a job"
+            )
+        rows = tuple(to_fields(columns[0]))
+        made.append(ReplyOutput(name=output.name, kind=output.kind, dtype=output.dtype, dim=output.dim, rows=rows))
+    return tuple(made)
