@@ -97,7 +97,7 @@ def test_the_stand_in_server_runs_nothing_from_it(trap: Path, caught: Callable[[
 def test_trying_a_model_with_openvino_runs_nothing_from_it(trap: Path, caught: Callable[[], list[str]]) -> None:
     no_model = ModelFolder(trap / "none", "none", None, "", Trust())
     with pytest.raises(ModelError):  # by the process that has imported all that it needs
-        run_trial(no_model, "float32", "none", trap / "cache")
+        run_trial(no_model, ["float32"], "none", trap / "cache")
     assert caught() == []
 
 

@@ -27,7 +27,7 @@ Folder = Callable[[Shape], Path]
 def served(path: Path, server: RedisServer, folder: Path) -> Iterator[tuple[str, str]]:
     """The address of a gateway over a worker of this model, and the model's name there."""
     with worker_lab(server.url, folder) as lab, fleet(server.url, folder) as running:
-        lab.start(load_engine(EngineOptions(str(path))))
+        lab.start(load_engine(EngineOptions(str(path), dtype="float32")))
         _, url = running.start_gateway()
         name = lab.broker.queue
         wait_until(lambda: httpx.get(f"{url}/info", params={"model": name}).status_code == 200, "the model is live")

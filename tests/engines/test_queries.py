@@ -41,7 +41,7 @@ def documents(engine: Engine, texts: list[str]) -> Results:
 
 def similarities(path: Path, kind: Kind, texts: list[str], queries: list[str]) -> tuple[Engine, Scores]:
     """Of documents as a dataset has them to queries, [queries, documents]; the engine, too."""
-    engine = load_engine(EngineOptions(str(path)))
+    engine = load_engine(EngineOptions(str(path), engine="torch", dtype="float32"))
     info = engine.info.outputs[kind]
     output = Output(name=kind, kind=kind, dtype="float32", dim=info.dim, normalized=info.normalized)
     columns = to_columns(output, documents(engine, texts)[kind])
@@ -70,15 +70,15 @@ def test_vectors_of_tokens_are_as_near_as_multi_vector_encoder_has_them(folder: 
 
 
 def test_a_query_does_not_change_how_documents_run(folder: Folder, texts: list[str]) -> None:
-    engine: Any = load_engine(EngineOptions(str(folder(splade))))
+    engine: Any = load_engine(EngineOptions(str(folder(splade)), engine="torch", dtype="float32"))
     before = documents(engine, texts[:9])["sparse"]
     engine.query(texts[10], None)
-    assert engine.fused
+    assert engine.sliced
     np.testing.assert_array_equal(documents(engine, texts[:9])["sparse"].values, before.values)
 
 
 def test_a_model_for_pairs_has_no_queries(folder: Folder) -> None:
-    engine: Any = load_engine(EngineOptions(str(folder(cross_encoder))))
+    engine: Any = load_engine(EngineOptions(str(folder(cross_encoder)), engine="torch"))
     with pytest.raises(ModelError, match="scores pairs and labels, which are not searched"):
         engine.query("a query", None)
 

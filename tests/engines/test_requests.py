@@ -51,7 +51,7 @@ def test_scores_of_a_query_and_texts_are_those_of_cross_encoder(
     path, some = folder(cross_encoder), [*texts[:20], *texts[-3:]]
     reference: Any = CrossEncoder(str(path), device="cpu", local_files_only=True)
     theirs = reference.predict([(texts[30], text) for text in some]).tolist()
-    with client_of(load_engine(EngineOptions(str(path))), redis_server, tmp_path) as client:
+    with client_of(load_engine(EngineOptions(str(path), dtype="float32")), redis_server, tmp_path) as client:
         assert client.rerank(texts[30], some) == pytest.approx(theirs, abs=1e-4)
         assert asyncio.run(rerank(client, texts[30], some)) == pytest.approx(theirs, abs=1e-4)
         assert client.rerank(texts[30], []) == []
@@ -71,7 +71,7 @@ def test_labels_of_texts_are_those_of_a_pipeline(
     path, some = folder(classifier), [*texts[:20], *texts[-3:]]
     pipeline: Any = transformers.pipeline("text-classification", model=str(path), truncation=True, device="cpu")
     theirs: list[Any] = [(found["label"], pytest.approx(found["score"], abs=1e-4)) for found in pipeline(some)]
-    with client_of(load_engine(EngineOptions(str(path))), redis_server, tmp_path) as client:
+    with client_of(load_engine(EngineOptions(str(path), dtype="float32")), redis_server, tmp_path) as client:
         assert client.classify(some) == theirs
         assert asyncio.run(classify(client, some)) == theirs
         assert client.classify(some[4]) == theirs[4:5]

@@ -29,7 +29,7 @@ def test_a_run_is_scored_resumed_verified_and_ranked(
     rows = [{"_id": f"d{i}", "title": "", "text": text} for i, text in enumerate(documents)]
     corpus.write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = [corpus, "--task", "rerank", "--run", trec, "--queries", asked, "--model", model, "-o", out]
-    done = run("embed-submit", *command, timeout=300)
+    done = run("embed-submit", *command, timeout=300, EMBEDSTREAM_DTYPE="float32")
     assert done.returncode == 3, done.stderr
     table: Any = embedstream.open_dataset(out).to_table()
     reference: Any = CrossEncoder(str(model), device="cpu", local_files_only=True)

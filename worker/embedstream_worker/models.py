@@ -12,7 +12,7 @@ from embedstream.errors import ModelError
 from embedstream.jobs import model_folder
 from embedstream_worker.fingerprint import DECIDING_SUFFIXES, PICKLED_WEIGHTS, file_sha256, folder_fingerprint
 from embedstream_worker.model_folder import NOTHING, Trust, check_folder
-from embedstream_worker.purpose import HEADS, Purpose, purpose_of
+from embedstream_worker.purpose import HEADS, Purpose, has_heads, purpose_of
 
 HUB_TIMEOUT_SECONDS = 10.0
 """How long the hub may take to answer before it counts as out of reach."""
@@ -40,6 +40,11 @@ class ModelFolder:
     def purpose(self) -> Purpose:
         """What it is for."""
         return purpose_of(self.path)
+
+    @property
+    def headed(self) -> bool:
+        """Whether it gives something else than one vector for each text, or more."""
+        return self.purpose is not Purpose.VECTORS or (has_heads(self.path) and self.needs.pickle)
 
     def fingerprint(self) -> str:
         """What decides its vectors, as 32 hex digits: with its code and its pickles, if these are loaded."""

@@ -99,6 +99,8 @@ def embed_query(
     """
     name = "hashing" if manifest.engines == ("hashing",) else "auto"
     dtype: Dtype = "int8" if any(shard.dtype == "int8" for shard in manifest.shards) else "auto"
+    if not set(kinds) <= {"dense"}:  # other kinds' queries go the libraries' own way, which is in torch
+        name, dtype = "torch", "float32"
     chosen, revision = (HASHING_MODEL, None) if name == "hashing" else _choose(spec, model, trust)
     engine = load_engine(EngineOptions(chosen, revision, name, dtype=dtype, trust=trust))
     info = engine.info

@@ -77,18 +77,11 @@ def load_engine(options: EngineOptions) -> Engine:
         raise ModelError(f"--engine {name}: no installed package offers it; use one of {', '.join(ENGINES)}")
     from embedstream_worker.engines.torch_environment import set_up
     from embedstream_worker.models import resolve_model
-    from embedstream_worker.purpose import Purpose, has_heads
 
     set_up()
     folder = resolve_model(model, options.revision, options.trust)
     log.info("model %s: %s", model, folder.source)
     # Engines are imported only when they are wanted: torch alone takes seconds.
-    if folder.purpose is not Purpose.VECTORS or (has_heads(folder.path) and folder.needs.pickle):
-        if name not in ("auto", "torch"):
-            raise ModelError(f"--engine {name}: runs models that give one vector for each text; use --engine torch")
-        from embedstream_worker.engines.headed_engine import HeadedEngine
-
-        return HeadedEngine(folder, device, dtype)
     match name:
         case "openvino":
             from embedstream_worker.engines.openvino_trial import load_openvino
@@ -99,9 +92,9 @@ def load_engine(options: EngineOptions) -> Engine:
 
             return OnnxEngine(folder, device, dtype, threads=options.threads)
         case "torch":
-            from embedstream_worker.engines.torch_engine import TorchEngine
+            from embedstream_worker.engines.headed_engine import load_torch
 
-            return TorchEngine(folder, device, dtype, compiles=options.compiles)
+            return load_torch(folder, device, dtype, options.compiles)
         case _:
             from embedstream_worker.engines.fastest import load_fastest
 

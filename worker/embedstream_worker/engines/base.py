@@ -80,6 +80,19 @@ class OutputInfo:
         return 0 if self.token_bytes else 4 * self.dim
 
 
+MOST_MATRIX_BYTES = 64 * 1024 * 1024
+"""Of the weights of a batch's texts for the whole vocabulary, before those that are 0 are left out."""
+
+_SHORTEST = 4
+"""Tokens of texts that are taken for short where a batch of such texts has to be bounded."""
+
+
+def fitting(batch_tokens: int, outputs: dict[Kind, OutputInfo]) -> int:
+    """A budget of tokens on a CPU with which results that are as wide as the vocabulary stay within memory."""
+    width = max((output.row_bytes for kind, output in outputs.items() if kind == "sparse"), default=0)
+    return min(batch_tokens, max(1, _SHORTEST * MOST_MATRIX_BYTES // width)) if width else batch_tokens
+
+
 @dataclass(frozen=True)
 class Origin:
     """Where a model comes from, for printing, and what its folder says of pooling."""

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from embedstream_worker.batching import join_tokens
-from embedstream_worker.engines.base import HARMLESS, Role, TokenBatch, Tokens
+from embedstream.dataset.values import Ragged, Values
+from embedstream.outputs import Kind
+from embedstream_worker.batching import gather_batch, join_tokens
+from embedstream_worker.engines.base import HARMLESS, Results, TokenBatch, Tokens
 from embedstream_worker.engines.calibration import calibration_texts
 from embedstream_worker.engines.precision import Precision
 from embedstream_worker.engines.text_input import TextModel
@@ -24,13 +26,21 @@ shown: its bound only tells a rounded model from a broken one."""
 _NORM_TOLERANCE: dict[Precision, float] = {"float32": 1e-3, "bfloat16": 2e-2, "int8": 0.5}
 """How far a vector's length may be off, as a share of it: cosine alone does not see that."""
 
+MOST_OFF = 1e-4
+"""How far numbers of other kinds than dense may be off in float32; if some are above 1, as a share of the greatest."""
+
+MOST_OFF_IN_BFLOAT16: dict[Kind, float] = {"sparse": 0.1, "multivector": 0.02, "score": 0.01, "labels": 0.01}
+"""The same in bfloat16: the worst of tens of thousands of weights a text, whose vectors still have cosine 0.999; of
+thousands of numbers of its tokens' vectors; of one score.
+"""
+
 _CHECK_TEXTS = 12
 _LONGEST_CHECK_TOKENS = 384  # beyond the shape changes nothing, and the reference takes its time
 _PROMPT_TOKENS = 3
 
 
 class CheckFailed(Exception):
-    """A faster way through the model gives other vectors."""
+    """A faster way through the model gives other results."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +53,10 @@ class Agreement:
 
 
 def check_batches(model: TextModel) -> list[TokenBatch]:
-    """Padded batches of uneven length for every role, a text alone, and one with a prompt left out if it can be."""
+    """Padded batches of uneven length for every role, a text alone, and one with a prompt left out if it can be.
+
+    Of models that take pairs, pairs and single texts.
+    """
     limit = min(model.input.max_length, _LONGEST_CHECK_TOKENS)
     texts = calibration_texts()[:: len(calibration_texts()) // _CHECK_TEXTS][:_CHECK_TEXTS]
     tokenizer = model.input.tokenizer()
@@ -51,24 +64,83 @@ def check_batches(model: TextModel) -> list[TokenBatch]:
     long = short.ids[:limit]  # not from a text that is cut: no tokenizer can be told to bear any end of a text
     uneven = join_tokens([short, Tokens(long, np.array([0, len(long)]), np.zeros(1, np.bool_))])
     alone, _ = encode_each(tokenizer, [texts[0]], limit)
+    checked = [uneven, alone]
+    if model.pairs:
+        checked += [encode_each(tokenizer, some, limit, some[::-1])[0] for some in (texts, texts[:1])]
     prompts = (0, _PROMPT_TOKENS) if model.excludes_prompt else (0,)
     batches = []
     for role in model.roles:
-        for tokens in (uneven, alone):
+        for tokens in checked:
             for prompt_length in prompts:
                 # A text that is nothing but prompt leaves pooling nothing to pool, in every engine in its own way.
-                keep = tokens.lengths > prompt_length + 1
-                if keep.any():
-                    rows = [tokens.ids[a:b] for a, b in zip(tokens.offsets[:-1], tokens.offsets[1:], strict=True)]
-                    batches.append(
-                        _batch([row for row, kept in zip(rows, keep, strict=True) if kept], prompt_length, role)
-                    )
+                kept = np.flatnonzero(tokens.lengths > prompt_length + 1)
+                if len(kept):
+                    batches.append(gather_batch(tokens, kept, prompt_length, role))
     return batches
 
 
-def _batch(rows: Sequence[npt.NDArray[np.int32]], prompt_length: int, role: Role) -> TokenBatch:
-    offsets = np.cumsum([0, *map(len, rows)], dtype=np.int64)
-    return TokenBatch(np.concatenate(rows), offsets, max(map(len, rows)), prompt_length, role)
+def check(ours: Sequence[Results], theirs: Sequence[Results], precision: Precision) -> str:
+    """How well they agree, in words. Raises `CheckFailed` for results that are not the model's."""
+    said = []
+    kinds: list[Kind] = [*theirs[0]]
+    for kind in kinds:
+        pairs = [(one[kind], other[kind]) for one, other in zip(ours, theirs, strict=True)]
+        if kind == "dense":
+            agreement = compare([one["dense"] for one in ours], [other["dense"] for other in theirs])
+            require(agreement, precision)
+            said.append(f"cosine at least {agreement.lowest:.5f}, on average {agreement.mean:.5f}")
+        else:
+            said.append(f"{kind} off by at most {_require_near(kind, pairs, precision):.2g}")
+    return "; ".join(said)
+
+
+def _require_near(kind: Kind, pairs: Sequence[tuple[Values, Values]], precision: Precision) -> float:
+    """The greatest difference. Raises `CheckFailed` if it is too great."""
+    off = max(difference(one, other) for one, other in pairs)
+    greatest = max(np.abs(_numbers(other)).max(initial=1.0) for _, other in pairs)
+    most = greatest * (MOST_OFF if precision == "float32" else MOST_OFF_IN_BFLOAT16[kind])
+    if not off <= most:
+        raise CheckFailed(f"its {kind} results in {precision} are off by {off:.2g}, more than {most:.2g}")
+    return off
+
+
+def difference(ours: Values, theirs: Values) -> float:
+    """The greatest of two results of the same texts; infinite if these are not of one shape, or not finite."""
+    if isinstance(ours, Ragged) and isinstance(theirs, Ragged) and theirs.indices is not None:
+        ours, theirs = _aligned(ours, theirs)
+    elif isinstance(ours, Ragged) and isinstance(theirs, Ragged) and (ours.counts != theirs.counts).any():
+        return np.inf
+    one, other = _numbers(ours), _numbers(theirs)
+    if one.shape != other.shape or not np.isfinite(one).all():
+        return np.inf
+    return float(np.abs(one - other).max(initial=0.0))
+
+
+def _aligned(ours: Ragged, theirs: Ragged) -> tuple[Vectors, Vectors]:
+    """The weights [any] of two sparse results, by the same tokens.
+
+    A weight that one of them leaves out is below all that it keeps of the text: 0, or as much of it as it may be.
+    """
+    places = [
+        np.repeat(np.arange(len(each), dtype=np.int64), each.counts) << 32 | each.indices
+        for each in (ours, theirs)
+        if each.indices is not None
+    ]
+    every = np.unique(np.concatenate(places))
+    weights = [np.full(len(every), -1, np.float32) for _ in places]
+    for mine, found, each in zip(weights, places, (ours, theirs), strict=True):
+        mine[np.searchsorted(every, found)] = each.values
+    made = []
+    for mine, other, each in zip(weights, reversed(weights), (ours, theirs), strict=True):
+        least = np.full(len(each), np.inf, np.float32)
+        np.minimum.at(least, np.repeat(np.arange(len(each)), each.counts), each.values)
+        least[each.counts == 0] = 0
+        made.append(np.where(mine == -1, np.minimum(other, least[every >> 32]), mine))
+    return made[0], made[1]
+
+
+def _numbers(values: Values) -> Vectors:
+    return values.values if isinstance(values, Ragged) else values
 
 
 def compare(vectors: Sequence[Vectors], references: Sequence[Vectors]) -> Agreement:

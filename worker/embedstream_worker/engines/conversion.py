@@ -10,42 +10,42 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 import tokenizers
-from sentence_transformers import SentenceTransformer
 
 from embedstream_worker.engines.base import Role
-from embedstream_worker.engines.checking import Vectors, check_batches
+from embedstream_worker.engines.checking import check_batches
+from embedstream_worker.engines.headed_engine import load_torch
 from embedstream_worker.engines.openvino_cache import Conversion, NotConvertible
-from embedstream_worker.engines.text_input import InputKind, TextModel
-from embedstream_worker.engines.torch_engine import TorchEngine
-from embedstream_worker.engines.torch_graph import graph_names
+from embedstream_worker.engines.text_input import InputKind
+from embedstream_worker.engines.torch_graph import Original, graph_names
 from embedstream_worker.engines.torch_loading import quiet
 from embedstream_worker.models import ModelFolder
 
-Write = Callable[[SentenceTransformer, TextModel, Role, Path], None]
+Write = Callable[[Original, Role, Path], None]
 """Writes the graph of one role to a path."""
 
 
 def convert_with(write: Write, suffix: str, folder: ModelFolder, into: Path) -> Conversion:
-    """Write `<role><suffix>` for each way through the model, and embed the check's texts with the original.
+    """Write `<role><suffix>` for each way through the model, and run the check's texts through the original.
 
     Raises:
         ModelError: the model cannot be loaded.
         NotConvertible: there is nothing to gain from it; or what `write` raises.
     """
-    engine = TorchEngine(folder, "cpu", "float32")
+    engine = load_torch(folder, "cpu", "float32")
     model = engine.text_model
     if model.input.kind is not InputKind.PADDED:
         raise NotConvertible("it is a table of vectors, which torch looks up as fast")
     if not isinstance(model.input.source, tokenizers.Tokenizer):
         raise NotConvertible("its tokenizer is written in Python, which is the slower half of it")
-    references: list[Vectors] = [engine.run(batch)["dense"] for batch in check_batches(model)]
+    outputs = engine.info.outputs
+    references = [engine.run(batch) for batch in check_batches(model)]
     graphs = graph_names(engine.modules, model)
     for role, name in graphs.items():
         if role == name:
-            write(engine.modules, model, role, into / f"{role}{suffix}")
+            write(engine, role, into / f"{role}{suffix}")
     engine.close()
     gc.collect()  # the weights are in the graphs now; the originals' memory is wanted back before those are compiled
-    return Conversion(model, graphs, references)
+    return Conversion(model, graphs, outputs, references)
 
 
 @contextmanager

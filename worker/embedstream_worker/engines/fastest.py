@@ -48,9 +48,9 @@ def _load(folder: ModelFolder, device: str, dtype: Dtype, compiles: bool) -> tup
             return engine, f"fastest here; this CPU {'has' if cpu_has_bfloat16() else 'lacks'} bfloat16"
     if dtype == "int8":
         raise ModelError(f"--dtype int8: {reason}; use another dtype")
-    from embedstream_worker.engines.torch_engine import TorchEngine
+    from embedstream_worker.engines.headed_engine import load_torch
 
-    return TorchEngine(folder, device, dtype, compiles=compiles), reason
+    return load_torch(folder, device, dtype, compiles), reason
 
 
 def on_cpu(device: str) -> bool:

@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
 import torch
-from sentence_transformers.base.modules import Transformer
+from sentence_transformers.base.modules import Router, Transformer
 from sentence_transformers.sparse_encoder.modules import SpladePooling
 
-from embedstream.dataset.values import Ragged
+from embedstream.dataset.values import Ragged, Values
 from embedstream.errors import ModelError
-from embedstream_worker.engines.base import EngineInfo, Results, TokenBatch
-from embedstream_worker.engines.checking import check_batches
-from embedstream_worker.engines.heads import FusedSplade, heads_of, sparse
+from embedstream.outputs import Kind
+from embedstream_worker.engines.arrays import results_of
+from embedstream_worker.engines.base import EngineInfo, Results, Role, TokenBatch, fitting
+from embedstream_worker.engines.checking import CheckFailed, check, check_batches
+from embedstream_worker.engines.heads import Features, SlicedSplade, Tensors, above_zero, heads_of
+from embedstream_worker.engines.lowering import lower_below_heads
 from embedstream_worker.engines.out_of_memory import within_memory
-from embedstream_worker.engines.precision import Dtype
+from embedstream_worker.engines.precision import Dtype, Precision
 from embedstream_worker.engines.text_engine import TextEngine
 from embedstream_worker.engines.text_input import InputKind, TextModel
-from embedstream_worker.engines.torch_device import pick_device, share_cores
-from embedstream_worker.engines.torch_engine import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS
+from embedstream_worker.engines.torch_device import pick_device, pick_dtype, share_cores
+from embedstream_worker.engines.torch_engine import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS, TorchEngine
 from embedstream_worker.engines.torch_features import padded_features, vocabulary_size
 from embedstream_worker.engines.torch_loading import excludes_prompt, is_normalized, load_model, read_input
 from embedstream_worker.families import card_prompts
@@ -35,28 +39,25 @@ from embedstream_worker.recipe import origin_of
 
 log = logging.getLogger(__name__)
 
-_DIFFERENCE = 1e-4
-"""How far a faster way may be off, in float32."""
-
 
 class HeadedEngine(TextEngine):
     """Sparse vectors, a vector for each token, scores of pairs, labels: equal to what sentence-transformers gives.
 
-    One pass through the model serves all kinds. In float32. Batches are of documents alone, as queries of such models
-    often go another way: through modules of their own, or with tokens added.
+    One pass through the model serves all kinds. In bfloat16 the transformer alone computes in it, heads stay in
+    float32. Batches are of documents alone, as queries of such models often go another way: through modules of their
+    own, or with tokens added.
     """
 
     def __init__(self, folder: ModelFolder, device: str = "auto", dtype: Dtype = "auto") -> None:
         """Load the model and try it. Raises `ModelError`."""
-        super().__init__()
-        if dtype not in ("auto", "float32"):
-            raise ModelError(f"--dtype {dtype}: model {folder.name} runs in float32; leave it out")
+        super().__init__(lambda: HeadedEngine(folder, "cpu", "float32"))
         place = pick_device(device)
         share_cores(place)
-        self.modules: Any = load_model(folder, torch.device("cpu"))
+        self._folder = folder
+        self.modules: Any = load_model(folder, torch.device("cpu")).requires_grad_(False)
         self._purpose = folder.purpose
         self._vocabulary = vocabulary_size(self.modules)
-        self._fused: FusedSplade | None = None
+        self._sliced: SlicedSplade | None = None
         text_input = read_input(self.modules, folder.name, documents=True)
         if text_input.kind is not InputKind.PADDED:
             raise ModelError(f"model {folder.name} begins with a table of vectors, which gives no such results")
@@ -72,6 +73,7 @@ class HeadedEngine(TextEngine):
             roles={"document": 1, "query": 1} if dense else {"document": 1},
             normalized=dense and is_normalized(self.modules),
             excludes_prompt=excludes_prompt(self.modules),
+            pairs=pairs,
         )
         try:
             sample = self._forward(text_input.sample(2, 8, "document"))
@@ -79,26 +81,27 @@ class HeadedEngine(TextEngine):
             self._try_heads(sample)
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise ModelError(f"model {folder.name} cannot run: {type(error).__name__}: {error}") from error
-        self._fuse()
-        self.modules.to(place)
+        self._slice()
+        precision = self._place(place, dtype)
+        outputs = {head.kind: head.info for head in self._heads}
         self.info = EngineInfo(
             engine="torch",
             device=str(place),
-            dtype="float32",
+            dtype=precision,
             fingerprint=folder.fingerprint(),
             max_length=text_input.max_length,
             padded=True,
-            batch_tokens=CPU_BATCH_TOKENS if place.type == "cpu" else GPU_BATCH_TOKENS // 8,
+            batch_tokens=fitting(CPU_BATCH_TOKENS, outputs) if place.type == "cpu" else GPU_BATCH_TOKENS // 8,
             pairs=pairs,
             origin=origin_of(folder),
-            outputs={head.kind: head.info for head in self._heads},
+            outputs=outputs,
             card_prompts=card_prompts(folder.name, folder.path),
         )
 
     @property
-    def fused(self) -> bool:
-        """Whether it runs SPLADE the faster way."""
-        return self._fused is not None
+    def sliced(self) -> bool:
+        """Whether it runs SPLADE without a matrix of all tokens and the vocabulary."""
+        return self._sliced is not None
 
     def run(self, batch: TokenBatch) -> Results:
         """What the model gives, by kind, in the batch's order. Raises `OutOfMemory`."""
@@ -118,7 +121,7 @@ class HeadedEngine(TextEngine):
                     case Purpose.SPARSE:
                         with self._as_loaded():
                             vectors = self.modules.encode_query([text], convert_to_sparse_tensor=False, **how)
-                        return {"sparse": sparse(vectors)}
+                        return cast("Results", {"sparse": _values("sparse", above_zero(vectors), 1)})
                     case Purpose.MULTIVECTOR:
                         (tokens,) = self.modules.encode_query([text], convert_to_numpy=True, **how)
                         return {"multivector": Ragged(np.array([len(tokens)]), tokens.astype(np.float32))}
@@ -133,35 +136,46 @@ class HeadedEngine(TextEngine):
     def close(self) -> None:
         """Give the model's memory back."""
         super().close()
-        del self.modules, self._heads, self._fused
+        del self.modules, self._heads, self._sliced
         gc.collect()
 
     @contextmanager
     def _as_loaded(self) -> Iterator[None]:
         """With the last layer of SPLADE in its place."""
-        if self._fused is not None:
-            self._fused.restore()
+        if self._sliced is not None:
+            self._sliced.restore()
         try:
             yield
         finally:
-            if self._fused is not None:
-                self._fused.take()
+            if self._sliced is not None:
+                self._sliced.take()
+
+    def tensors(self, features: Features, role: Role) -> Tensors:
+        """All that it gives for a padded batch, from ids and masks: kind by kind, as `arrays.results_of` takes it."""
+        return self.finish(self._compute(features, role))
+
+    def finish(self, computed: Features) -> Tensors:
+        """The same from what the modules computed."""
+        return tuple(tensor for head in self._heads for tensor in head(computed))
 
     @torch.inference_mode()
     def _run(self, batch: TokenBatch) -> Results:
-        if self._fused is not None:
-            return {"sparse": sparse(self._fused(self._features(batch)), self.modules.max_active_dims)}
         features = self._forward(batch)
         wanted = [head for head in self._heads if batch.kinds is None or head.kind in batch.kinds]
-        return cast("Results", {head.kind: head(features) for head in wanted})
+        return cast("Results", {head.kind: _values(head.kind, head(features), len(batch)) for head in wanted})
 
     @torch.inference_mode()
-    def _forward(self, batch: TokenBatch) -> dict[str, Any]:
-        features = self._features(batch)
-        given: dict[str, Any] = {"modality": "text", **features}
+    def _forward(self, batch: TokenBatch) -> Features:
+        return self._compute(self._features(batch), batch.role)
+
+    def _compute(self, features: Features, role: Role) -> Features:
+        """What the heads need."""
+        if self._sliced is not None:
+            return {**features, "sentence_embedding": self._sliced(features)}
+        given: Features = {"modality": "text", **features}
         if self._purpose is not Purpose.PAIRS:
-            given["task"] = batch.role
-            return {**features, **self.modules(given, task=batch.role)}
+            given["task"] = role
+            return {**features, **self.modules(given, task=role)}
         return {**features, **self.modules(given)}
 
     def _features(self, batch: TokenBatch) -> dict[str, Any]:
@@ -174,48 +188,89 @@ class HeadedEngine(TextEngine):
         return padded_features(self.text_model.input, batch, ids, starts)
 
     @torch.inference_mode()
-    def _try_heads(self, sample: dict[str, Any]) -> None:
+    def _try_heads(self, sample: Features) -> None:
         """A folder may not give what its files say. Raises `ValueError`, and what torch raises."""
         texts = len(sample["input_ids"])
         for head in self._heads:
-            values = head(sample)
+            values = _values(head.kind, head(sample), texts)
             fits = len(values) == texts and (isinstance(values, Ragged) or values.shape[1] == head.info.dim)
             if not fits:
                 raise ValueError(f"it gives no {head.kind} of each text")
 
-    def _fuse(self) -> None:
-        """Run SPLADE the faster way, if its vectors stay what they are."""
-        modules = [*self.modules.children()]
-        if self._purpose is not Purpose.SPARSE or [*map(type, modules)] != [Transformer, SpladePooling]:
+    def _place(self, place: torch.device, wanted: Dtype) -> Precision:
+        """Bring it to its device, and into bfloat16, if that is right and faster; the dtype it is in."""
+        self._move(place)
+        if pick_dtype(wanted, place) != "bfloat16":
+            return "float32"
+        batches = check_batches(self.text_model)
+        references = [self._run(batch) for batch in batches]
+        exact = _seconds(lambda: self._run(batches[0]))
+        name = self.text_model.name
+        try:
+            with self._as_loaded():
+                lower_below_heads(self.modules)
+            check([self._run(batch) for batch in batches], references, "bfloat16")
+            if wanted == "bfloat16" or _seconds(lambda: self._run(batches[0])) < exact:
+                return "bfloat16"
+            failure = "bfloat16 is no faster here"
+        except (CheckFailed, RuntimeError, ValueError, TypeError, AttributeError) as error:
+            failure = str(error)
+            if wanted == "bfloat16":
+                raise ModelError(f"model {name} cannot run in bfloat16: {failure}; use float32") from error
+        log.info("model %s runs in float32: %s", name, failure)
+        self.modules, self._sliced = load_model(self._folder, torch.device("cpu")).requires_grad_(False), None
+        self._slice()
+        self._move(place)
+        return "float32"
+
+    def _move(self, place: torch.device) -> None:
+        with self._as_loaded():  # its last layer, too
+            self.modules.to(place)
+        if place.type == "cuda":
+            torch.cuda.synchronize(place)
+
+    def _slice(self) -> None:
+        """Run SPLADE a slice of the vocabulary at a time, if its vectors stay what they are."""
+        modules: list[Any] = [*self.modules.children()]
+        if len(modules) == 1 and isinstance(modules[0], Router) and "document" in modules[0].sub_modules:
+            modules = [*modules[0].sub_modules["document"].children()]
+        if [*map(type, modules)] != [Transformer, SpladePooling]:
             return
         batches = check_batches(self.text_model)
-        references = [self._run(batch)["sparse"] for batch in batches]
+        references = [self._run(batch) for batch in batches]
+        transformer, pooling = modules
         try:
-            fused = FusedSplade(*modules)
+            self._sliced = SlicedSplade(transformer, pooling, self.text_model.input.padding_side)
         except TypeError as error:
-            log.info("model %s: its last layer is not fused: %s", self.text_model.name, error)
+            log.info("model %s: its vocabulary is not sliced: %s", self.text_model.name, error)
             return
-        self._fused = fused
         try:
-            off = max(_off(self._run(batch)["sparse"], ours) for batch, ours in zip(batches, references, strict=True))
-        except (RuntimeError, ValueError, IndexError) as error:
-            off = float("inf")
-            log.info("model %s: %s", self.text_model.name, error)
-        if off > _DIFFERENCE:
-            fused.restore()
-            self._fused = None
-            name = self.text_model.name
-            log.warning("model %s: its last layer is not fused, as weights would be off by %.2g", name, off)
+            check([self._run(batch) for batch in batches], references, "float32")
+        except (CheckFailed, RuntimeError, ValueError, IndexError) as error:
+            self._sliced.restore()
+            self._sliced = None
+            log.warning("model %s: its vocabulary is not sliced: %s", self.text_model.name, error)
 
 
-def _off(ours: Ragged, theirs: Ragged) -> float:
-    """The greatest difference between two sparse results."""
-    assert ours.indices is not None
-    assert theirs.indices is not None
-    weights = [dict[tuple[int, int], float](), dict[tuple[int, int], float]()]
-    for found, values in zip(weights, (ours, theirs), strict=True):
-        rows = np.repeat(np.arange(len(values)), values.counts)
-        assert values.indices is not None
-        found.update(zip(zip(rows.tolist(), values.indices.tolist(), strict=True), values.values.tolist(), strict=True))
-    one, other = weights
-    return max((abs(one.get(place, 0.0) - other.get(place, 0.0)) for place in one.keys() | other.keys()), default=0.0)
+def load_torch(
+    folder: ModelFolder, device: str = "auto", dtype: Dtype = "auto", compiles: bool = False
+) -> TorchEngine | HeadedEngine:
+    """A model in torch, whatever it gives. Raises `ModelError`."""
+    if folder.headed:
+        return HeadedEngine(folder, device, dtype)
+    return TorchEngine(folder, device, dtype, compiles=compiles)
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    """Of the faster of two runs, after one that is not counted."""
+    run()
+    taken = []
+    for _ in range(2):
+        begun = time.perf_counter()
+        run()
+        taken.append(time.perf_counter() - begun)
+    return min(taken)
+
+
+def _values(kind: Kind, tensors: Tensors, texts: int) -> Values:
+    return results_of(kind, [tensor.cpu().numpy() for tensor in tensors], texts)

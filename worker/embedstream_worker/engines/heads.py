@@ -1,4 +1,4 @@
-"""From what a model's modules computed to its results, one head for each kind."""
+"""From what a model's modules computed to the tensors of its results, one head for each kind."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sparse_encoder.modules import SpladePooling
 from sentence_transformers.util import select_max_active_dims
 
-from embedstream.dataset.values import Ragged, Values
 from embedstream.errors import ModelError
 from embedstream.outputs import Kind
 from embedstream_worker.engines.base import OutputInfo
@@ -21,9 +19,11 @@ from embedstream_worker.purpose import HEADS, Purpose
 
 Features = dict[str, Any]
 
-LOGITS_BYTES = 64 * 1024 * 1024
-"""Of the matrix of tokens and vocabulary that is held at once."""
+Tensors = tuple[torch.Tensor, ...]
+"""Of one kind of results, as `arrays.results_of` takes them."""
 
+SLICE = 2048
+"""So much of the vocabulary is computed at once: the logits of a batch are 16 MiB then, which caches hold in part."""
 
 MOST_LABEL_BYTES = 256 * 1024
 """Of all labels together: each shard names them."""
@@ -35,8 +35,11 @@ class Head(Protocol):
     kind: Kind
     info: OutputInfo
 
-    def __call__(self, features: Features) -> Values:
-        """Of a padded batch, from the modules' features. Raises what torch raises."""
+    def __call__(self, features: Features) -> Tensors:
+        """Of a padded batch, from the modules' features, on their device; converters trace it.
+
+        Raises what torch raises.
+        """
 
 
 def heads_of(model: Any, purpose: Purpose, folder: Path, sample: Features, normalized: bool) -> list[Head]:
@@ -76,13 +79,13 @@ class DenseHead:
         self._cut = model.truncate_dim
         self.info = OutputInfo(dim, normalized)
 
-    def __call__(self, features: Features) -> Values:
+    def __call__(self, features: Features) -> Tensors:
         vectors = features["sentence_embedding"]
         if self._cut is not None:
             vectors = vectors[:, : self._cut]
             if self.info.normalized:
                 vectors = torch.nn.functional.normalize(vectors, dim=1)
-        return _numpy(vectors)
+        return (vectors,)
 
 
 class SparseHead:
@@ -91,12 +94,13 @@ class SparseHead:
     kind: Kind = "sparse"
 
     def __init__(self, vocabulary: int, most: int | None) -> None:
-        """`most`: as of `sparse`."""
+        """`most`: of a text's weights only so many of the greatest, as the folder says."""
         self._most = most
         self.info = OutputInfo(vocabulary)
 
-    def __call__(self, features: Features) -> Values:
-        return sparse(features["sentence_embedding"], self._most)
+    def __call__(self, features: Features) -> Tensors:
+        vectors: Any = select_max_active_dims(features["sentence_embedding"], self._most)
+        return above_zero(vectors)
 
 
 class TokensHead:
@@ -107,13 +111,12 @@ class TokensHead:
     def __init__(self, dim: int, normalized: bool) -> None:
         self.info = OutputInfo(dim, normalized, token_bytes=4 * dim)
 
-    def __call__(self, features: Features) -> Values:
-        mask = features["attention_mask"].bool()
-        return Ragged(_counts(mask), _numpy(features["token_embeddings"][mask]))
+    def __call__(self, features: Features) -> Tensors:
+        return features["token_embeddings"], features["attention_mask"].bool()
 
 
 class TokenWeightsHead:
-    """BGE-M3's sparse vectors: of each token of the vocabulary the greatest weight it has in the text, if above 0."""
+    """BGE-M3's sparse vectors: the weights of a text's tokens; of equal ones the greatest counts."""
 
     kind: Kind = "sparse"
 
@@ -122,20 +125,13 @@ class TokenWeightsHead:
         self._special = torch.tensor(sorted(special))
         self.info = OutputInfo(vocabulary, token_bytes=8)
 
-    def __call__(self, features: Features) -> Values:
+    def __call__(self, features: Features) -> Tensors:
         states, ids, mask = (features[name] for name in ("token_embeddings", "input_ids", "attention_mask"))
         self._linear.to(states.device)
         weights = torch.relu(self._linear(states.float())).squeeze(-1)
-        kept = mask.bool() & ~torch.isin(ids, self._special.to(ids.device))
-        row = torch.arange(len(ids), device=ids.device).unsqueeze(1).expand_as(ids)
-        # One place for each text and token of the vocabulary that is in it: a matrix of both would be large.
-        places, at = torch.unique(row[kept] * self.info.dim + ids[kept], return_inverse=True)
-        greatest = torch.zeros(len(places), device=ids.device)
-        greatest.scatter_reduce_(0, at, weights[kept], "amax")
-        above = ~(greatest <= 0)  # NaN stays, to be found
-        places, greatest = places[above], greatest[above]
-        counts = torch.bincount(places // self.info.dim, minlength=len(ids))
-        return Ragged(counts.cpu().numpy(), _numpy(greatest), (places % self.info.dim).cpu().numpy().astype(np.uint32))
+        kept = mask.bool() & ~torch.isin(ids, self._special.to(ids.device)) & ~(weights <= 0)  # NaN stays, to be found
+        rows, places = kept.nonzero(as_tuple=True)
+        return rows, ids[rows, places], weights[rows, places]
 
 
 class TokenVectorsHead:
@@ -147,11 +143,10 @@ class TokenVectorsHead:
         self._linear = linear
         self.info = OutputInfo(linear.out_features, normalized=True, token_bytes=4 * linear.out_features)
 
-    def __call__(self, features: Features) -> Values:
+    def __call__(self, features: Features) -> Tensors:
         states, mask = features["token_embeddings"][:, 1:], features["attention_mask"][:, 1:].bool()
         self._linear.to(states.device)
-        vectors = torch.nn.functional.normalize(self._linear(states[mask].float()), dim=-1)
-        return Ragged(_counts(mask), _numpy(vectors))
+        return torch.nn.functional.normalize(self._linear(states.float()), dim=-1), mask
 
 
 class ScoreHead:
@@ -163,8 +158,8 @@ class ScoreHead:
         self._activation: Callable[[torch.Tensor], torch.Tensor] = model.activation_fn or torch.nn.Identity()
         self.info = OutputInfo(1)
 
-    def __call__(self, features: Features) -> Values:
-        return _numpy(self._activation(features["scores"].float()).reshape(-1, 1))
+    def __call__(self, features: Features) -> Tensors:
+        return (self._activation(features["scores"].float()).reshape(-1, 1),)
 
 
 class LabelsHead:
@@ -182,30 +177,31 @@ class LabelsHead:
         if len(set(self.info.labels)) < len(self.info.labels):
             raise ModelError("two of the model's labels have one name; repair id2label in its config.json")
 
-    def __call__(self, features: Features) -> Values:
+    def __call__(self, features: Features) -> Tensors:
         scores = features["scores"].float()
         if self._problem == "multi_label_classification":
             scores = torch.sigmoid(scores)
         elif self._problem != "regression":
             scores = torch.softmax(scores, dim=1)
-        return _numpy(scores)
+        return (scores,)
 
 
-class FusedSplade:
-    """SPLADE without padding, and without a matrix of all tokens and the vocabulary.
+class SlicedSplade:
+    """SPLADE without a matrix of all tokens and the vocabulary: its last layer and its pooling, a slice at a time.
 
-    `log1p` and `relu` grow with their argument, so of a text's tokens the greatest logit alone needs them. The
-    transformer's last layer is run here, on real tokens, some at a time.
+    `log1p` and `relu` grow with their argument: where the greatest weight counts, the greatest logit alone needs them.
     """
 
-    def __init__(self, transformer: Transformer, pooling: SpladePooling) -> None:
+    def __init__(self, transformer: Transformer, pooling: SpladePooling, padding_side: str) -> None:
         """Takes the last layer out of the transformer. Raises `TypeError` where it has none like it."""
         model: Any = transformer.model
         self._decoder: torch.nn.Linear = model.get_output_embeddings()
         names = [name for name, module in model.named_modules() if module is self._decoder]
-        if type(self._decoder) is not torch.nn.Linear or len(names) != 1 or pooling.pooling_strategy != "max":
-            raise TypeError("its last layer or its pooling is another one")
+        if type(self._decoder) is not torch.nn.Linear or len(names) != 1:
+            raise TypeError("its last layer is another one")
         self._twice = pooling.activation_function == "log1p_relu"
+        self._sums = pooling.pooling_strategy == "sum"
+        self._first_token = -1 if padding_side == "left" else 0
         owner, _, self._name = names[0].rpartition(".")
         self._owner: torch.nn.Module = model.get_submodule(owner)
         self._transformer = transformer
@@ -214,19 +210,22 @@ class FusedSplade:
     def __call__(self, features: Features) -> torch.Tensor:
         """As long as the vocabulary, [n, vocabulary]."""
         states = self._transformer({"modality": "text", **features})["token_embeddings"]
-        mask = features["attention_mask"].bool()
-        lengths = mask.sum(dim=1).tolist()
-        tokens, vocabulary = states[mask], self._decoder.out_features
-        greatest = torch.zeros(len(lengths), vocabulary, device=tokens.device)
-        at_once = max(1, LOGITS_BYTES // (4 * vocabulary))
-        start = 0
-        for row, length in enumerate(lengths):
-            for first in range(start, start + length, at_once):
-                logits = self._decoder(tokens[first : min(first + at_once, start + length)]).float()
-                greatest[row] = torch.maximum(greatest[row], logits.amax(dim=0))
-            start += length
-        weights = greatest.relu_().log1p_()
-        return weights.log1p_() if self._twice else weights
+        mask = features["attention_mask"].bool().unsqueeze(-1)
+        if not self._sums:
+            # A padding that equals a token changes no maximum, and costs less than to mask the logits.
+            states = torch.where(mask, states, states[:, self._first_token].unsqueeze(1))
+        weights, bias = torch.split(self._decoder.weight, SLICE), self._decoder.bias
+        biases = [None] * len(weights) if bias is None else torch.split(bias, SLICE)
+        slices = []
+        for weight, part in zip(weights, biases, strict=True):
+            logits = torch.nn.functional.linear(states, weight, part)
+            slices.append((self._activate(logits) * mask).sum(dim=1) if self._sums else logits.amax(dim=1))
+        vectors = torch.cat(slices, dim=1)
+        return vectors if self._sums else self._activate(vectors) * mask.any(dim=1)
+
+    def _activate(self, logits: torch.Tensor) -> torch.Tensor:
+        weights = logits.relu().log1p()
+        return weights.log1p() if self._twice else weights
 
     def take(self) -> None:
         """Take the last layer out of the transformer."""
@@ -237,22 +236,10 @@ class FusedSplade:
         setattr(self._owner, self._name, self._decoder)
 
 
-def sparse(vectors: torch.Tensor, most: int | None = None) -> Ragged:
-    """What is not 0 of vectors [n, vocabulary]. `most`: only so many of the greatest, as the folder says."""
-    vectors = select_max_active_dims(vectors, most)
-    kept = vectors != 0
-    rows, indices = kept.nonzero(as_tuple=True)
-    return Ragged(_counts(kept), _numpy(vectors[rows, indices]), indices.cpu().numpy().astype(np.uint32))
-
-
-def _counts(mask: torch.Tensor) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    counts: np.ndarray[tuple[int], np.dtype[np.int64]] = mask.sum(dim=1).cpu().numpy().astype(np.int64)
-    return counts
-
-
-def _numpy(tensor: torch.Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
-    array: np.ndarray[tuple[int, ...], np.dtype[np.float32]] = tensor.float().cpu().numpy()
-    return array
+def above_zero(vectors: torch.Tensor) -> Tensors:
+    """Texts, tokens and weights of vectors as long as the vocabulary, [n, vocabulary]."""
+    texts, tokens = (~(vectors <= 0)).nonzero(as_tuple=True)  # NaN stays, to be found
+    return texts, tokens, vectors[texts, tokens]
 
 
 def _unit(vectors: torch.Tensor) -> bool:
@@ -274,4 +261,4 @@ def _linear(path: Path, width: int) -> torch.nn.Linear:
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelError(f"{path}: not the weights of a layer ({reason}); fetch the model again") from error
-    return made.float().eval()
+    return made.float().eval().requires_grad_(False)

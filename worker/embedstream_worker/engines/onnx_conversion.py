@@ -6,30 +6,29 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from sentence_transformers import SentenceTransformer
 
 from embedstream.errors import ModelError
 from embedstream_worker.engines.base import Role
 from embedstream_worker.engines.conversion import convert_with, silence
+from embedstream_worker.engines.graph_inputs import third_input
+from embedstream_worker.engines.headed_engine import HeadedEngine
 from embedstream_worker.engines.openvino_cache import Conversion, NotConvertible
 from embedstream_worker.engines.out_of_memory import is_out_of_memory
 from embedstream_worker.engines.text_input import TextModel
-from embedstream_worker.engines.torch_engine import sentence_vectors
-from embedstream_worker.engines.torch_graph import Graph, finite_attention, graph_example
+from embedstream_worker.engines.torch_graph import Graph, Original, graph_example, traceable
 from embedstream_worker.models import ModelFolder
 
-Carried = Literal["token_embeddings", "sentence_embedding"]
-"""What a carried transformer gives: a vector per token, or one per text."""
+Carried = Literal["token_embeddings", "sentence_embedding", "logits"]
+"""What a carried transformer gives: a vector per token, or one per text; or scores before their activation."""
 
 VECTORS = "embedding"
 """The output's name in graphs that are written here."""
 
 _OPSET = 18
-_INPUTS = ("input_ids", "attention_mask", "pooling_mask")
 
 
 def convert(folder: ModelFolder, into: Path) -> Conversion:
-    """Write a model's graphs, transformer and tail in one, and embed the check's texts with the original for reference.
+    """Write a model's graphs, transformer and tail in one, and run the check's texts through the original.
 
     Raises:
         ModelError: the model cannot be loaded.
@@ -41,36 +40,47 @@ def convert(folder: ModelFolder, into: Path) -> Conversion:
 def convert_tail(folder: ModelFolder, given: Carried, into: Path) -> Conversion:
     """The same for what follows the transformer alone. Raises as `convert`."""
 
-    def write(modules: SentenceTransformer, model: TextModel, role: Role, path: Path) -> None:
-        _write_tail(modules, model, role, given, path)
+    def write(original: Original, role: Role, path: Path) -> None:
+        _write_tail(original, role, given, path)
 
     return convert_with(write, ".onnx", folder, into)
 
 
-def _write_whole(modules: SentenceTransformer, model: TextModel, role: Role, path: Path) -> None:
-    graph = Graph(modules, model, role)
+def _write_whole(original: Original, role: Role, path: Path) -> None:
+    graph = Graph(original, role)
     try:
-        _export(graph, dict(zip(_INPUTS, graph_example(model, role), strict=False)), model.name, path)
+        _export(graph, _inputs(original.text_model, role), original.text_model.name, path)
     finally:
         graph.release()
 
 
-def _write_tail(modules: SentenceTransformer, model: TextModel, role: Role, given: Carried, path: Path) -> None:
-    inputs = dict(zip(_INPUTS, graph_example(model, role), strict=False))
+def _inputs(model: TextModel, role: Role) -> dict[str, torch.Tensor]:
+    """By name."""
+    names = ("input_ids", "attention_mask", third_input(model) or "")
+    return dict(zip(names, graph_example(model, role), strict=False))
+
+
+def _write_tail(original: Original, role: Role, given: Carried, path: Path) -> None:
+    model = original.text_model
+    if isinstance(original, HeadedEngine):
+        scores = torch.rand(2, next(iter(original.info.outputs.values())).dim)
+        _export(_Activated(original), {given: scores}, model.name, path)
+        return
+    inputs = _inputs(model, role)
     with torch.no_grad():
         features = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
         if model.input.token_types:
             features["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
-        first = next(modules.children())
+        first = next(original.modules.children())
         # A router's transformers lie in folders of their own.
         tokens = first({"modality": "text", **features}).get("token_embeddings")
         if tokens is None:
             raise NotConvertible("its first module is not a transformer")
         if given == "sentence_embedding":
-            example: dict[str, torch.Tensor] = {given: sentence_vectors(modules, features, role)}
+            example: dict[str, torch.Tensor] = {given: original.tensors(features, role)[0]}
             _export(_Cut(model), example, model.name, path)
             return
-    graph = _Tail(modules, model, role)
+    graph = _Tail(original, role)
     try:
         _export(graph, {given: tokens, **inputs}, model.name, path)
     finally:
@@ -86,20 +96,31 @@ class _Tail(Graph):
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
         pooling_mask: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, ...]:
         self._pooling_mask[:] = [] if pooling_mask is None else [pooling_mask]
         features = {"token_embeddings": token_embeddings, "input_ids": input_ids, "attention_mask": attention_mask}
         first = next(self._modules_of_model.children())
         original = first.forward
         first.forward = _give_back
         try:
-            return sentence_vectors(self._modules_of_model, features, self._role)
+            return self._original.tensors(features, self._role)
         finally:
             first.forward = original
 
 
 def _give_back(features: dict[str, Any], **_: Any) -> dict[str, Any]:
     return features
+
+
+class _Activated(torch.nn.Module):
+    """What turns logits of pairs into scores."""
+
+    def __init__(self, original: HeadedEngine) -> None:
+        super().__init__()
+        self._finish = original.finish
+
+    def forward(self, logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self._finish({"scores": logits})
 
 
 class _Cut(torch.nn.Module):
@@ -116,10 +137,10 @@ class _Cut(torch.nn.Module):
 
 def _export(graph: torch.nn.Module, example: dict[str, torch.Tensor], model_name: str, path: Path) -> None:
     axes = {name: dict(enumerate(("texts", "tokens")[: tensor.ndim])) for name, tensor in example.items()}
-    if "sentence_embedding" in axes:
-        del axes["sentence_embedding"][1]
+    for name in axes.keys() & {"sentence_embedding", "logits"}:
+        del axes[name][1]
     try:  # whatever the exporter raises, another engine runs the model
-        with silence(), finite_attention(), torch.no_grad():
+        with silence(), traceable(), torch.no_grad():
             torch.onnx.export(
                 graph,
                 tuple(example.values()),

@@ -10,24 +10,24 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import onnxruntime
 
 from embedstream.errors import ModelError
 from embedstream.machine import cpu_cores
 from embedstream_worker.cache import cache_folder
-from embedstream_worker.engines.base import EngineInfo, OutOfMemory, OutputInfo, Results, Role, TokenBatch
+from embedstream_worker.engines.base import EngineInfo, OutOfMemory, Results, Role, TokenBatch
 from embedstream_worker.engines.calibration import calibration_hash
-from embedstream_worker.engines.checking import CheckFailed, check_batches, compare, require
+from embedstream_worker.engines.checking import CheckFailed, check, check_batches
 from embedstream_worker.engines.onnx_slot import INPUTS, Slot, Step, Way
 from embedstream_worker.engines.openvino_cache import Cache, Conversion, Entry, NotConvertible
 from embedstream_worker.engines.precision import Dtype, streams_for
 from embedstream_worker.engines.text_engine import TextEngine, ran_out_of_memory
-from embedstream_worker.engines.text_input import TextModel
 from embedstream_worker.families import card_prompts
 from embedstream_worker.fingerprint import file_sha256
 from embedstream_worker.models import ModelFolder
+from embedstream_worker.purpose import Purpose
 from embedstream_worker.recipe import origin_of
 
 if TYPE_CHECKING:
@@ -40,14 +40,15 @@ CPU_BATCH_TOKENS = 2048
 
 GPU_BATCH_TOKENS = 65_536
 
-_RECIPE = "2"  # part of every key: to be raised when the export changes
+_RECIPE = "3"  # part of every key: to be raised when the export changes
 _EXPORTERS = ("torch", "transformers", "sentence-transformers")
 _TOKEN_OUTPUTS = ("last_hidden_state", "token_embeddings")
-_TEXT_OUTPUT = "sentence_embedding"
+_TEXT_OUTPUT, _SCORES = "sentence_embedding", "logits"
 
 
 class OnnxEngine(TextEngine):
-    """Vectors equal to sentence-transformers' own in float32, without torch once the graphs are in the cache.
+    """Vectors, scores of pairs or labels, equal to sentence-transformers' own in float32, without torch once the graphs
+    are in the cache.
 
     A folder's own `onnx/model.onnx` is used as it is, followed by the folder's tail; else, or if its vectors are wrong,
     both are exported from torch and kept. `run` may be called from several threads: each call takes one of
@@ -85,6 +86,11 @@ class OnnxEngine(TextEngine):
             raise ModelError(
                 f"--dtype {dtype}: onnxruntime computes in float32; use another engine, or --dtype float32"
             )
+        if folder.headed and folder.purpose is not Purpose.PAIRS:
+            raise ModelError(
+                f"--engine onnxruntime: runs models of one dense vector, rerankers and classifiers, and {folder.name} "
+                f"is none; use --engine auto"
+            )
         super().__init__()
         self._folder = folder
         runs_of_cores = streams_for(cpu_cores())
@@ -98,9 +104,10 @@ class OnnxEngine(TextEngine):
         self._cache = cache or Cache(cache_folder("onnx"))
         fingerprint = folder.fingerprint()
         try:
-            model = self._open(fingerprint, self._cache)
+            conversion = self._open(fingerprint, self._cache)
         except (NotConvertible, CheckFailed) as error:
             raise ModelError(f"onnxruntime does not run model {folder.name} ({error}); use --engine torch") from error
+        model = conversion.model
         kind, number = self._device
         self.info = EngineInfo(
             engine="onnxruntime",
@@ -110,7 +117,8 @@ class OnnxEngine(TextEngine):
             max_length=model.input.max_length,
             padded=True,
             batch_tokens=CPU_BATCH_TOKENS if kind == "cpu" else GPU_BATCH_TOKENS,
-            outputs={"dense": OutputInfo(dim=model.dim, normalized=model.normalized)},
+            pairs=model.pairs,
+            outputs=conversion.outputs,
             card_prompts=card_prompts(folder.name, folder.path),
             origin=origin_of(folder),
         )
@@ -129,7 +137,7 @@ class OnnxEngine(TextEngine):
         """What the model gives, by kind, in the batch's order. Raises `OutOfMemory`."""
         slot = self._slots.get()
         try:
-            return {"dense": slot.run(batch)}
+            return cast("Results", {self._kind: slot.run(batch)})
         except Exception as error:
             if not ran_out_of_memory(error):
                 raise
@@ -149,7 +157,7 @@ class OnnxEngine(TextEngine):
             self._slots.get()
         self.in_flight = 0
 
-    def _open(self, fingerprint: str, cache: Cache) -> TextModel:
+    def _open(self, fingerprint: str, cache: Cache) -> Conversion:
         """Raises `NotConvertible`, `CheckFailed`."""
         carried = _carried_graph(self._folder.path)
         if carried is not None:
@@ -162,11 +170,11 @@ class OnnxEngine(TextEngine):
         steps = {name: self._step(_graph(entry, name), None) for name in set(entry.conversion.graphs.values())}
         self._use({role: (steps[name],) for role, name in entry.conversion.graphs.items()}, entry.conversion)
         log.info("onnxruntime: model %s as exported from torch", self._folder.name)
-        return entry.conversion.model
+        return entry.conversion
 
-    def _open_carried(self, carried: Path, fingerprint: str, cache: Cache) -> TextModel:
+    def _open_carried(self, carried: Path, fingerprint: str, cache: Cache) -> Conversion:
         transformer = self._step(carried, None)
-        given: Carried = "sentence_embedding" if transformer.output == _TEXT_OUTPUT else "token_embeddings"
+        given = _given(transformer.output, self._folder)
 
         def convert(into: Path) -> Conversion:
             from embedstream_worker.engines.onnx_conversion import convert_tail
@@ -179,7 +187,7 @@ class OnnxEngine(TextEngine):
         ways: dict[Role, Way] = {role: (transformer, tails[name]) for role, name in entry.conversion.graphs.items()}
         self._use(ways, entry.conversion)
         log.info("onnxruntime: %s as it is, followed by the model's own tail", carried)
-        return entry.conversion.model
+        return entry.conversion
 
     def _convert(self, into: Path) -> Conversion:
         # Imported only here: torch takes seconds, and with a model that was exported before it is not needed.
@@ -228,14 +236,15 @@ class OnnxEngine(TextEngine):
         model = conversion.model
         self.in_flight = self._runs if self._device[0] == "cpu" else 1
         self.text_model = model
+        [(self._kind, output)] = conversion.outputs.items()
         for _ in range(self.in_flight):
-            self._slots.put(Slot(ways, model, self._device))
+            self._slots.put(Slot(ways, model, output.dim, self._device))
         try:
-            vectors = [self.run(batch)["dense"] for batch in check_batches(model)]
+            found = [self.run(batch) for batch in check_batches(model)]
         except Exception as error:
             lines = str(error).strip().splitlines() or [type(error).__name__]
             raise CheckFailed(f"its graph does not run: {lines[0][:200]}") from error
-        require(compare(vectors, conversion.references), "float32")
+        check(found, conversion.references, "float32")
 
 
 def _graph(entry: Entry, name: str) -> Path:
@@ -245,12 +254,21 @@ def _graph(entry: Entry, name: str) -> Path:
 def _pick_output(session: Any) -> str:
     types = {value.name: value.type for value in session.get_outputs()}
     # Vectors of tokens first: the folder's own tail is the truth about pooling.
-    known = (*_TOKEN_OUTPUTS, _TEXT_OUTPUT, "embedding")
+    known = (*_TOKEN_OUTPUTS, _TEXT_OUTPUT, _SCORES, "embedding")
     found = next((name for name in known if types.get(name) == "tensor(float)"), None)
     if found is None:
         given = ", ".join(f"{name}: {kind}" for name, kind in types.items())
-        raise NotConvertible(f"its graph has none of the outputs {', '.join(known[:3])} in float32 (it has: {given})")
+        raise NotConvertible(f"its graph has none of the outputs {', '.join(known[:4])} in float32 (it has: {given})")
     return found
+
+
+def _given(output: str, folder: ModelFolder) -> Carried:
+    """What a carried graph gives. Raises `NotConvertible` for something else than what the model is for."""
+    if (output == _SCORES) != (folder.purpose is Purpose.PAIRS):
+        raise NotConvertible(f"its graph gives {output}, which are no results of a {folder.purpose}")
+    if output == _SCORES:
+        return "logits"
+    return "sentence_embedding" if output == _TEXT_OUTPUT else "token_embeddings"
 
 
 def _carried_graph(folder: Path) -> Path | None:

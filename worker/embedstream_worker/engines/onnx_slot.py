@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 
+from embedstream.dataset.values import Matrix
 from embedstream_worker.engines.base import Role, TokenBatch
-from embedstream_worker.engines.checking import Vectors
 from embedstream_worker.engines.text_input import TextInput, TextModel
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids", "pooling_mask")
@@ -37,9 +37,11 @@ Way = tuple[Step, ...]
 class Slot:
     """Buffers and bindings of one run. Not safe to share between threads."""
 
-    def __init__(self, ways: Mapping[Role, Way], model: TextModel, device: tuple[str, int]) -> None:
+    def __init__(self, ways: Mapping[Role, Way], model: TextModel, width: int, device: tuple[str, int]) -> None:
+        """`width`: of what the last steps give."""
         self._ways = ways
         self._model = model
+        self._width = width
         self._device = device
         self._bindings = {id(step): step.session.io_binding() for way in ways.values() for step in way}
         self._buffers: dict[str, _Integers] = {}
@@ -50,8 +52,11 @@ class Slot:
         """What the buffers hold between runs."""
         return sum(buffer.nbytes for buffer in self._buffers.values())
 
-    def run(self, batch: TokenBatch) -> Vectors:
-        """Vectors, [n, dim], the caller's own. After an error nothing is held, and the next run makes it anew."""
+    def run(self, batch: TokenBatch) -> Matrix:
+        """Vectors or scores, [n, width], the caller's own.
+
+        After an error nothing is held, and the next run makes it anew.
+        """
         try:
             return self._run(batch)
         except BaseException:
@@ -63,10 +68,10 @@ class Slot:
                 binding.clear_binding_inputs()
                 binding.clear_binding_outputs()
 
-    def _run(self, batch: TokenBatch) -> Vectors:
+    def _run(self, batch: TokenBatch) -> Matrix:
         way = self._ways[batch.role]
         arrays = self._fill(batch, {name for step in way for name in step.inputs})
-        vectors = np.empty((len(batch), self._model.dim), np.float32)
+        vectors = np.empty((len(batch), self._width), np.float32)
         options = self._options()
         between = None
         for step in way:
@@ -106,6 +111,8 @@ class Slot:
             arrays["attention_mask"][:] = real
         if "token_type_ids" in arrays:
             arrays["token_type_ids"].fill(0)
+            if batch.types is not None:
+                arrays["token_type_ids"][real] = batch.types
         if "pooling_mask" in arrays:
             arrays["pooling_mask"][:] = _real(text_input, batch, batch.prompt_length)
         return arrays

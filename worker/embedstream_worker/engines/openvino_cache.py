@@ -8,20 +8,23 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any, cast
 from uuid import uuid4
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 import tokenizers
 
+from embedstream.dataset.values import Ragged, Values
+from embedstream.outputs import Kind
 from embedstream.temporary import temporary_folder
 from embedstream_worker.cache import cache_folder
-from embedstream_worker.engines.base import Role
-from embedstream_worker.engines.checking import Vectors
+from embedstream_worker.engines.base import OutputInfo, Results, Role
 from embedstream_worker.engines.text_input import InputKind, TextInput, TextModel
 from embedstream_worker.panics import panics_are_errors
 from embedstream_worker.tokenizing import Limits
@@ -47,8 +50,10 @@ class Conversion:
     model: TextModel
     graphs: dict[Role, str]
     """The name of each role's graph: `<name>.xml` and `<name>.bin`."""
-    references: list[Vectors]
-    """The original's float32 vectors for `checking.check_batches`."""
+    outputs: dict[Kind, OutputInfo]
+    """What each graph gives, in the order of its outputs: see `arrays.ARRAYS`."""
+    references: list[Results]
+    """What the original gives in float32 for `checking.check_batches`."""
 
 
 @dataclass(frozen=True)
@@ -65,11 +70,13 @@ class Entry:
 class _Description(msgspec.Struct, forbid_unknown_fields=True):
     files: dict[str, int]
     graphs: dict[Role, str]
+    outputs: dict[Kind, OutputInfo]
     roles: dict[Role, int]
     prompts: dict[str, str]
     default_prompt_name: str | None
     normalized: bool
     excludes_prompt: bool
+    pairs: bool
     limits: Limits
     max_length: int
     special_ids: frozenset[int]
@@ -152,16 +159,23 @@ def _write(folder: Path, conversion: Conversion) -> None:
     if not isinstance(source, tokenizers.Tokenizer):
         raise TypeError("a tokenizer written in Python cannot be kept")
     (folder / _TOKENIZER).write_text(source.to_str(), "utf-8")
-    arrays = {str(place): vectors for place, vectors in enumerate(conversion.references)}
+    arrays = {
+        f"{place}.{kind}.{name}": array
+        for place, results in enumerate(conversion.references)
+        for kind, values in results.items()
+        for name, array in _arrays(values).items()  # type: ignore[arg-type]
+    }
     np.savez(folder / _REFERENCES, allow_pickle=False, **arrays)
     description = _Description(
         files={path.name: path.stat().st_size for path in folder.iterdir()},
         graphs=conversion.graphs,
+        outputs=conversion.outputs,
         roles=conversion.model.roles,
         prompts=conversion.model.prompts,
         default_prompt_name=conversion.model.default_prompt_name,
         normalized=conversion.model.normalized,
         excludes_prompt=conversion.model.excludes_prompt,
+        pairs=conversion.model.pairs,
         limits=text_input.limits,
         max_length=text_input.max_length,
         special_ids=text_input.special_ids,
@@ -187,7 +201,7 @@ def _read(folder: Path, model_name: str) -> Conversion | None:
         with panics_are_errors():
             source = tokenizers.Tokenizer.from_file(str(folder / _TOKENIZER))
         with np.load(folder / _REFERENCES, allow_pickle=False) as arrays:
-            references = [arrays[str(place)] for place in range(len(arrays.files))]
+            references = _references(arrays)
     except Exception as error:  # noqa: BLE001 - the tokenizer's loader raises bare Exceptions
         log.warning("%s cannot be used (%s): the model is converted anew", folder, error)
         return None
@@ -212,8 +226,29 @@ def _read(folder: Path, model_name: str) -> Conversion | None:
         roles=description.roles,
         normalized=description.normalized,
         excludes_prompt=description.excludes_prompt,
+        pairs=description.pairs,
     )
-    return Conversion(model, description.graphs, references)
+    return Conversion(model, description.graphs, description.outputs, references)
+
+
+def _arrays(values: Values) -> dict[str, npt.NDArray[Any]]:
+    if not isinstance(values, Ragged):
+        return {"values": values}
+    arrays: dict[str, npt.NDArray[Any]] = {"counts": values.counts, "values": values.values}
+    return arrays if values.indices is None else arrays | {"indices": values.indices}
+
+
+def _references(arrays: Mapping[str, npt.NDArray[Any]]) -> list[Results]:
+    """What `_arrays` made of them, by place and kind."""
+    parts: dict[int, dict[str, dict[str, npt.NDArray[Any]]]] = {}
+    for key in arrays:
+        place, kind, name = key.split(".")
+        parts.setdefault(int(place), {}).setdefault(kind, {})[name] = arrays[key]
+    made = [
+        {kind: Ragged(**each) if "counts" in each else each["values"] for kind, each in parts[place].items()}
+        for place in sorted(parts)
+    ]
+    return cast("list[Results]", made)
 
 
 def _whole(folder: Path) -> _Description | None:

@@ -1,4 +1,4 @@
-"""From a model folder to OpenVINO graphs: the transformer and sentence-transformers' own tail as one, out of torch."""
+"""From a model folder to OpenVINO graphs: transformer, tail and heads as one, out of torch."""
 
 from __future__ import annotations
 
@@ -9,20 +9,18 @@ from typing import Any
 
 import openvino
 import torch
-from sentence_transformers import SentenceTransformer
 
 from embedstream.errors import ModelError
 from embedstream_worker.engines.base import Role
 from embedstream_worker.engines.conversion import convert_with, silence
 from embedstream_worker.engines.openvino_cache import Conversion, NotConvertible
 from embedstream_worker.engines.out_of_memory import is_out_of_memory
-from embedstream_worker.engines.text_input import TextModel
-from embedstream_worker.engines.torch_graph import Graph, finite_attention, graph_example
+from embedstream_worker.engines.torch_graph import Graph, Original, graph_example, traceable
 from embedstream_worker.models import ModelFolder
 
 
 def convert(folder: ModelFolder, into: Path) -> Conversion:
-    """Write a model's graphs into a folder, and embed the check's texts with the original for reference.
+    """Write a model's graphs into a folder, and run the check's texts through the original for reference.
 
     Raises:
         ModelError: the model cannot be loaded.
@@ -31,11 +29,12 @@ def convert(folder: ModelFolder, into: Path) -> Conversion:
     return convert_with(_write_graph, ".xml", folder, into)
 
 
-def _write_graph(modules: SentenceTransformer, model: TextModel, role: Role, path: Path) -> None:
+def _write_graph(original: Original, role: Role, path: Path) -> None:
+    model = original.text_model
     example = graph_example(model, role)
-    graph = Graph(modules, model, role)
+    graph = Graph(original, role)
     try:  # whatever a frontend raises, another engine runs the model
-        with silence(), finite_attention(), torch.inference_mode():
+        with silence(), traceable(), torch.inference_mode():
             converted = openvino.convert_model(graph, example_input=tuple(example))
     except Exception as error:
         if is_out_of_memory(error):

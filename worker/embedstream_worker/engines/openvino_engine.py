@@ -10,29 +10,21 @@ import time
 from hashlib import blake2b
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
-import numpy.typing as npt
 import openvino
 
 from embedstream.machine import cpu_cores
-from embedstream_worker.engines.base import (
-    Engine,
-    EngineInfo,
-    OutOfMemory,
-    OutputInfo,
-    Results,
-    Role,
-    TokenBatch,
-)
+from embedstream_worker.engines.arrays import ARRAYS, results_of
+from embedstream_worker.engines.base import Engine, EngineInfo, OutOfMemory, Results, Role, TokenBatch, fitting
 from embedstream_worker.engines.calibration import calibration_hash, calibration_texts
-from embedstream_worker.engines.checking import Agreement, Vectors, check_batches, compare, require
+from embedstream_worker.engines.checking import check, check_batches
+from embedstream_worker.engines.graph_inputs import graph_inputs
 from embedstream_worker.engines.openvino_cache import Cache, Conversion, Entry
 from embedstream_worker.engines.phases import CHECKING, phase
 from embedstream_worker.engines.precision import Precision, streams_for
 from embedstream_worker.engines.text_engine import TextEngine, ran_out_of_memory
-from embedstream_worker.engines.text_input import TextInput, TextModel
 from embedstream_worker.families import card_prompts
 from embedstream_worker.models import ModelFolder
 from embedstream_worker.recipe import origin_of
@@ -43,7 +35,7 @@ log = logging.getLogger(__name__)
 BATCH_TOKENS = 2048
 """MiniLM on 2 cores: 1024 to 4096 are within 5 % of each other."""
 
-_RECIPE = "2"  # part of every key: to be raised when conversion or calibration change
+_RECIPE = "3"  # part of every key: to be raised when conversion or calibration change
 CONVERTERS = ("openvino", "torch", "transformers", "sentence-transformers")
 CALIBRATORS = ("openvino", "nncf")
 _LONGEST_CALIBRATION_TOKENS = 384
@@ -52,27 +44,29 @@ _Slot = dict[Role, Any]  # an openvino.InferRequest for each role
 
 
 class OpenVinoEngine(TextEngine):
-    """Vectors equal to sentence-transformers' own within the precision, several times as fast as its float32.
+    """Results equal to sentence-transformers' own within the precision, several times as fast as its float32.
+
+    One pass through the graph gives all kinds of results.
 
     `run` may be called from several threads: each call takes one of `in_flight` requests, and waits for it.
     """
 
     def __init__(self, folder: ModelFolder, precision: Precision, fingerprint: str, cache: Cache) -> None:
-        """Convert the model, or read what was converted, and prove that its vectors are right.
+        """Convert the model, or read what was converted, and prove that its results are right.
 
         `fingerprint`: the folder's own.
 
         Raises:
             NotConvertible: it does not convert.
-            CheckFailed: its vectors are wrong.
+            CheckFailed: its results are wrong.
             ModelError: the model cannot be loaded.
         """
 
         def load_exact() -> Engine:
             # Imported only here: an engine that needs no torch must not load it for nothing.
-            from embedstream_worker.engines.torch_engine import TorchEngine
+            from embedstream_worker.engines.headed_engine import load_torch
 
-            return TorchEngine(folder, "cpu", "float32")
+            return load_torch(folder, "cpu", "float32")
 
         super().__init__(load_exact)
         # Beside a model on the CPU, tokenizing must not take more than its own thread; a user's own choice stands.
@@ -87,12 +81,10 @@ class OpenVinoEngine(TextEngine):
             entry = cache.entry(parts, self._folder.name, lambda into: _quantize(entry, into))
         self._compile(entry, precision)
         phase(CHECKING)
-        agreement = self._check(entry.conversion, precision)
-        log.info(
-            "openvino in %s: cosine to float32 on the check's texts at least %.5f, on average %.5f",
-            *(precision, agreement.lowest, agreement.mean),
-        )
-        model = entry.conversion.model
+        model, outputs = entry.conversion.model, entry.conversion.outputs
+        found = [self.run(batch) for batch in check_batches(model)]
+        agreement = check(found, entry.conversion.references, precision)
+        log.info("openvino in %s, to float32 on the check's texts: %s", precision, agreement)
         self.info = EngineInfo(
             engine="openvino",
             device="cpu",
@@ -100,8 +92,9 @@ class OpenVinoEngine(TextEngine):
             fingerprint=fingerprint,
             max_length=model.input.max_length,
             padded=True,
-            batch_tokens=BATCH_TOKENS,
-            outputs={"dense": OutputInfo(dim=model.dim, normalized=model.normalized)},
+            batch_tokens=fitting(BATCH_TOKENS, outputs),
+            pairs=model.pairs,
+            outputs=outputs,
             card_prompts=card_prompts(folder.name, folder.path),
             origin=origin_of(folder),
         )
@@ -111,8 +104,15 @@ class OpenVinoEngine(TextEngine):
         slot = self._slots.get()
         try:
             request = slot[batch.role]
-            request.infer(_inputs(self.text_model, batch), share_inputs=True)
-            vectors: Vectors = request.get_output_tensor(0).data.copy()
+            request.infer(graph_inputs(self.text_model, batch), share_inputs=True)
+            first, results = 0, {}
+            for kind in self._kinds:
+                places = range(first, first + ARRAYS[kind])
+                first += ARRAYS[kind]
+                if batch.kinds is None or kind in batch.kinds:
+                    results[kind] = results_of(
+                        kind, [request.get_output_tensor(place).data for place in places], len(batch)
+                    )
         except (MemoryError, RuntimeError) as error:
             if not ran_out_of_memory(error):
                 raise
@@ -120,7 +120,7 @@ class OpenVinoEngine(TextEngine):
             raise OutOfMemory(f"{len(batch)} texts of up to {batch.longest} tokens: {reason}") from error
         finally:
             self._slots.put(slot)
-        return {"dense": vectors}
+        return cast("Results", results)
 
     def close(self) -> None:
         """Give the model's memory back. Calls that are under way end first."""
@@ -158,13 +158,7 @@ class OpenVinoEngine(TextEngine):
         for _ in range(self.in_flight):
             requests = {name: graph.create_infer_request() for name, graph in compiled.items()}
             self._slots.put({role: requests[name] for role, name in entry.conversion.graphs.items()})
-        self.text_model = entry.conversion.model
-
-    def _check(self, conversion: Conversion, precision: Precision) -> Agreement:
-        vectors = [self.run(batch)["dense"] for batch in check_batches(conversion.model)]
-        agreement = compare(vectors, conversion.references)
-        require(agreement, precision)
-        return agreement
+        self.text_model, self._kinds = entry.conversion.model, (*entry.conversion.outputs,)
 
 
 def key_of(fingerprint: str, form: str, packages: tuple[str, ...]) -> tuple[str, ...]:
@@ -201,20 +195,7 @@ def _quantize(source: Entry, into: Path) -> Conversion:
             for start, stop in zip(tokens.offsets[:-1], tokens.offsets[1:], strict=True)
             if stop > start
         ]
-        samples = [lambda batch=batch: dict(enumerate(_inputs(model, batch))) for batch in batches]
+        samples = [lambda batch=batch: dict(enumerate(graph_inputs(model, batch))) for batch in batches]
         quantize(source.graph(role), into / f"{name}.xml", samples)
     log.info("calibrated model %s for int8 in %.0f s", model.name, time.perf_counter() - begun)
     return source.conversion
-
-
-def _inputs(model: TextModel, batch: TokenBatch) -> tuple[npt.NDArray[np.int64], ...]:
-    """A graph's inputs: ids, attention mask, and the mask for pooling if that leaves the prompt out."""
-    ids, mask = model.input.pad(batch)
-    return (ids, mask, _without_prompt(model.input, mask, batch)) if model.excludes_prompt else (ids, mask)
-
-
-def _without_prompt(text_input: TextInput, mask: npt.NDArray[np.int64], batch: TokenBatch) -> npt.NDArray[np.int64]:
-    if not batch.prompt_length:
-        return mask
-    first = batch.longest - batch.lengths if text_input.padding_side == "left" else np.zeros(len(batch), np.int64)
-    return np.where(np.arange(batch.longest) >= first[:, None] + batch.prompt_length, mask, 0)

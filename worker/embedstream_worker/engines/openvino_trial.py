@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import signal
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +34,8 @@ class Trial(msgspec.Struct):
     folder: str
     name: str
     needs: Trust
-    precision: Precision
+    precisions: list[Precision]
+    """To be tried in this order, until one is right."""
     fingerprint: str
     cache: str
 
@@ -41,16 +43,19 @@ class Trial(msgspec.Struct):
 class Report(msgspec.Struct):
     """What it answers."""
 
+    precision: Precision | None = None
+    """The one that is right."""
     unfit: str | None = None
+    """Why there is none."""
     error: str | None = None
+    """Why no engine can load the model."""
 
 
 @dataclass(frozen=True)
 class TrialResult:
     """What a trial found."""
 
-    unfit: str | None
-    """Why this engine cannot run the model; None if it can."""
+    report: Report
     lasting: bool
     """Whether another trial would find the same."""
 
@@ -68,38 +73,43 @@ def load_openvino(folder: ModelFolder, dtype: Dtype = "auto", cache: Cache | Non
         EngineUnfit: the model does not convert, or its vectors are wrong.
         ModelError: the model cannot be loaded.
     """
-    precision, fingerprint, cache = _pick_precision(dtype), folder.fingerprint(), cache or Cache()
+    if dtype == "int8" and folder.headed:
+        raise ModelError(f"--dtype int8: is for models of one dense vector, and {folder.name} is none; leave it out")
+    precisions, fingerprint, cache = _pick_precisions(dtype), folder.fingerprint(), cache or Cache()
     try:
-        _require_trial(folder, precision, fingerprint, cache)
+        precision = _require_trial(folder, precisions, fingerprint, cache)
         return OpenVinoEngine(folder, precision, fingerprint, cache)
     except (NotConvertible, CheckFailed) as error:
         cache.close()
         raise EngineUnfit(f"openvino does not run model {folder.name} ({error}); torch does") from error
 
 
-def _require_trial(folder: ModelFolder, precision: Precision, fingerprint: str, cache: Cache) -> None:
-    """Raise `NotConvertible` unless the model has passed a trial, now or before."""
-    parts = key_of(fingerprint, f"trial {precision} {cpu_name()}", (*CONVERTERS, *CALIBRATORS))
+def _require_trial(folder: ModelFolder, precisions: Sequence[Precision], fingerprint: str, cache: Cache) -> Precision:
+    """The first precision with which the model has passed a trial, now or before. Raises `NotConvertible`."""
+    parts = key_of(fingerprint, f"trial {' '.join(precisions)} {cpu_name()}", (*CONVERTERS, *CALIBRATORS))
     verdict = cache.verdict(parts)
-    if verdict is None:
-        result = run_trial(folder, precision, fingerprint, cache.folder)
-        verdict = result.unfit or ""
+    try:
+        report = msgspec.json.decode(verdict or "", type=Report)
+    except msgspec.DecodeError:  # none, or not whole
+        result = run_trial(folder, precisions, fingerprint, cache.folder)
+        report = result.report
         if result.lasting:
-            cache.remember(parts, verdict)
-    if verdict:
-        raise NotConvertible(verdict)
+            cache.remember(parts, msgspec.json.encode(report).decode())
+    if report.precision is None:
+        raise NotConvertible(report.unfit or "")
+    return report.precision
 
 
-def _pick_precision(wanted: Dtype) -> Precision:
+def _pick_precisions(wanted: Dtype) -> Sequence[Precision]:
     if wanted == "int8" and importlib.util.find_spec("nncf") is None:
         raise ModelError("--dtype int8: nncf, which calibrates it, is not installed; pip install 'embedstream[cpu]'")
     if wanted != "auto":
-        return wanted
+        return (wanted,)
     native = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES") and cpu_has_bfloat16()
-    return "bfloat16" if native else "float32"
+    return ("bfloat16", "float32") if native else ("float32",)
 
 
-def run_trial(folder: ModelFolder, precision: Precision, fingerprint: str, cache: Path) -> TrialResult:
+def run_trial(folder: ModelFolder, precisions: Sequence[Precision], fingerprint: str, cache: Path) -> TrialResult:
     """Convert, compile and check a model in another process, leaving what it converted in the cache.
 
     Raises:
@@ -107,7 +117,7 @@ def run_trial(folder: ModelFolder, precision: Precision, fingerprint: str, cache
     """
     phase(CONVERTING)
     log.info("model %s: converting for openvino, once", folder.name)
-    trial = Trial(str(folder.path), folder.name, folder.needs, precision, fingerprint, str(cache))
+    trial = Trial(str(folder.path), folder.name, folder.needs, [*precisions], fingerprint, str(cache))
     ended = subprocess.run(
         python_command("embedstream_worker.engines.openvino_trial_process"),
         env=environment(),
@@ -117,11 +127,12 @@ def run_trial(folder: ModelFolder, precision: Precision, fingerprint: str, cache
     )
     if ended.returncode < 0:
         died_of = signal.Signals(-ended.returncode)
-        return TrialResult(f"a trial in {precision} died of {died_of.name}", died_of not in _FROM_OUTSIDE)
+        report = Report(unfit=f"a trial in {' and '.join(precisions)} died of {died_of.name}")
+        return TrialResult(report, died_of not in _FROM_OUTSIDE)
     if ended.returncode > 0:
         last = (ended.stderr.decode("utf-8", "replace").strip().splitlines() or ["no message"])[-1]
-        return TrialResult(f"a trial in {precision} failed ({last})", lasting=False)
+        return TrialResult(Report(unfit=f"a trial in {' and '.join(precisions)} failed ({last})"), lasting=False)
     report = msgspec.json.decode(ended.stdout.splitlines()[-1], type=Report)
     if report.error is not None:
         raise ModelError(report.error)
-    return TrialResult(report.unfit, lasting=True)
+    return TrialResult(report, lasting=True)

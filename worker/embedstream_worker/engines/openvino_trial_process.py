@@ -21,13 +21,20 @@ def main() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     trial = msgspec.json.decode(sys.stdin.buffer.read(), type=Trial)
     folder = ModelFolder(Path(trial.folder), trial.name, None, "", trial.needs)
-    try:
-        OpenVinoEngine(folder, trial.precision, trial.fingerprint, Cache(Path(trial.cache)))
-        report = Report()
-    except (NotConvertible, CheckFailed) as error:
-        report = Report(unfit=str(error))
-    except ModelError as error:
-        report = Report(error=str(error))
+    report = Report()
+    for precision in trial.precisions:
+        try:
+            OpenVinoEngine(folder, precision, trial.fingerprint, Cache(Path(trial.cache)))
+            report = Report(precision)
+            break
+        except CheckFailed as error:
+            report = Report(unfit=str(error))
+        except NotConvertible as error:
+            report = Report(unfit=str(error))
+            break
+        except ModelError as error:
+            report = Report(error=str(error))
+            break
     sys.stdout.buffer.write(b"\n" + msgspec.json.encode(report) + b"\n")
 
 

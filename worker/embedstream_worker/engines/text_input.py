@@ -61,14 +61,16 @@ class TextInput:
             self.source, self.limits, self.special_ids, self.truncation_side, add_special_tokens=self.add_special_tokens
         )
 
-    def pad(self, batch: TokenBatch) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Ids and attention mask, [n, longest] each."""
+    def pad(self, batch: TokenBatch) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Ids, attention mask and token types, [n, longest] each."""
         places = np.arange(batch.longest)
         lengths = batch.lengths[:, None]
         mask = places >= batch.longest - lengths if self.padding_side == "left" else places < lengths
-        ids = np.full(mask.shape, self.pad_id, np.int64)
+        ids, types = np.full(mask.shape, self.pad_id, np.int64), np.zeros(mask.shape, np.int64)
         ids[mask] = batch.ids
-        return ids, mask.astype(np.int64)
+        if batch.types is not None:
+            types[mask] = batch.types
+        return ids, mask.astype(np.int64), types
 
     def sample(self, rows: int, tokens: int, role: Role) -> TokenBatch:
         """Equal rows of about so many tokens, special tokens included: at least one text token each."""
@@ -105,6 +107,8 @@ class TextModel:
     """Whether its vectors have length 1."""
     excludes_prompt: bool
     """Whether pooling leaves the prompt's tokens out."""
+    pairs: bool = False
+    """Whether it takes pairs of texts."""
 
     @property
     def dim(self) -> int:

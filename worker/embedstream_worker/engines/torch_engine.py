@@ -27,6 +27,7 @@ from embedstream_worker.engines.checking import CheckFailed, Vectors, check_batc
 from embedstream_worker.engines.compiling import CannotCompile, compiling, release
 from embedstream_worker.engines.fusing import fuse_gelu, fuse_projections
 from embedstream_worker.engines.lanes import CudaLanes, DirectLanes, Lanes
+from embedstream_worker.engines.lowering import to_bfloat16, upcast
 from embedstream_worker.engines.out_of_memory import is_out_of_memory, within_memory
 from embedstream_worker.engines.packed_attention import Asked, CannotPack, is_fast, noting
 from embedstream_worker.engines.packed_batch import TOKENS_STEP, fill_up, only
@@ -122,6 +123,10 @@ class TorchEngine(TextEngine):
         """What the model gives, by kind, in the batch's order. Raises `OutOfMemory`."""
         return within_memory(batch, lambda: {"dense": self._run(batch)})
 
+    def tensors(self, features: dict[str, Any], role: Role) -> tuple[torch.Tensor, ...]:
+        """Vectors [n, dim], from ids and masks."""
+        return (sentence_vectors(self.modules, features, role),)
+
     def close(self) -> None:
         """Give the model's memory back."""
         super().close()
@@ -197,7 +202,7 @@ class TorchEngine(TextEngine):
     def _lower(self, batches: Sequence[TokenBatch], references: Sequence[Vectors]) -> Dtype:
         device = torch.device(self.modules.device)
         for transformer in transformers_of(self.modules):
-            _to_bfloat16(transformer)
+            to_bfloat16(transformer)
             transformer.register_forward_hook(_upcast)
         _wait_for(device)
         failure = None
@@ -357,17 +362,6 @@ def _few_texts(model: TextModel, role: Role) -> TokenBatch:
     return TokenBatch(tokens.ids, tokens.offsets, int(tokens.lengths.max()), 0, role)
 
 
-def _to_bfloat16(transformer: torch.nn.Module) -> None:
-    """All but the frequencies that positions are made from: rounded, they would misplace the tokens of long texts."""
-    kept = {
-        name: buffer for name, buffer in transformer.named_buffers() if name.rpartition(".")[2].endswith("inv_freq")
-    }
-    transformer.to(torch.bfloat16)
-    for name, buffer in kept.items():
-        owner, _, own_name = name.rpartition(".")
-        setattr(transformer.get_submodule(owner), own_name, buffer)
-
-
 def sentence_vectors(model: SentenceTransformer, features: dict[str, Any], role: Role) -> torch.Tensor:
     """All modules of a model, and its own cut to fewer dimensions: vectors [n, dim]."""
     features = {"modality": "text", "task": role, **features}
@@ -381,7 +375,4 @@ def sentence_vectors(model: SentenceTransformer, features: dict[str, Any], role:
 
 def _upcast(_module: torch.nn.Module, _inputs: Any, features: dict[str, Any]) -> dict[str, Any]:
     """What follows the transformer computes in float32."""
-    return {
-        name: value.float() if isinstance(value, torch.Tensor) and value.dtype == torch.bfloat16 else value
-        for name, value in features.items()
-    }
+    return {name: upcast(value) for name, value in features.items()}

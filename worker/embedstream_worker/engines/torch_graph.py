@@ -4,29 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Router
 from sentence_transformers.sentence_transformer.modules import Pooling
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from embedstream_worker.engines.base import Role
+from embedstream_worker.engines.graph_inputs import third_input
 from embedstream_worker.engines.text_input import TextModel
-from embedstream_worker.engines.torch_engine import sentence_vectors
 
 EXAMPLE_ROWS, EXAMPLE_TOKENS = 3, 16
 
 
-class Graph(torch.nn.Module):
-    """All modules of a model for one role."""
+class Original(Protocol):
+    """A model as torch runs it."""
 
-    def __init__(self, modules: SentenceTransformer, model: TextModel, role: Role) -> None:
+    modules: Any
+    text_model: TextModel
+
+    def tensors(self, features: dict[str, Any], role: Role) -> tuple[torch.Tensor, ...]:
+        """All that it gives for a padded batch, kind by kind, as `arrays.results_of` takes it."""
+
+
+class Graph(torch.nn.Module):
+    """All modules and heads of a model for one role."""
+
+    def __init__(self, original: Original, role: Role) -> None:
         super().__init__()
-        self._modules_of_model = modules
+        self._modules_of_model = modules = original.modules
+        self._original = original
         self._role = role
-        self._token_types = model.input.token_types
+        self._model = original.text_model
         self._pooling_mask: list[torch.Tensor] = []
         self._hooks = [
             part.register_forward_pre_hook(self._swap_mask)
@@ -35,14 +45,16 @@ class Graph(torch.nn.Module):
         ]
 
     def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, pooling_mask: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Vectors, [n, dim]. `pooling_mask`: the attention mask without the prompt, if pooling leaves that out."""
-        self._pooling_mask[:] = [] if pooling_mask is None else [pooling_mask]
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, third: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, ...]:
+        """All that the model gives. `third`: as of `third_input`."""
+        given = third_input(self._model)
+        self._pooling_mask[:] = [third] if third is not None and given == "pooling_mask" else []
         features = {"input_ids": input_ids, "attention_mask": attention_mask}
-        if self._token_types:
-            features["token_type_ids"] = torch.zeros_like(input_ids)
-        return sentence_vectors(self._modules_of_model, features, self._role)
+        if self._model.input.token_types:
+            types = third if given == "token_type_ids" else None
+            features["token_type_ids"] = torch.zeros_like(input_ids) if types is None else types
+        return self._original.tensors(features, self._role)
 
     def release(self) -> None:
         """Leave the modules as they were."""
@@ -55,22 +67,41 @@ class Graph(torch.nn.Module):
 
 
 def graph_example(model: TextModel, role: Role) -> list[torch.Tensor]:
-    """Inputs for tracing a `Graph`: ids, attention mask, and the mask for pooling if that leaves the prompt out."""
-    example = [
-        torch.from_numpy(array) for array in model.input.pad(model.input.sample(EXAMPLE_ROWS, EXAMPLE_TOKENS, role))
-    ]
+    """Inputs for tracing a `Graph`: ids, attention mask, and the third input if there is one."""
+    sample = model.input.sample(EXAMPLE_ROWS, EXAMPLE_TOKENS, role)
+    ids, mask, types = (torch.from_numpy(array) for array in model.input.pad(sample))
     # Uneven on purpose: with full rows only, tracing would find that no mask is needed.
-    example[1][1, slice(0, 5) if model.input.padding_side == "left" else slice(-5, None)] = 0
-    if model.excludes_prompt:
-        example.append(example[1].clone())
-    return example
+    mask[1, slice(0, 5) if model.input.padding_side == "left" else slice(-5, None)] = 0
+    third = {"pooling_mask": mask.clone(), "token_type_ids": types, None: None}[third_input(model)]
+    return [ids, mask] if third is None else [ids, mask, third]
 
 
-def graph_names(modules: SentenceTransformer, model: TextModel) -> dict[Role, str]:
+def graph_names(modules: Any, model: TextModel) -> dict[Role, str]:
     """The name of each role's graph. Without ways of their own, all roles share one."""
     routed = any(isinstance(part, Router) for part in modules.modules())
     first = next(iter(model.roles))
     return {role: role if routed else first for role in model.roles}
+
+
+@contextmanager
+def traceable() -> Iterator[None]:
+    """While a `Graph` is traced: in ways that converters know, with the same results."""
+    with finite_attention(), _plain_isin():
+        yield
+
+
+@contextmanager
+def _plain_isin() -> Iterator[None]:
+    original = torch.isin
+
+    def isin(elements: torch.Tensor, among: torch.Tensor) -> torch.Tensor:
+        return (elements.unsqueeze(-1) == among).any(dim=-1)
+
+    torch.isin = isin  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.isin = original
 
 
 @contextmanager
