@@ -87,9 +87,15 @@ def _where(position: Position, part: int, spec: JobSpec) -> str:
     source = spec.parts[position.part]
     if source == "records":
         return f"record {position.row}"
-    line = f"{'row' if source.partition('?')[0].endswith('.parquet') else 'line'} {position.row + 1}"
+    line = f"{'row' if _is_table(source) else 'line'} {position.row + 1}"
     if position.part == part:
         return line
     name = PurePath(source).name or source
     shared = any(other != source and other.endswith(f"/{name}") for other in spec.parts)
     return f"{source if shared else name}, {line}"
+
+
+def _is_table(source: str) -> bool:
+    """By its name alone: whether its rows are no lines."""
+    name = source.partition("?")[0].removesuffix(".gz").removesuffix(".zst")
+    return name.endswith((".parquet", ".arrow", ".feather", ".ipc", ".csv", ".tsv", ".tab")) or "*" in name

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import msgspec
 
+from embedstream.dataset.folder import MANIFEST
 from embedstream.dataset.objects import is_object
 from embedstream.errors import InputError
 from embedstream.jobs import CorpusFormat
@@ -16,6 +17,9 @@ from embedstream_producer.hub import is_hub, parse_hub
 from embedstream_producer.trees import Tree, matcher, split_pattern, tree_of
 
 STDIN = "-"
+
+VECTORS = ".vectors"
+"""What the name of an output ends with that is not named, behind that of its corpus."""
 
 _DATA = (".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".feather", ".ipc", *csv_part.SUFFIXES)
 
@@ -66,9 +70,9 @@ def texts_of(source: str, label: str, format: CorpusFormat | None) -> texts_part
     tree = tree_of(folder or ".", label)
     if tree is None:
         raise InputError(f"{label}: no such folder")
-    if pattern:
-        return texts_part.TextsSource(tree, _fitting(pattern), source)
-    return texts_part.TextsSource(tree, lambda name: _is_open(name) and (format == "text" or _is_text(name)), source)
+    fits = _fitting(pattern) if pattern else lambda name: _is_open(name) and (format == "text" or _is_text(name))
+    sizes = dict(tree.files())
+    return texts_part.TextsSource(tree, [(name, sizes[name]) for name in _without_outputs(sizes) if fits(name)], source)
 
 
 def _expanded(source: str, format: CorpusFormat | None) -> list[str]:
@@ -83,7 +87,7 @@ def _expanded(source: str, format: CorpusFormat | None) -> list[str]:
         if pattern:
             raise InputError(f"{source}: no such folder: {folder}")
         return [parse_hub(source).pinned().url] if is_hub(source) else [source]
-    names = sorted(name for name, _ in tree.files() if "\0" not in name)
+    names = _without_outputs([name for name, _ in tree.files() if "\0" not in name])
     if pattern:
         found = [*filter(_fitting(pattern), names)]
         if not found:
@@ -107,6 +111,19 @@ def _expanded(source: str, format: CorpusFormat | None) -> list[str]:
             f"perhaps their --format"
         )
     return [tree.source("").rstrip("/")]
+
+
+def _without_outputs(names: Iterable[str]) -> list[str]:
+    """Names in their order, without those below folders of our own: what an earlier job wrote is no corpus, unless it
+    is the folder that is asked for."""
+    found = sorted(names)
+    outputs = {name.removesuffix(MANIFEST) for name in found if name.endswith(f"/{MANIFEST}")}
+    return [name for name in found if not any(name.startswith(folder) for folder in outputs) and not _in_vectors(name)]
+
+
+def _in_vectors(name: str) -> bool:
+    """Whether it lies in a folder that is named as outputs are by default, and may be unfinished."""
+    return any(folder.endswith(VECTORS) for folder in name.split("/")[:-1])
 
 
 def _saved(tree: Tree, names: Sequence[str], below: str = "") -> list[str]:

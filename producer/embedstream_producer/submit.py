@@ -44,7 +44,7 @@ from embedstream_producer.changed_model import refuse_changed_model
 from embedstream_producer.corpus import part_name, total_bytes
 from embedstream_producer.embedded import OutputLock
 from embedstream_producer.embedded_run import Embedded, check_installed, made_folders
-from embedstream_producer.expanding import STDIN, expand
+from embedstream_producer.expanding import STDIN, VECTORS, expand
 from embedstream_producer.hub import is_hub
 from embedstream_producer.plan import lines as plan_lines
 from embedstream_producer.plan import make_plan
@@ -232,7 +232,7 @@ def resolve_output(options: Options) -> str:
     if options.output:
         return options.output
     if options.run is not None:
-        return f"{options.run}.vectors"
+        return f"{options.run}{VECTORS}"
     if len(options.corpus) != 1:
         raise UsageError("several files become one dataset: say where it goes (-o OUTPUT)")
     if options.corpus[0] == STDIN:
@@ -240,7 +240,7 @@ def resolve_output(options: Options) -> str:
     corpus = options.corpus[0].rstrip("/")
     if is_hub(corpus) or split_pattern(corpus)[1]:
         raise UsageError(f"{corpus}: is no file or folder here that an output could lie beside: say where it goes (-o)")
-    return parse_object(corpus, "corpus").sibling(".vectors") if is_object(corpus) else f"{corpus}.vectors"
+    return parse_object(corpus, "corpus").sibling(VECTORS) if is_object(corpus) else f"{corpus}{VECTORS}"
 
 
 class Run:

@@ -23,11 +23,11 @@ MOST_BYTES = LONGEST_DOCUMENT_BYTES + 1
 class TextsSource(Source):
     """The files of a folder, in the order of their names."""
 
-    def __init__(self, tree: Tree, wanted: Callable[[str], bool], name: str) -> None:
-        """Raises `InputError`."""
+    def __init__(self, tree: Tree, files: Sequence[tuple[str, int]], name: str) -> None:
+        """`files`: names in the tree, in order, and their bytes."""
         self.label = tree.label
         self.tree = tree
-        self.files = sorted((name, size) for name, size in tree.files() if wanted(name))
+        self.files = files
         self.size = sum(size for _, size in self.files)
         self.identity = name
 

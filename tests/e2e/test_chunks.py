@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import polars
 import pytest
 from lab.hashing_reference import reference_vector
 
 import embedstream
-from e2e.harness import Fleet, assert_vectors, fleet, read_errors, read_manifest, read_rows, run
+from e2e.harness import Fleet, assert_vectors, fleet, read_errors, read_manifest, read_rows, run, wait_until
 from embedstream.corpus.duplicates import DuplicateIndex
 from embedstream.dataset.manifest import manifest_spec
 from embedstream.dataset.sinks import open_sink
@@ -173,3 +174,27 @@ def test_chunks_that_cannot_be_are_one_sentence(tmp_path: Path, corpus: Path, fl
     assert said in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_coordinators_read_and_cut_what_they_may(workers: Fleet, tmp_path: Path) -> None:
+    workers.start_worker()
+    workers.start_coordinator()
+    tree = tmp_path / "tree" / "lang=en"
+    tree.mkdir(parents=True)
+    polars.DataFrame([{name: row[name] for name in ("id", "title", "text")} for row in DOCUMENTS.values()]).write_csv(
+        tree / "c.csv"
+    )
+    command = ("embed-submit", tmp_path / "tree", "-o", tmp_path / "out", "--redis", workers.url, "--server-side", *CUT)
+    done = run(*command)
+    assert done.returncode == 0, done.stderr
+    wait_until(lambda: (tmp_path / "out" / "_manifest.json").exists(), "the job to end", 60)
+    rows = read_rows(tmp_path / "out")
+    assert_chunks(rows)
+    assert {row["lang"] for row in rows} == {"en"}
+    verified = run("embed-verify", tmp_path / "out", "--corpus", tmp_path / "tree")
+    assert verified.returncode == 0, verified.stdout
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "a.md").write_text("a text")
+    refused = run("embed-submit", tmp_path / "docs", *command[2:])
+    assert refused.returncode == 2
+    assert "coordinators read files and objects: leave out --server-side" in refused.stderr

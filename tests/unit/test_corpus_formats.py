@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -438,3 +438,55 @@ def test_a_folder_and_a_pattern_in_a_bucket_are_their_objects(bucket: str, s3_se
     assert read("c") == read("c/") == ["one", "two"]
     assert read("c/**/*.csv") == ["two"]
     assert read("docs") == read("docs/**/*.md") == ["a.md", "deep/b.md"]
+
+
+def test_outputs_that_lie_in_a_corpus_are_no_part_of_it(tmp_path: Path) -> None:
+    texts = make_texts(tmp_path)
+    for output in ("c.jsonl.vectors", "out"):
+        (tmp_path / output).mkdir()
+        (tmp_path / output / "README.md").write_text("a data set")
+        pq.write_table(TABLE, tmp_path / output / "part-0.parquet")
+    (tmp_path / "out" / "_manifest.json").write_text("{}")
+    assert rows_of(blocks_of([str(tmp_path)], keep=()), "id") == [(name,) for name in sorted(texts)]
+    assert len(expand([f"{tmp_path}/**/*.md"])) == 1
+    assert len(rows_of(blocks_of([f"{tmp_path}/**/*.md"], keep=()), "id")) == 3
+    (tmp_path / "one.csv").write_text("id,text\n1,x\n")
+    assert expand([str(tmp_path)]) == [f"{tmp_path}/one.csv"]
+    assert expand([str(tmp_path / "out")]) == [f"{tmp_path}/out/part-0.parquet"], "unless it is asked for"
+
+
+def read_by_others(path: Path) -> Iterator[pa.Table]:
+    """The rows of a file by readers that nobody here wrote, all values as text."""
+    name, text = str(path), dict.fromkeys(("id", "text", "lang"), polars.String)
+    separator = "\t" if name.endswith(".tsv") else ","
+    match path.suffix:
+        case ".jsonl":
+            yield polars.read_ndjson(name, schema=text).to_arrow()
+            yield datasets.load_dataset("json", data_files=name, split="train").data.table
+            yield duckdb.read_json(name, format="newline_delimited").to_arrow_table()
+        case ".json":
+            yield polars.read_json(name, schema=text).to_arrow()
+            yield datasets.load_dataset("json", data_files=name, split="train").data.table
+            yield duckdb.read_json(name, format="array").to_arrow_table()
+        case ".csv" | ".tsv":
+            yield polars.read_csv(name, separator=separator, infer_schema=False).to_arrow()
+            yield datasets.load_dataset("csv", data_files=name, split="train", sep=separator).data.table
+        case ".parquet":
+            yield polars.read_parquet(name).to_arrow()
+            yield datasets.load_dataset("parquet", data_files=name, split="train").data.table
+            yield duckdb.read_parquet(name).to_arrow_table()
+        case ".arrow":
+            yield datasets.load_dataset("arrow", data_files=name, split="train").data.table
+        case _:
+            yield polars.read_ipc(name).to_arrow()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_rows_are_those_that_datasets_polars_and_duckdb_see(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    FORMATS[name](tmp_path / name)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    found = rows_of(blocks_of([str(tmp_path / name)]))
+    for table in read_by_others(tmp_path / name):
+        assert [(row["id"], row["text"], row["lang"]) for row in table.to_pylist()] == found
