@@ -124,7 +124,7 @@ class AsyncClient:
         A submission that is cancelled stops before its next block; the same one goes on from there.
         """
         stream = _drawn(records, asyncio.get_running_loop()) if isinstance(records, AsyncIterable) else records
-        spec = self._client.make_spec(output, model, revision, settings)
+        spec = await asyncio.to_thread(self._client.make_spec, output, model, revision, settings)
         job = await _patiently(
             lambda patience: self._client.push(stream, spec, max_errors, patience, trust_unchanged=trust_unchanged),
             self.url,
