@@ -89,7 +89,7 @@ def test_bge_m3_gives_its_three_outputs_at_once_as_they_are_in_a_dataset(
     folder: Folder, texts: list[str], redis_server: RedisServer, tmp_path: Path
 ) -> None:
     path = folder(bge_m3)
-    engine = load_engine(EngineOptions(str(path), trust=Trust(pickle=True)))
+    engine = load_engine(EngineOptions(str(path), dtype="float32", trust=Trust(pickle=True)))
     some, asked = [*texts[:20], *texts[-3:]], ["dense", "sparse", "dense=bits:ubinary", "multivector=t:float16"]
     with worker_lab(redis_server.url, tmp_path) as lab, Client(redis_server.url, queue=lab.broker.queue) as client:
         lab.start(engine, model=str(path), batch_tokens=2048)
@@ -117,7 +117,7 @@ def test_queries_to_sparse_and_multivector_models_are_embedded_as_their_library_
     path, some = folder(shape), [*texts[3:9], texts[-1]]
     reference = library(str(path), device="cpu", local_files_only=True)
     kind, given = ("sparse", "sparse vectors") if shape is splade else ("multivector", "a vector for each token")
-    with client_of(load_engine(EngineOptions(str(path))), redis_server, tmp_path) as client:
+    with client_of(load_engine(EngineOptions(str(path), dtype="float32")), redis_server, tmp_path) as client:
         roles: dict[Any, Any] = {"query": reference.encode_query, "document": reference.encode_document}
         for role, encode in roles.items():
             found = client.embed(some, role=role, outputs=[kind])[kind]

@@ -17,7 +17,16 @@ import openvino
 
 from embedstream.machine import cpu_cores
 from embedstream_worker.engines.arrays import ARRAYS, results_of
-from embedstream_worker.engines.base import Engine, EngineInfo, OutOfMemory, Results, Role, TokenBatch, fitting
+from embedstream_worker.engines.base import (
+    Engine,
+    EngineInfo,
+    OutOfMemory,
+    OwnQueries,
+    Results,
+    Role,
+    TokenBatch,
+    fitting,
+)
 from embedstream_worker.engines.calibration import calibration_hash, calibration_texts
 from embedstream_worker.engines.checking import check, check_batches
 from embedstream_worker.engines.graph_inputs import graph_inputs
@@ -62,13 +71,7 @@ class OpenVinoEngine(TextEngine):
             ModelError: the model cannot be loaded.
         """
 
-        def load_exact() -> Engine:
-            # Imported only here: an engine that needs no torch must not load it for nothing.
-            from embedstream_worker.engines.headed_engine import load_torch
-
-            return load_torch(folder, "cpu", "float32")
-
-        super().__init__(load_exact)
+        super().__init__(self._load_torch)
         # Beside a model on the CPU, tokenizing must not take more than its own thread; a user's own choice stands.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self._folder = folder
@@ -130,6 +133,12 @@ class OpenVinoEngine(TextEngine):
         self.in_flight = 0
         self._cache.close()
 
+    def _load_torch(self) -> Engine:
+        # Imported only here: an engine that needs no torch must not load it for nothing.
+        from embedstream_worker.engines.headed_engine import load_torch
+
+        return load_torch(self._folder, "cpu", "float32")
+
     def _convert(self, into: Path) -> Conversion:
         # Imported only here: torch takes seconds, and with a model that was converted before it is not needed.
         from embedstream_worker.engines.openvino_conversion import convert
@@ -159,6 +168,16 @@ class OpenVinoEngine(TextEngine):
             requests = {name: graph.create_infer_request() for name, graph in compiled.items()}
             self._slots.put({role: requests[name] for role, name in entry.conversion.graphs.items()})
         self.text_model, self._kinds = entry.conversion.model, (*entry.conversion.outputs,)
+
+
+class HeadedOpenVinoEngine(OpenVinoEngine):
+    """The same for models whose queries may go a way of their own, which is in torch."""
+
+    def query(self, text: str, prompt: str | None) -> Results:
+        """As `OwnQueries` has it. The first loads torch, and the model once more."""
+        exact = self.exact(self._load_torch, "for queries")
+        assert isinstance(exact, OwnQueries)
+        return exact.query(text, prompt)
 
 
 def key_of(fingerprint: str, form: str, packages: tuple[str, ...]) -> tuple[str, ...]:

@@ -17,7 +17,13 @@ from embedstream.cli.starting import environment, python_command
 from embedstream.errors import ModelError
 from embedstream_worker.engines.checking import CheckFailed
 from embedstream_worker.engines.openvino_cache import Cache, NotConvertible
-from embedstream_worker.engines.openvino_engine import CALIBRATORS, CONVERTERS, OpenVinoEngine, key_of
+from embedstream_worker.engines.openvino_engine import (
+    CALIBRATORS,
+    CONVERTERS,
+    HeadedOpenVinoEngine,
+    OpenVinoEngine,
+    key_of,
+)
 from embedstream_worker.engines.phases import CONVERTING, phase
 from embedstream_worker.engines.precision import Dtype, Precision, cpu_has_bfloat16, cpu_name
 from embedstream_worker.model_folder import Trust
@@ -78,7 +84,8 @@ def load_openvino(folder: ModelFolder, dtype: Dtype = "auto", cache: Cache | Non
     precisions, fingerprint, cache = _pick_precisions(dtype), folder.fingerprint(), cache or Cache()
     try:
         precision = _require_trial(folder, precisions, fingerprint, cache)
-        return OpenVinoEngine(folder, precision, fingerprint, cache)
+        made = HeadedOpenVinoEngine if folder.headed else OpenVinoEngine
+        return made(folder, precision, fingerprint, cache)
     except (NotConvertible, CheckFailed) as error:
         cache.close()
         raise EngineUnfit(f"openvino does not run model {folder.name} ({error}); torch does") from error

@@ -37,12 +37,15 @@ class TextEngine(abc.ABC):
         """As `run`, in float32. Raises `OutOfMemory`; `ModelError` if the model cannot be loaded again."""
         if self._load_exact is None or self.info.dtype == "float32":
             return self.run(batch)
+        return self.exact(self._load_exact, "for results with NaN or infinity").run(batch)
+
+    def exact(self, load: Callable[[], Engine], why: str) -> Engine:
+        """The same model in float32, loaded once. Raises `ModelError`."""
         with self._loading:
             if self._exact is None:
-                self._exact = self._load_exact()
-                log.info("loaded model %s in float32 as well, for vectors with NaN or infinity", self.text_model.name)
-            exact = self._exact
-        return exact.run(batch)
+                self._exact = load()
+                log.info("loaded model %s in float32 as well, %s", self.text_model.name, why)
+            return self._exact
 
     def warm_up(self, batch_tokens: int) -> None:
         """Run the smallest, the longest and the fullest batch that the budget allows."""
