@@ -6,13 +6,15 @@ import os
 
 import pyarrow.dataset as ds
 
+from embedstream.dataset.folder import MANIFEST, FolderSink
 from embedstream.dataset.manifest import manifest_spec
 from embedstream.dataset.objects import file_system, is_object, parse_object
 from embedstream.dataset.roots import is_redis
 from embedstream.dataset.schema import dataset_schema
-from embedstream.dataset.sinks import canonical_output, open_sink
+from embedstream.dataset.sinks import canonical_output
 from embedstream.errors import OutputError, UsageError
 from embedstream.masking import mask
+from embedstream.records import Manifest
 
 
 def open_dataset(output: str | os.PathLike[str], *, partial: bool = False) -> ds.Dataset:
@@ -26,17 +28,8 @@ def open_dataset(output: str | os.PathLike[str], *, partial: bool = False) -> ds
         OutputError: there is no finished dataset, or rows are missing from it.
         UsageError: the output is in Redis, which has no files.
     """
-    address = canonical_output(os.fspath(output))
-    if is_redis(address):
-        raise UsageError(f"{mask(address)}: is in Redis, which has no files: read its hashes with RedisVL or redis-py")
-    manifest = open_sink(address).read_manifest()
-    if manifest is None:
-        raise OutputError(f"{address}: no _manifest.json: not a dataset, or its job has not ended yet")
-    if manifest.partial and not partial:
-        raise OutputError(
-            f"{address}: its job was {manifest.state} before all rows were embedded: run the same embed-submit again, "
-            f"or open what is there with partial=True"
-        )
+    sink, manifest = read_finished(output, partial=partial)
+    address = sink.output
     files = [shard.file for shard in manifest.shards if shard.rows]
     schema = dataset_schema(manifest_spec(manifest), manifest.outputs)
     if is_object(address):
@@ -45,3 +38,20 @@ def open_dataset(output: str | os.PathLike[str], *, partial: bool = False) -> ds
             [f"{place.path}/{file}" for file in files], schema, format="parquet", filesystem=file_system(place)
         )
     return ds.dataset([f"{address}/{file}" for file in files], schema, format="parquet")
+
+
+def read_finished(output: str | os.PathLike[str], *, partial: bool = False) -> tuple[FolderSink, Manifest]:
+    """A finished dataset in files, for reading, and its manifest. Raises as `open_dataset`."""
+    address = canonical_output(os.fspath(output))
+    if is_redis(address):
+        raise UsageError(f"{mask(address)}: is in Redis, which has no files: read its hashes with RedisVL or redis-py")
+    sink = FolderSink(address)
+    manifest = sink.read_manifest()
+    if manifest is None:
+        raise OutputError(f"{address}: no {MANIFEST}: not a dataset, or its job has not ended yet")
+    if manifest.partial and not partial:
+        raise OutputError(
+            f"{address}: its job was {manifest.state} before all rows were embedded: run the same embed-submit again, "
+            f"or read what is there with open_dataset(…, partial=True)"
+        )
+    return sink, manifest

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from embedstream.dataset.checked import checked
 from embedstream.dataset.manifest import manifest_spec
 from embedstream.dataset.redis_hashes import read_schema
 from embedstream.dataset.roots import is_redis
 from embedstream.dataset.schema import dataset_schema
 from embedstream.dataset.similarity import similarity
 from embedstream.dataset.sinks import open_sink
-from embedstream.dataset.values import Ragged, Results, Values, from_columns, uneven
-from embedstream.errors import OutputError, UsageError
+from embedstream.dataset.values import Ragged, Results, Values, from_columns
+from embedstream.errors import UsageError
 from embedstream.lifecycle.opening import no_dataset
 from embedstream.outputs import DTYPES, Kind, Output, describe
 from embedstream.records import Manifest
 from embedstream.server.connection import mask
-from embedstream.terminal import printable
 
 PLACE: tuple[str, ...] = ("part", "row", "chunk")
 """What tells the rows of a dataset in files apart, in the order of the corpus."""
@@ -87,7 +86,7 @@ def search(
     schema = read_schema(manifest) if in_redis else dataset_schema(spec, manifest.outputs)
     names = [*place, *(["id"] if "id" not in place else []), *(["text"] if spec.text else [])]
     names += [output.name for output in outputs]
-    batches = _checked(sink.read(names), [schema.field(name) for name in names], outputs, mask(sink.output))
+    batches = checked(sink.read(names), [schema.field(name) for name in names], outputs, mask(sink.output))
     return top_k(batches, query, k, outputs, place)
 
 
@@ -117,27 +116,6 @@ def _refuse_other(output: Output, query: Values, where: str) -> None:
     dim = numbers.shape[1] if numbers.ndim == 2 else 0
     if dim < output.dim or (dim > output.dim and output.kind == "multivector"):
         raise UsageError(f"the query has shape {numbers.shape}, vectors of {where} have {output.dim} dimensions")
-
-
-def _checked(
-    batches: Iterable[pa.RecordBatch], fields: Sequence[pa.Field[Any]], outputs: Sequence[Output], output: str
-) -> Iterator[pa.RecordBatch]:
-    """The batches as long as they are what the manifest says; raises `OutputError` for others."""
-    for batch in batches:
-        for field in fields:
-            found = batch.schema.field(field.name)
-            if not found.equals(field):
-                raise OutputError(
-                    f"{output}: a shard's column {field.name} is {printable(str(found.type), 60)}, the manifest says "
-                    f"{field.type}: restore the file (embed-verify names it)"
-                )
-        try:
-            batch.validate(full=True)
-            if any(uneven(each, batch).any() for each in outputs):
-                raise pa.ArrowInvalid("a row has more or fewer indices than weights")
-        except pa.ArrowInvalid as error:
-            raise OutputError(f"{output}: a shard is damaged ({error}): restore it (embed-verify names it)") from error
-        yield batch
 
 
 def top_k(

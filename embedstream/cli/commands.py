@@ -39,6 +39,11 @@ _EXTRAS = {
     **dict.fromkeys(("openvino", "nncf"), "cpu"),
     "rq": "coordinator",
     **dict.fromkeys(("fastapi", "starlette", "pydantic", "uvicorn", "python_multipart", "jinja2"), "gateway"),
+    "lancedb": "lance",
+    "faiss": "faiss",
+    "usearch": "usearch",
+    "qdrant_client": "qdrant",
+    "psycopg": "pgvector",
 }
 """What an installation without extras lacks, and the extra that brings it."""
 

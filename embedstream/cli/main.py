@@ -17,6 +17,7 @@ COMMANDS = {
     "cancel": "embedstream_producer.cancel_cli:cancel",
     "verify": "embedstream_producer.verify_cli:verify",
     "search": "embedstream_worker.search_cli:search_command",
+    "export": "embedstream_producer.export_cli:export_command",
     "compact": "embedstream_coordinator.compact_cli:compact",
     "worker": "embedstream_worker.cli:worker",
     "coordinator": "embedstream_coordinator.cli:coordinator",

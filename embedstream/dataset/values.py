@@ -1,4 +1,4 @@
-"""Results of a model as numbers, and as columns of a dataset. Pure; needs numpy, which producers lack."""
+"""Results of a model as numbers, and as columns of a dataset. Pure."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ from embedstream.outputs import WIDEST_RANGE, Dtype, Output
 
 Matrix = npt.NDArray[np.float32]
 """[n, width]: vectors, the scores of all labels, or one score."""
+
+Vectors = npt.NDArray[np.float32] | npt.NDArray[np.float16] | npt.NDArray[np.uint8]
+"""Of a dense output, as its column holds them: see `stored_vectors`."""
 
 
 @dataclass(frozen=True)
@@ -152,9 +155,7 @@ def from_columns(output: Output, batch: pa.RecordBatch) -> Values:
     """
     column: Any = batch.column(output.columns[0])
     if output.dtype == "ubinary":
-        packed = np.frombuffer(column.buffers()[1], np.uint8)[column.offset * column.type.byte_width :]
-        bits = np.unpackbits(packed[: len(column) * column.type.byte_width].reshape(len(column), -1), axis=1)
-        return bits.astype(np.float32) * 2 - 1
+        return np.unpackbits(_bytes(column), axis=1).astype(np.float32) * 2 - 1
     match output.kind:
         case "dense" if output.dtype == "int8":
             lows, steps = _steps(output)
@@ -174,6 +175,19 @@ def from_columns(output: Output, batch: pa.RecordBatch) -> Values:
             return _matrix(batch.column(output.columns[2]), output.dim)
 
 
+def stored_vectors(output: Output, batch: pa.RecordBatch) -> Vectors:
+    """Dense vectors [n, dim] as nearly as another store can hold them: float32 or float16 as they lie there; ubinary as
+    bytes, uint8[n, dim / 8]; int8 as `from_columns` has it, as no other store knows the ranges."""
+    column: Any = batch.column(output.name)
+    if output.dtype == "ubinary":
+        return _bytes(column)
+    if output.dtype == "float16":
+        return np.asarray(column.flatten().to_numpy()).reshape(len(column), output.dim)
+    vectors = from_columns(output, batch)
+    assert not isinstance(vectors, Ragged), "dense"
+    return vectors
+
+
 def uneven(output: Output, batch: pa.RecordBatch) -> npt.NDArray[np.bool_]:
     """Which rows [n] of a sparse output have more or fewer indices than weights, so that they cannot be read."""
     if output.kind != "sparse":
@@ -182,6 +196,13 @@ def uneven(output: Output, batch: pa.RecordBatch) -> npt.NDArray[np.bool_]:
     indices, values = (np.diff(column.field(name).offsets.to_numpy()) for name in ("indices", "values"))
     differ: npt.NDArray[np.bool_] = indices != values
     return differ
+
+
+def _bytes(column: Any) -> npt.NDArray[np.uint8]:
+    """Of a column of fixed-size binary, [n, width]."""
+    width = column.type.byte_width
+    flat = np.frombuffer(column.buffers()[1], np.uint8)[column.offset * width :]
+    return flat[: len(column) * width].reshape(len(column), -1)
 
 
 def _lists(values: Ragged, items: Any, type: Any) -> pa.Array[Any]:

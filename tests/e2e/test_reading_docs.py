@@ -22,6 +22,7 @@ from embedstream.jobs import JobState
 from embedstream.outputs import KINDS
 
 PAGE = (Path(__file__).parents[2] / "docs" / "reading.md").read_text("utf-8")
+PAGE_OF_EXPORTS = Path(__file__).parents[2] / "docs" / "exporting.md"
 RECIPES = {
     section.splitlines()[0]: re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     for section in PAGE.split("\n## ")[1:]
@@ -44,6 +45,14 @@ def test_a_recipe_runs_as_it_stands(folder: Path, title: str) -> None:
         assert done.stdout.strip()
         if "5" in block and title not in ("Open it", "Qdrant"):
             assert "corpus-0" in done.stdout, "the nearest text to the first one is itself"
+
+
+def test_the_recipe_for_an_exported_index_runs_as_it_stands(folder: Path) -> None:
+    page = PAGE_OF_EXPORTS.read_text("utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert run("embed-export", folder / "corpus.jsonl.vectors", f"faiss:{folder}/corpus.faiss").returncode == 0
+    done = subprocess.run([sys.executable, "-c", block], cwd=folder, capture_output=True, text=True, check=False)
+    assert "corpus-0" in done.stdout, done.stderr
 
 
 def test_there_is_a_recipe_for_each_library_that_people_use() -> None:

@@ -76,6 +76,9 @@ def make_content(
         "input_hash": pa.array([hashlib.md5(text.encode()).digest() for text in texts], pa.binary(16)),
         "query": pa.array([f"question {row % 2}" for _, row in places], pa.string()),
         "lang": pa.array(["en" if row % 2 else None for _, row in places], pa.string()),
+        "stars": pa.array([row if row % 3 else None for _, row in places], pa.int64()),
+        "share": pa.array([row / 7 if row % 5 else float("nan") for _, row in places], pa.float64()),
+        "is.new": pa.array([row % 2 == 0 for _, row in places], pa.bool_()),
     }
     for output in outputs:
         columns |= zip(output.columns, to_columns(output, results[output.kind]), strict=True)

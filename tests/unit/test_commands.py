@@ -31,6 +31,7 @@ from embedstream_worker.cli import worker
         (click.UsageError("what?"), 2, "what?"),
         (ModuleNotFoundError("", name="prometheus_client.core"), 2, "not installed: pip install 'embedstream[worker]'"),
         (ModuleNotFoundError("", name="rq"), 2, "rq is not installed: pip install 'embedstream[coordinator]'"),
+        (ModuleNotFoundError("", name="psycopg"), 2, "psycopg is not installed: pip install 'embedstream[pgvector]'"),
         (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), 1, "standard output cannot be written: No space left"),
     ],
 )
@@ -53,6 +54,7 @@ COMMANDS = {
     "embed-status": ("embedstream_producer.status_cli", ["--redis", "redis://127.0.0.1:1"]),
     "embed-cancel": ("embedstream_producer.cancel_cli", ["0123456789abcdef", "--redis", "redis://127.0.0.1:1"]),
     "embed-verify": ("embedstream_producer.verify_cli", ["dataset"]),
+    "embed-export": ("embedstream_producer.export_cli", ["dataset", "faiss:index"]),
     "embed-worker": ("embedstream_worker.cli", ["--model", "hashing", "--redis", "redis://127.0.0.1:1"]),
     "embed-search": ("embedstream_worker.search_cli", ["dataset", "a query"]),
 }

@@ -1,0 +1,1 @@
+"""Finished datasets into what people search with: a module for each target."""

@@ -1,0 +1,91 @@
+"""Indexes that lie in a file and know rows by numbers only: the ids lie beside it, in Parquet, in the same order.
+
+At each moment one of three things is there: nothing, the ids alone, or ids and index of one export. So a reader never
+takes the ids of one export for those of another, whatever is killed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from embedstream.dataset.files import TEMPORARY
+from embedstream.dataset.values import Vectors
+from embedstream.errors import OutputError
+from embedstream_producer.exporting.rows import Key, Rows, Source, keys_of
+from embedstream_producer.exporting.target import MARK, origin_of, refuse_other
+
+IDS = ".ids.parquet"
+"""What is appended to the name of the index: row n is the index's number n."""
+
+
+class Index(Protocol):
+    """An index in memory."""
+
+    def add(self, vectors: Vectors) -> None:
+        """Under the next numbers."""
+
+    def save(self, path: Path) -> None:
+        """Write it to a new file."""
+
+
+class IndexFiles:
+    """An index and its ids."""
+
+    def __init__(self, place: str, source: Source, index: Index) -> None:
+        self._path, self._ids = Path(place), Path(place + IDS)
+        self._index = index
+        self._origin = origin_of(source)
+        self._schema = source.payload.with_metadata({MARK: self._origin.encode()})
+
+    def check(self) -> None:
+        if not self._path.parent.is_dir():
+            raise OutputError(f"{self._path}: there is no folder {self._path.parent}: make it, or choose another place")
+        if self._path.is_dir():
+            raise OutputError(f"{self._path}: is a folder: give the name of a file")
+        if not self._ids.exists() and not self._path.exists():
+            return
+        mark = None
+        with suppress(pa.ArrowException, OSError):
+            mark = (pq.read_schema(self._ids).metadata or {}).get(MARK.encode())
+        refuse_other(str(self._path), mark, self._origin)
+
+    def write(self, rows: Iterator[Rows]) -> None:
+        new, new_ids = (path.with_name(f".{path.name}{TEMPORARY}{os.getpid()}") for path in (self._path, self._ids))
+        try:
+            with pq.ParquetWriter(new_ids, self._schema, compression="zstd") as writer:
+                for some in rows:
+                    self._index.add(some.vectors)
+                    writer.write_batch(some.payload.cast(self._schema))
+            self._index.save(new)
+            _sync(new, new_ids)
+            self._path.unlink(missing_ok=True)
+            new_ids.replace(self._ids)
+            new.replace(self._path)
+            _sync(self._path.parent)
+        finally:
+            new.unlink(missing_ok=True)
+            new_ids.unlink(missing_ok=True)
+
+    def keys(self, numbers: npt.NDArray[np.int64]) -> dict[int, Key]:
+        """The ids of these rows of the index, by their numbers."""
+        wanted = np.unique(numbers)
+        table = pq.read_table(self._ids, columns=["id", "chunk"]).take(wanted)
+        return dict(zip(wanted.tolist(), keys_of(table), strict=True))
+
+
+def _sync(*paths: Path) -> None:
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

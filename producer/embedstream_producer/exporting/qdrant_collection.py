@@ -1,0 +1,106 @@
+"""Qdrant: points of a collection, on a server or in a folder."""
+
+from __future__ import annotations
+
+import math
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from qdrant_client import QdrantClient, models
+from qdrant_client.http.exceptions import ApiException
+
+from embedstream.dataset.values import Vectors
+from embedstream.errors import UsageError
+from embedstream.server.connection import mask
+from embedstream_producer.exporting.rows import Key, Rows, Source
+from embedstream_producer.exporting.target import MARK, origin_of, refuse_other
+
+POINTS = 500
+"""Of a request, so that long texts stay below the 32 MiB that a server takes."""
+
+SECONDS = 60
+"""For a request."""
+
+
+def point_id(key: Key) -> str:
+    """Qdrant's ids are numbers or UUIDs: one made of the row's own, which is in the payload."""
+    id, chunk = key
+    whole = uuid.uuid5(uuid.NAMESPACE_URL, id)
+    return str(uuid.uuid5(whole, str(chunk)) if chunk else whole)
+
+
+class QdrantCollection:
+    """Rows of several datasets may lie in one collection, if their vectors can be compared."""
+
+    errors = (ApiException, ValueError, RuntimeError, OSError)
+
+    def __init__(self, place: str, collection: str, source: Source) -> None:
+        if source.output.dtype == "ubinary":
+            raise UsageError("Qdrant has no vectors of bits: export other vectors (--column)")
+        self._collection, self._output = collection, source.output
+        self._where = f"{mask(place)}: collection {collection}"
+        self._origin = origin_of(source)
+        self._at: dict[str, Any] = {"path": place}
+        if "://" in place:
+            self._at = {"url": place, "api_key": os.environ.get("QDRANT_API_KEY"), "timeout": SECONDS}
+
+    @contextmanager
+    def _connected(self) -> Iterator[QdrantClient]:
+        client = QdrantClient(**self._at, check_compatibility=False)
+        try:
+            yield client
+        finally:
+            client.close()
+
+    def check(self) -> None:
+        with self._connected() as client:
+            if client.collection_exists(self._collection):
+                metadata = client.get_collection(self._collection).config.metadata or {}
+                refuse_other(self._where, metadata.get(MARK), self._origin, ignored=["job"])
+                return
+            client.create_collection(
+                self._collection,
+                models.VectorParams(
+                    size=self._output.dim,
+                    distance=models.Distance.COSINE,
+                    datatype=models.Datatype.FLOAT16 if self._output.dtype == "float16" else models.Datatype.FLOAT32,
+                ),
+                metadata={MARK: self._origin.encode()},
+            )
+
+    def write(self, rows: Iterator[Rows]) -> None:
+        with self._connected() as client:
+            for some in rows:
+                keys, payload = some.keys, some.payload
+                for start in range(0, len(keys), POINTS):
+                    client.upsert(
+                        self._collection,
+                        models.Batch(
+                            ids=[point_id(key) for key in keys[start : start + POINTS]],
+                            vectors=some.vectors[start : start + POINTS].astype(np.float32).tolist(),
+                            payloads=[_plain(row) for row in payload.slice(start, POINTS).to_pylist()],
+                        ),
+                    )
+
+    def search(self, queries: Vectors, k: int) -> list[list[Key]]:
+        requests = [
+            models.QueryRequest(query=query, limit=k, with_payload=["id", "chunk"])
+            for query in queries.astype(np.float32).tolist()
+        ]
+        with self._connected() as client:
+            answers = client.query_batch_points(self._collection, requests)
+        payloads: list[list[Any]] = [[hit.payload for hit in answer.points] for answer in answers]
+        return [[(payload["id"], payload["chunk"]) for payload in hits] for hits in payloads]
+
+
+def _plain(row: dict[str, Any]) -> dict[str, Any]:
+    """A payload without what JSON lacks: NaN and infinity; and without nulls."""
+    return {
+        name: value
+        for name, value in row.items()
+        if value is not None and not (isinstance(value, float) and not math.isfinite(value))
+    }

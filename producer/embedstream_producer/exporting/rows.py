@@ -1,0 +1,100 @@
+"""What is exported of a dataset: the rows' ids, texts and kept fields, and one column of dense vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from embedstream.api.reading import read_finished
+from embedstream.dataset.checked import checked
+from embedstream.dataset.folder import BATCH_ROWS
+from embedstream.dataset.manifest import manifest_spec
+from embedstream.dataset.schema import dataset_schema
+from embedstream.dataset.values import Matrix, Ragged, Vectors, from_columns, stored_vectors
+from embedstream.errors import UsageError
+from embedstream.outputs import Output, describe
+from embedstream.records import part_file
+from embedstream.server.connection import mask
+
+OURS = frozenset({"part", "row", "n_tokens", "truncated", "input_hash"})
+"""Columns that a dataset has for its own sake. They are not exported."""
+
+Key = tuple[str, int]
+"""What tells rows apart: id and chunk."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows on their way to a target."""
+
+    payload: pa.RecordBatch
+    """`id`, `chunk`, and what goes with a vector: the text if the dataset has it, kept fields."""
+    vectors: Vectors
+    """[n, dim] in float32 or float16; of bits uint8[n, dim / 8]."""
+
+    @property
+    def keys(self) -> list[Key]:
+        return keys_of(self.payload)
+
+
+def keys_of(rows: pa.RecordBatch | pa.Table) -> list[Key]:
+    """By their `id` and `chunk`, which are never null."""
+    ids: list[Any] = rows.column("id").to_pylist()
+    chunks: list[Any] = rows.column("chunk").to_pylist()
+    return list(zip(ids, chunks, strict=True))
+
+
+class Source:
+    """A finished dataset in files, and the vectors that are exported of it."""
+
+    def __init__(self, address: str, column: str | None = None) -> None:
+        """`column`: of the vectors; None: the only dense ones.
+
+        Raises:
+            OutputError: there is no finished dataset, or rows are missing from it.
+            UsageError: the output is in Redis, or has no such vectors, or several.
+        """
+        self._sink, self.manifest = read_finished(address)
+        self.address = self._sink.output
+        self.output = self._choose(column)
+        schema = dataset_schema(manifest_spec(self.manifest), self.manifest.outputs)
+        results = {name for output in self.manifest.outputs for name in output.columns}
+        self.payload = pa.schema([field for field in schema if field.name not in OURS | results])
+        self._fields = [*self.payload, schema.field(self.output.name)]
+
+    def _choose(self, column: str | None) -> Output:
+        dense = {output.name: output for output in self.manifest.outputs if output.kind == "dense"}
+        if column is None and len(dense) > 1:
+            raise UsageError(
+                f"{mask(self.address)}: has several dense vectors: choose one: --column {' | '.join(dense)}"
+            )
+        if not dense or (column is not None and column not in dense):
+            wanted = "dense vectors" if column is None else f"dense vectors {column}"
+            has = describe(self.manifest.outputs) or "no rows"
+            raise UsageError(f"{mask(self.address)}: there are no {wanted} to export: the dataset has {has}")
+        return dense[column] if column is not None else next(iter(dense.values()))
+
+    @property
+    def rows(self) -> int:
+        return self.manifest.rows
+
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        """Rows with all columns that are exported, some thousands at a time. Raises `OutputError`."""
+        names = [field.name for field in self._fields]
+        for shard in self.manifest.shards:
+            if shard.rows:
+                found = self._sink.batches(part_file(shard.name), names, BATCH_ROWS)
+                yield from checked(found, self._fields, [self.output], mask(self.address))
+
+    def split(self, batch: pa.RecordBatch) -> Rows:
+        """A batch as targets take it."""
+        return Rows(batch.select(self.payload.names), stored_vectors(self.output, batch))
+
+    def floats(self, batch: pa.RecordBatch) -> Matrix:
+        """A batch's vectors for comparing, float32[n, dim]; bits as 1 and -1."""
+        vectors = from_columns(self.output, batch)
+        assert not isinstance(vectors, Ragged), "dense"
+        return vectors
