@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from engines.carrying import carry
 from engines.embedding import MINILM, Vectors, embed, load_reference, lowest_cosine
 from engines.fitting import assert_it_goes_on_after_a_batch_too_large
 from engines.model_shapes import bert_cls, bert_mean_without_prompt, bert_without_prompt
@@ -53,37 +54,6 @@ def started(
 ) -> OnnxEngine:
     return OnnxEngine(
         folder, "cpu", cache=Cache(cache) if cache else None, threads=threads, runs=runs, affinity=affinity
-    )
-
-
-class Transformer(torch.nn.Module):
-    """What a folder's `onnx/model.onnx` holds: a transformer without its tail, or with one of its own."""
-
-    def __init__(self, folder: Path, pooled: bool) -> None:
-        super().__init__()
-        self.model = transformers.AutoModel.from_pretrained(folder)
-        self.pooled = pooled
-
-    def forward(self, ids: torch.Tensor, mask: torch.Tensor, types: torch.Tensor) -> torch.Tensor:
-        tokens: torch.Tensor = self.model(input_ids=ids, attention_mask=mask, token_type_ids=types).last_hidden_state
-        return tokens[:, 0] if self.pooled else tokens
-
-
-def carry(folder: Path, weights: Path, output: str = "last_hidden_state") -> None:
-    """Write a folder's transformer as `onnx/model.onnx`, as exporters do it."""
-    (folder / "onnx").mkdir(exist_ok=True)
-    names = ["input_ids", "attention_mask", "token_type_ids"]
-    axes = {0: "batch_size", 1: "sequence_length"}
-    torch.onnx.export(
-        Transformer(weights, pooled=output == "sentence_embedding").eval(),
-        tuple(torch.ones(2, 9, dtype=torch.int64) for _ in names),
-        str(folder / "onnx" / "model.onnx"),
-        input_names=names,
-        output_names=[output],
-        dynamic_axes=dict.fromkeys(names, axes)
-        | {output: axes if output == "last_hidden_state" else {0: "batch_size"}},
-        opset_version=17,
-        dynamo=False,
     )
 
 

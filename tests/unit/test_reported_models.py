@@ -161,7 +161,7 @@ def test_a_git_lfs_pointer_in_the_place_of_a_tokenizer_says_what_to_run(minilm: 
     [
         ("adapter_config.json", "this is an adapter: merge it into its base model"),
         ("model-q4.gguf", r"its weights are for llama\.cpp"),
-        ("onnx/model.onnx", "its weights are for ONNX Runtime alone"),
+        ("onnx/decoder.onnx", "its weights are for ONNX Runtime alone"),
         ("notes.json", "fetch the model again"),
     ],
 )

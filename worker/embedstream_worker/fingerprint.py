@@ -7,7 +7,8 @@ from pathlib import Path
 from uuid import uuid4
 
 from embedstream_worker.cache import cache_folder
-from embedstream_worker.model_folder import model_files
+from embedstream_worker.model_folder import list_modules, model_files
+from embedstream_worker.model_weights import lone_graph
 from embedstream_worker.purpose import HEADS
 
 DECIDING_SUFFIXES = frozenset(
@@ -39,8 +40,9 @@ _READ_BYTES = 1 << 20
 def folder_fingerprint(folder: Path, code: bool = False, pickle: bool = False) -> str:
     """32 hex digits: equal for equal content, wherever the folder lies.
 
-    Files in the folder itself count, and all below the sub-folders of its modules. `code` and `pickle`: whether the
-    Python files anywhere in it, and pickled weights, are loaded.
+    Files in the folder itself count, and all below the sub-folders of its modules; and a graph for ONNX Runtime where
+    there are no other weights. `code` and `pickle`: whether the Python files anywhere in it, and pickled weights, are
+    loaded.
 
     Raises:
         OSError: a file cannot be read.
@@ -58,6 +60,8 @@ def deciding_files(folder: Path, code: bool = False, pickle: bool = False) -> li
     deciding = {path for path in found if path.suffix in DECIDING_SUFFIXES and path.name not in _LEFT_OUT}
     if pickle:
         deciding.update(path for path in found if path.match(PICKLED_WEIGHTS) or path.name in HEADS)
+    if graph := lone_graph(list_modules(folder)[0].folder):
+        deciding.update(path for path in graph.parent.glob(f"{graph.name}*") if path.is_file())  # its data, too
     if code:
         deciding.update(path for path in folder.rglob("*.py") if path.is_file())
     return sorted(deciding, key=lambda path: path.relative_to(folder).as_posix())

@@ -19,16 +19,19 @@ _SETTINGS = (".json", ".txt", ".model")
 _OTHER_WEIGHTS = (
     ("adapter_config.json", "this is an adapter: merge it into its base model, and save that"),
     ("**/*.gguf", "its weights are for llama.cpp: fetch the model that they were made of"),
-    ("**/*.onnx", "its weights are for ONNX Runtime alone: fetch the model that they were made of"),
+    ("**/*.onnx", "its weights are for ONNX Runtime alone, and not where that looks for them (onnx/model.onnx)"),
 )
 """What lies where there are no others, and what to do."""
+_GRAPHS = ("model.onnx", "model_quantized.onnx", "model_int8.onnx", "model_uint8.onnx", "model_q*int8*.onnx")
+"""Of the folder `onnx`, the first that is there: in float32 before those whose weights are integers."""
 _PICKLES = ("pytorch_model*.bin", _PICKLED_INDEX, "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
 def check_weights(folder: Path, split: bool, needed: bool, allow_pickle: bool) -> bool:
     """Prove that what is loaded as a module's weights is whole and no pickle; returns whether it is an allowed pickle.
 
-    `split`: whether what loads the module reads weights that an index lists, too. `needed`: whether it has any.
+    `split`: whether what loads the module reads weights that an index lists, too. `needed`: whether it has any; a graph
+    for ONNX Runtime will do where there are no others.
 
     Raises:
         ModelError: weights are missing or broken, or are a pickle that is not allowed.
@@ -59,10 +62,23 @@ def check_weights(folder: Path, split: bool, needed: bool, allow_pickle: bool) -
                 f"model.safetensors, convert it, or, if you trust its authors, start the worker with --allow-pickle "
                 f"(EMBEDSTREAM_ALLOW_PICKLE=1)"
             )
-    if needed:
+    if needed and find_graph(folder) is None:
         told = (what for pattern, what in _OTHER_WEIGHTS if any(folder.glob(pattern)))
         raise ModelError(f"{weights}: missing; {next(told, 'fetch the model again')}")
     return False
+
+
+def find_graph(folder: Path) -> Path | None:
+    """The graph for ONNX Runtime that a transformer's folder carries."""
+    found = (path for pattern in _GRAPHS for path in sorted((folder / "onnx").glob(pattern)))
+    return next((path for path in found if path.is_file()), None)
+
+
+def lone_graph(folder: Path) -> Path | None:
+    """The same, if the folder has no other weights."""
+    if any((folder / name).is_file() for name in ("model.safetensors", _INDEX, "pytorch_model.bin", _PICKLED_INDEX)):
+        return None
+    return find_graph(folder)
 
 
 def _listed(index: Path, names: str) -> list[Path]:

@@ -11,7 +11,8 @@ from pathlib import Path, PurePosixPath
 from embedstream.errors import ModelError
 from embedstream.jobs import model_folder
 from embedstream_worker.fingerprint import DECIDING_SUFFIXES, PICKLED_WEIGHTS, file_sha256, folder_fingerprint
-from embedstream_worker.model_folder import NOTHING, Trust, check_folder
+from embedstream_worker.model_folder import NOTHING, Trust, check_folder, list_modules
+from embedstream_worker.model_weights import lone_graph
 from embedstream_worker.purpose import HEADS, Purpose, has_heads, purpose_of
 
 HUB_TIMEOUT_SECONDS = 10.0
@@ -45,6 +46,11 @@ class ModelFolder:
     def headed(self) -> bool:
         """Whether it gives something else than one vector for each text, or more."""
         return self.purpose is not Purpose.VECTORS or (has_heads(self.path) and self.needs.pickle)
+
+    @property
+    def graph(self) -> Path | None:
+        """The graph for ONNX Runtime that is there in the place of weights."""
+        return lone_graph(list_modules(self.path)[0].folder)
 
     def fingerprint(self) -> str:
         """What decides its vectors, as 32 hex digits: with its code and its pickles, if these are loaded."""

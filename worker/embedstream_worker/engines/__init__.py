@@ -81,6 +81,12 @@ def load_engine(options: EngineOptions) -> Engine:
     set_up()
     folder = resolve_model(model, options.revision, options.trust)
     log.info("model %s: %s", model, folder.source)
+    if folder.graph is not None:
+        if name not in ("auto", "onnxruntime"):
+            raise ModelError(f"--engine {name}: {folder.graph} is for --engine onnxruntime alone, and the only weights")
+        if importlib.util.find_spec("onnxruntime") is None:
+            raise ModelError(f"{folder.graph}: needs onnxruntime: pip install 'embedstream[onnx]'")
+        name = "onnxruntime"
     # Engines are imported only when they are wanted: torch alone takes seconds.
     match name:
         case "openvino":

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import logging
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import onnxruntime
 
+from embedstream.dataset.values import Ragged
 from embedstream.errors import ModelError
 from embedstream.machine import cpu_cores
 from embedstream_worker.cache import cache_folder
@@ -26,6 +28,8 @@ from embedstream_worker.engines.precision import Dtype, streams_for
 from embedstream_worker.engines.text_engine import TextEngine, ran_out_of_memory
 from embedstream_worker.families import card_prompts
 from embedstream_worker.fingerprint import file_sha256
+from embedstream_worker.model_folder import list_modules
+from embedstream_worker.model_weights import find_graph
 from embedstream_worker.models import ModelFolder
 from embedstream_worker.purpose import Purpose
 from embedstream_worker.recipe import origin_of
@@ -106,7 +110,8 @@ class OnnxEngine(TextEngine):
         try:
             conversion = self._open(fingerprint, self._cache)
         except (NotConvertible, CheckFailed) as error:
-            raise ModelError(f"onnxruntime does not run model {folder.name} ({error}); use --engine torch") from error
+            instead = "use --engine torch" if folder.graph is None else "fetch the model that it was made of"
+            raise ModelError(f"onnxruntime does not run model {folder.name} ({error}); {instead}") from error
         model = conversion.model
         kind, number = self._device
         self.info = EngineInfo(
@@ -159,7 +164,9 @@ class OnnxEngine(TextEngine):
 
     def _open(self, fingerprint: str, cache: Cache) -> Conversion:
         """Raises `NotConvertible`, `CheckFailed`."""
-        carried = _carried_graph(self._folder.path)
+        if self._folder.graph is not None:
+            return self._open_alone(self._folder.graph)
+        carried = find_graph(list_modules(self._folder.path)[0].folder)
         if carried is not None:
             try:
                 return self._open_carried(carried, fingerprint, cache)
@@ -171,6 +178,28 @@ class OnnxEngine(TextEngine):
         self._use({role: (steps[name],) for role, name in entry.conversion.graphs.items()}, entry.conversion)
         log.info("onnxruntime: model %s as exported from torch", self._folder.name)
         return entry.conversion
+
+    def _open_alone(self, graph: Path) -> Conversion:
+        """Of a folder without other weights."""
+        from embedstream_worker.engines.onnx_alone import read_alone, read_tail
+
+        model, outputs = read_alone(self._folder)
+        step = self._step(graph, None)
+        _given(step.output, self._folder)
+        step = replace(step, tail=read_tail(self._folder, model, step.output))
+        conversion = Conversion(model, {}, outputs, [])
+        self._make_slots(dict.fromkeys(model.roles, (step,)), conversion)
+        [(kind, output)] = outputs.items()
+        for batch in check_batches(model):
+            found = self._try(batch)[kind]
+            if isinstance(found, Ragged) or found.shape != (len(batch), output.dim) or not np.isfinite(found).all():
+                raise CheckFailed(f"{graph} does not give {output.dim} finite numbers for each text")
+        log.warning(
+            "%s is all the weights of model %s: it cannot be compared with float32 torch, and is taken for right as "
+            "its numbers are finite",
+            *(graph, self._folder.name),
+        )
+        return conversion
 
     def _open_carried(self, carried: Path, fingerprint: str, cache: Cache) -> Conversion:
         transformer = self._step(carried, None)
@@ -233,18 +262,24 @@ class OnnxEngine(TextEngine):
 
     def _use(self, ways: dict[Role, Way], conversion: Conversion) -> None:
         """Make slots, and prove that what comes out of them is the model. Raises `CheckFailed`."""
+        self._make_slots(ways, conversion)
+        check([self._try(batch) for batch in check_batches(conversion.model)], conversion.references, "float32")
+
+    def _make_slots(self, ways: dict[Role, Way], conversion: Conversion) -> None:
         model = conversion.model
         self.in_flight = self._runs if self._device[0] == "cpu" else 1
         self.text_model = model
         [(self._kind, output)] = conversion.outputs.items()
         for _ in range(self.in_flight):
             self._slots.put(Slot(ways, model, output.dim, self._device))
+
+    def _try(self, batch: TokenBatch) -> Results:
+        """Raises `CheckFailed`."""
         try:
-            found = [self.run(batch) for batch in check_batches(model)]
+            return self.run(batch)
         except Exception as error:
             lines = str(error).strip().splitlines() or [type(error).__name__]
             raise CheckFailed(f"its graph does not run: {lines[0][:200]}") from error
-        check(found, conversion.references, "float32")
 
 
 def _graph(entry: Entry, name: str) -> Path:
@@ -269,16 +304,6 @@ def _given(output: str, folder: ModelFolder) -> Carried:
     if output == _SCORES:
         return "logits"
     return "sentence_embedding" if output == _TEXT_OUTPUT else "token_embeddings"
-
-
-def _carried_graph(folder: Path) -> Path | None:
-    """The transformer that a folder carries as ONNX, beside its weights."""
-    first = ""
-    listing = folder / "modules.json"
-    if listing.is_file():
-        first = json.loads(listing.read_text("utf-8"))[0]["path"]
-    graph = folder / first / "onnx" / "model.onnx"
-    return graph if graph.is_file() else None
 
 
 def _pick_device(wanted: str) -> tuple[str, int]:

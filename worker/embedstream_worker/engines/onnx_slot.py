@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,10 @@ INPUTS = ("input_ids", "attention_mask", "token_type_ids", "pooling_mask")
 _Integers = npt.NDArray[np.int64]
 
 
+Tail = Callable[[npt.NDArray[Any], npt.NDArray[np.bool_]], Matrix]
+"""From what a graph gives, and the tokens that are no padding [n, longest], to vectors or scores [n, width]."""
+
+
 @dataclass(frozen=True)
 class Step:
     """One session of a way through the model."""
@@ -28,6 +32,8 @@ class Step:
     inputs: tuple[str, ...]  # those of `INPUTS` that it takes
     joint: str | None  # the input that is the step before's output
     output: str
+    tail: Tail | None = None
+    """What makes results of the output, where no graph does."""
 
 
 Way = tuple[Step, ...]
@@ -81,11 +87,16 @@ class Slot:
                 binding.bind_input(name, "cpu", 0, np.int64, array.shape, array.ctypes.data)
             if step.joint is not None:
                 binding.bind_ortvalue_input(step.joint, between)
-            if step is way[-1]:
+            if step.tail is not None:
+                binding.bind_output(step.output, "cpu")
+            elif step is way[-1]:
                 binding.bind_output(step.output, "cpu", 0, np.float32, vectors.shape, vectors.ctypes.data)
             else:
                 binding.bind_output(step.output, *self._device)
             step.session.run_with_iobinding(binding, options)
+            if step.tail is not None:
+                [given] = binding.copy_outputs_to_cpu()
+                return step.tail(given, _real(self._model.input, batch, 0))
             if step is not way[-1]:
                 [between] = binding.get_outputs()
         self._shrink = False
