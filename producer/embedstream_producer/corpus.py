@@ -159,8 +159,10 @@ def open_part(
         UsageError: an address that cannot be used.
     """
     name = part_name(source)
-    if opener is None and format in (None, "text") and is_texts(source):
-        return TextsPart(index, name, texts_of(source, source, format), lambda: texts_of(source, source, format))
+    if format == "text" or (format is None and is_texts(source)):
+        if opener is not None or source == STDIN:
+            raise InputError(f"{source}: texts are read where they lie, each as a file: leave out --server-side")
+        return TextsPart(index, name, texts_of(source, source), lambda: texts_of(source, source))
 
     def open_it() -> Source:
         if source == STDIN:

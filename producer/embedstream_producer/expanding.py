@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 
 import msgspec
@@ -22,6 +23,12 @@ VECTORS = ".vectors"
 """What the name of an output ends with that is not named, behind that of its corpus."""
 
 _DATA = (".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".feather", ".ipc", *csv_part.SUFFIXES)
+
+_ALWAYS_TEXT = tuple(ending for ending in texts_part.SUFFIXES if ending not in (".txt", ".text"))
+"""Of a file that is named by itself; what ends in .txt may be anything."""
+
+_ABOUT = re.compile(r"(?:readme|licen[cs]e|notice|changelog|contributing|citation)\b", re.I)
+"""Texts that lie beside data and are none of it."""
 
 _SAVED_STATE, _SAVED_SPLITS = "state.json", "dataset_dict.json"
 _LONGEST_STATE_BYTES = 1 << 20
@@ -55,24 +62,41 @@ def expand(sources: Sequence[str], format: CorpusFormat | None = None) -> list[s
 
 
 def is_texts(source: str) -> bool:
-    """Whether a source that is expanded already is a folder of texts: any other folder would have become its files."""
+    """Whether a source that is expanded already is texts: a folder, as any other would have become its files, or a file
+    of text by its name."""
     if source == STDIN:
         return False
+    if source.lower().endswith(_ALWAYS_TEXT):
+        return True
     if is_hub(source) or is_object(source):
         return bool(split_pattern(source)[1]) or tree_of(source, source) is not None
     # Not by `Path`, which raises for names that no file can have.
     return os.path.isdir(source) or (bool(split_pattern(source)[1]) and not os.path.exists(source))  # noqa: PTH110, PTH112
 
 
-def texts_of(source: str, label: str, format: CorpusFormat | None) -> texts_part.TextsSource:
-    """A folder or a pattern of texts, opened. Raises `InputError`."""
+def texts_of(source: str, label: str) -> texts_part.TextsSource:
+    """A folder, a pattern or a file of texts, opened. Raises `InputError`."""
     folder, pattern = split_pattern(source)
     tree = tree_of(folder or ".", label)
+    if tree is None and not pattern:
+        folder, _, name = source.rpartition("/")
+        tree = tree_of(folder or ".", folder or ".")
+        sizes = {} if tree is None else {each: size for each, size in tree.files() if each == name}
+        if tree is None or not sizes:
+            raise InputError(f"{label}: no such file")
+        return texts_part.TextsSource(tree, [(name, sizes[name])], source, label)
     if tree is None:
         raise InputError(f"{label}: no such folder")
-    fits = _fitting(pattern) if pattern else lambda name: _is_open(name) and (format == "text" or _is_text(name))
     sizes = dict(tree.files())
-    return texts_part.TextsSource(tree, [(name, sizes[name]) for name in _without_outputs(sizes) if fits(name)], source)
+    names = _without_outputs(sizes)
+    chosen = [*filter(_fitting(pattern), names)] if pattern else _texts(names)
+    return texts_part.TextsSource(tree, [(name, sizes[name]) for name in chosen], source, label)
+
+
+def _texts(names: Iterable[str]) -> list[str]:
+    """Those that are named as texts; all, if none is."""
+    found = [name for name in names if _is_open(name)]
+    return [name for name in found if _is_text(name)] or found
 
 
 def _expanded(source: str, format: CorpusFormat | None) -> list[str]:
@@ -95,16 +119,23 @@ def _expanded(source: str, format: CorpusFormat | None) -> list[str]:
         if format == "text" or (format is None and all(map(_is_text, found))):
             return [tree.source(pattern)]
         return [tree.source(name) for name in found]
+    if format == "text":
+        if not _texts(names):
+            raise InputError(f"{source}: holds no files")
+        return [tree.source("").rstrip("/")]
     open_names = [name for name in names if _is_open(name)]
-    if format != "text":
-        saved = _saved(tree, names)
-        data = saved or [name for name in open_names if _is_data(name)]
-        if data or format is not None:
-            found = data or open_names
-            if not found:
-                raise InputError(f"{source}: holds no files")
-            return [tree.source(name) for name in found]
-    if not (open_names if format == "text" else any(map(_is_text, open_names))):
+    data = _saved(tree, names) or [name for name in open_names if _is_data(name)]
+    texts = [name for name in open_names if _is_text(name) and not _ABOUT.match(name.rpartition("/")[2])]
+    if format is not None:
+        data, texts = data or open_names, []
+    if data and texts:
+        raise InputError(
+            f"{source}: holds data ({data[0]}: {len(data):,} files) and texts ({texts[0]}: {len(texts):,} files): say "
+            f"which by a pattern ('{source.rstrip('/')}/**/*{os.path.splitext(data[0])[1]}'), or --format text"  # noqa: PTH122
+        )
+    if data:
+        return [tree.source(name) for name in data]
+    if not any(map(_is_text, open_names)):
         raise InputError(
             f"{source}: holds nothing that a corpus is made of (files named {', '.join(_DATA)}; or texts named "
             f"{', '.join(texts_part.SUFFIXES)}): name the files (a pattern such as '{source.rstrip('/')}/**/*'), and "

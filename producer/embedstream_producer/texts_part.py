@@ -23,9 +23,9 @@ MOST_BYTES = LONGEST_DOCUMENT_BYTES + 1
 class TextsSource(Source):
     """The files of a folder, in the order of their names."""
 
-    def __init__(self, tree: Tree, files: Sequence[tuple[str, int]], name: str) -> None:
+    def __init__(self, tree: Tree, files: Sequence[tuple[str, int]], name: str, label: str) -> None:
         """`files`: names in the tree, in order, and their bytes."""
-        self.label = tree.label
+        self.label = label
         self.tree = tree
         self.files = files
         self.size = sum(size for _, size in self.files)

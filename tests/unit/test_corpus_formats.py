@@ -450,6 +450,8 @@ def test_outputs_that_lie_in_a_corpus_are_no_part_of_it(tmp_path: Path) -> None:
     assert rows_of(blocks_of([str(tmp_path)], keep=()), "id") == [(name,) for name in sorted(texts)]
     assert len(expand([f"{tmp_path}/**/*.md"])) == 1
     assert len(rows_of(blocks_of([f"{tmp_path}/**/*.md"], keep=()), "id")) == 3
+    for name in texts:
+        (tmp_path / name).unlink()
     (tmp_path / "one.csv").write_text("id,text\n1,x\n")
     assert expand([str(tmp_path)]) == [f"{tmp_path}/one.csv"]
     assert expand([str(tmp_path / "out")]) == [f"{tmp_path}/out/part-0.parquet"], "unless it is asked for"
@@ -490,3 +492,26 @@ def test_rows_are_those_that_datasets_polars_and_duckdb_see(
     found = rows_of(blocks_of([str(tmp_path / name)]))
     for table in read_by_others(tmp_path / name):
         assert [(row["id"], row["text"], row["lang"]) for row in table.to_pylist()] == found
+
+
+def test_files_of_text_may_be_named_one_by_one(tmp_path: Path) -> None:
+    make_texts(tmp_path)
+    names = [f"{tmp_path}/a.md", f"{tmp_path}/deep/b.md"]
+    assert rows_of(blocks_of(names, keep=()), "id", "text") == [("a.md", "# First\n"), ("b.md", "second")]
+    found = rows_of(blocks_of([f"{tmp_path}/deep/c.txt"], format="text", keep=()), "id", "text")
+    assert found == [("c.txt", "third")]
+    with pytest.raises(InputError, match=r"gone\.md: no such file"):
+        blocks_of([f"{tmp_path}/gone.md"], keep=())
+
+
+def test_a_folder_of_data_and_of_texts_is_asked_about(tmp_path: Path) -> None:
+    texts = make_texts(tmp_path)
+    (tmp_path / "kept.json").write_text('[{"id": 1, "text": "x"}]')
+    said = r"holds data \(kept\.json: 1 files\) and texts \(a\.md: 4 files\): say which by a pattern \('.*\*\.json'\)"
+    with pytest.raises(InputError, match=said):
+        blocks_of([str(tmp_path)], keep=())
+    assert rows_of(blocks_of([str(tmp_path)], format="text", keep=()), "id") == [(name,) for name in sorted(texts)]
+    for name in texts:
+        (tmp_path / name).unlink()
+    (tmp_path / "README.md").write_text("about the data")
+    assert rows_of(blocks_of([str(tmp_path)], keep=()), "id") == [("1",)]

@@ -40,7 +40,8 @@ except EmbedstreamError as error:
 class Hub:
     """A hub, and what a program sees that has it for its hub: the client takes its address when it is imported."""
 
-    def __init__(self, url: str, home: Path) -> None:
+    def __init__(self, url: str, home: Path, files: Path) -> None:
+        self.files = files
         self._environment = {"HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1"}
 
     def read(self, *sources: str) -> Any:
@@ -60,15 +61,13 @@ class Hub:
 def hub(tmp_path: Path) -> Iterator[Hub]:
     files = tmp_path / "files"
     (files / "data").mkdir(parents=True)
-    (files / "docs").mkdir()
     for number in range(2):
         ids = [f"{number}-{row}" for row in range(3000)]
         polars.DataFrame({"id": ids, "text": ids}).write_parquet(files / "data" / f"train-{number}.parquet")
     (files / "README.md").write_text("# A card")
-    (files / "docs" / "a.md").write_text("a text")
     (files / "lines.jsonl").write_text('{"id": "a line", "text": "x"}\n')
     with datasets_hub(files, NAME) as url:
-        yield Hub(url, tmp_path / "home")
+        yield Hub(url, tmp_path / "home", files)
 
 
 def test_a_data_set_is_its_files_at_the_commit_that_its_branch_is_now(hub: Hub) -> None:
@@ -81,6 +80,8 @@ def test_a_data_set_is_its_files_at_the_commit_that_its_branch_is_now(hub: Hub) 
 
 def test_a_file_a_folder_of_texts_and_a_pattern_are_read_too(hub: Hub) -> None:
     base = f"hf://datasets/{NAME}@{COMMIT}"
+    (hub.files / "docs").mkdir()
+    (hub.files / "docs" / "a.md").write_text("a text")
     parts, rows, _ = hub.read(f"hf://datasets/{NAME}@main/lines.jsonl", f"hf://datasets/{NAME}/docs")
     assert (parts, rows) == ([f"{base}/lines.jsonl", f"{base}/docs"], ["a line", "a.md"])
     parts, rows, _ = hub.read(f"{base}/data/*-1.parquet")
