@@ -16,7 +16,8 @@ from engines.model_shapes import bert_without_prompt, plain_transformers
 from embedstream.errors import ModelError
 from embedstream_worker.batching import cut_batches, gather_batch
 from embedstream_worker.engines import EngineOptions, load_engine
-from embedstream_worker.engines.base import TokenBatch
+from embedstream_worker.engines.base import TokenBatch, Twin
+from embedstream_worker.engines.checking import CheckFailed
 from embedstream_worker.engines.fastest import load_fastest
 from embedstream_worker.engines.openvino_cache import Cache
 from embedstream_worker.engines.openvino_engine import OpenVinoEngine
@@ -70,6 +71,35 @@ def test_threads_that_embed_at_once_get_the_vectors_of_one_alone(minilm: OpenVin
         together = list(threads.map(run, batches * 3))
     for ours, theirs in zip(together, alone * 3, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6)
+
+
+def test_a_twin_gives_the_same_while_all_of_the_engines_requests_are_taken(
+    minilm: OpenVinoEngine, texts: list[str]
+) -> None:
+    tokens = minilm.tokenizer().encode(texts[:6], 256)
+    (rows,) = cut_batches(tokens.lengths, 4096, padded=True)
+    batch = gather_batch(tokens, rows, 0, "query")
+    expected, twin = minilm.run(batch)["dense"], minilm.twin()
+    assert isinstance(minilm, Twin)
+    with ThreadPoolExecutor(4 * minilm.in_flight) as threads:
+        bulk = [threads.submit(minilm.run, batch) for _ in range(4 * minilm.in_flight)]
+        np.testing.assert_allclose(twin.run(batch)["dense"], expected, rtol=0, atol=1e-6)
+        twin.close()
+    for each in bulk:  # the engine goes on without it
+        np.testing.assert_allclose(each.result()["dense"], expected, rtol=0, atol=1e-6)
+
+
+def test_files_that_were_spoiled_since_a_model_was_tried_are_found(
+    small: ModelFolder, converted: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(converted, tmp_path, dirs_exist_ok=True)
+    [entry] = [path for path in tmp_path.iterdir() if path.is_dir()]
+    weights = np.fromfile(entry / "document.bin", np.uint8)
+    signs = weights[3::4]
+    signs[len(signs) // 8 : -len(signs) // 8 : 3] ^= 0x80
+    weights.tofile(entry / "document.bin")
+    with pytest.raises(CheckFailed, match="cosine"):
+        OpenVinoEngine(small, "float32", folder_fingerprint(small.path), Cache(tmp_path), tried=True)
 
 
 def test_vectors_are_the_callers_own(minilm: OpenVinoEngine, texts: list[str]) -> None:

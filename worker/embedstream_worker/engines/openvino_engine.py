@@ -9,31 +9,19 @@ import os
 import time
 from hashlib import blake2b
 from pathlib import Path
-from queue import SimpleQueue
-from typing import Any, cast
 
 import numpy as np
-import openvino
 
 from embedstream.machine import cpu_cores
-from embedstream_worker.engines.arrays import ARRAYS, results_of
-from embedstream_worker.engines.base import (
-    Engine,
-    EngineInfo,
-    OutOfMemory,
-    OwnQueries,
-    Results,
-    Role,
-    TokenBatch,
-    fitting,
-)
+from embedstream_worker.engines.base import Engine, EngineInfo, OwnQueries, Results, TokenBatch, fitting
 from embedstream_worker.engines.calibration import calibration_hash, calibration_texts
 from embedstream_worker.engines.checking import check, check_batches
 from embedstream_worker.engines.graph_inputs import graph_inputs
 from embedstream_worker.engines.openvino_cache import Cache, Conversion, Entry
+from embedstream_worker.engines.openvino_slots import Slots
 from embedstream_worker.engines.phases import CHECKING, phase
-from embedstream_worker.engines.precision import Precision, streams_for
-from embedstream_worker.engines.text_engine import TextEngine, ran_out_of_memory
+from embedstream_worker.engines.precision import Precision, streams_for, threads_of_a_stream
+from embedstream_worker.engines.text_engine import TextEngine
 from embedstream_worker.families import card_prompts
 from embedstream_worker.models import ModelFolder
 from embedstream_worker.recipe import origin_of
@@ -49,21 +37,22 @@ CONVERTERS = ("openvino", "torch", "transformers", "sentence-transformers")
 CALIBRATORS = ("openvino", "nncf")
 _LONGEST_CALIBRATION_TOKENS = 384
 
-_Slot = dict[Role, Any]  # an openvino.InferRequest for each role
-
 
 class OpenVinoEngine(TextEngine):
     """Results equal to sentence-transformers' own within the precision, several times as fast as its float32.
 
     One pass through the graph gives all kinds of results.
 
-    `run` may be called from several threads: each call takes one of `in_flight` requests, and waits for it.
+    `run` may be called from several threads: see `Slots`.
     """
 
-    def __init__(self, folder: ModelFolder, precision: Precision, fingerprint: str, cache: Cache) -> None:
+    def __init__(
+        self, folder: ModelFolder, precision: Precision, fingerprint: str, cache: Cache, tried: bool = False
+    ) -> None:
         """Convert the model, or read what was converted, and prove that its results are right.
 
-        `fingerprint`: the folder's own.
+        `fingerprint`: the folder's own. `tried`: all check texts were compared on this machine before: the shortest is
+        enough to see that the files are still good.
 
         Raises:
             NotConvertible: it does not convert.
@@ -76,18 +65,25 @@ class OpenVinoEngine(TextEngine):
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self._folder = folder
         self._cache = cache
-        self._slots: SimpleQueue[_Slot] = SimpleQueue()
         entry = cache.entry(key_of(fingerprint, "float", CONVERTERS), self._folder.name, self._convert)
         if precision == "int8":
             fingerprint = f"{fingerprint}-int8-{_calibration()}"
             parts = key_of(fingerprint, "int8", (*CONVERTERS, *CALIBRATORS))
             entry = cache.entry(parts, self._folder.name, lambda into: _quantize(entry, into))
-        self._compile(entry, precision)
-        phase(CHECKING)
+        self._entry, self._precision = entry, precision
         model, outputs = entry.conversion.model, entry.conversion.outputs
-        found = [self.run(batch) for batch in check_batches(model)]
-        agreement = check(found, entry.conversion.references, precision)
-        log.info("openvino in %s, to float32 on the check's texts: %s", precision, agreement)
+        self.text_model, streams = model, streams_for(cpu_cores())
+        # One more than streams: while a stream computes, the next batch is already waiting for it.
+        self.in_flight = streams + 1
+        self._slots = Slots(entry, precision, count=self.in_flight, streams=streams, threads=cpu_cores())
+        phase(CHECKING)
+        checked = [*zip(check_batches(model), entry.conversion.references, strict=True)]
+        if tried:
+            checked = [min(checked, key=lambda pair: len(pair[0].ids))]
+        agreement = check([self.run(batch) for batch, _ in checked], [expected for _, expected in checked], precision)
+        log.info(
+            "openvino in %s, to float32 on %s: %s", precision, "one text" if tried else "the check's texts", agreement
+        )
         self.info = EngineInfo(
             engine="openvino",
             device="cpu",
@@ -104,33 +100,16 @@ class OpenVinoEngine(TextEngine):
 
     def run(self, batch: TokenBatch) -> Results:
         """What the model gives, by kind, in the batch's order. Raises `OutOfMemory`."""
-        slot = self._slots.get()
-        try:
-            request = slot[batch.role]
-            request.infer(graph_inputs(self.text_model, batch), share_inputs=True)
-            first, results = 0, {}
-            for kind in self._kinds:
-                places = range(first, first + ARRAYS[kind])
-                first += ARRAYS[kind]
-                if batch.kinds is None or kind in batch.kinds:
-                    results[kind] = results_of(
-                        kind, [request.get_output_tensor(place).data for place in places], len(batch)
-                    )
-        except (MemoryError, RuntimeError) as error:
-            if not ran_out_of_memory(error):
-                raise
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-            raise OutOfMemory(f"{len(batch)} texts of up to {batch.longest} tokens: {reason}") from error
-        finally:
-            self._slots.put(slot)
-        return cast("Results", results)
+        return self._slots.run(batch)
+
+    def twin(self) -> Engine:
+        """The same model with one stream's threads of its own, for one batch at a time."""
+        return _Twin(self, self._entry, self._precision)
 
     def close(self) -> None:
         """Give the model's memory back. Calls that are under way end first."""
         super().close()
-        for _ in range(self.in_flight):
-            self._slots.get()
-        self.in_flight = 0
+        self._slots.close()
         self._cache.close()
 
     def _load_torch(self) -> Engine:
@@ -148,26 +127,27 @@ class OpenVinoEngine(TextEngine):
         log.info("converted model %s for openvino in %.0f s", self._folder.name, time.perf_counter() - begun)
         return conversion
 
-    def _compile(self, entry: Entry, precision: Precision) -> None:
-        streams = streams_for(cpu_cores())
-        # Beside int8, bfloat16 would be a fifth faster still, but OpenVINO 2026.4 then gives one-row batches of some
-        # lengths other vectors (cosine 0.88 instead of 0.99).
-        settings = {
-            "INFERENCE_PRECISION_HINT": "bf16" if precision == "bfloat16" else "f32",
-            "NUM_STREAMS": streams,
-            "INFERENCE_NUM_THREADS": cpu_cores(),
-        }
-        core = openvino.Core()
-        compiled = {
-            name: core.compile_model(core.read_model(entry.folder / f"{name}.xml"), "CPU", settings)
-            for name in set(entry.conversion.graphs.values())
-        }
-        # One more than streams: while a stream computes, the next batch is already waiting for it.
-        self.in_flight = streams + 1
-        for _ in range(self.in_flight):
-            requests = {name: graph.create_infer_request() for name, graph in compiled.items()}
-            self._slots.put({role: requests[name] for role, name in entry.conversion.graphs.items()})
-        self.text_model, self._kinds = entry.conversion.model, (*entry.conversion.outputs,)
+
+class _Twin(TextEngine):
+    """An engine's model once more; what it does seldom, the engine does."""
+
+    def __init__(self, engine: OpenVinoEngine, entry: Entry, precision: Precision) -> None:
+        super().__init__()
+        self._engine = engine
+        self.info, self.text_model = engine.info, engine.text_model
+        self._slots = Slots(entry, precision, count=1, streams=1, threads=threads_of_a_stream())
+
+    def run(self, batch: TokenBatch) -> Results:
+        """As `OpenVinoEngine.run`."""
+        return self._slots.run(batch)
+
+    def run_exact(self, batch: TokenBatch) -> Results:
+        """As `OpenVinoEngine.run_exact`."""
+        return self._engine.run_exact(batch)
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._slots.close()
 
 
 class HeadedOpenVinoEngine(OpenVinoEngine):

@@ -85,7 +85,7 @@ def load_openvino(folder: ModelFolder, dtype: Dtype = "auto", cache: Cache | Non
     try:
         precision = _require_trial(folder, precisions, fingerprint, cache)
         made = HeadedOpenVinoEngine if folder.headed else OpenVinoEngine
-        return made(folder, precision, fingerprint, cache)
+        return made(folder, precision, fingerprint, cache, tried=True)
     except (NotConvertible, CheckFailed) as error:
         cache.close()
         raise EngineUnfit(f"openvino does not run model {folder.name} ({error}); torch does") from error

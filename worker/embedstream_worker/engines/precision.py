@@ -58,3 +58,8 @@ def streams_for(cores: int) -> int:
     machines 4 cores share a batch, so that its time stays short and the caches hold what is worked on.
     """
     return max(min(cores, 2), cores // 4)
+
+
+def threads_of_a_stream() -> int:
+    """Cores that share a batch."""
+    return max(1, cpu_cores() // streams_for(cpu_cores()))
