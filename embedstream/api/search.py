@@ -48,7 +48,7 @@ class Hit:
     text: str | None = None
     """None if the dataset keeps no text."""
     part: int | None = None
-    """None, as are row and chunk, in Redis, where a hash does not tell its place in the corpus."""
+    """None, as are row and, unless texts were cut, chunk, in Redis: a hash does not tell its place in the corpus."""
     row: int | None = None
     chunk: int | None = None
 
@@ -82,7 +82,8 @@ def search(
         _refuse_other(output, query[output.kind], mask(address))
     spec = manifest_spec(manifest)
     in_redis = is_redis(sink.output)
-    place: Sequence[str] = REDIS_PLACE if in_redis else PLACE
+    in_redis_place = REDIS_PLACE if spec.chunking is None else (*REDIS_PLACE, "chunk")
+    place: Sequence[str] = in_redis_place if in_redis else PLACE
     schema = read_schema(manifest) if in_redis else dataset_schema(spec, manifest.outputs)
     names = [*place, *(["id"] if "id" not in place else []), *(["text"] if spec.text else [])]
     names += [output.name for output in outputs]

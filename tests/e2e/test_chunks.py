@@ -78,7 +78,8 @@ def test_each_chunk_is_a_row_that_is_proved_against_its_document(workers: Fleet,
     assert f"compared with {len(rows)} rows" in verified.stdout
     assert run("embed-verify", tmp_path / "out").returncode == 0
     assert "chunk_tokens" in run(*command[:-6], "--chunk-tokens", "41", "--keep", "lang").stderr.replace("-", "_")
-    assert rows[7]["id"] in run("embed-search", tmp_path / "out", rows[7]["text"], "-k", "1").stdout
+    found = run("embed-search", tmp_path / "out", rows[7]["text"], "-k", "1").stdout
+    assert f"{rows[7]['id']} chunk {rows[7]['chunk']}\n" in found
     corpus.write_text(corpus.read_text().replace("Paragraph 9 of 20.", "Paragraph X of 20."))
     assert run(*command).returncode == 2
     verified = run("embed-verify", tmp_path / "out", "--corpus", corpus)
@@ -101,6 +102,8 @@ def test_chunks_in_redis_have_keys_of_their_own(workers: Fleet, corpus: Path) ->
     for corpora in ([], ["--corpus", corpus]):
         verified = run("embed-verify", output, "--redis", workers.url, *corpora)
         assert verified.returncode == 0, verified.stdout
+    every = run("embed-search", output, "a question", "-k", "1000", "--redis", workers.url).stdout
+    assert all(f"{row['id']} chunk {row['chunk']}\n" in every for row in rows)
     client: Any = connect(workers.url)
     client.delete("chunks:_1:d20")
     verified = run("embed-verify", output, "--redis", workers.url, "--corpus", corpus)

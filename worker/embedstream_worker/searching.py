@@ -69,7 +69,8 @@ def show_nearest(
     results = embed_query(query, manifest, spec, kinds, model, trust, prompt)
     digits = 3 if len(results) == 1 else 4  # fused scores are small
     for hit in search(output, results, k, redis_url, by):
-        click.echo(f"{hit.score:.{digits}f}  {printable(hit.id)}")
+        piece = "" if spec.chunking is None or hit.chunk is None else f" chunk {hit.chunk}"
+        click.echo(f"{hit.score:.{digits}f}  {printable(hit.id)}{piece}")
         if hit.text is not None:
             # Where titles are the ids, the text begins with what the line above says.
             show_text(printable(hit.text.removeprefix(hit.id + spec.title_sep)), console)
