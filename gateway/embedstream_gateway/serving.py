@@ -55,6 +55,7 @@ def serve(plan: Plan, host: str, port: int, certificate: Path | None, key: Path 
         log_config=None,
         access_log=False,
         server_header=False,
+        proxy_headers=False,
         lifespan="on",
         limit_concurrency=MOST_CONNECTIONS,
         timeout_keep_alive=IDLE_SECONDS,
