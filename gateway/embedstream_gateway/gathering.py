@@ -7,12 +7,13 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from embedstream.api.embeddings import embeddings
 from embedstream.api.interactive import EmbedReply, EmbedRequest
 from embedstream_gateway.fleet import LiveModel
 from embedstream_gateway.observing import current_id
@@ -22,6 +23,9 @@ PIECE_TEXTS = 256
 PIECE_BYTES = 1024 * 1024
 """Of one request on the queue, a text that is longer excepted: a second or so of a worker's time, and well below the
 queue's own bounds."""
+
+PIECE_LARGE = 32
+"""Texts where each has many numbers: weights, or a vector for each token. An answer is bounded, too."""
 
 FLIGHTS_PER_WORKER = 2
 """Requests under way for each ready worker: while it computes one, it finds the next."""
@@ -48,13 +52,15 @@ class Rows:
     """What a worker gave for n texts."""
 
     numbers: npt.NDArray[np.float32]
-    """[n, dim]: vectors, scores (dim 1), or the scores of all labels."""
+    """[n, dim]: vectors, scores (dim 1), or the scores of all labels; of an output that was asked for, [n, 0]."""
     tokens: npt.NDArray[np.uint32]
     """Of each text, [n]."""
     cut: tuple[int, ...]
     """Texts that were longer than the model takes."""
     fingerprint: str
     labels: tuple[str, ...] = ()
+    outputs: tuple[Any, ...] = ()
+    """Of each text, of the one output that was asked for: a `SparseVector`, or its tokens' vectors."""
 
 
 @dataclass(eq=False)
@@ -161,15 +167,19 @@ class Gathering:
 def _split(request: EmbedRequest) -> Iterator[tuple[EmbedRequest, int]]:
     """Pieces, and their bytes. Pairs stay together: their query would go with every piece."""
     texts: list[str] = []
-    size = 0
+    size, most = 0, _most_texts(request)
     for text in request.texts:
         length = len(text.encode())
-        if texts and request.query is None and (len(texts) == PIECE_TEXTS or size + length > PIECE_BYTES):
+        if texts and request.query is None and (len(texts) == most or size + length > PIECE_BYTES):
             yield msgspec.structs.replace(request, texts=tuple(texts)), size
             texts, size = [], 0
         texts.append(text)
         size += length
     yield msgspec.structs.replace(request, texts=tuple(texts)), size
+
+
+def _most_texts(request: EmbedRequest) -> int:
+    return PIECE_LARGE if request.outputs else PIECE_TEXTS
 
 
 def _take(waiting: deque[_Piece]) -> list[_Piece]:
@@ -179,7 +189,7 @@ def _take(waiting: deque[_Piece]) -> list[_Piece]:
     while waiting:
         piece = waiting[0]
         texts, size = texts + len(piece.request.texts), size + piece.size
-        if taken and (texts > PIECE_TEXTS or size > PIECE_BYTES):
+        if taken and (texts > _most_texts(piece.request) or size > PIECE_BYTES):
             break
         waiting.popleft()
         if not piece.done.done():
@@ -196,6 +206,10 @@ def _rows(reply: EmbedReply | None, request: EmbedRequest, queue: str) -> Rows:
     if reply.error:
         raise bad(reply.error, "input")
     count = len(request.texts)
+    if request.outputs and len(reply.counts) == 4 * count:
+        (output,) = embeddings(reply, request).values()
+        tokens = np.frombuffer(reply.counts, "<u4")
+        return Rows(np.zeros((count, 0), np.float32), tokens, reply.cut, reply.fingerprint, outputs=tuple(output))
     if reply.dim < 1 or len(reply.vectors) != 4 * count * reply.dim or len(reply.counts) != 4 * count:
         raise Refusal(
             HTTPStatus.INTERNAL_SERVER_ERROR,
@@ -209,7 +223,8 @@ def _rows(reply: EmbedReply | None, request: EmbedRequest, queue: str) -> Rows:
 
 def _slice(rows: Rows, first: int, end: int) -> Rows:
     cut = tuple(place - first for place in rows.cut if first <= place < end)
-    return Rows(rows.numbers[first:end], rows.tokens[first:end], cut, rows.fingerprint, rows.labels)
+    numbers, tokens, outputs = rows.numbers[first:end], rows.tokens[first:end], rows.outputs[first:end]
+    return Rows(numbers, tokens, cut, rows.fingerprint, rows.labels, outputs)
 
 
 def _joined(pieces: Sequence[Rows]) -> Rows:
@@ -225,4 +240,5 @@ def _joined(pieces: Sequence[Rows]) -> Rows:
         tuple(start + place for start, piece in zip(starts, pieces, strict=False) for place in piece.cut),
         pieces[0].fingerprint,
         pieces[0].labels,
+        tuple(output for piece in pieces for output in piece.outputs),
     )

@@ -59,6 +59,15 @@ class EmbedBody(_Body):
     dimensions: Annotated[int, Field(ge=1)] | None = None
 
 
+class OutputBody(_Body):
+    """Of `/embed_sparse` and `/embed_all`."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"inputs": ["a text", "another"]}]})
+
+    inputs: str | list[str]
+    prompt_name: str | None = None
+
+
 class RerankBody(_Body):
     """Of `/rerank`."""
 
@@ -102,6 +111,11 @@ class SimilarityBody(BaseModel):
     parameters: SimilarityParameters | None = None
 
 
+class Weight(BaseModel):
+    index: int
+    value: float
+
+
 class Rank(BaseModel):
     index: int
     score: float
@@ -128,6 +142,28 @@ async def embed(body: EmbedBody, request: Request, model: ModelName = None) -> R
     elif given is not None and given.normalized:
         raise bad(f"`normalize` is false: {live.queue} gives vectors of length 1 and no others", "normalize")
     return json(vectors.tolist())
+
+
+@router.post("/embed_sparse", response_model=list[list[Weight]])
+async def embed_sparse(body: OutputBody, request: Request, model: ModelName = None) -> Response:
+    """Weights of the vocabulary's tokens for each of a few texts, by a model that gives these."""
+    rows = await _output(body, request, model, "sparse")
+    return json(
+        [
+            [
+                {"index": index, "value": value}
+                for index, value in zip(one.indices.tolist(), one.values.tolist(), strict=True)
+            ]
+            for one in rows.outputs
+        ]
+    )
+
+
+@router.post("/embed_all", response_model=list[list[list[float]]])
+async def embed_all(body: OutputBody, request: Request, model: ModelName = None) -> Response:
+    """A vector for each token of each of a few texts, by a model that gives these."""
+    rows = await _output(body, request, model, "multivector")
+    return json([one.tolist() for one in rows.outputs])
 
 
 @router.post("/rerank", response_model=list[Rank])
@@ -217,6 +253,16 @@ def best_first(rows: Rows) -> list[tuple[int, float]]:
     """Places and scores of pairs; of equal scores the first place first."""
     scores = rows.numbers[:, 0].tolist()
     return sorted(enumerate(scores), key=lambda each: -each[1])
+
+
+async def _output(body: OutputBody, request: Request, model: str | None, kind: str) -> Rows:
+    body.check()
+    texts = [body.inputs] if isinstance(body.inputs, str) else body.inputs
+    refuse_many(len(texts), "inputs")
+    asked = make_request(texts, "document", None, body.prompt_name, None, outputs=[kind])
+    live, rows = await _run(request, model, kind, asked)
+    body.refuse_cut(live, rows, "inputs")
+    return rows
 
 
 async def _run(request: Request, model: str | None, kind: str, asked: EmbedRequest) -> tuple[LiveModel, Rows]:

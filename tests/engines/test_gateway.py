@@ -9,14 +9,15 @@ from typing import Any
 
 import cohere
 import httpx
+import numpy as np
 import pytest
 import transformers
 from conftest import RedisServer
 from e2e.harness import fleet, wait_until
-from engines.kinds import classifier, cross_encoder
+from engines.kinds import classifier, colbert, cross_encoder, splade
 from engines.model_shapes import Shape
 from lab.worker import worker_lab
-from sentence_transformers import CrossEncoder
+from sentence_transformers import CrossEncoder, MultiVectorEncoder, SparseEncoder
 
 from embedstream_worker.engines import EngineOptions, load_engine
 
@@ -27,10 +28,11 @@ Folder = Callable[[Shape], Path]
 def served(path: Path, server: RedisServer, folder: Path) -> Iterator[tuple[str, str]]:
     """The address of a gateway over a worker of this model, and the model's name there."""
     with worker_lab(server.url, folder) as lab, fleet(server.url, folder) as running:
-        lab.start(load_engine(EngineOptions(str(path), dtype="float32")))
-        _, url = running.start_gateway()
+        options = EngineOptions(str(path), dtype="float32")
+        lab.start(load_engine(options), batch_tokens=2048)  # a short warm-up
         name = lab.broker.queue
-        wait_until(lambda: httpx.get(f"{url}/info", params={"model": name}).status_code == 200, "the model is live")
+        wait_until(lambda: any(worker.state == "ready" for worker in lab.broker.workers()), "the worker is ready")
+        _, url = running.start_gateway()
         yield url, name
 
 
@@ -76,3 +78,33 @@ def test_labels_are_those_of_a_pipeline_the_best_first(
         for mine, theirs in zip([*found, one], pipeline([*some, some[0]]), strict=True):
             assert [each["label"] for each in mine] == [each["label"] for each in theirs]
             assert [each["score"] for each in mine] == pytest.approx([each["score"] for each in theirs], abs=1e-4)
+
+
+def test_weights_of_tokens_are_those_of_sparse_encoder(
+    folder: Folder, texts: list[str], redis_server: RedisServer, tmp_path: Path
+) -> None:
+    path, some = folder(splade), texts[:40]
+    reference: Any = SparseEncoder(str(path), device="cpu", local_files_only=True)
+    theirs = reference.encode_document(some, convert_to_sparse_tensor=False).numpy()
+    with served(path, redis_server, tmp_path) as (url, name):
+        answer = httpx.post(f"{url}/embed_sparse", params={"model": name}, json={"inputs": some, "truncate": True})
+        assert answer.status_code == 200, answer.text
+        for mine, weights in zip(answer.json(), theirs, strict=True):
+            made = np.zeros_like(weights)
+            made[[each["index"] for each in mine]] = [each["value"] for each in mine]
+            np.testing.assert_allclose(made, weights, atol=1e-3)
+        refused = httpx.post(f"{url}/embed_all", params={"model": name}, json={"inputs": some})
+        assert (refused.status_code, "does not give multivector" in refused.text) == (400, True)
+
+
+def test_vectors_of_tokens_are_those_of_multi_vector_encoder(
+    folder: Folder, texts: list[str], redis_server: RedisServer, tmp_path: Path
+) -> None:
+    path, some = folder(colbert), texts[:40]
+    reference: Any = MultiVectorEncoder(str(path), device="cpu", local_files_only=True)
+    theirs = reference.encode_document(some)
+    with served(path, redis_server, tmp_path) as (url, name):
+        answer = httpx.post(f"{url}/embed_all", params={"model": name}, json={"inputs": some, "truncate": True})
+        assert answer.status_code == 200, answer.text
+        for mine, vectors in zip(answer.json(), theirs, strict=True):
+            np.testing.assert_allclose(mine, np.asarray(vectors), atol=1e-3)
