@@ -76,6 +76,7 @@ class Chunker:
             send(ask, question)
             if (found := receive(answer, kind)) is not None:
                 return found
+        _chunker.cache_clear()  # another try has a process of its own
         raise error("the process that cuts texts has ended: run the same command again")
 
 
