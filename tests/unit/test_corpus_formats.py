@@ -22,7 +22,7 @@ from lab.s3 import S3Server
 
 from embedstream.corpus.duplicates import DuplicateIndex
 from embedstream.errors import EmbedstreamError, InputError
-from embedstream.jobs import CorpusFormat, JobSpec
+from embedstream.jobs import Chunking, CorpusFormat, JobSpec
 from embedstream.queue.blocks import Block, Refusal
 from embedstream_producer.corpus import check_sources, part_name
 from embedstream_producer.expanding import expand
@@ -44,7 +44,9 @@ def blocks_of(
 ) -> list[Block]:
     names = expand(sources, format)
     settings = {"keep": ("lang",), **changed}
-    spec = JobSpec(queue="q", output="/out", model="m", parts=tuple(map(part_name, names)), format=format, **settings)
+    spec = JobSpec(
+        queue="q", output="/out", model="hashing", parts=tuple(map(part_name, names)), format=format, **settings
+    )
     parts = check_sources(names, None if stdin is None else io.BytesIO(stdin), spec=spec, format=format)
     with DuplicateIndex() as index:
         return [block for part in parts for block in part.blocks(spec, index)]
@@ -515,3 +517,17 @@ def test_a_folder_of_data_and_of_texts_is_asked_about(tmp_path: Path) -> None:
         (tmp_path / name).unlink()
     (tmp_path / "README.md").write_text("about the data")
     assert rows_of(blocks_of([str(tmp_path)], keep=()), "id") == [("1",)]
+
+
+def test_a_corpus_has_the_same_chunks_in_every_format(tmp_path: Path) -> None:
+    chunking = Chunking(tokens=6, overlap=2)
+    sums = set()
+    for name in ("c.jsonl", "c.json", "c.csv", "c.arrow", "c.parquet"):
+        FORMATS[name](tmp_path / name)
+        blocks = blocks_of([str(tmp_path / name)], chunking=chunking)
+        sums.add(tuple(block.sum for block in blocks))
+    assert len(sums) == 1
+    texts = {id: text for id, text, _ in EXPECTED}
+    found = rows_of(blocks, "id", "start", "end", "text")
+    assert len(found) > len(EXPECTED)
+    assert all(texts[id][start:end] == text for id, start, end, text in found)
