@@ -166,7 +166,9 @@ async def _invalid(request: Request, error: Any) -> Response:
 
 
 async def _not_served(request: Request, error: Any) -> Response:
-    """An unknown path, or another method than it has."""
+    """An unknown path, another method than it has, or a body that cannot be decoded."""
+    if error.status_code == HTTPStatus.BAD_REQUEST:
+        return refusals.answer(bad("the body cannot be read: send JSON in UTF-8"), request.url.path)
     message = f"{request.method} {request.url.path} is not served: {error.detail}"
     return refusals.answer(Refusal(HTTPStatus(error.status_code), message, "not_found"), request.url.path)
 

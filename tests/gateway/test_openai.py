@@ -91,3 +91,25 @@ def test_models_are_those_with_a_live_worker(served: Served) -> None:
 def test_one_bad_text_costs_only_the_request_that_has_it(served: Served) -> None:
     with pytest.raises(openai.BadRequestError, match="1,048,576"):
         served.openai().embeddings.create(model="hashing", input=["fine", "x" * (1024 * 1024 + 1)])
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[" * 1_000_000,
+        b'{"model": "hashing", "input": "\xff"}',
+        b'{"model": "hashing", "input": NaN}',
+        b"[]",
+    ],
+    ids=["empty", "cut", "deep", "bytes", "nan", "list"],
+)
+def test_a_body_that_is_no_request_is_refused_in_one_sentence(served: Served, body: bytes) -> None:
+    with served.http("embed") as client:
+        refused = client.post("/v1/embeddings", content=body, headers={"Content-Type": "application/json"})
+        assert refused.status_code == 400
+        assert refused.json()["error"]["type"] == "invalid_request_error"
+        untyped = client.post("/v1/embeddings", content=b'{"model": "hashing", "input": "a"}')
+        assert untyped.status_code == 400
+        assert "application/json" in untyped.json()["error"]["message"]
