@@ -94,6 +94,7 @@ def refuse_other_names(headers: Headers) -> None:
         raise Refusal(HTTPStatus.FORBIDDEN, "without --api-key-file only localhost is served", "host")
 
 
+@lru_cache(1024)
 def is_loopback(host: str) -> bool:
     """Whether a host, by name or number, is this machine for itself."""
     if host.lower() == "localhost":

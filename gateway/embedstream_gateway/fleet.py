@@ -44,12 +44,14 @@ class Fleet:
     def __init__(self, client: AsyncClient) -> None:
         self._client = client
         self._seen: dict[str, list[WorkerRecord]] = {}
+        self._models: list[LiveModel] = []
         self._looked = float("-inf")
         self._looking = asyncio.Lock()
 
     async def models(self) -> list[LiveModel]:
         """Those with a ready worker. Raises `BrokerError`."""
-        return [model for queue in await self._look() if (model := self._model(queue)) is not None]
+        await self._look()
+        return self._models
 
     async def find(self, name: str | None, kind: str = "") -> LiveModel:
         """The model of this name; None: the only one that gives this kind. `kind`: empty for any.
@@ -93,14 +95,18 @@ class Fleet:
             raise bad(f"several models are live: name one as `model`: {', '.join(m.queue for m in fitting)}", "model")
         return fitting[0]
 
-    def _model(self, queue: str) -> LiveModel | None:
-        ready = tuple(worker for worker in self._seen.get(queue, ()) if worker.state == "ready")
-        return LiveModel(queue, ready) if ready else None
-
-    async def _look(self) -> dict[str, list[WorkerRecord]]:
+    async def _look(self) -> None:
         if time.monotonic() - self._looked > LOOK_SECONDS:
             async with self._looking:
                 if time.monotonic() - self._looked > LOOK_SECONDS:
                     self._seen = await self._client.workers()
+                    self._models = [
+                        LiveModel(queue, ready) for queue, ready in map(_ready, self._seen.items()) if ready
+                    ]
                     self._looked = time.monotonic()
-        return self._seen
+
+
+def _ready(seen: tuple[str, list[WorkerRecord]]) -> tuple[str, tuple[WorkerRecord, ...]]:
+    """A queue, and its workers that take requests."""
+    queue, workers = seen
+    return queue, tuple(worker for worker in workers if worker.state == "ready")
