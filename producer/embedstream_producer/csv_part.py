@@ -17,6 +17,7 @@ import pyarrow.csv
 from embedstream.corpus.records import LONGEST_LINE_BYTES
 from embedstream.errors import InputError
 from embedstream.records import PartContent
+from embedstream_producer.plain import PlainStream
 from embedstream_producer.sources import Source, rest_of
 from embedstream_producer.tables import BadRow, TablePart, sliced
 
@@ -27,6 +28,22 @@ _DELIMITERS = ",\t;|"
 _NAME = re.compile(r"[\w .:/()-]{1,60}")
 
 
+class _Ended:
+    """A stream with one more line at its end. A reader that does not find that line is within quotes."""
+
+    closed = False  # asked for by Arrow
+
+    def __init__(self, plain: PlainStream, line: str) -> None:
+        self._plain = plain
+        self._left = f"\n{line}".encode() if plain.head else b""
+
+    def read(self, size: int, /) -> bytes:
+        data = self._plain.read(size)
+        if not data:
+            data, self._left = self._left, b""
+        return data
+
+
 class CsvTable:
     """A table whose header is read. A value without quotes that is empty is null, one in quotes is an empty text."""
 
@@ -35,7 +52,10 @@ class CsvTable:
         self._plain = source.plain
         self._bad: deque[Any] = deque()
         names = header(self._plain.head, source.label) or []
-        self._reader = self._opened(names)
+        between = delimiter(self._plain.head, source.label)
+        # A row of another length than all others; within quotes it would be but two more of them, and go on.
+        self._last = '""' if len(names) != 1 else f'""{between}""'
+        self._reader = self._opened(names, between)
         self.schema = pa.schema([]) if self._reader is None else self._reader.schema
         self._first = self._next()
 
@@ -70,17 +90,17 @@ class CsvTable:
     def close(self) -> None:
         self.source.close()
 
-    def _opened(self, names: Sequence[str]) -> Any:
+    def _opened(self, names: Sequence[str], between: str) -> Any:
         """None: there is not even a header."""
         csv_of: Any = pyarrow.csv
         with self._explained():
             try:
                 return csv_of.open_csv(
-                    pa.PythonFile(cast("IOBase", self._plain), mode="r"),
+                    pa.PythonFile(cast("IOBase", _Ended(self._plain, self._last)), mode="r"),
                     # Threads would tell of bad rows without their numbers.
                     read_options=csv_of.ReadOptions(use_threads=False, block_size=LONGEST_LINE_BYTES),
                     parse_options=csv_of.ParseOptions(
-                        delimiter=delimiter(self._plain.head, self.source.label),
+                        delimiter=between,
                         newlines_in_values=True,
                         invalid_row_handler=self._skip,
                     ),
@@ -102,6 +122,10 @@ class CsvTable:
             for batch in self._reader or ():
                 if batch.num_rows:
                     return cast("pa.RecordBatch", batch)
+        if self._reader is not None:
+            if not self._bad or self._bad.pop().text != self._last:
+                raise InputError(f"{self.source.label}: a quote is never closed: repair the file")
+            self._reader = None
         return None
 
     @contextlib.contextmanager

@@ -199,6 +199,40 @@ def test_a_row_of_a_csv_with_another_number_of_values_costs_only_itself(tmp_path
     assert refusals_of(blocks)[1].original == "1,2,3,4"
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        'id,text\n1,"open\n2,b\n',
+        'id,text\n1,a\n2,"open',
+        'id,text\n1,a\n2,"open ""\n',
+        'text\n"open\nb\n',
+        "id,text\n" + "1,a\n" * 9 + '2,"open\n' + "3,c\n" * 99_999,
+    ],
+)
+def test_a_csv_with_a_quote_that_is_never_closed_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "c.csv").write_text(text)
+    with pytest.raises(InputError, match="a quote is never closed"):
+        blocks_of([str(tmp_path / "c.csv")], keep=(), number_rows=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ('id,text\n1,"a"', [("1", "a")]),
+        ('id,text\n1,"a\nb"\n\n\n', [("1", "a\nb")]),
+        ('id,text\n1,5" wide\n', [("1", '5" wide')]),
+        ('id,text\n1,"a ""b"""\n', [("1", 'a "b"')]),
+        ('id,text\n""\n1,a\n', [("1", "a")]),
+        ('id,text\r\n1,"a"\r\n', [("1", "a")]),
+    ],
+)
+def test_a_csv_whose_quotes_are_closed_is_read_to_its_end(
+    text: str, found: list[tuple[str, ...]], tmp_path: Path
+) -> None:
+    (tmp_path / "c.csv").write_bytes(text.encode())
+    assert rows_of(blocks_of([str(tmp_path / "c.csv")], keep=()), "id", "text") == found
+
+
 def test_a_value_of_a_csv_that_is_not_utf8_costs_its_row(tmp_path: Path) -> None:
     path = tmp_path / "c.csv"
     path.write_bytes(b"id,text\n1,good\n2,b\xffd\n3,good\n")
