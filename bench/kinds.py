@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +50,7 @@ class Pairing:
 
     name: str
     library: str
-    folder: Path
+    make: Callable[[Path, Sequence[str]], Path]
 
 
 class Side:
@@ -85,34 +85,42 @@ def main() -> None:
     texts = docstrings(options.texts)
     head = ["model", "the library, texts/s", "its batch", "its peak, MiB", "embedstream, texts/s", "peak, MiB", "ratio"]
     with tempfile.TemporaryDirectory() as folder:
-        made = [each for each in pairings(Path(folder), texts) if (options.only or "") in each.name]
-        print(table(head, [compare(pairing, texts, options.rounds) for pairing in made]))
+        chosen = [each for each in PAIRINGS if (options.only or "") in each.name]
+        here = [each for each in chosen if each.library != "FlagEmbedding" or importlib.util.find_spec(each.library)]
+        print(table(head, [compare(each, Path(folder), texts, options.rounds) for each in here]))
 
 
-def pairings(folder: Path, texts: Sequence[str]) -> Iterator[Pairing]:
-    """What is compared."""
-    minilm = resolve_model(MINILM).path
-    yield Pairing("SPLADE", "SparseEncoder", splade(folder / "splade", minilm))
-    base = bert(folder / "reranker", minilm, transformers.AutoModelForSequenceClassification, num_labels=1)
-    yield Pairing("reranker", "CrossEncoder", Path(base))
-    if importlib.util.find_spec("FlagEmbedding") is not None:
-        shape = {"hidden_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 16, "intermediate_size": 4096}
-        model = bge_m3(folder / "bge-m3", minilm, list(texts), LONGEST, **shape)
-        yield Pairing("BGE-M3 (6 of 24 layers)", "FlagEmbedding", model)
-
-
-def splade(folder: Path, minilm: Path) -> Path:
+def splade(folder: Path, _: Sequence[str]) -> Path:
     """MiniLM's shape with a head for each token of the vocabulary."""
-    base = bert(folder / "base", minilm, transformers.AutoModelForMaskedLM)
+    base = bert(folder / "base", transformers.AutoModelForMaskedLM)
     modules = [Transformer(base, transformer_task="fill-mask"), SpladePooling("max")]
     SparseEncoder(modules=modules, device="cpu").save(str(folder / "model"))
     return folder / "model"
 
 
-def bert(folder: Path, minilm: Path, head: Any, **settings: Any) -> str:
+def reranker(folder: Path, _: Sequence[str]) -> Path:
+    """MiniLM's shape with one score; each text with the first line of another."""
+    return Path(bert(folder, transformers.AutoModelForSequenceClassification, num_labels=1))
+
+
+def quarter_of_bge_m3(folder: Path, texts: Sequence[str]) -> Path:
+    """BGE-M3 with a quarter of its layers, as wide as they are."""
+    shape = {"hidden_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 16, "intermediate_size": 4096}
+    return bge_m3(folder, resolve_model(MINILM).path, list(texts), LONGEST, **shape)
+
+
+def bert(folder: Path, head: Any, **settings: Any) -> str:
     """MiniLM's configuration and tokenizer with another head, of random weights."""
+    minilm = resolve_model(MINILM).path
     config = transformers.AutoConfig.from_pretrained(minilm, **settings)
     return save_base(folder, config, minilm_tokenizer(minilm, LONGEST), head)
+
+
+PAIRINGS = (
+    Pairing("SPLADE", "SparseEncoder", splade),
+    Pairing("reranker", "CrossEncoder", reranker),
+    Pairing("BGE-M3 (6 of 24 layers)", "FlagEmbedding", quarter_of_bge_m3),
+)
 
 
 @contextmanager
@@ -129,11 +137,12 @@ def side(name: str, folder: Path, texts: Sequence[str]) -> Iterator[Side]:
         process.stdin.close()
 
 
-def compare(pairing: Pairing, texts: Sequence[str], rounds: int) -> list[str]:
-    """A line of the report."""
+def compare(pairing: Pairing, made: Path, texts: Sequence[str], rounds: int) -> list[str]:
+    """A line of the report. `made`: where models are put."""
+    folder = pairing.make(made / pairing.library, texts)
     ours: list[float] = []
     theirs: list[float] = []
-    with side("ours", pairing.folder, texts) as our, side(pairing.library, pairing.folder, texts) as their:
+    with side("ours", folder, texts) as our, side(pairing.library, folder, texts) as their:
         our.seconds(0, sample=True)
         their.seconds(BATCHES[0], sample=True)
         best = min(BATCHES, key=lambda batch: their.seconds(batch, sample=True))

@@ -120,16 +120,23 @@ def whole(sparse: Ragged, vocabulary: int) -> Matrix:
     return made
 
 
+Way = tuple[Shape, str, Precision]
+
 ENGINES: list[tuple[str, Precision]] = [
     *(("torch", "float32"), ("torch", "bfloat16"), ("openvino", "float32"), ("openvino", "bfloat16"))
 ]
 PAIRS_ENGINES: list[tuple[str, Precision]] = [*ENGINES, ("onnxruntime", "float32")]
 
 
-@pytest.mark.parametrize("shape", [splade, splade_twice, splade_sum, inference_free])
-@pytest.mark.parametrize(("name", "dtype"), ENGINES)
+def ways(usual: Shape, engines: list[tuple[str, Precision]], *others: Shape) -> list[Way]:
+    """The usual model in each engine and precision, the others in float32 by torch and OpenVINO."""
+    exact = [each for each in ENGINES if each[1] == "float32"]
+    return [(usual, *each) for each in engines] + [(shape, *each) for shape in others for each in exact]
+
+
+@pytest.mark.parametrize(("shape", "name", "dtype"), ways(splade, ENGINES, splade_twice, splade_sum, inference_free))
 def test_sparse_vectors_are_those_of_sparse_encoder(
-    name: str, dtype: Precision, shape: Shape, started: Started, folder: Folder, some: list[str]
+    shape: Shape, name: str, dtype: Precision, started: Started, folder: Folder, some: list[str]
 ) -> None:
     some = fewer(some, name, dtype) if shape is splade else some[::6]
     engine = started(shape, name, dtype)
@@ -168,10 +175,9 @@ def test_vectors_of_tokens_are_those_of_multi_vector_encoder(
     assert held >= ours.values.nbytes
 
 
-@pytest.mark.parametrize("shape", [cross_encoder, reranker])
-@pytest.mark.parametrize(("name", "dtype"), PAIRS_ENGINES)
+@pytest.mark.parametrize(("shape", "name", "dtype"), ways(cross_encoder, PAIRS_ENGINES, reranker))
 def test_scores_of_pairs_are_those_of_cross_encoder(
-    name: str, dtype: Precision, shape: Shape, started: Started, folder: Folder, some: list[str]
+    shape: Shape, name: str, dtype: Precision, started: Started, folder: Folder, some: list[str]
 ) -> None:
     engine, some = started(shape, name, dtype), fewer(some, name, dtype)
     assert engine.info.pairs
@@ -182,10 +188,9 @@ def test_scores_of_pairs_are_those_of_cross_encoder(
     assert_near(results(engine, some, firsts)["score"], theirs.reshape(-1, 1), dtype)
 
 
-@pytest.mark.parametrize("shape", [classifier, multi_label])
-@pytest.mark.parametrize(("name", "dtype"), PAIRS_ENGINES)
+@pytest.mark.parametrize(("shape", "name", "dtype"), ways(classifier, PAIRS_ENGINES, multi_label))
 def test_labels_are_those_of_a_pipeline(
-    name: str, dtype: Precision, shape: Shape, started: Started, folder: Folder, some: list[str]
+    shape: Shape, name: str, dtype: Precision, started: Started, folder: Folder, some: list[str]
 ) -> None:
     engine, path, some = started(shape, name, dtype), str(folder(shape)), fewer(some, name, dtype)
     assert not scores_pairs(path)
