@@ -59,18 +59,20 @@ def encode_pieces(groups: Iterable[pa.Table], schema: pa.Schema, footer: Footer)
 
 
 def _layout(schema: pa.Schema) -> dict[str, Any]:
-    """Options of a `ParquetWriter`. Vectors: BYTE_STREAM_SPLIT and no dictionary (floats repeat in their high bytes,
-    never whole). Kept fields: a dictionary, as they often repeat. No statistics and no compression where values are as
-    good as random.
+    """Options of a `ParquetWriter`. Vectors: no dictionary, and for float32 BYTE_STREAM_SPLIT (floats repeat in their
+    high bytes, never whole); DuckDB does not read it for float16, and int8 is larger by it. Kept fields: a dictionary,
+    as they often repeat. No statistics and no compression where values are as good as random.
     """
-    vectors = [field.name for field in schema if pa.types.is_fixed_size_list(field.type)]
+    types = {field.name: field.type for field in schema if pa.types.is_fixed_size_list(field.type)}
+    vectors = list(types)
     leaves = [f"{name}.list.element" for name in vectors]
+    split = [leaf for leaf, type in zip(leaves, types.values(), strict=True) if pa.types.is_float32(type.value_type)]
     random = {*vectors, "input_hash"}
     fixed = {"part", "row", "id", "chunk", "start", "end", "text", "n_tokens", "truncated"}
     zstd = [name for name in schema.names if name not in random] + leaves
     return {
         "use_dictionary": [name for name in schema.names if name not in fixed | random] + ["part", "chunk"],
-        "use_byte_stream_split": leaves,
+        "use_byte_stream_split": split,
         "compression": {**dict.fromkeys(zstd, "zstd"), "input_hash": "none"},
         "compression_level": dict.fromkeys(zstd, COMPRESSION_LEVEL),
         "write_statistics": [name for name in schema.names if name not in random | {"text"}],

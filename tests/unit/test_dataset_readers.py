@@ -17,6 +17,7 @@ import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
 from lab.dataset import DIM, Dataset, make_content, make_spec, vectors
+from lab.results import EVERY_KIND
 from lab.verify import Made, make_dataset, run_again
 
 from embedstream.dataset.folder import FolderSink
@@ -137,6 +138,18 @@ def test_rows_are_grouped_by_about_a_hundred_megabytes(dataset: Dataset) -> None
     metadata = pq.read_metadata(Path(dataset.spec.output) / "part-wide.parquet")
     assert metadata.num_row_groups == 2
     assert metadata.row_group(0).num_rows > 15_000
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
+def test_duckdb_reads_vectors_of_each_dtype_as_they_are(tmp_path: Path, dtype: str) -> None:
+    (output,) = [each for each in EVERY_KIND if each.dtype == dtype and each.kind == "dense" and each.dim == 16]
+    spec = make_spec(str(tmp_path / "out"))
+    dataset = Dataset(FolderSink(spec.output, spec), spec)
+    dataset.sink.check()
+    content = make_content(spec, outputs=[output, *EVERY_KIND[5:6]])
+    dataset.write(content)
+    seen = queried(f"FROM '{spec.output}/*.parquet' ORDER BY part, row")
+    assert seen[output.name].to_pylist() == content.data[output.name].to_pylist()
 
 
 def test_duckdb_reads_vectors_as_float_lists_and_computes_with_them(dataset: Dataset) -> None:
