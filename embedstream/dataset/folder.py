@@ -1,4 +1,5 @@
-"""A dataset in files: Parquet shards, `_errors.jsonl`, and `_manifest.json`, which says which shards count."""
+"""A dataset in files: Parquet shards, `_errors.jsonl`, and `_manifest.json`, which says which shards count; beside them
+a card for people."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from embedstream.dataset.card import CARD, is_card, render_card
 from embedstream.dataset.content import check_content, in_order
 from embedstream.dataset.error_files import encode_errors, read_errors
 from embedstream.dataset.files import TEMPORARY
@@ -84,7 +86,7 @@ class FolderSink:
 
     def _refuse_foreign(self, names: list[str]) -> None:
         # Hidden files (of file managers, of another writer's probe) and a disk's lost+found say nothing of use.
-        foreign = sorted(name for name in names if not name.startswith(".") and name != "lost+found")
+        foreign = sorted(name for name in names if not name.startswith(".") and name not in ("lost+found", CARD))
         if foreign:
             raise OutputError(
                 f"{mask(self.output)}: not empty and not a dataset (it holds {foreign[0]}): choose another output (-o)"
@@ -179,7 +181,7 @@ class FolderSink:
         return None if data is None else decode_manifest(data, self.files.path(MANIFEST))
 
     def finalize(self, manifest: Manifest) -> None:
-        """Write `_errors.jsonl` if a row failed (or one is there already), then the manifest.
+        """Write `_errors.jsonl` if a row failed (or one is there already), then the manifest, then the card.
 
         A job that ended before its first shard may have no folder yet, and gets one.
 
@@ -201,13 +203,14 @@ class FolderSink:
         steps = [self._write_errors, self._write_manifest]
         for step in reversed(steps) if manifest.retries else steps:
             step(manifest)
+        self._write_card(manifest)
         self._tidy(manifest)
 
     def _tidy(self, manifest: Manifest) -> None:
         """Remove what nobody needs once the manifest stands. What cannot be removed counts for nothing."""
         # What writers left that died; one that is still at it will see, and write again.
         names = set(self.files.names())
-        left = {name for name in names if name.removeprefix(".").startswith(OURS) and TEMPORARY in name}
+        left = {name for name in names if name.removeprefix(".").startswith((*OURS, CARD)) and TEMPORARY in name}
         # Error rows that were run again: those that are left of them lie in newer shards.
         left |= {errors_file(shard.name) for shard in manifest.shards if not shard.failed} & names
         try:
@@ -217,7 +220,8 @@ class FolderSink:
             log.warning("%s; it counts for nothing, as the manifest does not list it", error)
 
     def mend(self, manifest: Manifest) -> None:
-        """Write `_errors.jsonl` again if its lines are not as many as the manifest says; remove what is not needed."""
+        """Write `_errors.jsonl` again if its lines are not as many as the manifest says, and the card if it is not the
+        manifest's; remove what is not needed."""
         lines = 0
         if ERRORS in self.files.names():
             with self.files.open(ERRORS) as file:
@@ -225,6 +229,7 @@ class FolderSink:
                     lines += some.count(b"\n")
         if lines != manifest.failed:
             self._write_errors(manifest)
+        self._write_card(manifest)
         self._tidy(manifest)
 
     def _write_errors(self, manifest: Manifest) -> None:
@@ -234,6 +239,16 @@ class FolderSink:
 
     def _write_manifest(self, manifest: Manifest) -> None:
         self.files.write(MANIFEST, manifest_pieces(manifest))
+
+    def _write_card(self, manifest: Manifest) -> None:
+        """Unless a file of the user's lies there. One that cannot be written costs no dataset."""
+        card = render_card(manifest).encode()
+        try:
+            there = self.files.read(CARD)
+            if there is None or (is_card(there) and there != card):
+                self.files.write(CARD, [card])
+        except OutputError as error:
+            log.warning("%s; the dataset is finished without it", error)
 
     def error_lines(self, manifest: Manifest, sources: Sequence[str]) -> Iterator[bytes]:
         """The listed shards' error rows as JSON, in the order of the corpus."""

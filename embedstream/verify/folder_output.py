@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 
+from embedstream.dataset.card import CARD
 from embedstream.dataset.folder import BATCH_ROWS, ERRORS, MANIFEST, FolderSink
 from embedstream.dataset.input_hash import entered, text_digests
 from embedstream.dataset.manifest import manifest_spec
@@ -95,7 +96,7 @@ class FolderCheck:
 
     def unlisted(self) -> list[str]:
         """Names in the folder that the manifest does not list, in order: harmless, as nobody reads them."""
-        listed = {MANIFEST, ERRORS}
+        listed = {MANIFEST, ERRORS, CARD}
         for shard in self.manifest.shards:
             listed.update(_files(shard))
         return sorted(self._names - listed)

@@ -211,7 +211,7 @@ def test_a_dataset_in_a_bucket_is_merged_there(
     assert (after.rows, after.failed, len(after.shards)) == (before.rows, before.failed, 1)
     names = {key.rpartition("/")[2] for key in s3_server.keys(bucket)} - {""}
     shard = after.shards[0].name
-    assert names == {"_manifest.json", "_errors.jsonl", f"part-{shard}.parquet", f"_errors-{shard}.arrow"}
+    assert names == {"_manifest.json", "_README.md", "_errors.jsonl", f"part-{shard}.parquet", f"_errors-{shard}.arrow"}
     verified = run(
         "embed-verify",
         output,

@@ -48,7 +48,7 @@ def test_what_is_written_is_found_listed_and_read(dataset: Dataset, bucket: str,
     assert dataset.sink.read_manifest() == manifest
     assert contents_of(list(dataset.sink.read(["id", "embedding"]))).num_rows == 6
     assert [row.line for row in dataset.sink.read_errors()] == [301]
-    names = ["_errors-a.arrow", "_errors.jsonl", "_manifest.json", "part-a.parquet", "part-b.parquet"]
+    names = ["_README.md", "_errors-a.arrow", "_errors.jsonl", "_manifest.json", "part-a.parquet", "part-b.parquet"]
     assert shown_keys(s3_server, bucket) == [f"corpora/wiki/{name}" for name in names]
     body = s3_server.client().get_object(Bucket=bucket, Key="corpora/wiki/_errors.jsonl")["Body"].read()
     assert json.loads(body)["id"] == "bad-300"

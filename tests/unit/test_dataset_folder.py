@@ -205,7 +205,7 @@ def test_each_file_is_on_disk_before_the_next_step(dataset: Dataset, monkeypatch
     dataset.write(make_content(dataset.spec, errors=[make_error()]))
     dataset.end()
 
-    files = ["_errors-a.arrow", "part-a.parquet", "_errors.jsonl", "_manifest.json"]
+    files = ["_errors-a.arrow", "part-a.parquet", "_errors.jsonl", "_manifest.json", "_README.md"]
     assert steps == [step for name in files for step in (f"sync {name}", f"rename {name}", "sync out")]
 
 
@@ -283,7 +283,7 @@ def test_a_file_that_a_finalizer_sweeps_away_half_written_is_written_again(datas
     path = folder_of(dataset) / "part-late.parquet"
     Folder(folder_of(dataset)).write(path.name, Interrupted(dataset.end))
     assert path.read_bytes() == b"one file"
-    assert names_in(dataset) == ["_manifest.json", "part-a.parquet", "part-late.parquet"]
+    assert names_in(dataset) == ["_README.md", "_manifest.json", "part-a.parquet", "part-late.parquet"]
 
 
 def test_a_file_that_is_swept_away_for_ever_is_an_error_that_does_not_call_the_folder_gone(dataset: Dataset) -> None:
@@ -291,7 +291,7 @@ def test_a_file_that_is_swept_away_for_ever_is_an_error_that_does_not_call_the_f
     for pieces in (Interrupted(dataset.end, times=99), iter(Interrupted(dataset.end))):
         with pytest.raises(OutputError, match=r"_errors.jsonl: cannot write: somebody removes it half-written: try ag"):
             Folder(folder_of(dataset)).write("_errors.jsonl", pieces)
-        assert names_in(dataset) == ["_manifest.json", "part-a.parquet"]
+        assert names_in(dataset) == ["_README.md", "_manifest.json", "part-a.parquet"]
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_no_file(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -330,7 +330,7 @@ def test_finalizing_twice_equals_once(dataset: Dataset) -> None:
     assert dataset.end() == first
     assert {name: (folder_of(dataset) / name).read_bytes() for name in names_in(dataset)} == before
     assert sorted(before) == [
-        "_errors-a.arrow", "_errors.jsonl", "_manifest.json", "part-a.parquet", "part-b.parquet",
+        "_README.md", "_errors-a.arrow", "_errors.jsonl", "_manifest.json", "part-a.parquet", "part-b.parquet",
     ]  # fmt: skip
     assert dataset.sink.read_manifest() == first
 
@@ -376,7 +376,7 @@ def test_a_job_that_failed_before_its_first_shard_leaves_nothing(dataset: Datase
 def test_a_job_without_errors_has_no_errors_file_unless_one_lies_there(dataset: Dataset) -> None:
     dataset.write(make_content(dataset.spec))
     dataset.end()
-    assert names_in(dataset) == ["_manifest.json", "part-a.parquet"]
+    assert names_in(dataset) == ["_README.md", "_manifest.json", "part-a.parquet"]
     (folder_of(dataset) / "_errors.jsonl").write_text('{"from": "before"}\n')
     dataset.end()
     assert (folder_of(dataset) / "_errors.jsonl").read_text() == ""
@@ -413,7 +413,7 @@ def test_what_dead_writers_left_half_written_is_removed_with_the_jobs_end(datase
         (folder_of(dataset) / name).write_text("half")
     (folder_of(dataset) / "a strangers.tmp-5").write_text("not ours")
     dataset.end()
-    assert names_in(dataset) == ["_manifest.json", "a strangers.tmp-5", "part-a.parquet"]
+    assert names_in(dataset) == ["_README.md", "_manifest.json", "a strangers.tmp-5", "part-a.parquet"]
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut"])
