@@ -17,6 +17,9 @@ Dtype = Literal["float32", "float16", "int8", "ubinary"]
 """Of the numbers in the column. int8: which 255th of its dimension's range a number is in, the lowest being -128.
 ubinary: a bit a dimension, 1 where it is above 0, the first dimension highest."""
 
+Similarity = Literal["cosine", "dot", "euclidean", "manhattan", "maxsim", "meanmaxsim"]
+"""How results are compared, in sentence-transformers' words; of distances the negative."""
+
 Task = Literal["auto", "embed", "rerank", "classify"]
 """What a model does to rows. auto: what it is for."""
 
@@ -40,6 +43,13 @@ NAMES: dict[Kind, str] = {
     "labels": "label",
 }
 """Of the columns, unless others are given."""
+
+SIMILARITIES: dict[Kind, tuple[Similarity, ...]] = {
+    "dense": ("cosine", "dot", "euclidean", "manhattan"),
+    "sparse": ("dot", "cosine"),
+    "multivector": ("maxsim", "meanmaxsim"),
+}
+"""Of kinds that are searched. The first is what sentence-transformers takes where a model names none."""
 
 MOST_OUTPUTS = 16
 
@@ -95,6 +105,8 @@ class Output(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     ranges: bytes = b""
     """Of int8: what -128 stands for in each dimension, then what lies 255 steps above, as float32 in little-endian
     order. Empty before any row is written."""
+    similarity: Similarity | None = None
+    """How the model's results are to be compared, if not as usual for the kind."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.dim <= MOST_DIMENSIONS:
@@ -107,6 +119,8 @@ class Output(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
             raise ValueError(f"output {self.name} has {len(self.labels):,} labels")
         if self.ranges:
             self._check_ranges()
+        if self.similarity is not None and self.similarity not in SIMILARITIES.get(self.kind, ()):
+            raise ValueError(f"output {self.name}: {self.kind} results are not compared by {self.similarity}")
 
     def _check_ranges(self) -> None:
         if self.dtype != "int8" or len(self.ranges) != 8 * self.dim:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from embedstream.dataset.values import Matrix, Ragged, Values
+from embedstream.dataset.values import Matrix, Ragged, Values, cut
 from embedstream.outputs import Output
 
 Scores = npt.NDArray[np.float32]
@@ -17,15 +17,38 @@ _AT_ONCE = 4 * 1024 * 1024
 def similarity(output: Output, query: Values, found: Values) -> Scores:
     """Of n texts to one query, [n].
 
-    dense: the cosine, by the first dimensions of a query that has more. sparse: the dot product; 0 without a common
-    token. multivector: MaxSim, the sum over the query's tokens of the greatest dot product with one of the text's; of a
-    text without tokens -inf.
+    As the output's `similarity` says, or else: dense: the cosine, by the first dimensions of a query that has more.
+    sparse: the dot product; 0 without a common token. multivector: MaxSim, the sum over the query's tokens of the
+    greatest dot product with one of the text's; of a text without tokens -inf.
     """
     if not isinstance(query, Ragged):
         assert not isinstance(found, Ragged)
-        return _cosine(query[0, : output.dim], found, output.normalized and output.dtype == "float32")
+        return _dense(output, cut(query, output)[0], found)
     assert isinstance(found, Ragged)
-    return _maxsim(query.values, found) if found.indices is None else _dot(query, found)
+    if found.indices is None:
+        scores = _maxsim(query.values, found)
+        return scores / max(1, len(query.values)) if output.similarity == "meanmaxsim" else scores
+    scores = _dot(query, found)
+    if output.similarity != "cosine":
+        return scores
+    rows = np.repeat(np.arange(len(found)), found.counts)
+    squares = np.bincount(rows, weights=found.values.astype(np.float64) ** 2, minlength=len(found))
+    lengths: Scores = (np.sqrt(squares) * np.linalg.norm(query.values)).astype(np.float32)
+    return scores / np.maximum(lengths, 1e-30)
+
+
+def _dense(output: Output, query: Scores, vectors: Matrix) -> Scores:
+    scores: Scores
+    match output.similarity:
+        case "dot":
+            scores = vectors @ query
+        case "euclidean":
+            scores = -np.linalg.norm(vectors - query, axis=1)
+        case "manhattan":
+            scores = -np.abs(vectors - query).sum(axis=1)
+        case _:
+            scores = _cosine(query, vectors, output.normalized and output.dtype == "float32")
+    return scores
 
 
 def _cosine(query: Scores, vectors: Matrix, normalized: bool) -> Scores:

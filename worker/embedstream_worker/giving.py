@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import msgspec
+
 from embedstream.errors import ModelError
 from embedstream.jobs import JobSpec
-from embedstream.outputs import NAMES, Kind, Output, OutputSpec, Task
+from embedstream.outputs import NAMES, SIMILARITIES, Kind, Output, OutputSpec, Task
 from embedstream_worker.engines.base import EngineInfo, OutputInfo
 
 TASKS: dict[Kind, Task] = {
@@ -44,7 +46,7 @@ def resolve_outputs(spec: JobSpec, info: EngineInfo) -> tuple[Output, ...]:
         raise ModelError(f"{gives}: name the field of a pair's first text with --query-field (query, if --task rerank)")
     wanted = spec.outputs or [OutputSpec(name=NAMES[kind], kind=kind) for kind in kinds]
     given = {kind: info.outputs[kind] for kind in kinds}
-    made = tuple(resolve_output(each, f"model {spec.model}", given) for each in wanted)
+    made = tuple(with_similarity(resolve_output(each, f"model {spec.model}", given), info) for each in wanted)
     for output in made:
         if taken := [name for name in output.columns if name in spec.columns]:
             name = f"{output.kind}=NAME"
@@ -73,3 +75,12 @@ def resolve_output(wanted: OutputSpec, model: str, given: Mapping[Kind, OutputIn
         )
     except ValueError as error:
         raise ModelError(f"{model}: {error}") from error
+
+
+def with_similarity(output: Output, info: EngineInfo) -> Output:
+    """The output as the model's folder wants it compared. That is about the kind that the model gives first: BGE-M3's
+    says how its dense vectors are."""
+    named = [each for each in SIMILARITIES.get(output.kind, ())[1:] if each == info.origin.similarity]
+    if not named or output.kind != next(iter(info.outputs)):
+        return output
+    return msgspec.structs.replace(output, similarity=named[0])

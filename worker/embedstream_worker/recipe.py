@@ -31,7 +31,13 @@ _MODES = {
 def origin_of(folder: ModelFolder) -> Origin:
     """Raises `ModelError` if the folder cannot be read."""
     pooling, pooling_from = _pooling(folder.path)
-    return Origin(folder.source, folder.revision, pooling, pooling_from)
+    return Origin(folder.source, folder.revision, pooling, pooling_from, _similarity(folder.path))
+
+
+def _similarity(folder: Path) -> str:
+    settings = folder / "config_sentence_transformers.json"
+    named = read_settings(settings).get("similarity_fn_name") if settings.is_file() else None
+    return named if isinstance(named, str) else ""
 
 
 def _pooling(folder: Path) -> tuple[str, str]:

@@ -64,8 +64,8 @@ def search_command(
     """Find the texts nearest to QUERY in a dataset. OUTPUT is a folder, an S3 URL or a Redis URL.
 
     The query is compared with every row, without an index: by the cosine of dense vectors, the dot product of sparse
-    ones, and MaxSim of vectors for each token. Where a dataset has several of these, their ranks are fused (reciprocal
-    rank fusion).
+    ones, and MaxSim of vectors for each token, or as the model's folder says (similarity_fn_name). Where a dataset has
+    several of these, their ranks are fused (reciprocal rank fusion).
 
     A model that the dataset names is loaded only if you have used it on this machine, or installed its package.
     """

@@ -101,6 +101,7 @@ class Origin:
     revision: str | None = None  # the commit of a model of the hub
     pooling: str = ""  # in sentence-transformers' words; empty: in a way of its own
     pooling_from: str = ""  # folder, or assumed
+    similarity: str = ""  # how results are to be compared, in sentence-transformers' words; empty: as usual
 
 
 @dataclass(frozen=True)
