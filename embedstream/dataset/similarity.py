@@ -27,14 +27,15 @@ def similarity(output: Output, query: Values, found: Values) -> Scores:
     assert isinstance(found, Ragged)
     if found.indices is None:
         scores = _maxsim(query.values, found)
-        return scores / max(1, len(query.values)) if output.similarity == "meanmaxsim" else scores
+        return scores / np.float32(max(1, len(query.values))) if output.similarity == "meanmaxsim" else scores
     scores = _dot(query, found)
     if output.similarity != "cosine":
         return scores
     rows = np.repeat(np.arange(len(found)), found.counts)
     squares = np.bincount(rows, weights=found.values.astype(np.float64) ** 2, minlength=len(found))
-    lengths: Scores = (np.sqrt(squares) * np.linalg.norm(query.values)).astype(np.float32)
-    return scores / np.maximum(lengths, 1e-30)
+    lengths = np.sqrt(squares) * np.linalg.norm(query.values)
+    cosines: Scores = (scores / np.maximum(lengths, 1e-30)).astype(np.float32)
+    return cosines
 
 
 def _dense(output: Output, query: Scores, vectors: Matrix) -> Scores:

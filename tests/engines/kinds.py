@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import string
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from engines.model_shapes import (
     unigram_tokenizer,
     xlm_roberta_config,
 )
+from safetensors.torch import load_file, save_file
 from sentence_transformers import CrossEncoder, MultiVectorEncoder, SentenceTransformer, SparseEncoder
 from sentence_transformers.base.modules import Dense, Normalize, Router, Transformer
 from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
@@ -58,6 +60,39 @@ def colbert(folder: Path, minilm: Path, _: list[str]) -> Path:
     transformer = Transformer(_base(folder, minilm, transformers.AutoModel))
     modules = [transformer, dense, mask, Normalize(module_input_name=tokens)]
     return _saved(folder, MultiVectorEncoder(modules=modules, device="cpu"))
+
+
+def pylate(folder: Path, minilm: Path, _: list[str]) -> Path:
+    """As PyLate saves up to its third version: marks in front of texts are settings, the mask is its code's."""
+    tokenizer = minilm_tokenizer(minilm)
+    tokenizer.add_tokens(["[Q] ", "[D] "])
+    path = Path(save_base(folder / "pylate", bert_config(len(tokenizer), initializer_range=0.2), tokenizer, seed=4))
+    modules = [("", "sentence_transformers.models.Transformer"), ("1_Dense", "pylate.models.Dense.Dense")]
+    listed = [{"idx": at, "name": str(at), "path": place, "type": kind} for at, (place, kind) in enumerate(modules)]
+    _write(path / "modules.json", listed)
+    _write(path / "sentence_bert_config.json", {"max_seq_length": LONGEST - 1, "do_lower_case": False})
+    settings: dict[str, Any] = {"model_type": "ColBERT", "query_prefix": "[Q] ", "document_prefix": "[D] "}
+    settings |= {"query_length": 32, "document_length": LONGEST, "attend_to_expansion_tokens": False}
+    settings |= {"prompts": {}, "similarity_fn_name": "MaxSim", "skiplist_words": list(string.punctuation)}
+    _write(path / "config_sentence_transformers.json", settings)
+    (path / "1_Dense").mkdir()
+    dense = {"in_features": 32, "out_features": 16, "bias": False}
+    _write(path / "1_Dense" / "config.json", {**dense, "activation_function": "torch.nn.modules.linear.Identity"})
+    save_file({"linear.weight": torch.randn(16, 32)}, path / "1_Dense" / "model.safetensors")
+    return path
+
+
+def stanford(folder: Path, minilm: Path, _: list[str]) -> Path:
+    """As Stanford's ColBERT saves: the projection beside the weights of BERT, settings in a file of its own."""
+    path = Path(_base(folder, minilm, transformers.AutoModel))
+    weights = load_file(path / "model.safetensors")
+    named = {f"bert.{name}": tensor for name, tensor in weights.items()} | {"linear.weight": torch.randn(16, 32)}
+    save_file(named, path / "model.safetensors", {"format": "pt"})
+    config = json.loads((path / "config.json").read_text())
+    _write(path / "config.json", {**config, "architectures": ["HF_ColBERT"]})
+    settings = {"query_token_id": "[unused0]", "doc_token_id": "[unused1]", "query_maxlen": 32, "doc_maxlen": LONGEST}
+    _write(path / "artifact.metadata", {**settings, "attend_to_mask_tokens": False, "mask_punctuation": True})
+    return path
 
 
 def cross_encoder(folder: Path, minilm: Path, _: list[str]) -> Path:
@@ -108,6 +143,10 @@ def _base(folder: Path, minilm: Path, head: Any, **settings: Any) -> str:
     tokenizer = minilm_tokenizer(minilm)
     config = bert_config(len(tokenizer), initializer_range=0.2, **settings)
     return save_base(folder / "base", config, tokenizer, head, seed=1)
+
+
+def _write(path: Path, settings: Any) -> None:
+    path.write_text(json.dumps(settings))
 
 
 def _saved(folder: Path, model: Any) -> Path:

@@ -22,10 +22,12 @@ from engines.kinds import (
     cross_encoder,
     inference_free,
     multi_label,
+    pylate,
     reranker,
     splade,
     splade_sum,
     splade_twice,
+    stanford,
 )
 from engines.model_shapes import Shape
 from safetensors.torch import load_file, save_file
@@ -160,14 +162,22 @@ def test_sparse_encoders_run_without_a_matrix_of_all_tokens_and_the_vocabulary(s
     assert engine.sliced
 
 
-@pytest.mark.parametrize(("name", "dtype"), ENGINES)
+@pytest.mark.parametrize(
+    ("shape", "name", "dtype"),
+    [
+        *((colbert, *each) for each in ENGINES),
+        *((shape, name, "float32") for shape in (pylate, stanford) for name in ("torch", "openvino")),
+    ],
+)
 def test_vectors_of_tokens_are_those_of_multi_vector_encoder(
-    name: str, dtype: Precision, started: Started, folder: Folder, some: list[str]
+    shape: Shape, name: str, dtype: Precision, started: Started, folder: Folder, some: list[str]
 ) -> None:
-    engine, some = started(colbert, name, dtype), fewer(some, name, dtype)
-    reference: Any = MultiVectorEncoder(str(folder(colbert)), device="cpu", local_files_only=True)
+    engine, some = started(shape, name, dtype), fewer(some, name, dtype)
+    reference: Any = MultiVectorEncoder(str(folder(shape)), device="cpu", local_files_only=True)
     theirs = reference.encode_document(some, convert_to_numpy=True)
-    ours = results(engine, some)["multivector"]
+    prompt = engine.prompt("document", None, None)
+    assert prompt == {"colbert": "", "pylate": "[D] ", "stanford": "[unused1] "}[shape.__name__]
+    ours = results(engine, [prompt + text for text in some])["multivector"]
     assert_near(ours, Ragged(np.array([*map(len, theirs)]), np.concatenate(theirs)), dtype, most=0.02)
     assert engine.info.outputs["multivector"].normalized
     infos = engine.info.outputs.values()

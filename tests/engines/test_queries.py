@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from e2e.harness import run
-from engines.kinds import bge_m3, colbert, cross_encoder, inference_free, splade
+from engines.kinds import bge_m3, colbert, cross_encoder, inference_free, pylate, splade, stanford
 from engines.model_shapes import Shape
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer, SparseEncoder
 
@@ -35,7 +35,8 @@ DOCUMENTS = 50
 
 
 def documents(engine: Engine, texts: list[str]) -> Results:
-    tokens = engine.tokenizer().encode(texts, engine.info.max_length)
+    prompt = engine.prompt("document", None, None)
+    tokens = engine.tokenizer().encode([prompt + text for text in texts], engine.info.max_length)
     return engine.run(gather_batch(tokens, np.arange(len(texts)), 0, "document"))
 
 
@@ -61,8 +62,11 @@ def test_sparse_vectors_are_as_near_as_sparse_encoder_has_them(shape: Shape, fol
     np.testing.assert_array_equal(before.values, documents(engine, some)["sparse"].values)
 
 
-def test_vectors_of_tokens_are_as_near_as_multi_vector_encoder_has_them(folder: Folder, texts: list[str]) -> None:
-    path, some, queries = folder(colbert), texts[:DOCUMENTS], texts[60:64]
+@pytest.mark.parametrize("shape", [colbert, pylate, stanford])
+def test_vectors_of_tokens_are_as_near_as_multi_vector_encoder_has_them(
+    shape: Shape, folder: Folder, texts: list[str]
+) -> None:
+    path, some, queries = folder(shape), texts[:DOCUMENTS], texts[60:64]
     _, ours = similarities(path, "multivector", some, queries)
     reference: Any = MultiVectorEncoder(str(path), device="cpu", local_files_only=True)
     theirs = reference.similarity(reference.encode_query(queries), reference.encode_document(some))

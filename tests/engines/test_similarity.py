@@ -45,7 +45,8 @@ def test_scores_are_those_of_the_library(kind: Kind, name: Any) -> None:
     found, query = (some_results([kind], rows, seed)[kind] for rows, seed in ((40, 1), (1, 2)))
     theirs: Any = SimilarityFunction.to_similarity_fn(name)
     if not isinstance(found, Ragged):
-        found, query = found * 3, query * 2  # type: ignore[operator]
+        assert not isinstance(query, Ragged)
+        found, query = found * np.float32(3), query * np.float32(2)
         expected = theirs(torch.from_numpy(query), torch.from_numpy(found))
     elif kind == "sparse":
         assert isinstance(query, Ragged)
