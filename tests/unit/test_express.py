@@ -11,7 +11,7 @@ import pytest
 from lab.worker import share
 
 from embedstream_worker.ahead import Ahead
-from embedstream_worker.engines.base import Engine
+from embedstream_worker.engines.base import Engine, Results
 from embedstream_worker.express import MOST_TOKENS, Express
 from embedstream_worker.held import EmbeddedGroup, TokenizedGroup
 from embedstream_worker.infer import Infer, Urgent
@@ -115,3 +115,27 @@ def test_other_requests_go_before_the_next_batch(
         assert urgent.done.wait(30)
         assert urgent.results is not None
         np.testing.assert_array_equal(urgent.results["dense"], [[0, tokens]])
+
+
+class Asked(Twofold):
+    """Embeds queries in a way of its own, as its twin does not."""
+
+    def query(self, text: str, prompt: str | None) -> Results:  # noqa: ARG002
+        return {"dense": np.array([[len(text), 0]], np.float32)}
+
+
+def test_queries_of_an_engines_own_way_wait_for_the_batch_in_it() -> None:
+    engines: list[Asked] = []
+
+    def make(before: Callable[[list[int]], None]) -> Asked:
+        engines.append(Asked(before))
+        return engines[0]
+
+    with serving(make) as (express, go_on):
+        urgent = Urgent(make_tokens([]), 0, "query", queries=("four",))
+        express.put_first(urgent)
+        go_on.set()
+        assert urgent.done.wait(30)
+        assert urgent.results is not None
+        np.testing.assert_array_equal(urgent.results["dense"], [[4, 0]])
+        assert not engines[0].twins

@@ -35,7 +35,8 @@ class Express:
 
     def put_first(self, request: Urgent) -> None:
         """Have a request computed; called by one thread. Raises `Closed`."""
-        if not isinstance(self._engine, Twin) or not self._infer.busy or len(request.tokens.ids) > MOST_TOKENS:
+        long = len(request.tokens.ids) > MOST_TOKENS or request.queries
+        if not isinstance(self._engine, Twin) or not self._infer.busy or long:
             self._usual.put_first(request)
             return
         (self._own or self._open(self._engine)).put_first(request)
