@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
+from e2e.harness import wait_until
 from lab.worker import share
 
 from embedstream_worker.ahead import Ahead
@@ -55,6 +56,7 @@ def serving(make: Callable[[Callable[[list[int]], None]], FakeEngine]) -> Iterat
     stage = start_stage("infer", shared.life, infer.run, [source, out])
     source.put([make_group([3] * BULK)])
     assert arrived.wait(30)
+    wait_until(lambda: infer.busy, "the stage to know of its batch")
     try:
         yield express, go_on
     finally:
