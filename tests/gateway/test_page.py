@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import signal
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -133,15 +134,15 @@ def test_nothing_on_a_page_needs_another_place_or_a_style_or_script_in_it(served
         assert client.get("/page/static/../page.py").status_code == 404
 
 
-def test_a_job_is_cancelled_behind_a_confirmation_by_administrators_alone(served: Served) -> None:
-    with serve_redis() as redis, fleet(redis.url, served.fleet.root) as running:
+def test_a_job_is_cancelled_behind_a_confirmation_by_administrators_alone(served: Served, tmp_path: Path) -> None:
+    with serve_redis() as redis, fleet(redis.url, tmp_path) as running:
         worker = running.start_worker()
         keys = str(served.fleet.root / "keys.txt")
-        _, url = running.start_gateway("--api-key-file", keys, "--output-root", served.fleet.root)
+        _, url = running.start_gateway("--api-key-file", keys, "--output-root", tmp_path)
         worker.send_signal(signal.SIGSTOP)
         headers = {"Authorization": f"Bearer {served.keys['admin']}"}
         with httpx.Client(base_url=url, headers=headers) as admin:
-            body = {"model": "hashing", "output": str(served.fleet.root / "unwanted"), "records": ["x"]}
+            body = {"model": "hashing", "output": str(tmp_path / "unwanted"), "records": ["x"]}
             id = admin.post("/jobs", json=body).json()["job"]
             reader = {"Authorization": f"Bearer {served.keys['read']}"}
             for headers, sees in (({}, True), (reader, False)):
