@@ -86,7 +86,7 @@ bench-kinds: .venv/.installed
 	$(BIN)/python bench/kinds.py $(BENCH_ARGS)
 
 bench-gateway: .venv/.installed
-	$(BIN)/python bench/gateway.py $(BENCH_ARGS)
+	$(BIN)/python bench/serving.py $(BENCH_ARGS)
 
 bench-scale: .venv/.installed
 	$(BIN)/python bench/scale.py $(BENCH_ARGS)

@@ -174,7 +174,7 @@ def header(head: bytes, name: str) -> list[str]:
 def looks_like_csv(head: bytes, name: str) -> bool:
     """Whether the first line is a header of several columns."""
     names = header(head, name)
-    return len(names) > 1 and len(set(names)) == len(names) and all(map(_NAME.fullmatch, names))
+    return len(names) > 1 and len(set(names)) == len(names) and all(_NAME.fullmatch(name.strip()) for name in names)
 
 
 def suffix(name: str) -> str:

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import RedisServer
-from lab.worker import ScriptedEngine, WorkerLab, worker_lab
+from lab.worker import TEXTS, ScriptedEngine, WorkerLab, pack, worker_lab
 
 import embedstream
-from e2e.harness import read_manifest, run, write_corpus
+from e2e.harness import read_manifest, run, wait_until, write_corpus
 from embedstream.jobs import job_id
+from embedstream.outputs import parse_emit
 
 EMIT = ("--emit", "dense", "--emit", "dense=tiny:int8:32")
 
@@ -56,6 +57,13 @@ def assert_one_range(out: Path) -> None:
 def verified(out: Path, *more: object) -> None:
     checked = run("embed-verify", out, *more)
     assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+def test_few_rows_do_not_wait_for_more_while_a_producer_waits_for_them(lab: WorkerLab) -> None:
+    job = lab.create(lab.spec(outputs=(parse_emit("dense:int8"),)))
+    lab.submit(job, pack(TEXTS[:20], 8), seal=False)
+    lab.start()
+    wait_until(lambda: lab.broker.status(job).rows == 20, "the rows to be committed", 30)
 
 
 def test_shards_of_several_workers_have_one_range_also_merged_and_searched(lab: WorkerLab) -> None:

@@ -234,7 +234,8 @@ def test_a_worker_whose_device_hangs_in_its_warm_up_is_seen_and_leaves_to_be_sta
     workers: Fleet, tmp_path: Path
 ) -> None:
     slow = paced(1)
-    worker = workers.start_worker("--stall-seconds", 0.5, wait=False, **slow)
+    nothing_known = {"EMBEDSTREAM_CACHE_DIR": str(tmp_path / "cache")}  # of earlier starts: they make a warm-up short
+    worker = workers.start_worker("--stall-seconds", 0.5, wait=False, **slow, **nothing_known)
     seen = r"worker \S+  starting: warming up for \d+ s"
     wait_until(lambda: re.search(seen, run("embed-status", "--redis", workers.url).stdout), "it to be seen")
     assert worker.wait(60) == STALLED

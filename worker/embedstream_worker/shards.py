@@ -29,6 +29,9 @@ CANCELLED_SECONDS = 0.5
 IDLE_SECONDS = 1.0
 """A shard of a job that is still being submitted closes when nothing came for so long."""
 
+UNTOLD_SECONDS = 3.0
+"""The same for one whose few rows would say what int8 numbers stand for in the whole job."""
+
 SHARD_ROWS = 131_072
 """A shard closes at so many rows, error rows included, however small they are."""
 
@@ -138,8 +141,8 @@ class OpenShards:
             with reading(f"job {shard.job.id}'s record"):
                 match self._broker.state(shard.job.id):
                     case JobState.SUBMITTING:
-                        idle = not more and now - shard.grown >= IDLE_SECONDS
-                        return idle and (shard.is_told or self._was_told(shard.job))
+                        idle = 0.0 if more else now - shard.grown
+                        return idle >= IDLE_SECONDS and (shard.is_told or self._is_told_now(shard, idle))
                     case JobState.RUNNING:
                         return not more and not self._broker.unclaimed(shard.job.id)
         except redis.RedisError:
@@ -148,7 +151,9 @@ class OpenShards:
             pass  # the commit will say what becomes of it
         return True
 
-    def _was_told(self, job: OpenJob) -> bool:
-        """Whether another worker has said it."""
-        job.calibration.ranges = self._broker.ranges(job.id)
-        return bool(job.calibration.ranges)
+    def _is_told_now(self, shard: Shard, idle: float) -> bool:
+        """Whether another worker has said it, or no more rows come: a producer may wait until these are committed."""
+        shard.job.calibration.ranges = self._broker.ranges(shard.job.id)
+        if shard.job.calibration.ranges:
+            return True
+        return idle >= UNTOLD_SECONDS and not self._broker.unclaimed(shard.job.id)

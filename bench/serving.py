@@ -1,6 +1,6 @@
 """`make bench-gateway`: what HTTP costs.
 
-    python bench/gateway.py
+    python bench/serving.py
 
 One text over HTTP against `Client.embed`, and how many requests one core of a gateway carries, both with the hashing
 engine; then many clients with one text each against a job of the same texts, with the real model.
