@@ -25,6 +25,8 @@ SUFFIXES = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
 """Of names, with what stands between two values."""
 
 _DELIMITERS = ",\t;|"
+_FOLLOWING = 32
+"""Lines by which JSON lines are told from CSV."""
 _NAME = re.compile(r"[\w .:/()-]{1,60}")
 
 
@@ -172,8 +174,10 @@ def header(head: bytes, name: str) -> list[str]:
 
 
 def looks_like_csv(head: bytes, name: str) -> bool:
-    """Whether the first line is a header of several columns."""
+    """Whether the first line is a header of several columns, and none that follows is JSON."""
     names = header(head, name)
+    if any(line.lstrip().startswith(b"{") for line in head.splitlines()[1:_FOLLOWING]):
+        return False
     return len(names) > 1 and len(set(names)) == len(names) and all(_NAME.fullmatch(name.strip()) for name in names)
 
 

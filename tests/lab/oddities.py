@@ -205,7 +205,7 @@ SINGLE: list[tuple[bytes, Row | None]] = [
             b"NaN",
             b'{"id": "q", "a": ' + b"[" * 3000,
             b'{"a":' * 3000,
-            b"id,text",
+            b"id and text",
             b"\x1a",
         )
     ),

@@ -215,8 +215,9 @@ def test_a_csv_with_a_quote_that_is_never_closed_is_refused(text: str, tmp_path:
         blocks_of([str(tmp_path / "c.csv")], keep=(), number_rows=True)
 
 
-def test_a_first_line_of_blanks_is_no_header_of_a_csv(tmp_path: Path) -> None:
-    (tmp_path / "c.jsonl").write_text('  \t \n{"id": "1", "text": "a"}\n')
+@pytest.mark.parametrize("line", ["  \t ", "id,text"])
+def test_json_lines_after_a_line_that_could_be_a_header_are_json_lines(line: str, tmp_path: Path) -> None:
+    (tmp_path / "c.jsonl").write_text(f'{line}\n{{"id": "1", "text": "a"}}\n')
     assert rows_of(blocks_of([str(tmp_path / "c.jsonl")], keep=()), "id", "text") == [("1", "a")]
 
 
