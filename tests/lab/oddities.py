@@ -330,7 +330,7 @@ REFUSED: list[tuple[str, Any]] = [
     (".jsonl", lambda data: ("\ufeff" + '{"id": 1}\n' + data.decode("latin-1")).encode("utf-16-le")),
     (".jsonl", lambda data: ('{"id": 1}\n' + data.decode("latin-1")).encode("utf-16-be")),
     (".jsonl", lambda data: lzma.compress(data)),
-    (".json", lambda _: b'[{"id": "a", "text": "b"}]\n'),
+    (".json", lambda _: b'[{"id": "a", "text": "b"},\n'),
     (".json", lambda _: b'{\n  "id": "a",\n  "text": "b"\n}\n'),
     (".jsonl", lambda _: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12\n"),
     (".parquet", lambda _: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12\n"),
