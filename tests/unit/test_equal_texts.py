@@ -181,6 +181,14 @@ def test_a_text_that_no_tokenizer_could_bear_reaches_no_model_and_no_later_windo
     assert model.computed == ["a", "odd"]
 
 
+def test_a_text_that_a_job_does_not_want_fails_in_it_though_its_results_are_known_from_another() -> None:
+    model, error = Model(), ("too_long", "no")
+    model.run(["long", "a"])
+    found = model.run(["a", "long", "b", "long"], errors={1: error, 3: error})
+    assert found.errors == {1: error, 3: error}
+    assert not model.run(["long"]).errors
+
+
 def test_rows_of_a_text_that_a_stopping_worker_leaves_are_all_left() -> None:
     model = Model()
     texts = ["x" * 150, "y" * 150, "y" * 150, "x" * 150]

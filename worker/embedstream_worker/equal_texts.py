@@ -169,6 +169,7 @@ class Begun:
         else:
             results = self._results()
             errors = of_all_rows({int(self._new[at]): error for at, error in work.errors.items()}, text)
+            errors |= self.group.errors  # of a text with results from another job, which took what this one refuses
         duplicates = np.ones(len(text), np.bool_)
         duplicates[self._first] = False
         done = self._done()
