@@ -473,6 +473,8 @@ class AskingEngine(FakeEngine):
         assert not self.inside
         if text == "bad":
             raise ModelError(f"the query cannot be embedded: {prompt}")
+        if text == "huge":
+            raise MemoryError("no room for the weights")
         return {"dense": np.array([[len(text), -1]], np.float32)}
 
 
@@ -485,9 +487,10 @@ def test_queries_of_an_engines_own_way_are_asked_between_batches_and_what_fails_
     thread = start_stage("infer", life, infer.run, [source, out])
     asked = [Urgent(nothing, 0, "query", queries=("a", "bbb"), prompt="p: ") for _ in range(20)]
     failing = Urgent(nothing, 0, "query", queries=("a", "bad", "b"), prompt="p: ")
-    for request in (*asked, failing):
+    huge = Urgent(nothing, 0, "query", queries=("huge",))
+    for request in (*asked, failing, huge):
         source.put_first(request)
-    for request in (*asked, failing):
+    for request in (*asked, failing, huge):
         assert request.done.wait(30)
     source.close()
     thread.join(30)
@@ -497,6 +500,7 @@ def test_queries_of_an_engines_own_way_are_asked_between_batches_and_what_fails_
         assert not request.errors
         np.testing.assert_array_equal(request.results["dense"], [[1, -1], [3, -1]])
     assert failing.errors == {1: ("engine_error", "the query cannot be embedded: p: ")}
+    assert huge.errors == {0: ("engine_error", "no room for the weights")}
     groups = out.get()
     assert groups is not None
     assert_rows(groups[0], [1] * 200)

@@ -243,8 +243,10 @@ class Infer:
             try:
                 with self._activity.computing():
                     results = self._engine.query(query, request.prompt)
-            except ModelError as error:
-                request.errors[row] = ("engine_error", str(error))
+            except Exception as error:  # noqa: BLE001 - whatever it raises, a query must not end the worker
+                if not isinstance(error, ModelError):
+                    self._prove_alive()
+                request.errors[row] = ("engine_error", str(error) or type(error).__name__)
                 break
             for kind, place in landings.items():
                 place.put(np.array([row]), results[kind])
