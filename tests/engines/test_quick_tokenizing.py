@@ -2,15 +2,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import tokenizers
+from conftest import RedisServer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lab.worker import pack, share
-from unit.test_write import embedded
+from lab.worker import BOUND, pack, share
+from msgspec.structs import replace as replace_spec
+from unit.test_write import SPEC, embedded
 
+from embedstream.queue.blocks import encode_block
+from embedstream.queue.broker import Broker
 from embedstream_worker.ahead import Ahead
 from embedstream_worker.engines.base import Tokens
 from embedstream_worker.held import TokenizedGroup, Window
@@ -18,6 +23,7 @@ from embedstream_worker.infer import Urgent
 from embedstream_worker.models import resolve_model
 from embedstream_worker.pipeline import Channel, Life, start_stage
 from embedstream_worker.quick_tokenizing import QuickTokenizer, quick_tokenizer, same_tokens
+from embedstream_worker.suspects import BY_CHUNK
 from embedstream_worker.tokenize import Tokenize
 from embedstream_worker.tokenizing import FastTokenizer, Limits, encode_each
 
@@ -105,3 +111,26 @@ def test_after_a_first_difference_its_window_is_split_again_and_the_usual_tokeni
     assert seen == sorted(seen)
     assert len(quickly) == calls
     assert caplog.text.count("splits a text otherwise") == 1
+
+
+def test_a_block_with_which_workers_died_is_split_by_the_usual_tokenizer(
+    redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks = pack(["a text", "another one"], 8)
+    group = embedded(blocks, replace_spec(SPEC, queue="quick-tokenizing")).tokenized
+    broker = Broker(redis_server.client(), group.job.spec.queue)
+    broker.run(broker.create(group.job.spec))
+    broker.run(broker.submit(group.job.id, encode_block(blocks[0]), BOUND))
+    shared = share(broker)
+    source, out = Channel[Window](1), Channel[list[TokenizedGroup] | Urgent](1)
+    tokenize = Tokenize(shared, minilm, 2, Ahead(64, padded=False), source, out)
+    monkeypatch.setattr(QuickTokenizer, "encode", lambda *_: pytest.fail("a text that ends the process"))
+    stage = start_stage("tokenize", shared.life, tokenize.run, [source, out])
+    held = replace(group.blocks[0], deliveries=BY_CHUNK)
+    shared.held.add(held.stream, held.entry)
+    source.put(Window([held]))
+    item = out.get(timeout=30)
+    assert isinstance(item, list)
+    assert same_tokens(item[0].tokens, USUAL.encode(["a text", "another one"], group.job.max_length))
+    source.close()
+    stage.join(30)

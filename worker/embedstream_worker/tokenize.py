@@ -146,29 +146,29 @@ class Tokenize:
         return (tokens, errors), hashes
 
     def _tried(self, job: OpenJob, held: HeldBlock) -> TokenizedGroup:
-        """A block with which workers died, row by row. Raises `NotOurs`."""
+        """A block with which workers died, row by row, by the usual tokenizer: perhaps they died of a quick one.
+
+        Raises `NotOurs`.
+        """
         trial = Trial(self._broker, self._held, self._life, held)
         rows, query = held.block.rows, job.spec.query_field
         texts = strings_of(rows.column("text"))
         ahead = None if query is None else firsts(rows, query)
-        tokenizer, errors, pieces = self._tokenizers.get(), trial.errors, [_NONE]
-        try:
-            for row, text in enumerate(texts):
-                if row in errors:
-                    pieces.append(NO_TOKENS)
-                    continue
-                trial.note(row)
-                with self._activity.computing():
-                    if ahead is not None:
-                        tokens, failed = encode_pairs(tokenizer, [ahead[row]], [text], job)
-                    else:
-                        tokens, failed = encode_rows(tokenizer, [text], job.prompt, job.max_length)
-                pieces.append(tokens)
-                if failed:
-                    errors[row] = failed[0]
-            trial.note(None)
-        finally:
-            self._tokenizers.put(tokenizer)
+        errors, pieces = trial.errors, [_NONE]
+        for row, text in enumerate(texts):
+            if row in errors:
+                pieces.append(NO_TOKENS)
+                continue
+            trial.note(row)
+            with self._activity.computing():
+                if ahead is not None:
+                    tokens, failed = encode_pairs(self._usual, [ahead[row]], [text], job)
+                else:
+                    tokens, failed = encode_rows(self._usual, [text], job.prompt, job.max_length)
+            pieces.append(tokens)
+            if failed:
+                errors[row] = failed[0]
+        trial.note(None)
         hashes = input_hashes(entered(rows, query), job.prompt)
         tokens = join_tokens(pieces)
         errors |= too_long(job, tokens, errors)
