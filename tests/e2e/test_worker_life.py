@@ -16,6 +16,7 @@ from embedstream.cli.commands import ECHO_SECONDS
 from embedstream.dataset.folder import FolderSink
 from embedstream_worker import watchdog
 from embedstream_worker.engines.base import OutOfMemory
+from embedstream_worker.engines.hashing import HashingEngine
 
 
 def test_a_burst_worker_leaves_an_empty_queue_at_once(lab: WorkerLab) -> None:
@@ -118,6 +119,25 @@ def test_a_full_batch_that_does_not_fit_at_warm_up_is_halved(lab: WorkerLab) -> 
     lab.start(Small(), batch_tokens=100)
     finish(lab, job)
     assert tried == [100, 50, 25]
+
+
+def test_a_start_without_memory_says_nothing_of_the_next(
+    lab: WorkerLab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EMBEDSTREAM_CACHE_DIR", str(tmp_path / "cache"))
+    memory, tried, usual = [500], list[int](), HashingEngine().info.batch_tokens
+
+    class Measured(ScriptedEngine):
+        def warm_up(self, batch_tokens: int) -> None:
+            tried.append(batch_tokens)
+            if batch_tokens > memory[0]:
+                raise OutOfMemory("too much")
+            super().warm_up(batch_tokens)
+
+    for memory[0] in (500, usual, usual):
+        lab.start(Measured(), batch_tokens=None, burst=True).join()
+    assert tried[0] == usual
+    assert tried[-2:] == [usual, 1]
 
 
 @pytest.fixture

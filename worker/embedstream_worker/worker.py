@@ -149,7 +149,8 @@ class Worker:
                 if not tries:
                     return try_budgets(engine, (batch_tokens,))
                 trial = try_budgets(engine, (batch_tokens, batch_tokens // 2, batch_tokens * 2))
-                earlier_starts.remember(info, trial)
+                if batch_tokens == info.batch_tokens:  # how little memory there was just now says nothing of later
+                    earlier_starts.remember(info, trial)
                 return trial
             except OutOfMemory as error:
                 if batch_tokens == 1:
