@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-from hashlib import blake2b
-from uuid import uuid4
-
 import msgspec
 
 from embedstream.machine import cpu_cores
-from embedstream_worker.cache import cache_folder
+from embedstream_worker.cache import cache_folder, keep, name_of, version_of
 from embedstream_worker.engines.base import EngineInfo
 from embedstream_worker.engines.precision import cpu_name
 from embedstream_worker.probe import Trial
@@ -28,24 +24,9 @@ def recall(info: EngineInfo) -> Trial | None:
 
 def remember(info: EngineInfo, trial: Trial) -> None:
     """Keep it: best effort, where nothing can be kept the next start tries again."""
-    kept = cache_folder("starts") / _key(info)
-    part = kept.with_name(f"{kept.name}.tmp-{uuid4().hex}")
-    try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(msgspec.json.encode(trial))
-        part.replace(kept)
-    except OSError:
-        return
+    keep(cache_folder("starts") / _key(info), msgspec.json.encode(trial))
 
 
 def _key(info: EngineInfo) -> str:
-    versions = [f"{name} {_version(name)}" for name in _RUNTIMES]
-    parts = (info.fingerprint, info.engine, info.device, info.dtype, cpu_name(), str(cpu_cores()), *versions)
-    return blake2b("\0".join(parts).encode(), digest_size=16).hexdigest()
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
+    versions = [f"{name} {version_of(name)}" for name in _RUNTIMES]
+    return name_of([info.fingerprint, info.engine, info.device, info.dtype, cpu_name(), str(cpu_cores()), *versions])

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from hashlib import blake2b, sha256
 from pathlib import Path
-from uuid import uuid4
 
-from embedstream_worker.cache import cache_folder
+from embedstream_worker.cache import cache_folder, keep, name_of
 from embedstream_worker.model_folder import list_modules, model_files
 from embedstream_worker.model_weights import lone_graph
 from embedstream_worker.purpose import HEADS
@@ -75,16 +74,15 @@ def file_sha256(path: Path) -> str:
     stat = path.stat()
     if stat.st_size < _CACHED_BYTES:
         return sha256(path.read_bytes()).hexdigest()
-    key = f"{path.resolve()}\0{stat.st_ino}\0{stat.st_size}\0{stat.st_mtime_ns}\0{stat.st_ctime_ns}"
-    cache = cache_folder("sha256")
-    remembered = cache / blake2b(key.encode(), digest_size=16).hexdigest()
+    identity = (stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+    remembered = cache_folder("sha256") / name_of([str(path.resolve()), *map(str, identity)])
     if known := _read_known(remembered):
         return known
     digest = sha256()
     with path.open("rb") as file:
         while piece := file.read(_READ_BYTES):
             digest.update(piece)
-    _remember(remembered, digest.hexdigest())
+    keep(remembered, digest.hexdigest().encode())
     return digest.hexdigest()
 
 
@@ -94,14 +92,3 @@ def _read_known(path: Path) -> str | None:
     except (OSError, UnicodeDecodeError):
         return None
     return known if len(known) == 64 else None
-
-
-def _remember(path: Path, digest: str) -> None:
-    """Best effort: where nothing can be kept, the next start hashes again."""
-    part = path.with_name(f"{path.name}.tmp-{uuid4().hex}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(digest, "ascii")
-        part.replace(path)
-    except OSError:
-        return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
 import os
 import time
@@ -18,7 +17,7 @@ import onnxruntime
 from embedstream.dataset.values import Ragged
 from embedstream.errors import ModelError
 from embedstream.machine import cpu_cores
-from embedstream_worker.cache import cache_folder
+from embedstream_worker.cache import cache_folder, version_of
 from embedstream_worker.engines.base import EngineInfo, OutOfMemory, Results, Role, TokenBatch
 from embedstream_worker.engines.calibration import calibration_hash
 from embedstream_worker.engines.checking import CheckFailed, check, check_batches
@@ -321,5 +320,5 @@ def _pick_device(wanted: str) -> tuple[str, int]:
 
 
 def _key(fingerprint: str, form: str) -> tuple[str, ...]:
-    versions = (f"{package} {importlib.metadata.version(package)}" for package in _EXPORTERS)
+    versions = (f"{package} {version_of(package)}" for package in _EXPORTERS)
     return (_RECIPE, fingerprint, form, calibration_hash(), *versions)

@@ -10,7 +10,6 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any, cast
 from uuid import uuid4
@@ -23,7 +22,7 @@ import tokenizers
 from embedstream.dataset.values import Ragged, Values
 from embedstream.outputs import Kind
 from embedstream.temporary import temporary_folder
-from embedstream_worker.cache import cache_folder
+from embedstream_worker.cache import cache_folder, name_of
 from embedstream_worker.engines.base import OutputInfo, Results, Role
 from embedstream_worker.engines.text_input import InputKind, TextInput, TextModel
 from embedstream_worker.panics import panics_are_errors
@@ -105,7 +104,7 @@ class Cache:
 
     def entry(self, parts: tuple[str, ...], model_name: str, make: Callable[[Path], Conversion]) -> Entry:
         """The entry for these parts: read, or else made into an empty folder by `make`."""
-        kept = self.folder / digest(parts)
+        kept = self.folder / name_of(parts)
         if conversion := _read(kept, model_name):
             with contextlib.suppress(OSError):
                 os.utime(kept)
@@ -123,24 +122,19 @@ class Cache:
     def verdict(self, parts: tuple[str, ...]) -> str | None:
         """What was remembered for these parts."""
         try:
-            return (self.folder / f"{digest(parts)}.verdict").read_text("utf-8")
+            return (self.folder / f"{name_of(parts)}.verdict").read_text("utf-8")
         except OSError:
             return None
 
     def remember(self, parts: tuple[str, ...], verdict: str) -> None:
         part = self.folder / f"verdict.tmp-{uuid4().hex}"
         part.write_text(verdict, "utf-8")
-        part.replace(self.folder / f"{digest(parts)}.verdict")
+        part.replace(self.folder / f"{name_of(parts)}.verdict")
 
     def close(self) -> None:
         _sweep(self.folder)
         if self._temporary is not None:
             self._temporary.cleanup()
-
-
-def digest(parts: tuple[str, ...]) -> str:
-    """32 hex digits."""
-    return blake2b("\0".join(parts).encode(), digest_size=16).hexdigest()
 
 
 def _put(part: Path, kept: Path) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 import logging
 import os
 import time
@@ -13,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from embedstream.machine import cpu_cores
+from embedstream_worker.cache import version_of
 from embedstream_worker.engines.base import Engine, EngineInfo, OwnQueries, Results, TokenBatch, fitting
 from embedstream_worker.engines.calibration import calibration_hash, calibration_texts
 from embedstream_worker.engines.checking import check, check_batches
@@ -162,20 +161,13 @@ class HeadedOpenVinoEngine(OpenVinoEngine):
 
 def key_of(fingerprint: str, form: str, packages: tuple[str, ...]) -> tuple[str, ...]:
     """What a cache's entry was made of, and with."""
-    versions = (f"{package} {_version(package)}" for package in packages)
+    versions = (f"{package} {version_of(package)}" for package in packages)
     return (_RECIPE, fingerprint, form, calibration_hash(), *versions)
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "none"
 
 
 def _calibration() -> str:
     """8 hex digits: equal where int8 gives the same space."""
-    versions = map(_version, CALIBRATORS)
+    versions = map(version_of, CALIBRATORS)
     return blake2b("\0".join((_RECIPE, calibration_hash(), *versions)).encode(), digest_size=4).hexdigest()
 
 
