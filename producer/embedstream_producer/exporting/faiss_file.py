@@ -27,7 +27,6 @@ class FaissFile(IndexFiles):
 class _Flat:
     def __init__(self, output: Output) -> None:
         self._binary = output.dtype == "ubinary"
-        self._normalized = output.normalized
         self._index: Any
         if self._binary:
             self._index = faiss.IndexBinaryFlat(output.dim)
@@ -42,9 +41,8 @@ class _Flat:
             self._index.add(np.ascontiguousarray(vectors))
             return
         floats = np.ascontiguousarray(vectors, dtype=np.float32)
-        if not self._normalized:  # so that the inner product is the cosine
-            floats = floats / np.maximum(np.linalg.norm(floats, axis=1, keepdims=True), np.finfo(np.float32).tiny)
-        self._index.add(floats)
+        # So that the inner product is the cosine; rounded vectors have other lengths, whatever the model does.
+        self._index.add(floats / np.maximum(np.linalg.norm(floats, axis=1, keepdims=True), np.finfo(np.float32).tiny))
 
     def save(self, path: Path) -> None:
         (faiss.write_index_binary if self._binary else faiss.write_index)(self._index, str(path))
