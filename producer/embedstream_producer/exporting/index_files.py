@@ -6,6 +6,7 @@ takes the ids of one export for those of another, whatever is killed.
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Iterator
 from contextlib import suppress
@@ -71,6 +72,9 @@ class IndexFiles:
             new_ids.replace(self._ids)
             new.replace(self._path)
             _sync(self._path.parent)
+            for path in (self._path, self._ids):  # what exports left that were killed
+                for left in path.parent.glob(f".{glob.escape(path.name)}{TEMPORARY}*"):
+                    left.unlink(missing_ok=True)
         finally:
             new.unlink(missing_ok=True)
             new_ids.unlink(missing_ok=True)
