@@ -435,6 +435,17 @@ def test_a_character_that_postgresql_lacks_costs_no_export(opened: Held, tmp_pat
     assert sorted(payload["text"] for payload, _ in opened.held("embedding").values()) == ["", "one\ufffdtwo", "three"]
 
 
+@pytest.mark.parametrize("kind", [InPostgres], ids=lambda kind: kind.kind)
+def test_each_table_has_one_index_whatever_other_tables_are_called(opened: Held, folder: Path) -> None:
+    tables = ["t" * 52 + "a", "t" * 52 + "b", "t_hnsw", "t"]
+    for table in [*tables, *tables]:
+        export(str(folder), target(opened), "embedding", table)
+    with psycopg.connect(opened.place) as connection:
+        asked = "SELECT tablename FROM pg_indexes WHERE indexdef LIKE '%USING hnsw%' AND tablename LIKE 't%'"
+        found: list[Any] = connection.execute(asked).fetchall()
+    assert sorted(name for (name,) in found) == sorted(tables)
+
+
 def test_half_of_the_nearest_rows_is_half_a_recall(folder: Path) -> None:
     from embedstream_producer.exporting.recall import K, Sample, recall
 

@@ -48,7 +48,7 @@ class PgvectorTable:
             raise UsageError("pgvector: give the database's URL: pgvector:postgresql://user@host/database")
         self._output = source.output
         self._where = f"{mask(place)}: table {table}"
-        self._place, self._name = place, table
+        self._place = place
         self._table = sql.Identifier(table)
         self._origin = origin_of(source)
         self._types = [TYPES[field.type] for field in source.payload]
@@ -104,14 +104,18 @@ class PgvectorTable:
                             into.write_row(row)
                     cursor.execute(move)
             if self._indexed:
-                database.execute(
-                    sql.SQL("CREATE INDEX IF NOT EXISTS {} ON {} USING hnsw ({} {})").format(
-                        sql.Identifier(f"{self._name[:50]}_hnsw"),
-                        self._table,
-                        sql.Identifier(self._output.name),
-                        sql.SQL(self._ordered),
-                    )
-                )
+                self._index(database)
+
+    def _index(self, database: psycopg.Connection[Any]) -> None:
+        """Unless the vectors have one. PostgreSQL names it: any name that is chosen here may be taken."""
+        there = (
+            "SELECT FROM pg_index JOIN pg_attribute ON attrelid = indrelid AND attnum = indkey[0] "
+            "WHERE indrelid = to_regclass(%s) AND attname = %s"
+        )
+        if database.execute(there, (self._table.as_string(database), self._output.name)).fetchone() is None:
+            column, order = sql.Identifier(self._output.name), sql.SQL(self._ordered)
+            create = sql.SQL("CREATE INDEX ON {} USING hnsw ({} {})")
+            database.execute(create.format(self._table, column, order))
 
     def search(self, queries: Vectors, k: int) -> list[list[Key]]:
         query = sql.SQL("SELECT id, chunk FROM {} ORDER BY {} {} {} LIMIT {}").format(
