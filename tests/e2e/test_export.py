@@ -33,7 +33,8 @@ from embedstream.errors import EmbedstreamError
 from embedstream.jobs import JobState
 from embedstream.records import ShardContent
 from embedstream_producer.exporting.export import export
-from embedstream_producer.exporting.rows import Source
+from embedstream_producer.exporting.qdrant_collection import batches
+from embedstream_producer.exporting.rows import Rows, Source
 
 DENSE = EVERY_KIND[:5]
 """A column of each dtype, and one of fewer dimensions."""
@@ -444,6 +445,19 @@ def test_each_table_has_one_index_whatever_other_tables_are_called(opened: Held,
         asked = "SELECT tablename FROM pg_indexes WHERE indexdef LIKE '%USING hnsw%' AND tablename LIKE 't%'"
         found: list[Any] = connection.execute(asked).fetchall()
     assert sorted(name for (name,) in found) == sorted(tables)
+
+
+@pytest.mark.parametrize(("dim", "text"), [(4096, ""), (8, "ж\n" * 10_000)], ids=["wide vectors", "long texts"])
+def test_a_request_to_qdrant_is_one_that_a_server_takes(dim: int, text: str) -> None:
+    ids = [f"r-{n}" for n in range(500)]
+    columns = {"id": pa.array(ids), "chunk": pa.array([0] * len(ids), pa.int32()), "text": pa.array([text] * len(ids))}
+    vectors = np.random.default_rng(7).standard_normal((len(ids), dim)).astype(np.float32)
+    sent: list[Any] = []
+    for points in batches(Rows(pa.RecordBatch.from_pydict(columns), vectors)):
+        assert len(json.dumps(points.model_dump())) < 32 * 1024 * 1024
+        assert len(points.ids) == len(points.vectors)
+        sent += points.payloads or []
+    assert [payload["id"] for payload in sent] == ids
 
 
 def test_half_of_the_nearest_rows_is_half_a_recall(folder: Path) -> None:

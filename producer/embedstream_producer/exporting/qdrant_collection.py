@@ -16,11 +16,15 @@ from qdrant_client.http.exceptions import ApiException
 from embedstream.dataset.values import Vectors
 from embedstream.errors import UsageError
 from embedstream.server.connection import mask
+from embedstream.settings import MIB
 from embedstream_producer.exporting.rows import Key, Rows, Source
 from embedstream_producer.exporting.target import MARK, origin_of, refuse_other
 
-POINTS = 500
-"""Of a request, so that long texts stay below the 32 MiB that a server takes."""
+REQUEST_BYTES = 8 * MIB
+"""Of a request, by an estimate that characters which JSON escapes may double: a server takes 32 MiB."""
+
+NUMBER_BYTES = 24
+"""Of a vector's number in JSON."""
 
 SECONDS = 60
 """For a request."""
@@ -75,16 +79,8 @@ class QdrantCollection:
     def write(self, rows: Iterator[Rows]) -> None:
         with self._connected() as client:
             for some in rows:
-                keys, payload = some.keys, some.payload
-                for start in range(0, len(keys), POINTS):
-                    client.upsert(
-                        self._collection,
-                        models.Batch(
-                            ids=[point_id(key) for key in keys[start : start + POINTS]],
-                            vectors=some.vectors[start : start + POINTS].astype(np.float32).tolist(),
-                            payloads=[_plain(row) for row in payload.slice(start, POINTS).to_pylist()],
-                        ),
-                    )
+                for points in batches(some):
+                    client.upsert(self._collection, points)
 
     def search(self, queries: Vectors, k: int) -> list[list[Key]]:
         requests = [
@@ -95,6 +91,22 @@ class QdrantCollection:
             answers = client.query_batch_points(self._collection, requests)
         payloads: list[list[Any]] = [[hit.payload for hit in answer.points] for answer in answers]
         return [[(payload["id"], payload["chunk"]) for payload in hits] for hits in payloads]
+
+
+def batches(rows: Rows) -> Iterator[models.Batch]:
+    """The rows as points of one or more requests that a server takes."""
+    count = len(rows.vectors)
+    size = NUMBER_BYTES * rows.vectors.size + 3 * rows.payload.nbytes
+    if count > 1 and size > REQUEST_BYTES:
+        half = count // 2
+        yield from batches(Rows(rows.payload.slice(0, half), rows.vectors[:half]))
+        yield from batches(Rows(rows.payload.slice(half), rows.vectors[half:]))
+    elif count:
+        yield models.Batch(
+            ids=[point_id(key) for key in rows.keys],
+            vectors=rows.vectors.astype(np.float32).tolist(),
+            payloads=[_plain(row) for row in rows.payload.to_pylist()],
+        )
 
 
 def _plain(row: dict[str, Any]) -> dict[str, Any]:
