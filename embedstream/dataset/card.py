@@ -58,7 +58,7 @@ def render_card(manifest: Manifest) -> str:
 
 def _front_matter(name: str, manifest: Manifest) -> str:
     return (
-        f"{MARK}pretty_name: {json.dumps(name)}\ntags:\n- embeddings\n- embedstream\n"
+        f"{MARK}pretty_name: {json.dumps(name, ensure_ascii=False)}\ntags:\n- embeddings\n- embedstream\n"
         f"size_categories:\n- {_size(manifest.rows)}\n"
         'configs:\n- config_name: default\n  data_files: "*.parquet"\n---\n'
     )

@@ -75,9 +75,9 @@ def test_a_card_says_what_the_rows_are_and_how_they_were_made(tmp_path: Path) ->
 
 
 def test_the_hub_reads_its_front_matter(tmp_path: Path) -> None:
-    finished(tmp_path / 'my "docs"')
-    data = DatasetCard.load(tmp_path / 'my "docs"' / "_README.md").data.to_dict()
-    assert (data["pretty_name"], data["size_categories"]) == ('my "docs"', ["n<1K"])
+    finished(tmp_path / 'my "docs" 📚')
+    data = DatasetCard.load(tmp_path / 'my "docs" 📚' / "_README.md").data.to_dict()
+    assert (data["pretty_name"], data["size_categories"]) == ('my "docs" 📚', ["n<1K"])
     assert data["configs"] == [{"config_name": "default", "data_files": "*.parquet"}]
 
 
