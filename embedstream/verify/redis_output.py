@@ -152,7 +152,8 @@ class HashCheck:
 
 def _number(field: bytes | None) -> int:
     """Which chunk a hash says that it is."""
-    return int(field) if field is not None and field.isdigit() else 0
+    # Python refuses to convert thousands of digits; more than these are no chunk's number.
+    return int(field[:10]) if field is not None and field.isdigit() else 0
 
 
 class _Unreadable(Exception):

@@ -105,6 +105,12 @@ def test_a_key_that_no_record_has_is_found(hashes: Hashes) -> None:
     assert hashes.kinds(corpus=True) == {"not_in_corpus": 1}
 
 
+def test_a_number_of_a_chunk_that_is_none_is_found(hashes: Hashes) -> None:
+    hashes.client.hset(f"{hashes.prefix}a-5", "chunk", "9" * 5000)
+    verdict = hashes.check()
+    assert verdict.findings["other_id"].first[0].file == f"{hashes.prefix}a-5"
+
+
 @pytest.mark.parametrize(
     ("vector", "kind"),
     [
