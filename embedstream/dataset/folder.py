@@ -207,7 +207,7 @@ class FolderSink:
         self._tidy(manifest)
 
     def _tidy(self, manifest: Manifest) -> None:
-        """Remove what nobody needs once the manifest stands. What cannot be removed counts for nothing."""
+        """Remove what no reader needs once the manifest stands. What cannot be removed counts for nothing."""
         # What writers left that died; one that is still at it will see, and write again.
         names = set(self.files.names())
         left = {name for name in names if name.removeprefix(".").startswith((*OURS, CARD)) and TEMPORARY in name}

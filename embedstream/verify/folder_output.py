@@ -95,7 +95,7 @@ class FolderCheck:
                 self._check_lines()
 
     def unlisted(self) -> list[str]:
-        """Names in the folder that the manifest does not list, in order: harmless, as nobody reads them."""
+        """Names in the folder that the manifest does not list, in order: harmless, as no reader opens them."""
         listed = {MANIFEST, ERRORS, CARD}
         for shard in self.manifest.shards:
             listed.update(_files(shard))
