@@ -13,6 +13,7 @@ from typing import Any
 
 import faiss
 import lancedb
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import psycopg
@@ -400,6 +401,18 @@ def test_a_dataset_without_rows_is_exported_as_one(opened: Held, tmp_path: Path)
     dataset.end()
     done = export(spec.output, target(opened), "embedding")
     assert (done.rows, done.recall, opened.held("embedding")) == (0, None, {})
+
+
+@EACH
+def test_a_column_may_have_any_name(opened: Held, tmp_path: Path) -> None:
+    spec = make_spec(str(tmp_path / "docs.odd"))
+    dataset = Dataset(open_sink(spec.output, spec), spec)
+    dataset.sink.check()
+    name = '50% of "it\'s" {x}'
+    dataset.write(make_content(spec, outputs=[msgspec.structs.replace(DENSE[0], name=name), DENSE[1]]))
+    dataset.end()
+    done = export(spec.output, target(opened), name)
+    assert (done.rows, done.recall) == (3, None if opened.kind in ("faiss", "lance") else 1)
 
 
 @pytest.mark.parametrize("kind", [InQdrant, InPostgres], ids=lambda kind: kind.kind)

@@ -118,15 +118,13 @@ class PgvectorTable:
             database.execute(create.format(self._table, column, order))
 
     def search(self, queries: Vectors, k: int) -> list[list[Key]]:
-        query = sql.SQL("SELECT id, chunk FROM {} ORDER BY {} {} {} LIMIT {}").format(
-            self._table,
-            sql.Identifier(self._output.name),
-            sql.SQL(self._operator),
-            sql.SQL(f"%s::{self._type}({self._output.dim})"),
-            k,
-        )
+        column, by = sql.Identifier(self._output.name), sql.SQL(self._operator)
+        kind = sql.SQL(f"{self._type}({self._output.dim})")
+        query = sql.SQL("SELECT id, chunk FROM {} ORDER BY {} {} {}::{} LIMIT {}")
+        # Without parameters, as a name may have a character `%`.
+        asked = [query.format(self._table, column, by, self._text(vector), kind, k) for vector in queries]
         with psycopg.connect(self._place) as database:
-            return [database.execute(query, (self._text(vector),)).fetchall() for vector in queries]
+            return [database.execute(each).fetchall() for each in asked]
 
     def _sent(self, vectors: Vectors) -> list[bytes]:
         """Vectors in pgvector's binary form: dimensions and numbers, all big-endian; of bits their number and they."""
