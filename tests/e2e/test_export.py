@@ -463,7 +463,7 @@ def test_each_table_has_one_index_whatever_other_tables_are_called(opened: Held,
 @pytest.mark.parametrize(("dim", "text"), [(4096, ""), (8, "ж\n" * 10_000)], ids=["wide vectors", "long texts"])
 def test_a_request_to_qdrant_is_one_that_a_server_takes(dim: int, text: str) -> None:
     ids = [f"r-{n}" for n in range(500)]
-    columns = {"id": pa.array(ids), "chunk": pa.array([0] * len(ids), pa.int32()), "text": pa.array([text] * len(ids))}
+    columns: dict[str, Any] = {"id": ids, "chunk": [0] * len(ids), "text": [text] * len(ids)}
     vectors = np.random.default_rng(7).standard_normal((len(ids), dim)).astype(np.float32)
     sent: list[Any] = []
     for points in batches(Rows(pa.RecordBatch.from_pydict(columns), vectors)):
