@@ -116,13 +116,12 @@ def _recipes(spec: JobSpec, manifest: Manifest) -> Iterator[str]:
     place = _place(spec)
     opened = spec.output if is_object(spec.output) else place
     partial = ", partial=True" if manifest.partial else ""
-    yield _fenced(
-        "python", f"import embedstream\n\ndataset = embedstream.open_dataset({json.dumps(opened)}{partial})\n"
-    )
+    yield _fenced("python", f"import embedstream\n\ndataset = embedstream.open_dataset({opened!r}{partial})\n")
     if manifest.partial:
         return
-    yield _fenced("python", f"import polars as pl\n\nframe = pl.scan_parquet({json.dumps(place + '/*.parquet')})\n")
-    quoted = (place + "/*.parquet").replace("'", "''")
+    files = f"{place}/*.parquet"
+    yield _fenced("python", f"import polars as pl\n\nframe = pl.scan_parquet({files!r})\n")
+    quoted = files.replace("'", "''")
     yield _fenced("sql", f"SELECT * FROM '{printable(quoted)}' LIMIT 5;  -- DuckDB\n")
 
 

@@ -91,8 +91,8 @@ def test_sizes_are_the_hubs(tmp_path: Path, rows: int, size: str) -> None:
 
 
 def test_its_recipes_run_as_they_stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    finished(tmp_path / "it's.vectors")
-    card = (tmp_path / "it's.vectors" / "_README.md").read_text("utf-8")
+    finished(tmp_path / "it's 📚.vectors")
+    card = (tmp_path / "it's 📚.vectors" / "_README.md").read_text("utf-8")
     opened, scanned = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     for code, rows in ((opened, "dataset.count_rows()"), (scanned, "len(frame.collect())")):
         done = subprocess.run(
