@@ -46,7 +46,7 @@ class Fleet:
         self._seen: dict[str, list[WorkerRecord]] = {}
         self._models: list[LiveModel] = []
         self._looked = float("-inf")
-        self._looking = asyncio.Lock()
+        self._looking: asyncio.Task[None] | None = None
 
     async def models(self) -> list[LiveModel]:
         """Those with a ready worker. Raises `BrokerError`."""
@@ -96,14 +96,16 @@ class Fleet:
         return fitting[0]
 
     async def _look(self) -> None:
+        """One look for all that need one, its failure too: behind a Redis that hangs they would wait one by one."""
         if time.monotonic() - self._looked > LOOK_SECONDS:
-            async with self._looking:
-                if time.monotonic() - self._looked > LOOK_SECONDS:
-                    self._seen = await self._client.workers()
-                    self._models = [
-                        LiveModel(queue, ready) for queue, ready in map(_ready, self._seen.items()) if ready
-                    ]
-                    self._looked = time.monotonic()
+            if self._looking is None or self._looking.done():
+                self._looking = asyncio.create_task(self._refresh())
+            await asyncio.shield(self._looking)
+
+    async def _refresh(self) -> None:
+        self._seen = await self._client.workers()
+        self._models = [LiveModel(queue, ready) for queue, ready in map(_ready, self._seen.items()) if ready]
+        self._looked = time.monotonic()
 
 
 def _ready(seen: tuple[str, list[WorkerRecord]]) -> tuple[str, tuple[WorkerRecord, ...]]:
