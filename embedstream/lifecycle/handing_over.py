@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 from embedstream.dataset.sink import Sink
 from embedstream.errors import InputError
@@ -25,13 +26,23 @@ _READ = (JobState.RUNNING, JobState.FINALIZING, JobState.COMPLETED)
 """States of a job of which nothing is left to be read."""
 
 
-def hand_over(url: str, spec: JobSpec, sink: Sink, max_errors: str, notice: Notice) -> tuple[JobStatus | Manifest, str]:
+def hand_over(
+    url: str,
+    spec: JobSpec,
+    sink: Sink,
+    max_errors: str,
+    notice: Notice,
+    *,
+    needs_reader: bool = False,
+    tick: Callable[[], None] = lambda: None,
+) -> tuple[JobStatus | Manifest, str]:
     """Make the job and ask coordinators for its parts; returns where it stands, and what to say about it.
 
-    A dataset that is finished already is returned as its manifest. Doing it twice is harmless.
+    A dataset that is finished already is returned as its manifest. Doing it twice is harmless. `needs_reader`: refuse
+    parts that no coordinator reads now, too. `tick`: as `Patience` takes it.
 
     Raises:
-        InputError: coordinators live, and none of them may read a part.
+        InputError: coordinators live, and none of them may read a part; with `needs_reader` also if none lives.
     """
     manifest = finished_manifest(sink, spec)
     if manifest is not None:
@@ -39,12 +50,12 @@ def hand_over(url: str, spec: JobSpec, sink: Sink, max_errors: str, notice: Noti
         return manifest, ""
     check(connect(url, retries=0), url, notice)
     with explaining(url):
-        broker, patience = Broker(connect(url), spec.queue), Patience(notice, url)
+        broker, patience = Broker(connect(url), spec.queue), Patience(notice, url, tick=tick)
 
         def act() -> tuple[JobStatus, str]:
             workers = broker.workers()
             refuse_forbidden(workers, spec.output)
-            if broker.state(spec.job) not in _READ:
+            if broker.state(spec.job) not in _READ and (needs_reader or coordinators(broker)):
                 _refuse_unreadable(broker, spec, url)
             visible = is_visible(workers, spec.output)
             if visible:
@@ -101,15 +112,13 @@ def wait_for_readers(url: str, spec: JobSpec, notice: Notice) -> None:
 
 
 def _refuse_unreadable(broker: Broker, spec: JobSpec, url: str) -> None:
-    """Raise `InputError` if coordinators live and none of them may read a part."""
-    if coordinators(broker):
-        missing = without_coordinator(broker, spec, url)
-        if missing:
-            raise InputError(missing)
+    """Raise `InputError` if no live coordinator may read a part."""
+    if missing := without_coordinator(broker, spec, url):
+        raise InputError(missing)
 
 
 def without_coordinator(broker: Broker, spec: JobSpec, url: str) -> str:
-    """What to say when nobody could read the job's parts; empty if somebody can. `url`: of Redis."""
+    """Why no live coordinator can read the job's parts; empty if one can. `url`: of Redis."""
     live = coordinators(broker)
     if not live:
         return f"no coordinator runs, so its parts are not read: start one with {with_redis('embed-coordinator', url)}"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, cast
@@ -24,23 +25,25 @@ from embedstream.dataset.roots import check_output
 from embedstream.dataset.schema import ErrorRow
 from embedstream.dataset.sink import Sink
 from embedstream.dataset.sinks import canonical_output, open_sink
-from embedstream.errors import JobUnknown, OutputError, UsageError
+from embedstream.errors import InputError, JobUnknown, OutputError, UsageError
 from embedstream.jobs import JobSpec, JobState
-from embedstream.lifecycle.handing_over import hand_over, without_coordinator
+from embedstream.lifecycle.handing_over import hand_over
 from embedstream.lifecycle.opening import SpecSettings, is_here, make_spec, no_dataset, with_types
 from embedstream.queue.broker import Broker
 from embedstream.queue.coordination import CoordinatorRecord, coordinators, unsealed_parts
 from embedstream.queue.queues import QueueLook
 from embedstream.records import Manifest
 from embedstream.server.connection import connect, explaining
-from embedstream.server.patience import Patience
-from embedstream_gateway.refusals import Refusal, bad
+from embedstream.server.patience import Patience, Stopped
+from embedstream_gateway.refusals import Refusal, bad, unavailable
 
 _ID = re.compile(r"[0-9a-f]{16}")
 
 _HERE = ("-", "records")
 """Parts that were with the program that submitted them."""
 
+SUBMIT_SECONDS = 50.0
+"""How long a submission waits for room in the queue, or for Redis: less than its caller waits for the thread."""
 
 MOST_COUNTED = 200_000
 """Failed rows that are read to count them by kind: some seconds."""
@@ -165,25 +168,20 @@ class Desk:
         return with_types(spec)
 
     def hand_over(self, spec: JobSpec, max_errors: str) -> None:
-        """Have coordinators read the corpus of a job.
-
-        Raises:
-            Refusal: no coordinator may.
-            InputError: the same.
-        """
-        with explaining(self._url):
-            missing = without_coordinator(Broker(connect(self._url), spec.queue), spec, self._url)
-        if missing:
-            raise Refusal(HTTPStatus.CONFLICT, missing, "no_coordinator", "corpus")
-        with _of_the_output():
-            hand_over(self._url, spec, self._sink(spec), max_errors, lambda _: None)
+        """Have coordinators read the corpus of a job. Raises `Refusal`: no coordinator may, or not in time."""
+        try:
+            with _in_time() as tick, _of_the_output():
+                sink = self._sink(spec)
+                hand_over(self._url, spec, sink, max_errors, lambda _: None, needs_reader=True, tick=tick)
+        except InputError as error:
+            raise Refusal(HTTPStatus.CONFLICT, str(error), "no_coordinator", "corpus") from error
 
     def push(self, records: Sequence[Any], spec: JobSpec, max_errors: str) -> None:
-        """Submit records. Raises as `Client.submit`."""
-        with _of_the_output(), Client(self._url, queue=spec.queue) as client:
+        """Submit records. Raises as `Client.submit`, and `Refusal` if they are not in the queue in time."""
+        with _in_time() as tick, _of_the_output(), Client(self._url, queue=spec.queue) as client:
             if is_here(spec.output):
                 self._sink(spec).check()
-            client.push(records, spec, max_errors, Patience(url=self._url), trust_unchanged=False)
+            client.push(records, spec, max_errors, Patience(url=self._url, tick=tick), trust_unchanged=False)
 
     def cancel(self, id: str) -> bool:
         """End a job; False: it has ended already. Raises `JobUnknown`."""
@@ -192,7 +190,7 @@ class Desk:
             return not state.ended and client.job(id).cancel()
 
     def retry(self, id: str) -> None:
-        """Go on with a job that was cancelled or failed. Raises `Refusal`, `InputError`, `JobUnknown`."""
+        """Go on with a job that was cancelled or failed. Raises `Refusal`, `JobUnknown`."""
         status = self.look(id).status
         if status.state not in (JobState.CANCELLED, JobState.FAILED):
             raise Refusal(HTTPStatus.CONFLICT, f"job {id} is {status.state}: nothing is to be gone on with", "state")
@@ -227,6 +225,21 @@ class Desk:
         except (OutputError, UsageError) as error:
             message = str(error).replace("this worker's", "this gateway's")
             raise Refusal(HTTPStatus.FORBIDDEN, message, "outside", "output") from error
+
+
+@contextlib.contextmanager
+def _in_time() -> Iterator[Callable[[], None]]:
+    """What a `Patience` does before each try, so that no thread waits on when its caller has gone. Raises `Refusal`."""
+    end = time.monotonic() + SUBMIT_SECONDS
+
+    def tick() -> None:
+        if time.monotonic() > end:
+            raise Stopped
+
+    try:
+        yield tick
+    except Stopped:
+        raise unavailable("the queue is full, or Redis is away: try again; the same request goes on") from None
 
 
 @contextlib.contextmanager
