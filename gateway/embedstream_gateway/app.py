@@ -62,6 +62,9 @@ from embedstream_gateway.store import Store
 MOST_THREADS = 64
 """For what blocks: disks, and looks at jobs."""
 
+MOST_READERS = 4
+"""Searches, and lists of failed rows: each reads up to a whole output."""
+
 log = logging.getLogger(__name__)
 
 
@@ -96,7 +99,6 @@ def make_app(plan: Plan) -> ASGIApp:
                     runner.start()
                     running.callback(runner.stop)
                 app.state.uploads = asyncio.Semaphore(MOST_UPLOADS)
-                app.state.searches = asyncio.Semaphore(page.SEARCHES)
                 app.state.streams = asyncio.Semaphore(MOST_STREAMS)
                 app.state.services = Services(
                     client=client,
@@ -104,6 +106,7 @@ def make_app(plan: Plan) -> ASGIApp:
                     gathering=Gathering(client, plan.timeout),
                     jobs=blocking,
                     desk=Desk(plan.redis_url, plan.output_roots),
+                    reading=ThreadPoolExecutor(MOST_READERS, "reading"),
                     store=store,
                 )
                 yield

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Executor
 from http import HTTPStatus
 from itertools import islice
 from typing import Annotated, Any, Literal, TypeVar
@@ -15,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from starlette.responses import Response, StreamingResponse
 
 from embedstream.api.looks import job_object
+from embedstream.errors import EmbedstreamError
 from embedstream.outputs import Task
 from embedstream_gateway.answers import json
 from embedstream_gateway.refusals import Refusal, overloaded, unavailable
@@ -38,7 +40,8 @@ EVENT_SECONDS = 1.0
 LONGEST_STREAM_SECONDS = 3600.0
 """After it a follower connects again, as browsers do by themselves."""
 
-SUBMIT_SECONDS = 60.0
+CALL_SECONDS = 60.0
+"""For what blocks."""
 
 
 class JobBody(BaseModel):
@@ -158,8 +161,8 @@ async def errors(
     offset: Annotated[int, Query(ge=0, le=2**40)] = 0,
 ) -> Response:
     """The failed rows of an ended job, in the order of the corpus, with their originals."""
-    desk = services(request).desk
-    rows = await blocking(lambda: list(islice(desk.errors(id), offset, offset + limit + 1)))
+    desk, reading = services(request).desk, services(request).reading
+    rows = await blocking(lambda: list(islice(desk.errors(id), offset, offset + limit + 1)), reading)
     return json({"errors": rows[:limit], "offset": offset, "has_more": len(rows) > limit})
 
 
@@ -184,12 +187,12 @@ async def events(id: str, request: Request) -> Response:
                 await asyncio.sleep(EVENT_SECONDS)
                 try:
                     now = job_object(await blocking(lambda: desk.look(id)))
-                except Refusal:
+                except (Refusal, EmbedstreamError):
                     return  # the follower asks again, and is told
                 if {**now, "now": 0, "seconds": 0} != {**seen, "now": 0, "seconds": 0}:
                     yield _event(now)
                 else:
-                    yield b":\n\n"  # shows that somebody is there, and finds who has left
+                    yield b":\n\n"  # shows that the gateway lives, and finds whether the follower has left
                 seen = now
 
     return StreamingResponse(follow(), media_type="text/event-stream")
@@ -199,9 +202,9 @@ def _event(value: dict[str, Any]) -> bytes:
     return b"event: job\ndata: " + msgspec.json.encode(value) + b"\n\n"
 
 
-async def blocking(act: Callable[[], R]) -> R:
-    """Done in a thread. Raises `Refusal` if that takes too long: Redis is waited for."""
+async def blocking(act: Callable[[], R], pool: Executor | None = None) -> R:
+    """Done in a thread, of `pool` if given. Raises `Refusal` if that takes too long; the thread may still be at it."""
     try:
-        return await asyncio.wait_for(asyncio.to_thread(act), SUBMIT_SECONDS)
+        return await asyncio.wait_for(asyncio.get_running_loop().run_in_executor(pool, act), CALL_SECONDS)
     except TimeoutError:
-        raise unavailable("Redis did not answer in time: try again; the same request goes on") from None
+        raise unavailable(f"not done within {CALL_SECONDS:g} s: try again; the same request goes on") from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from http import HTTPStatus
 from itertools import islice
 from typing import Annotated, Any
@@ -29,9 +28,6 @@ JobId = Annotated[str, Path(pattern="^[0-9a-f]{16}$")]
 ERRORS_AT_ONCE = 50
 
 HITS = 10
-
-SEARCHES = 2
-"""At once: each reads a whole dataset."""
 
 
 def _shown(value: object) -> object:
@@ -109,13 +105,13 @@ async def errors(
     code: Annotated[str, Query(max_length=64)] = "",
 ) -> Response:
     """Failed rows with their originals, all or of one kind."""
-    desk = services(request).desk
+    desk, reading = services(request).desk, services(request).reading
 
     def read() -> list[Any]:
         rows = (row for row in desk.errors(id) if code in ("", row.code))
         return list(islice(rows, offset, offset + ERRORS_AT_ONCE + 1))
 
-    rows = await blocking(read)
+    rows = await blocking(read, reading)
     shown = rows[:ERRORS_AT_ONCE]
     return _page(
         "errors.html",
@@ -175,7 +171,7 @@ async def search(
     outputs = {job.status.spec.output for _, jobs in queues for job in jobs if job.status.state.ended}
     if output and q:
         try:
-            hits = await _hits(serving, request.app.state.searches, output, q)
+            hits = await _hits(serving, output, q)
         except (Refusal, EmbedstreamError) as error:
             trouble = str(error)
     return _page(
@@ -190,14 +186,14 @@ async def search(
     )
 
 
-async def _hits(serving: Services, searches: asyncio.Semaphore, output: str, question: str) -> list[dict[str, str]]:
+async def _hits(serving: Services, output: str, question: str) -> list[dict[str, str]]:
     """Raises `Refusal`, `EmbedstreamError`."""
     desk = serving.desk
     manifest = await blocking(lambda: desk.manifest(output))
     model = await serving.fleet.find(desk.queue_of(manifest), "dense")
     rows = await serving.gathering.run(model, make_request((question,), "query", None, None, None))
-    async with searches:
-        found = await blocking(lambda: desk.search(output, manifest, rows.numbers, rows.fingerprint, HITS))
+    numbers, made_by = rows.numbers, rows.fingerprint
+    found = await blocking(lambda: desk.search(output, manifest, numbers, made_by, HITS), serving.reading)
     return [
         {"score": f"{hit.score:.3f}", "id": hit.id, "text": printable(hit.text or "(no text is kept)", 2000)}
         for hit in found

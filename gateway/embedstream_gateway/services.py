@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Executor
 from dataclasses import dataclass
 
 from starlette.requests import Request
@@ -24,6 +25,8 @@ class Services:
     jobs: Client
     """For what blocks: call it in threads."""
     desk: Desk
+    reading: Executor
+    """For what reads whole outputs, which may take minutes: no other request waits for its few threads."""
     store: Store | None
     """Files and batches; None: this gateway keeps none."""
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import signal
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,10 @@ import pytest
 from conftest import serve_redis
 from e2e.harness import Fleet, assert_exact, fleet, wait_until, write_corpus
 from gateway.conftest import Served
+
+from embedstream.jobs import JobState
+from embedstream_gateway import desk, jobs
+from embedstream_gateway.refusals import Refusal
 
 
 @dataclass(frozen=True)
@@ -96,7 +102,7 @@ def test_coordinators_read_a_corpus_and_a_cancelled_job_goes_on(lone: Lone) -> N
     body = {"model": "hashing", "output": str(root / "out" / "v"), "corpus": [str(root / "corpus.jsonl")]}
     refused = lone.http.post("/jobs", json=body)
     assert (refused.status_code, refused.json()["error"]["code"]) == (409, "no_coordinator")
-    lone.fleet.start_coordinator()
+    coordinator = lone.fleet.start_coordinator()
     worker.send_signal(signal.SIGSTOP)
     job = lone.http.post("/jobs", json=body).json()["job"]
     assert lone.http.post(f"/jobs/{job}/retry").status_code == 409
@@ -107,6 +113,59 @@ def test_coordinators_read_a_corpus_and_a_cancelled_job_goes_on(lone: Lone) -> N
     assert lone.http.post(f"/jobs/{job}/retry").status_code == 200
     wait_until(lambda: lone.http.get(f"/jobs/{job}").json()["state"] == "completed", "it goes on")
     assert_exact(root / "out" / "v", texts)
+    coordinator.terminate()
+    coordinator.wait()
+    again = lone.http.post("/jobs", json=body)
+    assert (again.status_code, again.json().get("state")) == (202, "completed"), "nothing is left for a coordinator"
+
+
+def test_the_stream_of_a_job_that_is_lost_ends(lone: Lone) -> None:
+    lone.fleet.start_worker().send_signal(signal.SIGSTOP)
+    body = {"model": "hashing", "output": str(lone.fleet.root / "out" / "v"), "records": ["one"]}
+    job = lone.http.post("/jobs", json=body).json()["job"]
+    with lone.http.stream("GET", f"/jobs/{job}/events") as stream:
+        lines = stream.iter_lines()
+        assert next(lines) == "event: job"
+        lone.fleet.broker.client.flushall()
+        assert "event: job" not in list(lines)
+    assert lone.http.get(f"/jobs/{job}/events").status_code == 404
+
+
+def test_records_that_find_no_room_in_the_queue_are_given_up_in_time_and_go_on_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = [f"text {number}" for number in range(5000)]
+    monkeypatch.setattr(desk, "SUBMIT_SECONDS", 0.5)
+    with serve_redis() as redis:
+        served = desk.Desk(redis.url, [str(tmp_path)])
+        spec = served.spec("hashing", "hashing", str(tmp_path / "v"), None, None, {})
+        with monkeypatch.context() as small:
+            small.setenv("EMBEDSTREAM_QUEUE_BYTES", "1")
+            with pytest.raises(Refusal, match="queue is full") as refused:
+                served.push(records, spec, "")
+        assert (refused.value.status, refused.value.retry_after) == (503, 2)
+        assert served.look(spec.job).status.state is JobState.SUBMITTING
+        monkeypatch.setattr(desk, "SUBMIT_SECONDS", 60)
+        served.push(records, spec, "")
+        assert served.look(spec.job).status.submitted == 5000
+
+
+async def test_what_takes_too_long_keeps_its_thread_until_its_end_and_no_more_begin(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(jobs, "CALL_SECONDS", 0.05)
+    ends, begun = threading.Event(), list[int]()
+
+    def act() -> None:
+        begun.append(1)
+        ends.wait()
+
+    with ThreadPoolExecutor(1) as pool:
+        for _ in range(3):
+            with pytest.raises(Refusal, match="not done within"):
+                await jobs.blocking(act, pool)
+        ends.set()
+    assert begun == [1]
 
 
 @pytest.mark.parametrize(
