@@ -1,4 +1,4 @@
-"""Uploaded files and batches, as folders below one root: each is whole or not there, whoever dies meanwhile.
+"""Uploaded files and batches, as folders below one root: each is whole or not there, whichever process dies.
 
 `files/ID/` holds `file.json` and `content`; `batches/ID/` what `batch_records` names. Any number of gateways may share
 a root.
@@ -111,13 +111,13 @@ class Store:
         return self.get(id) is not None and remove(self.files / id)
 
     def sweep(self, now: float) -> None:
-        """Remove files whose time is over, and what uploads left that were broken off."""
+        """Remove files whose time is over, and what was being made or removed by a process that died."""
         for file in self.all():
             if file.expires_at is not None and file.expires_at < now:
                 self.delete(file.id)
         with _explained("read", self.files):
-            for folder in self.files.iterdir():
-                with contextlib.suppress(FileNotFoundError):
+            for folder in (*self.files.iterdir(), *self.batches.iterdir()):
+                with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                     if folder.name.startswith(_HIDDEN) and _touched(folder) < now - ABANDONED_SECONDS:
                         shutil.rmtree(folder, ignore_errors=True)
 

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import signal
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from e2e.harness import Fleet, fleet, wait_until
 from gateway.conftest import Served
 from lab.hashing_reference import reference_vector
 from lab.redis_servers import own_server
+
+from embedstream_gateway.store import Store
 
 
 def line(custom_id: str, text: object, **body: object) -> dict[str, Any]:
@@ -311,6 +314,21 @@ def test_what_is_kept_long_enough_is_removed(lonely: tuple[Fleet, str]) -> None:
     _, later = gateway_of(running, "--file-days", "1e-9")
     wait_until(lambda: not later.batches.list().data, "the batch is removed")
     assert done.output_file_id is not None
+
+
+def test_what_a_process_that_died_was_making_is_removed_and_what_is_new_stays(tmp_path: Path) -> None:
+    store = Store(tmp_path, 30)
+    store.prepare()
+    for root in (store.files, store.batches):
+        for name in (".old", ".new"):
+            (root / name).mkdir()
+            (root / name / "input").write_bytes(b"x")
+        (root / ".file").touch()
+        for path in (root / ".old" / "input", root / ".old"):
+            os.utime(path, (0, 0))
+    store.sweep(time.time())
+    for root in (store.files, store.batches):
+        assert {path.name for path in root.iterdir()} == {".new", ".file"}
 
 
 def test_without_a_folder_files_are_refused(lonely: tuple[Fleet, str]) -> None:
