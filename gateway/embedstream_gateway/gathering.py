@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ import numpy.typing as npt
 
 from embedstream.api.embeddings import embeddings
 from embedstream.api.interactive import EmbedReply, EmbedRequest
+from embedstream.errors import UsageError
 from embedstream_gateway.fleet import LiveModel
 from embedstream_gateway.observing import current_id
 from embedstream_gateway.refusals import Refusal, bad, overloaded, unavailable
@@ -39,6 +41,10 @@ MOST_WAITING_BYTES = 64 * 1024 * 1024
 
 MOST_IDS = 16
 """Of requests that go together, which a worker's log can name."""
+
+
+_TEXT = re.compile(r"^text (\d+)")
+"""How workers and `EmbedRequest.check` name the text at fault."""
 
 
 class Asker(Protocol):
@@ -68,6 +74,8 @@ class _Piece:
     """Some texts of one caller."""
 
     request: EmbedRequest
+    first: int
+    """Of the caller's texts."""
     size: int
     id: str
     """Of the caller's request."""
@@ -99,10 +107,10 @@ class Gathering:
 
         Raises:
             Refusal: too much waits; no worker answered in time; a text or a setting cannot be used.
-            BrokerError, UsageError: as `Asker.ask`.
+            BrokerError: as `Asker.ask`.
         """
         loop, id = asyncio.get_running_loop(), current_id.get()
-        pieces = [_Piece(part, size, id, loop.create_future()) for part, size in _split(request)]
+        pieces = [_Piece(part, first, size, id, loop.create_future()) for part, first, size in _split(request)]
         total = sum(piece.size for piece in pieces)
         if self._bytes and self._bytes + total > MOST_WAITING_BYTES:
             raise overloaded("too many texts wait already: try again later")
@@ -146,8 +154,9 @@ class Gathering:
         ids = dict.fromkeys(piece.id for piece in pieces[:MOST_IDS])
         request = msgspec.structs.replace(pieces[0].request, texts=texts, id=" ".join(ids))
         try:
-            rows = _rows(await self._asker.ask(request, queue, self._timeout), request, queue)
-        except Exception as error:  # noqa: BLE001 - it is each caller's
+            rows = _rows(await self._asker.ask(request, queue, self._timeout), request, queue, pieces[0].first)
+        except Exception as raised:  # noqa: BLE001 - it is each caller's
+            error = _fault(str(raised), pieces[0].first) if isinstance(raised, UsageError) else raised
             if len(pieces) > 1 and isinstance(error, Refusal) and error.status is HTTPStatus.BAD_REQUEST:
                 for piece in pieces:  # one of them is at fault, and costs the others nothing but time
                     await self._send(queue, [piece])
@@ -164,18 +173,18 @@ class Gathering:
             first = end
 
 
-def _split(request: EmbedRequest) -> Iterator[tuple[EmbedRequest, int]]:
-    """Pieces, and their bytes. Pairs stay together: their query would go with every piece."""
+def _split(request: EmbedRequest) -> Iterator[tuple[EmbedRequest, int, int]]:
+    """Pieces, the place of their first text, and their bytes. Pairs stay together: their query would go with each."""
     texts: list[str] = []
-    size, most = 0, _most_texts(request)
-    for text in request.texts:
+    first, size, most = 0, 0, _most_texts(request)
+    for at, text in enumerate(request.texts):
         length = len(text.encode())
         if texts and request.query is None and (len(texts) == most or size + length > PIECE_BYTES):
-            yield msgspec.structs.replace(request, texts=tuple(texts)), size
-            texts, size = [], 0
+            yield msgspec.structs.replace(request, texts=tuple(texts)), first, size
+            texts, first, size = [], at, 0
         texts.append(text)
         size += length
-    yield msgspec.structs.replace(request, texts=tuple(texts)), size
+    yield msgspec.structs.replace(request, texts=tuple(texts)), first, size
 
 
 def _most_texts(request: EmbedRequest) -> int:
@@ -197,14 +206,14 @@ def _take(waiting: deque[_Piece]) -> list[_Piece]:
     return taken
 
 
-def _rows(reply: EmbedReply | None, request: EmbedRequest, queue: str) -> Rows:
-    """Raises `Refusal`."""
+def _rows(reply: EmbedReply | None, request: EmbedRequest, queue: str, first: int) -> Rows:
+    """Raises `Refusal`. `first`: the place of the first text among those of its caller."""
     if reply is None:
         raise unavailable(f"no worker of queue {queue} has answered: they are busy, or have left: try again")
     if reply.error and reply.internal:
         raise Refusal(HTTPStatus.INTERNAL_SERVER_ERROR, f"the worker failed: {reply.error}", "worker_failed")
     if reply.error:
-        raise bad(reply.error, "input")
+        raise _fault(reply.error, first)
     count = len(request.texts)
     if request.outputs and len(reply.counts) == 4 * count:
         (output,) = embeddings(reply, request).values()
@@ -219,6 +228,11 @@ def _rows(reply: EmbedReply | None, request: EmbedRequest, queue: str) -> Rows:
         )
     numbers = np.frombuffer(reply.vectors, "<f4").reshape(count, reply.dim)
     return Rows(numbers, np.frombuffer(reply.counts, "<u4"), reply.cut, reply.fingerprint, reply.labels)
+
+
+def _fault(message: str, first: int) -> Refusal:
+    """What is wrong with a request. `first`: as of `_rows`."""
+    return bad(_TEXT.sub(lambda found: f"text {first + int(found[1])}", message), "input")
 
 
 def _slice(rows: Rows, first: int, end: int) -> Rows:

@@ -41,6 +41,7 @@ class Queue:
     async def ask(self, request: EmbedRequest, queue: str, timeout: float) -> EmbedReply | None:
         assert queue == "m"
         assert timeout > 0
+        request.check()
         self.requests.append(request)
         fingerprint = self._fingerprints[len(self.requests) % len(self._fingerprints)]
         await self.open.wait()
@@ -118,10 +119,30 @@ async def test_a_text_that_cannot_be_embedded_costs_only_its_own_request() -> No
     assert all(isinstance(rows, Rows) for at, rows in enumerate(found) if at != 3)
 
 
+async def test_a_text_at_fault_is_named_by_its_place_among_all_texts_of_its_request() -> None:
+    queue = Queue()
+    texts = ["fine"] * (PIECE_TEXTS + 5)
+    texts[PIECE_TEXTS + 2] = "bad"
+    (refused,) = await ask_all(queue, Gathering(queue, 10), request(*texts))
+    assert isinstance(refused, Refusal)
+    assert str(refused) == f"text {PIECE_TEXTS + 2}: empty: it is bad"
+    texts[PIECE_TEXTS + 2] = "x" * (2 * 1024 * 1024)
+    (refused,) = await ask_all(queue, Gathering(queue, 10), request(*texts))
+    assert isinstance(refused, Refusal)
+    assert str(refused).startswith(f"text {PIECE_TEXTS + 2} has 2,097,152 bytes")
+
+
+async def test_requests_that_are_too_much_together_are_answered_one_by_one() -> None:
+    queue = Queue()
+    pairs = make_pairs("q" * 100_000, ["a"] * 50, None)
+    found = await ask_all(queue, Gathering(queue, 10), *[pairs] * 4)
+    assert all(isinstance(rows, Rows) for rows in found), found
+
+
 @pytest.mark.parametrize(
     ("text", "kind", "status"), [("down", BrokerError, None), ("silent", Refusal, 503), ("broken", Refusal, 500)]
 )
-async def test_what_is_nobodys_fault_ends_every_request_that_went_together(
+async def test_what_is_no_requests_own_fault_ends_every_request_that_went_together(
     text: str, kind: type[Exception], status: int | None
 ) -> None:
     queue = Queue()
