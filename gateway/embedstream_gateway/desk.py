@@ -18,6 +18,7 @@ import numpy.typing as npt
 from embedstream.api.client import Client
 from embedstream.api.job import readable
 from embedstream.api.looks import JobLook, fleet_object, look_at_job, look_at_jobs, queue_object
+from embedstream.api.record_blocks import RECORDS
 from embedstream.api.search import Hit, search
 from embedstream.dataset.manifest import manifest_spec
 from embedstream.dataset.objects import is_object, parse_object
@@ -39,8 +40,8 @@ from embedstream_gateway.refusals import Refusal, bad, unavailable
 
 _ID = re.compile(r"[0-9a-f]{16}")
 
-_HERE = ("-", "records")
-"""Parts that were with the program that submitted them."""
+_HERE = frozenset(("-", RECORDS))
+"""Parts that were with the program that submitted them: standard input, and records of Python."""
 
 SUBMIT_SECONDS = 50.0
 """How long a submission waits for room in the queue, or for Redis: less than its caller waits for the thread."""
@@ -159,7 +160,7 @@ class Desk:
         """A job's spec. Raises `UsageError`, `OutputError`, `Refusal`."""
         if not is_object(output) and not output.startswith(("/", "redis", "unix:")):
             raise bad(f"`output` is no absolute path, nor the address of a bucket or a Redis: {output}", "output")
-        parts = ("records",) if corpus is None else tuple(map(_part, corpus))
+        parts = (RECORDS,) if corpus is None else tuple(map(_part, corpus))
         if len(set(parts)) != len(parts):
             raise bad("`corpus` names a file twice", "corpus")
         given = cast("SpecSettings", settings)
@@ -194,10 +195,10 @@ class Desk:
         status = self.look(id).status
         if status.state not in (JobState.CANCELLED, JobState.FAILED):
             raise Refusal(HTTPStatus.CONFLICT, f"job {id} is {status.state}: nothing is to be gone on with", "state")
-        if any(part in _HERE for part in status.spec.parts) or status.spec.retry is not None:
+        if not may_reread(status.spec):
             raise Refusal(
                 HTTPStatus.CONFLICT,
-                f"job {id}: its rows came from the program that submitted them: submit them there again",
+                f"job {id}: its rows were read by the program that submitted them: submit them there again",
                 "not_here",
             )
         self._refuse_outside(status.spec.output)
@@ -225,6 +226,11 @@ class Desk:
         except (OutputError, UsageError) as error:
             message = str(error).replace("this worker's", "this gateway's")
             raise Refusal(HTTPStatus.FORBIDDEN, message, "outside", "output") from error
+
+
+def may_reread(spec: JobSpec) -> bool:
+    """Whether coordinators can read a job's rows once more. A run, and what was with its program, they cannot."""
+    return spec.retry is None and not spec.run and not _HERE.intersection(spec.parts)
 
 
 @contextlib.contextmanager

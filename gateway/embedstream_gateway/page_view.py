@@ -1,4 +1,4 @@
-"""What the pages show, as text and numbers: from looks at jobs and queues, and without asking anybody."""
+"""What the pages show, as text and numbers: from looks at jobs and queues, without asking Redis."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from embedstream.masking import mask
 from embedstream.queue.queues import QueueLook
 from embedstream.queue.workers import WorkerRecord
 from embedstream.terminal import counted, duration
+from embedstream_gateway.desk import may_reread
 
 MOST_LISTED = 200
 """Jobs of a queue, parts and shards of a job."""
-
-_HERE = ("-", "records")
 
 
 @dataclass(frozen=True)
@@ -97,8 +96,7 @@ class JobView:
     def may_retry(self) -> bool:
         """Whether coordinators can read its corpus once more."""
         status = self.look.status
-        again = status.state in (JobState.CANCELLED, JobState.FAILED)
-        return again and status.spec.retry is None and not any(part in _HERE for part in status.spec.parts)
+        return status.state in (JobState.CANCELLED, JobState.FAILED) and may_reread(status.spec)
 
     @property
     def facts(self) -> list[tuple[str, str]]:
