@@ -45,7 +45,7 @@ CALL_SECONDS = 60.0
 
 
 class JobBody(BaseModel):
-    """A job: where its corpus is, and the settings of `embed-submit` by their names."""
+    """A job: where its corpus is, and settings of `embed-submit` by their names. Texts are not cut into chunks here."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -75,6 +75,9 @@ class JobBody(BaseModel):
     )
     revision: str | None = None
     max_errors: str = Field("", description="The job fails if more rows fail: `100` or `0.5%`.")
+    format: Literal["jsonl", "json", "csv", "parquet", "arrow"] | None = Field(
+        None, description="Of the files of `corpus`; each is recognized by its content else."
+    )
     task: Task = "auto"
     outputs: list[str] = Field([], description="As `--emit`: `dense=small:ubinary:256`.")
     role: Literal["document", "query"] = "document"
@@ -90,6 +93,7 @@ class JobBody(BaseModel):
     keep: list[str] = Field([], description="Fields to carry into the dataset: `NAME` or `NAME:TYPE`.")
     text: bool = Field(True, description="Whether the dataset keeps the texts.")
     empty: Literal["error", "skip"] = "error"
+    on_long: Literal["cut", "error"] = Field("cut", description="Texts that are longer than the model takes.")
 
     @model_validator(mode="after")
     def one_source(self) -> JobBody:

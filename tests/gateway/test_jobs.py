@@ -17,7 +17,7 @@ from conftest import serve_redis
 from e2e.harness import Fleet, assert_exact, fleet, wait_until, write_corpus
 from gateway.conftest import Served
 
-from embedstream.jobs import JobState
+from embedstream.jobs import JobSpec, JobState
 from embedstream_gateway import desk, jobs
 from embedstream_gateway.refusals import Refusal
 
@@ -64,6 +64,14 @@ def test_records_become_a_dataset_and_the_same_request_finds_it_done(served: Ser
         assert (other.status_code, other.json()["error"]["code"]) == (409, "differs")
         named = [each["job"] for queue in reader.get("/jobs").json()["queues"] for each in queue["jobs"]]
         assert job in named
+
+
+def test_texts_that_are_too_long_are_errors_where_that_is_wanted(served: Served) -> None:
+    output = served.fleet.root / "long.vectors"
+    body = {"model": "hashing", "output": str(output), "records": ["word " * 20_000, "short"], "on_long": "error"}
+    with served.http() as client:
+        job = client.post("/jobs", json=body).json()["job"]
+        assert (ended(client, job)["rows"], ended(client, job)["failed"]) == (1, 1)
 
 
 def test_a_job_is_followed_until_it_has_ended(served: Served) -> None:
@@ -169,6 +177,20 @@ async def test_what_takes_too_long_keeps_its_thread_until_its_end_and_no_more_be
 
 
 @pytest.mark.parametrize(
+    ("parts", "run", "may"),
+    [
+        (("/data/a.jsonl", "s3://bucket/b.parquet"), False, True),
+        (("-",), False, False),
+        (("records",), False, False),
+        (("/data/run", "/data/queries.jsonl", "/data/corpus.jsonl"), True, False),
+    ],
+    ids=["files", "standard-input", "records", "run"],
+)
+def test_coordinators_are_asked_only_for_what_they_can_read(parts: tuple[str, ...], run: bool, may: bool) -> None:
+    assert desk.may_reread(JobSpec(queue="q", output="/data/v", model="m", parts=parts, run=run)) == may
+
+
+@pytest.mark.parametrize(
     ("changed", "status", "says"),
     [
         ({"output": "/elsewhere/v"}, 403, "outside"),
@@ -184,6 +206,7 @@ async def test_what_takes_too_long_keeps_its_thread_until_its_end_and_no_more_be
         ({"outputs": ["dense:int1"]}, 400, "--emit"),
         ({"unknown": 1}, 400, "unknown"),
         ({"prompt": "a", "prompt_name": "b"}, 400, "exclude"),
+        ({"format": "text"}, 400, "format"),
     ],
     ids=[
         "outside",
@@ -199,6 +222,7 @@ async def test_what_takes_too_long_keeps_its_thread_until_its_end_and_no_more_be
         "emit",
         "unknown",
         "prompts",
+        "format",
     ],
 )
 def test_what_may_not_be_is_refused(served: Served, changed: dict[str, Any], status: int, says: str) -> None:
