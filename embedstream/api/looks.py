@@ -1,4 +1,4 @@
-"""Looks at jobs and queues: what is known of them at one moment, for whoever shows it. Objects of them are JSON."""
+"""Looks at jobs and queues: what is known of them at one moment, for commands, pages and scripts (as JSON objects)."""
 
 from __future__ import annotations
 
@@ -89,12 +89,12 @@ class JobLook:
 
     @property
     def seconds_left(self) -> float | None:
-        """For what is submitted; None if nobody works on it."""
+        """For what is submitted; None if no worker works on it."""
         return seconds_left(self.status, self.workers)
 
     @property
     def shares(self) -> list[dict[str, Any]]:
-        """Who wrote its rows, and who works on it now."""
+        """The workers that wrote its rows, and those that work on it now."""
         status, alive = self.status, {worker.name: worker for worker in self.workers}
         rates = (
             {} if status.state.ended else {w.name: w.rates[status.job] for w in self.workers if status.job in w.rates}
@@ -183,7 +183,7 @@ def troubles_of(broker: Broker, status: JobStatus) -> dict[str, str]:
 
 
 def without_worker(broker: Broker, spec: JobSpec, url: str) -> str:
-    """What to say when nobody serves the queue."""
+    """What to say when no worker serves the queue."""
     others = [
         f"{queue} ({len(live)})"
         for queue in broker.queues()
@@ -247,7 +247,7 @@ def worker_object(worker: WorkerRecord) -> dict[str, Any]:
 
 
 def fleet_object(nowhere: Broker) -> dict[str, Any]:
-    """The same for scripts."""
+    """Coordinators and mergers for scripts."""
     return {
         "coordinators": [msgspec.to_builtins(each) for each in coordinators(nowhere)],
         "compactions": [compaction_object(each, written(nowhere, each)) for each in compactions(nowhere)],

@@ -1,4 +1,4 @@
-"""A dataset that is finished, and a Redis that went back to an earlier copy of its file and does not know it."""
+"""A dataset that is finished, and a Redis that does not know it: it was restored from an earlier copy of its file."""
 
 from __future__ import annotations
 

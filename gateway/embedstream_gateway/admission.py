@@ -1,4 +1,4 @@
-"""Who may come in: keys and their scopes, and no request that another site's page makes a browser send."""
+"""Which requests are admitted: by keys and their scopes, and none that a page of another site makes a browser send."""
 
 from __future__ import annotations
 

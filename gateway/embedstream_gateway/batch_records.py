@@ -63,7 +63,7 @@ class Checked(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Cancelled(msgspec.Struct, frozen=True):
-    """Somebody wants it to end."""
+    """A client wants it to end early."""
 
     at: int
 

@@ -1,7 +1,7 @@
 """Drives batches to their ends: checks the input, submits the job, waits for it, and writes the two files.
 
-Every step may be repeated, so whichever gateway finds a batch that nobody drives goes on with it, from wherever another
-has died. A lock keeps two from doing the same work; two that do it all the same do no harm.
+Every step may be repeated, so any gateway that finds a batch without a driver goes on with it, from where another
+gateway has died. A lock keeps two gateways from doing the same work; if two do it all the same, that does no harm.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from embedstream_gateway.store import Store, remove, write_json
 log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 1.0
-"""Between two looks for batches that nobody drives."""
+"""Between two looks for batches that no gateway drives."""
 
 MOST_AT_ONCE = 8
 """Batches that one gateway drives; the work itself is the workers'."""
@@ -74,7 +74,7 @@ class BatchRunner:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends soon; what is half done is gone on with by the next gateway."""
+        """Ends soon; the next gateway goes on with what is half done."""
         self._stopping.set()
 
     def _run(self) -> None:
@@ -230,7 +230,7 @@ class BatchRunner:
         return lambda notice: self._say(id, f"batch {id}: {notice}") if notice else None
 
     def _say(self, id: str, what: str) -> None:
-        """Each thing once, while it stays the same."""
+        """Log each thing once, while it stays the same."""
         if self._said.get(id) != what:
             self._said[id] = what
             log.warning("%s", what)

@@ -48,7 +48,7 @@ WAIT_MS = 1000
 """How long one read waits: how late a stop is seen."""
 
 NO_STREAM_SECONDS = 0.1
-"""How often the stream of requests is looked for while nobody ever asked: how late the first one is seen."""
+"""How often the stream of requests is looked for while no client ever asked: how late the first one is seen."""
 
 MOST_DELIVERIES = 2
 """A request that outlived so many workers is not tried again."""
