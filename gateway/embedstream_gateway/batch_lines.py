@@ -44,7 +44,8 @@ class Body(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One request of a batch."""
 
-    custom_id: Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
+    custom_id: Annotated[str, msgspec.Meta(min_length=1, max_length=200, pattern=r"^[^\0]*$")]
+    """Part of a row's id, which has no NUL."""
     method: Literal["POST"]
     url: Literal["/v1/embeddings"]
     body: Body

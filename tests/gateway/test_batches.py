@@ -209,12 +209,13 @@ def test_a_file_with_bad_lines_is_no_batch_and_every_line_is_named(served: Serve
         line("g", "fine") | {"body": {"model": "another", "input": "x"}},
         line("h", "fine", unknown=1),
         line("i", "fine", role="query"),
+        line("j\0", "fine"),
     ]
     done = ended(client, start(client, lines))
     assert done.status == "failed"
     assert done.errors is not None
     assert done.errors.data is not None
-    assert [error.line for error in done.errors.data] == [2, 3, 4, 5, 6, 7, 8, 9, 10]
+    assert [error.line for error in done.errors.data] == [2, 3, 4, 5, 6, 7, 8, 9, 10, 11]
     codes = {error.line: error.code for error in done.errors.data}
     assert codes[3] == "duplicate_custom_id"
     assert codes[4] == "token_ids"
