@@ -3,7 +3,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from engines.embedding import MINILM, Vectors, embed, load_reference, lowest_cosine
 from engines.fitting import assert_it_goes_on_after_a_batch_too_large
-from engines.model_shapes import bert_without_prompt, plain_transformers
+from engines.model_shapes import Shape, bert_without_prompt, plain_transformers, router
 
 from embedstream.errors import ModelError
 from embedstream_worker.batching import cut_batches, gather_batch
@@ -93,12 +93,25 @@ def test_files_that_were_spoiled_since_a_model_was_tried_are_found(
     small: ModelFolder, converted: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(converted, tmp_path, dirs_exist_ok=True)
-    [entry] = [path for path in tmp_path.iterdir() if path.is_dir()]
-    weights = np.fromfile(entry / "document.bin", np.uint8)
-    weights[len(weights) // 100 : -len(weights) // 8 : 5] ^= 0xC0  # in the table of words
-    weights.tofile(entry / "document.bin")
+    spoil(tmp_path, "document")
     with pytest.raises(CheckFailed, match="cosine"):
         OpenVinoEngine(small, "float32", folder_fingerprint(small.path), Cache(tmp_path), tried=True)
+
+
+def test_spoiled_files_of_the_graph_for_queries_are_found(folder: Callable[[Shape], Path], tmp_path: Path) -> None:
+    routed = resolve_model(str(folder(router)))
+    opened(routed, "float32", tmp_path).close()
+    spoil(tmp_path, "query")
+    with pytest.raises(CheckFailed, match="cosine"):
+        OpenVinoEngine(routed, "float32", folder_fingerprint(routed.path), Cache(tmp_path), tried=True)
+
+
+def spoil(cache: Path, graph: str) -> None:
+    """Change weights in the cache's one entry."""
+    [entry] = [path for path in cache.iterdir() if path.is_dir()]
+    weights = np.fromfile(entry / f"{graph}.bin", np.uint8)
+    weights[len(weights) // 100 : -len(weights) // 8 : 5] ^= 0xC0  # in the table of words
+    weights.tofile(entry / f"{graph}.bin")
 
 
 def test_vectors_are_the_callers_own(minilm: OpenVinoEngine, texts: list[str]) -> None:
