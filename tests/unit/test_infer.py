@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -504,3 +505,31 @@ def test_queries_of_an_engines_own_way_are_asked_between_batches_and_what_fails_
     groups = out.get()
     assert groups is not None
     assert_rows(groups[0], [1] * 200)
+
+
+def test_the_pace_of_a_stage_is_that_of_its_own_batches() -> None:
+    """While another engine's batch is in the model: with too slow a pace, no batch would ever count as hung."""
+    shared, arrived, go_on = share(), threading.Event(), threading.Event()
+
+    def hold(_: list[int]) -> None:
+        arrived.set()
+        assert go_on.wait(30)
+
+    usual: Channel[list[TokenizedGroup] | Urgent] = Channel(1)
+    own: Channel[list[TokenizedGroup] | Urgent] = Channel(1)
+    out: Channel[list[EmbeddedGroup]] = Channel(1)
+    held = Infer(shared, FakeEngine(hold), 64, Ahead(64, padded=False), usual, out)
+    ahead = Ahead(64, padded=False)
+    infer = Infer(shared, FakeEngine(), 64, ahead, own, out)
+    stages = [start_stage("held", shared.life, held.run, [usual]), start_stage("infer", shared.life, infer.run, [own])]
+    usual.put_first(Urgent(make_tokens([1]), 0, "query"))
+    assert arrived.wait(30)
+    begun = time.monotonic()
+    urgent = Urgent(make_tokens([5]), 0, "query")
+    own.put_first(urgent)
+    assert urgent.done.wait(30)
+    assert ahead.tokens_per_second >= 5 / (time.monotonic() - begun)
+    go_on.set()
+    for channel, stage in zip((usual, own), stages, strict=True):
+        channel.close()
+        stage.join(30)

@@ -24,6 +24,7 @@ from embedstream_worker.engines.base import Engine, OutOfMemory, OwnQueries, Res
 from embedstream_worker.equal_texts import Begun, Recent
 from embedstream_worker.held import EmbeddedGroup, RowErrors, TokenizedGroup
 from embedstream_worker.landing import landing
+from embedstream_worker.meter import Busy
 from embedstream_worker.pipeline import Channel, Closed
 from embedstream_worker.shared import Shared
 from embedstream_worker.suspects import NotOurs
@@ -113,6 +114,7 @@ class Infer:
         self._queries: deque[Urgent] = deque()
         self._flying: dict[Future[Results], tuple[Work, Taken, Begun | None]] = {}
         self._recent = Recent()
+        self._busy = Busy()  # with batches of this stage alone: of another engine's, the meter counts them as well
         self._closed = False
 
     @property
@@ -208,8 +210,12 @@ class Infer:
         if work.note is not None:
             work.note(int(taken.rows[0]))
         run = self._engine.run_exact if taken.exact else self._engine.run
-        with self._activity.computing(self._allowed(taken)), self._meter.batch(len(taken.batch.ids)):
-            return run(taken.batch)
+        self._busy.begin()
+        try:
+            with self._activity.computing(self._allowed(taken)), self._meter.batch(len(taken.batch.ids)):
+                return run(taken.batch)
+        finally:
+            self._busy.end()
 
     def _allowed(self, taken: Taken) -> float:
         """Seconds that a batch may take before the device counts as hung, by the pace of those before it."""
@@ -264,7 +270,7 @@ class Infer:
         error, rows = future.exception(), taken.rows
         if error is None:
             work.land(taken, future.result())
-            self._ahead.computed(len(taken.batch.ids), self._meter.device_seconds)
+            self._ahead.computed(len(taken.batch.ids), self._busy.seconds)
             self._activity.progress()
         elif not isinstance(error, Exception) or isinstance(error, redis.RedisError):
             raise error

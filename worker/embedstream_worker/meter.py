@@ -113,11 +113,6 @@ class Meter:
         finally:
             self._device.end()
 
-    @property
-    def device_seconds(self) -> float:
-        """How long a batch was in the model, all in all."""
-        return self._device.seconds
-
     def claimed(self, deliveries: int) -> None:
         """A block came, for so many-th time."""
         self._claimed.inc()
