@@ -34,6 +34,9 @@ _TOTALS = ("skipped", "truncated", "duplicates", "tokens", "padded")
 MOST_CHUNKS = 1 << 19
 """Of one text: one of 8 MiB has no more chunks of 16 bytes."""
 
+MOST_SECTIONS = 4 * MOST_CHUNKS
+"""Of all parts together that are followed where texts are cut: a section of few rows takes some 200 bytes."""
+
 _SPARE_PAGES = 4096
 _PAGES_PER_FULL_ONE = 64
 """How thinly rows may be spread: a corpus with 63 blank lines for each row is still followed."""
@@ -58,7 +61,7 @@ class FolderCheck:
         self.findings = findings
         most = _SPARE_PAGES + _PAGES_PER_FULL_ONE * ((manifest.rows + manifest.failed) // PAGE_ROWS + 1)
         if self.spec.chunking is not None:
-            most += MOST_CHUNKS
+            most += min(manifest.rows + manifest.failed, MOST_SECTIONS)
         self.good, self.failed = Places(most), Places(most)
         """The rows of the dataset, and those of its errors."""
         self.numbers = PlaceNumbers(3) if compare else None

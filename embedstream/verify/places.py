@@ -20,14 +20,17 @@ Numbers: TypeAlias = npt.NDArray[np.uint64]
 PAGE_BITS = 16
 PAGE_ROWS = 1 << PAGE_BITS
 
+_FEW_ROWS = PAGE_ROWS // 16
+"""Of a page whose rows take less as numbers (uint16) than as bits."""
+
 
 class Places:
-    """A set of (part, row), as bitmaps in pages that exist only where rows do."""
+    """A set of (part, row), in pages that exist only where rows do: bitmaps, or the numbers of few rows."""
 
     def __init__(self, most_pages: int) -> None:
-        """`most_pages` bounds the memory, at 8 KiB each, that wrong row numbers can take."""
+        """`most_pages` bounds the memory that wrong row numbers can take."""
         self._most_pages = most_pages
-        self._pages: dict[tuple[int, int], npt.NDArray[np.uint8]] = {}
+        self._pages: dict[tuple[int, int], _Page] = {}
 
     def add(self, part: int, rows: Rows) -> tuple[Mask, Mask]:
         """Enter rows of a part, [n]; which of them were there before (or earlier in `rows`), and which have no room."""
@@ -40,10 +43,10 @@ class Places:
             if held is None and (len(self._pages) >= self._most_pages or page < 0):
                 beyond[chosen] = True
                 continue
-            bits = np.zeros(PAGE_ROWS, np.uint8) if held is None else np.unpackbits(held)
-            doubled[chosen] |= bits[local].astype(np.bool_)
-            bits[local] = 1
-            self._pages[part, page] = np.packbits(bits)
+            there = np.zeros(PAGE_ROWS, np.bool_) if held is None else _spread(held)
+            doubled[chosen] |= there[local]
+            there[local] = True
+            self._pages[part, page] = _packed(there)
         return doubled & ~beyond, beyond
 
     def has(self, part: int, rows: Rows) -> Mask:
@@ -53,7 +56,7 @@ class Places:
             for page, chosen, local in _paged(rows):
                 held = self._pages.get((part, page))
                 if held is not None:
-                    found[chosen] = np.unpackbits(held)[local].astype(np.bool_)
+                    found[chosen] = _spread(held)[local]
         return found
 
     def remove(self, part: int, rows: Rows) -> Mask:
@@ -62,18 +65,37 @@ class Places:
         for page, chosen, local in _paged(rows):
             held = self._pages.get((part, page))
             if held is not None:
-                bits = np.unpackbits(held)
-                found[chosen] = bits[local].astype(np.bool_)
-                bits[local] = 0
-                self._pages[part, page] = np.packbits(bits)
+                there = _spread(held)
+                found[chosen] = there[local]
+                there[local] = False
+                self._pages[part, page] = _packed(there)
         return found
 
     def __iter__(self) -> Iterator[tuple[int, Rows]]:
         """All that is in the set: a part and some of its rows at a time."""
         for (part, page), held in sorted(self._pages.items()):
-            rows = np.flatnonzero(np.unpackbits(held)).astype(np.int64)
+            rows = np.flatnonzero(_spread(held)).astype(np.int64)
             if len(rows):
                 yield part, rows + (page << PAGE_BITS)
+
+
+_Page: TypeAlias = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
+"""Bits, or the numbers of few rows."""
+
+
+def _packed(there: Mask) -> _Page:
+    if np.count_nonzero(there) < _FEW_ROWS:
+        return np.flatnonzero(there).astype(np.uint16)
+    return np.packbits(there)
+
+
+def _spread(page: _Page) -> Mask:
+    """Which rows of a page are there, [PAGE_ROWS]."""
+    if page.dtype == np.uint8:
+        return np.unpackbits(page.view(np.uint8)).view(np.bool_)
+    there = np.zeros(PAGE_ROWS, np.bool_)
+    there[page] = True
+    return there
 
 
 class PlaceNumbers:
