@@ -66,6 +66,15 @@ def test_few_rows_do_not_wait_for_more_while_a_producer_waits_for_them(lab: Work
     wait_until(lambda: lab.broker.status(job).rows == 20, "the rows to be committed", 30)
 
 
+def test_few_rows_do_not_wait_for_a_block_that_is_to_be_alone_in_the_worker(lab: WorkerLab) -> None:
+    job = lab.job(TEXTS[:24], outputs=(parse_emit("dense:int8"),))
+    (claimed,) = lab.broker.claim("dead", [job], 1, 0)
+    lab.broker.run(lab.broker.release(claimed.stream, "dead", [claimed.entry], died=True))
+    lab.start()
+    wait_until(lambda: lab.ended(job), "the job to end", 30)
+    assert lab.broker.status(job).rows == 24
+
+
 def test_shards_of_several_workers_have_one_range_also_merged_and_searched(lab: WorkerLab) -> None:
     texts = write_corpus(lab.folder / "c.jsonl", 3000)
     out = lab.folder / "out"

@@ -131,7 +131,8 @@ class OpenShards:
         if shard.job.id in waiting:
             return False
         more = bool(self._held.entries(shard.stream) - {block.entry for block in shard.blocks.values()})
-        if self._held.awaited and not more and shard.is_told:
+        awaited = self._held.awaited and not more
+        if awaited and shard.is_told:
             return True
         now = time.monotonic()
         if now - shard.asked < (CANCELLED_SECONDS if more else ASK_SECONDS):
@@ -139,9 +140,11 @@ class OpenShards:
         shard.asked = now
         try:
             with reading(f"job {shard.job.id}'s record"):
+                idle = 0.0 if more else now - shard.grown
                 match self._broker.state(shard.job.id):
+                    case JobState.SUBMITTING | JobState.RUNNING if awaited:
+                        return self._is_told_now(shard, idle, awaited)
                     case JobState.SUBMITTING:
-                        idle = 0.0 if more else now - shard.grown
                         return idle >= IDLE_SECONDS and (shard.is_told or self._is_told_now(shard, idle))
                     case JobState.RUNNING:
                         return not more and not self._broker.unclaimed(shard.job.id)
@@ -151,9 +154,10 @@ class OpenShards:
             pass  # the commit will say what becomes of it
         return True
 
-    def _is_told_now(self, shard: Shard, idle: float) -> bool:
-        """Whether another worker has said it, or no more rows come: a producer may wait until these are committed."""
+    def _is_told_now(self, shard: Shard, idle: float, awaited: bool = False) -> bool:
+        """Whether another worker has said it, or no more rows come: a producer may wait until these are committed, and
+        so may this worker's next block (`awaited`)."""
         shard.job.calibration.ranges = self._broker.ranges(shard.job.id)
         if shard.job.calibration.ranges:
             return True
-        return idle >= UNTOLD_SECONDS and not self._broker.unclaimed(shard.job.id)
+        return idle >= UNTOLD_SECONDS and (awaited or not self._broker.unclaimed(shard.job.id))
