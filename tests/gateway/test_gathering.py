@@ -11,7 +11,7 @@ from embedstream.api.interactive import EmbedReply, EmbedRequest, make_pairs, ma
 from embedstream.errors import BrokerError
 from embedstream.queue.workers import WorkerRecord
 from embedstream_gateway.fleet import LiveModel
-from embedstream_gateway.gathering import MOST_WAITING_BYTES, PIECE_TEXTS, Gathering, Rows
+from embedstream_gateway.gathering import MOST_WAITING_BYTES, PIECE_BYTES, PIECE_TEXTS, Gathering, Rows
 from embedstream_gateway.refusals import Refusal
 
 WORKER = WorkerRecord(
@@ -177,7 +177,11 @@ async def test_more_than_the_bound_is_not_kept_waiting() -> None:
     queue = Queue()
     texts = ["x" * (1024 * 1024)] * 8
     rounds = MOST_WAITING_BYTES // (8 * 1024 * 1024)
-    found = await ask_all(queue, Gathering(queue, 10), *(request(*texts) for _ in range(rounds + 2)))
+    gathering = Gathering(queue, 10)
+    found = await ask_all(queue, gathering, *(request(*texts) for _ in range(rounds + 2)))
     refused = [each for each in found if isinstance(each, Refusal)]
     assert [each.status for each in refused] == [429, 429]
     assert all(each.retry_after for each in refused)
+    assert max(sum(map(len, sent.texts)) for sent in queue.requests) == PIECE_BYTES
+    (later,) = await ask_all(queue, gathering, request(*texts))
+    assert isinstance(later, Rows), "what was answered does not count any more"
