@@ -281,6 +281,23 @@ def test_a_cancelled_batch_ends_with_what_is_done(lonely: tuple[Fleet, str]) -> 
     assert client.batches.cancel(batch.id).status == "cancelled"
 
 
+def test_a_batch_that_is_not_done_in_time_ends_with_what_is_done(lonely: tuple[Fleet, str]) -> None:
+    running, _ = lonely
+    worker = running.start_worker()
+    process, client = gateway_of(running)
+    worker.send_signal(signal.SIGSTOP)
+    batch = start(client, [line("late", "a text")])
+    wait_until(lambda: client.batches.retrieve(batch.id).status == "in_progress", "the batch begins")
+    process.kill()
+    process.wait()
+    made = running.root / "files" / "batches" / batch.id / "batch.json"
+    made.write_text(json.dumps({**json.loads(made.read_text()), "expires_at": batch.created_at}))
+    _, client = gateway_of(running)
+    done = ended(client, batch)
+    assert (done.status, done.expired_at is not None, done.output_file_id) == ("expired", True, None)
+    assert [each["error"]["code"] for each in read(client, done.error_file_id)] == ["batch_expired"]
+
+
 def test_a_batch_survives_the_death_of_every_gateway_and_worker(lonely: tuple[Fleet, str]) -> None:
     running, _ = lonely
     running.start_worker()
