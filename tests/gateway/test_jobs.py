@@ -102,6 +102,31 @@ def test_failed_rows_are_read_with_their_originals(served: Served) -> None:
         assert not rest["has_more"]
 
 
+def test_a_job_whose_rows_were_in_its_request_is_submitted_again_and_not_retried(served: Served) -> None:
+    output = served.fleet.root / "all-fail.vectors"
+    with served.http() as client:
+        job = client.post("/jobs", json={"model": "hashing", "output": str(output), "records": ["", " "]}).json()["job"]
+        assert ended(client, job)["state"] == "failed"
+        refused = client.post(f"/jobs/{job}/retry")
+        assert (refused.status_code, refused.json()["error"]["code"]) == (409, "not_here")
+        assert f"/page/jobs/{job}/retry" not in client.get(f"/page/jobs/{job}").text
+
+
+def test_a_job_whose_record_is_damaged_is_named_and_costs_no_other(served: Served) -> None:
+    output = served.fleet.root / "damaged.vectors"
+    broker = served.fleet.broker
+    with served.http() as client:
+        job = client.post("/jobs", json={"model": "hashing", "output": str(output), "records": ["x"]}).json()["job"]
+        ended(client, job)
+        broker.client.hset(broker.keys.job(job), "spec", b"\xff")
+        refused = client.get(f"/jobs/{job}")
+        assert (refused.status_code, refused.json()["error"]["code"]) == (409, "damaged")
+        assert job in refused.json()["error"]["message"]
+        (queue,) = [each for each in client.get("/jobs").json()["queues"] if each["queue"] == "hashing"]
+        assert job in queue["unreadable_jobs"]
+        broker.run(broker.forget(job, broker.keys_below(job)))
+
+
 def test_coordinators_read_a_corpus_and_a_cancelled_job_goes_on(lone: Lone) -> None:
     root = lone.fleet.root
     texts = write_corpus(root / "corpus.jsonl", 2000)
@@ -118,6 +143,7 @@ def test_coordinators_read_a_corpus_and_a_cancelled_job_goes_on(lone: Lone) -> N
     worker.send_signal(signal.SIGCONT)
     assert ended(lone.http, job)["state"] == "cancelled"
     assert lone.http.delete(f"/jobs/{job}").status_code == 409
+    assert f'href="/page/jobs/{job}/retry"' in lone.http.get(f"/page/jobs/{job}").text
     assert lone.http.post(f"/jobs/{job}/retry").status_code == 200
     wait_until(lambda: lone.http.get(f"/jobs/{job}").json()["state"] == "completed", "it goes on")
     assert_exact(root / "out" / "v", texts)
