@@ -230,7 +230,7 @@ def use_hub(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.timeout(20)
 @pytest.mark.usefixtures("silent_hub")
 def test_a_hub_that_does_not_answer_is_given_up_soon() -> None:
-    with pytest.raises(ModelError, match=r"model nobody/nothing at revision v1: .* not to be had .* connect, or give"):
+    with pytest.raises(ModelError, match=r"model nobody/nothing at revision v1: .* not available .* connect, or give"):
         resolve_model("nobody/nothing", "v1")
 
 

@@ -1,6 +1,6 @@
 """How much work a worker takes at once: enough to sort it and never to wait for more, and no more than that.
 
-What one worker holds, nobody else can do: a worker that is added in the middle of a job finds what the others left.
+What one worker holds, no other can do: a worker that is added in the middle of a job finds what the others left.
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ class Held:
         self._entries: dict[str, set[str]] = {}  # stream -> entry ids
         self._lock = threading.Condition()
         self.awaited = False
-        """Whether somebody waits for all of them to be committed."""
+        """Whether a stage waits for all of them to be committed."""
 
     def add(self, stream: str, entry: str) -> bool:
         """Whether the entry was not held yet."""
@@ -148,7 +148,7 @@ def release(broker: Broker, consumer: str, held: Held, blocks: Iterable[Delivere
 def hand_back(broker: Broker, stream: str, consumer: str, entries: Sequence[str], died: bool = False) -> None:
     """Release entries, so many at once as cost the server some milliseconds. Raises `redis.RedisError`.
 
-    `died`: whoever held them is dead, or will be in a moment, perhaps because of one of them.
+    `died`: the worker that held them is dead, or will be in a moment, perhaps because of one of them.
     """
     for start in range(0, len(entries), ENTRIES_PER_STEP):
         broker.run(broker.release(stream, consumer, entries[start : start + ENTRIES_PER_STEP], died))

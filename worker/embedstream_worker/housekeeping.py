@@ -1,4 +1,4 @@
-"""What somebody has to do for the queue now and then: finalize ended jobs, forget dead consumers."""
+"""What a worker has to do for the queue now and then: finalize ended jobs, forget dead consumers."""
 
 from __future__ import annotations
 

@@ -139,7 +139,7 @@ class Infer:
                 while self._turn(pool):
                     pass
         finally:
-            # Nobody may wait for an answer that will not come.
+            # No request may wait for an answer that will not come.
             self._source.close()
             while (request := self._source.take_first(Urgent)) is not None:
                 request.done.set()

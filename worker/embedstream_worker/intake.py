@@ -65,7 +65,7 @@ class Intake:
     """Forms windows. Owns its connection: its reads block.
 
     That connection must not repeat commands by itself: blocks whose claim was answered into the void would be held by
-    nobody until their lease expires.
+    no worker until their lease expires.
     """
 
     def __init__(

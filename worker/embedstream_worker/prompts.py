@@ -31,7 +31,7 @@ class Prompts:
         infer: Channel[list[TokenizedGroup] | Urgent],
         alone: bool = False,
     ) -> None:
-        """`alone`: no other worker can be on the queue, so that whoever is noted is dead."""
+        """`alone`: no other worker can be on the queue, so that a worker that is noted is dead."""
         self._broker = shared.broker(RETRIES)
         self._consumer, self._activity = shared.consumer, shared.activity
         self._tokenizer = tokenizer

@@ -25,7 +25,7 @@ BY_CHUNK = 3
 
 
 class NotOurs(Exception):
-    """The block is somebody else's now, or its job has ended."""
+    """Another worker has the block now, or its job has ended."""
 
 
 class Trial:

@@ -17,7 +17,7 @@ SAME_SECONDS = 60.0
 
 
 def may_pass(error: Exception) -> bool:
-    """Whether the same try may succeed later: Redis recovers, or somebody mends the record."""
+    """Whether the same try may succeed later: Redis recovers, or a user mends the record."""
     return not isinstance(error, redis.RedisError) or passes(error)
 
 

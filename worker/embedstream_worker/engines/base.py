@@ -176,7 +176,7 @@ class OwnQueries(Protocol):
 
 @runtime_checkable
 class Twin(Protocol):
-    """An engine that can be had once more, for requests that are not to wait for its batches."""
+    """An engine that can load its model once more, for requests that are not to wait for its batches."""
 
     def twin(self) -> Engine:
         """The same model with threads of its own, for one batch at a time: loaded, and to be closed."""

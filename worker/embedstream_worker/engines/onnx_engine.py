@@ -79,7 +79,7 @@ class OnnxEngine(TextEngine):
         the caller's own. One for each, so one fewer than `threads`.
 
         Raises:
-            ModelError: the model or the device cannot be had, it cannot be exported, or its vectors are wrong.
+            ModelError: the model or the device is not available, it cannot be exported, or its vectors are wrong.
         """
         if threads is not None and len(affinity) not in (0, threads - 1):
             raise ModelError(

@@ -54,7 +54,7 @@ def tokenizer_threads() -> int:
 def streams_for(cores: int) -> int:
     """Batches that are computed at the same moment.
 
-    With 2 cores, one core a batch is 15 % faster than both on one batch: nobody waits for the other half. On large
+    With 2 cores, one core a batch is 15 % faster than both on one batch: no core waits for the other. On large
     machines 4 cores share a batch, so that its time stays short and the caches hold what is worked on.
     """
     return max(min(cores, 2), cores // 4)
