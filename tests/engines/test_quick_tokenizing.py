@@ -56,6 +56,12 @@ def test_any_texts_have_the_ids_of_the_usual_tokenizer(texts: list[str], max_len
     assert same_tokens(QUICK.encode(texts, max_length), USUAL.encode(texts, max_length))
 
 
+def test_a_text_that_only_one_of_two_calls_cut_is_a_difference() -> None:
+    cut = USUAL.encode(["a b c d e f g"], 5)
+    assert cut.truncated.all()
+    assert not same_tokens(cut, replace(cut, truncated=~cut.truncated))
+
+
 def test_pairs_are_those_of_the_usual_tokenizer() -> None:
     texts, firsts = ["a b c d e f g", "x"], ["what is it", "why"]
     quick, usual = QUICK.encode(texts, 8, firsts), USUAL.encode(texts, 8, firsts)

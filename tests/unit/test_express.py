@@ -97,6 +97,19 @@ def test_a_model_is_loaded_once_more_for_all_requests_together() -> None:
         assert len(engines[0].twins[0].calls) == 3
 
 
+def test_a_model_that_is_idle_is_not_loaded_once_more() -> None:
+    engine, shared = Twofold(lambda _: None), share()
+    source: Channel[list[TokenizedGroup] | Urgent] = Channel(1)
+    infer = Infer(shared, engine, 64, Ahead(64, padded=False), source, Channel[list[EmbeddedGroup]](1))
+    stage = start_stage("infer", shared.life, infer.run, [source])
+    urgent = request()
+    Express(shared, engine, infer, source).put_first(urgent)
+    assert urgent.done.wait(30)
+    assert (len(engine.calls), engine.twins) == (1, [])
+    source.close()
+    stage.join(30)
+
+
 @pytest.mark.parametrize(
     ("make", "tokens"),
     [
