@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import io
 import re
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -27,6 +28,7 @@ SUFFIXES = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
 _DELIMITERS = ",\t;|"
 _FOLLOWING = 32
 """Lines by which JSON lines are told from CSV."""
+_LINE_END = re.compile(r"[\r\n]")
 _NAME = re.compile(r"[\w .:/()-]{1,60}")
 
 
@@ -59,6 +61,8 @@ class CsvTable:
         self._last = '""' if len(names) != 1 else f'""{between}""'
         self._reader = self._opened(names, between)
         self.schema = pa.schema([]) if self._reader is None else self._reader.schema
+        if self._reader is not None and self.schema.names != names:  # values of these columns would not be text
+            raise InputError(f"{source.label}: its header is damaged, or too long: repair the file")
         self._first = self._next()
 
     @property
@@ -159,17 +163,17 @@ class CsvPart(TablePart):
 
 
 def delimiter(head: bytes, name: str) -> str:
-    """What stands between two values: the most frequent sign of the first line; of equally frequent ones that which a
-    name ending in .tsv or .csv says."""
-    line = _first_line(head)
+    """What stands between two values: the most frequent sign of the first line that is not empty; of equally frequent
+    ones that which a name ending in .tsv or .csv says."""
+    line = _LINE_END.split(_from_header(head), 1)[0]
     return max(SUFFIXES.get(suffix(name), ",") + _DELIMITERS, key=line.count)
 
 
 def header(head: bytes, name: str) -> list[str]:
-    """The names of the columns; none where the first line is no header."""
+    """The names of the columns; none where there is no header."""
     try:
-        return next(csv.reader([_first_line(head)], delimiter=delimiter(head, name)), [])
-    except csv.Error:  # zero bytes, or a line end of another kind within
+        return next(csv.reader(io.StringIO(_from_header(head), newline=""), delimiter=delimiter(head, name)), [])
+    except csv.Error:  # zero bytes
         return []
 
 
@@ -189,5 +193,5 @@ def suffix(name: str) -> str:
     return path.suffix.lower()
 
 
-def _first_line(head: bytes) -> str:
-    return head.removeprefix(b"\xef\xbb\xbf").partition(b"\n")[0].rstrip(b"\r").decode(errors="replace")
+def _from_header(head: bytes) -> str:
+    return head.removeprefix(b"\xef\xbb\xbf").lstrip(b"\r\n").decode(errors="replace")

@@ -19,6 +19,8 @@ READ_BYTES = 256 * 1024
 
 HEAD_BYTES = 64 * 1024
 """By so many first bytes, or by a first line, a format is recognized."""
+_FIRST_LINE = re.compile(rb"[^\s\xef\xbb\xbf][^\r\n]*[\r\n]")
+"""One with something on it."""
 _TAR_HEADER = 512
 
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
@@ -89,7 +91,7 @@ class _Source:
             data, self._returned = self._returned[:size], self._returned[size:]
         else:
             try:
-                while (found := self._read(size)) is None:  # a pipe that somebody made non-blocking is not at its end
+                while (found := self._read(size)) is None:  # a non-blocking pipe, not its end
                     select.select([cast("FileIO", self._raw)], [], [])
                 data = found
             except OSError as error:
@@ -129,7 +131,7 @@ class PlainStream:
         """Says after a comma where a reader is, for errors."""
         try:
             self._format, self._read = self._decompressed(self._source.peek(_MAGIC_BYTES))
-            self.head = at_least(self._read_plain, HEAD_BYTES, enough=b"\n")
+            self.head = at_least(self._read_plain, HEAD_BYTES, enough=_FIRST_LINE)
             """The first bytes, which `read` brings, too."""
             self._refuse_foreign(self.head)
         except InputError:
@@ -247,9 +249,9 @@ def _is_tar(head: bytes) -> bool:
     )
 
 
-def at_least(read: Callable[[int], bytes], size: int, enough: bytes | None = None) -> bytes:
+def at_least(read: Callable[[int], bytes], size: int, enough: re.Pattern[bytes] | None = None) -> bytes:
     """At least `size` bytes, fewer at the end and once there is `enough` in them: pipes give what they have."""
     data = b""
-    while len(data) < size and not (enough and enough in data) and (more := read(READ_BYTES)):
+    while len(data) < size and not (enough and enough.search(data)) and (more := read(READ_BYTES)):
         data += more
     return data

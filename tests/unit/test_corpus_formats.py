@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import tracemalloc
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -239,6 +240,41 @@ def test_a_csv_whose_quotes_are_closed_is_read_to_its_end(
     assert rows_of(blocks_of([str(tmp_path / "c.csv")], keep=()), "id", "text") == found
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["\n\r\nid,text\n01,2024-01-01\n", "\ufeff\nid,text\n01,2024-01-01\n", "id,text\r01,2024-01-01\r"]
+    + ['"a\nb",id,text\n1.0,01,2024-01-01\n'],
+    ids=["blank lines", "mark and blank line", "ends of old Macs", "a line end in a name"],
+)
+@pytest.mark.parametrize("piped", [False, True], ids=["file", "pipe"])
+def test_values_of_a_csv_are_text_however_it_begins(text: str, piped: bool, tmp_path: Path) -> None:
+    (tmp_path / "c.csv").write_bytes(text.encode())
+    source = "-" if piped else str(tmp_path / "c.csv")
+    blocks = blocks_of([source], stdin=text.encode(), format="csv", keep=())
+    assert rows_of(blocks, "id", "text") == [("01", "2024-01-01")]
+
+
+def test_a_blank_line_that_comes_alone_through_a_pipe_is_not_the_end_of_a_csv() -> None:
+    pieces = iter([b"\n", b"id,text\n01,a\n"])
+
+    class Pipe(io.BytesIO):
+        def read(self, _size: int | None = -1) -> bytes:
+            return next(pieces, b"")
+
+        read1 = read
+
+    spec = JobSpec(queue="q", output="/out", model="hashing", parts=("-",))
+    [part] = check_sources(["-"], Pipe(), spec=spec, format="csv")
+    with DuplicateIndex() as index:
+        assert rows_of(part.blocks(spec, index), "id", "text") == [("01", "a")]
+
+
+def test_a_header_that_is_not_read_whole_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "c.csv").write_bytes(b"id,text," + b"x" * (1 << 20) + b"\n01,a,b\n")
+    with pytest.raises(InputError, match="its header is damaged, or too long"):
+        blocks_of([str(tmp_path / "c.csv")], keep=())
+
+
 def test_a_value_of_a_csv_that_is_not_utf8_costs_its_row(tmp_path: Path) -> None:
     path = tmp_path / "c.csv"
     path.write_bytes(b"id,text\n1,good\n2,b\xffd\n3,good\n")
@@ -320,6 +356,48 @@ def test_elements_of_an_array_are_found_however_its_bytes_come(
     found = [(row, element) for row, elements in stream.batches() for row, element in enumerate(elements, row)]
     assert [row for row, _ in found] == list(range(len(values)))
     assert [json.loads(element.decode("utf-8", "surrogatepass")) for _, element in found] == values
+
+
+class Spaces(io.BytesIO):
+    """Some bytes, a gigabyte of white space, and some bytes."""
+
+    def __init__(self, before: bytes, after: bytes) -> None:
+        self._before, self._after, self._left = before, after, 1 << 30
+
+    def read(self, size: int | None = -1) -> bytes:
+        data, self._before = self._before, b""
+        if not data and self._left > 0:
+            data = b" " * min(size or 0, self._left)
+            self._left -= len(data)
+        if not data:
+            data, self._after = self._after, b""
+        return data
+
+    read1 = read
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "count"),
+    [(b"", b"[1]", 1), (b"[", b"]", 0), (b"[1,", b"2]", 2), (b"[1]", b"", 1)],
+    ids=["before the array", "in an empty array", "behind a comma", "behind the array"],
+)
+def test_white_space_of_an_array_takes_no_memory(before: bytes, after: bytes, count: int) -> None:
+    stream = ArrayStream(PlainStream(Spaces(before, after), "corpus"), "corpus")
+    tracemalloc.start()
+    try:
+        found = sum(len(elements) for _, elements in stream.batches())
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert found == count
+    assert most < 16 << 20
+
+
+def test_what_is_no_array_is_not_read_to_its_end() -> None:
+    lines = Spaces(b'{"id": "1", "text": "a"}\n', b"")
+    with pytest.raises(InputError, match=r"does not begin with \["):
+        list(ArrayStream(PlainStream(lines, "corpus"), "corpus").batches())
+    assert lines.read(1) == b" "
 
 
 def test_a_format_that_is_named_is_taken_whatever_the_content_looks_like(tmp_path: Path) -> None:
