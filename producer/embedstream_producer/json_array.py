@@ -46,9 +46,11 @@ class ArrayStream:
             text += self._decoder.decode(data, ended)
             at = 0
             if at_beginning:
-                if (begin := _BEGIN.match(text)) is None:
-                    if ended and text.strip("\ufeff \t\r\n"):
-                        raise self._damaged("it does not begin with [")
+                begin = _BEGIN.match(text)
+                if begin is None and text.strip("\ufeff \t\r\n"):
+                    raise self._damaged("it does not begin with [")
+                if begin is None or (begin.end() == len(text) and not ended):
+                    text = text.strip()  # more white space may come than fits into memory
                     continue
                 at, at_beginning = begin.end(), False
                 if text.startswith("]", at):
@@ -57,8 +59,8 @@ class ArrayStream:
             at = self._elements(text, at, elements, ended)
             if elements:
                 yield first, elements
-            text = text[at:]
-            if self._over and text.strip():
+            text = text[at:].lstrip()
+            if self._over and text:
                 raise self._damaged("more follows after the array")
 
     def close(self) -> None:
@@ -86,8 +88,6 @@ class ArrayStream:
                         f"({trouble}): split it, or convert the file (jq -c '.[]')"
                     )
                 return at
-            if behind.end() == len(text) and not ended and "]" not in behind[0]:
-                return at  # white space, and the element that it leads to, may go on
             elements.append(text[at:end].encode("utf-8", "surrogateescape"))
             self._element += 1
             self._over = "]" in behind[0]
