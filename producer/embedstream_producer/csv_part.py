@@ -28,12 +28,15 @@ SUFFIXES = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
 _DELIMITERS = ",\t;|"
 _FOLLOWING = 32
 """Lines by which JSON lines are told from CSV."""
-_LINE_END = re.compile(r"[\r\n]")
+_LINE_END, _LINE_END_BYTES = re.compile(r"[\r\n]"), re.compile(rb"[\r\n]")
 _NAME = re.compile(r"[\w .:/()-]{1,60}")
 
 
 class _Ended:
-    """A stream with one more line at its end. A reader that does not find that line is within quotes."""
+    """A stream with one more line at its end. A reader that does not find that line is within quotes.
+
+    Each piece has the end of a line, if it can: of a first one that has none Arrow says that there are no rows.
+    """
 
     closed = False  # asked for by Arrow
 
@@ -42,9 +45,14 @@ class _Ended:
         self._left = f"\n{line}".encode() if plain.head else b""
 
     def read(self, size: int, /) -> bytes:
-        data = self._plain.read(size)
-        if not data:
-            data, self._left = self._left, b""
+        data = b""
+        while len(data) < size and not _LINE_END_BYTES.search(data):
+            more = self._plain.read(size - len(data))
+            if not more:
+                room = size - len(data)
+                more, self._left = self._left[:room], self._left[room:]
+                return data + more
+            data += more
         return data
 
 
@@ -61,7 +69,8 @@ class CsvTable:
         self._last = '""' if len(names) != 1 else f'""{between}""'
         self._reader = self._opened(names, between)
         self.schema = pa.schema([]) if self._reader is None else self._reader.schema
-        if self._reader is not None and self.schema.names != names:  # values of these columns would not be text
+        if self.schema.names != names or (self._reader is None and _from_header(self._plain.head)):
+            # Values of columns that are not known before would be taken for numbers and dates.
             raise InputError(f"{source.label}: its header is damaged, or too long: repair the file")
         self._first = self._next()
 
