@@ -61,14 +61,14 @@ class ObjectSource(Source):
         return data
 
     def check_unchanged(self) -> None:
-        """Raise `InputError` if another object lies there now: its pieces do not fit those read before."""
+        # Pieces of another object do not fit those read before.
         try:
             with self._look() as now:
                 unchanged = now.metadata() == self._version
         except OSError as error:
             raise self.cannot_read(error) from error
         if not unchanged:
-            raise InputError(f"{self.label}: was replaced while it was read: run the same command again")
+            raise self.changed()
 
     def cannot_read(self, error: OSError) -> InputError:
         return InputError(f"{self.label}: cannot be read: {explain_object(self._address, error)}")

@@ -71,7 +71,7 @@ class Source:
         return pa.PythonFile(cast("IOBase", self.stream), "r")
 
     def check_unchanged(self) -> None:
-        """Nothing: an open file stays what it is when its name is given to another."""
+        """Raise `InputError` if what was read at any place may not be what lies there now. Never of a stream."""
 
     def cannot_read(self, error: OSError) -> InputError:
         """One sentence about what could not be read."""
@@ -79,6 +79,10 @@ class Source:
             return InputError(f"{self.label}: cannot be read ({error.strerror})")
         why = str(error).partition("\n")[0]  # Arrow's own, of what it found in the file
         return InputError(f"{self.label}: cannot be read ({why}): make or fetch the file again")
+
+    def changed(self) -> InputError:
+        """Of a source that was not the same to its end."""
+        return InputError(f"{self.label}: was changed or replaced while it was read: run the same command again")
 
     def close(self) -> None:
         """Nothing: who opened the stream may go on with it."""
@@ -115,7 +119,8 @@ class FileSource(Source):
             raise InputError(f"{label}: cannot be read ({error})") from error
         super().__init__(label, raw)
         self.patches = raw.patches
-        state = os.fstat(raw.fileno())
+        self._raw = raw
+        self._state = state = os.fstat(raw.fileno())
         if stat.S_ISREG(state.st_mode):
             self.size = state.st_size
             self.identity = state.st_dev, state.st_ino
@@ -125,18 +130,25 @@ class FileSource(Source):
                 raw.close()
                 raise self.cannot_read(error) from error
 
+    def check_unchanged(self) -> None:
+        # Another file of its name does not count: this one stays open.
+        now = os.fstat(self._raw.fileno())
+        if (now.st_size, now.st_mtime_ns) != (self._state.st_size, self._state.st_mtime_ns):
+            raise self.changed()
+
     def close(self) -> None:
         self.stream.close()
 
 
 def sum_of(file: pa.NativeFile, source: Source) -> PartContent:
-    """All bytes of a file that is open as they lie there, whatever its name means by now. Raises `OSError`."""
+    """All bytes of a file that is open and was read at any place. Raises `OSError`, and `InputError` if it changed."""
     digest = hashlib.sha256()
     if source.patches:
         source.patches.clear()
     file.seek(0)
     while (piece := file.read_buffer(source.piece_bytes)).size:
         digest.update(piece)
+    source.check_unchanged()
     return PartContent(file.tell(), digest.hexdigest())
 
 

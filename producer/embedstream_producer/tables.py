@@ -74,9 +74,7 @@ class TablePart(SourcePart[Table]):
         with contextlib.closing(table), self._explained(table.source):
             if not table.empty:
                 yield from self._judged(table, spec, on_position)
-            content = table.content()
-        table.source.check_unchanged()
-        self.content = content
+            self.content = table.content()
 
     def hint(self, spec: JobSpec) -> str | None:
         table = self._open()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import os
 import random
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -116,6 +117,26 @@ def test_the_content_is_that_of_the_file_that_was_read_whatever_took_its_name_me
         assert part.content is None
         list(blocks)
     assert part.content == content
+
+
+@pytest.mark.parametrize("format", ["parquet", "arrow"])
+def test_a_file_that_is_written_anew_while_it_is_read_is_refused(format: str, tmp_path: Path) -> None:
+    path = tmp_path / "c"
+    if format == "parquet":
+        pq.write_table(table(3000), path)
+    else:
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table(1).schema) as writer:
+            writer.write_table(table(3000))
+    os.utime(path, (1, 1))
+    parts = check_sources([str(path)])
+    with DuplicateIndex() as index:
+        blocks = parts[0].blocks(make_spec(parts), index)
+        next(blocks)
+        with path.open("r+b") as file:
+            file.write(path.read_bytes())
+        with pytest.raises(InputError, match="was changed or replaced while it was read: run the same command again"):
+            list(blocks)
+    assert parts[0].content is None
 
 
 def test_a_file_is_read_by_what_it_is_not_by_its_name(tmp_path: Path) -> None:
@@ -268,7 +289,7 @@ def test_an_object_that_is_replaced_while_it_is_read_is_no_corpus(
     with DuplicateIndex() as index:
         blocks = parts[0].blocks(make_spec(parts), index)
         put(Bucket=bucket, Key=name, Body=path.read_bytes() + b"\n")
-        with pytest.raises(InputError, match=r"damaged|was replaced while it was read"):
+        with pytest.raises(InputError, match=r"damaged|was changed or replaced while it was read"):
             list(blocks)
 
 
