@@ -14,7 +14,7 @@ from embedstream.errors import InputError
 from embedstream.jobs import CorpusFormat
 from embedstream.server.foreign import reading
 from embedstream_producer import csv_part, texts_part
-from embedstream_producer.hub import is_hub, parse_hub
+from embedstream_producer.hub import is_hub, pinned
 from embedstream_producer.trees import Tree, matcher, split_pattern, tree_of
 
 STDIN = "-"
@@ -110,7 +110,7 @@ def _expanded(source: str, format: CorpusFormat | None) -> list[str]:
     if tree is None:
         if pattern:
             raise InputError(f"{source}: no such folder: {folder}")
-        return [parse_hub(source).pinned().url] if is_hub(source) else [source]
+        return [pinned(source)]
     names = _without_outputs([name for name, _ in tree.files() if "\0" not in name])
     if pattern:
         found = [*filter(_fitting(pattern), names)]

@@ -66,6 +66,11 @@ def parse_hub(text: str) -> HubAddress:
     return HubAddress(found[1], found[2], (found[3] or "").strip("/"))
 
 
+def pinned(source: str) -> str:
+    """A source, of the hub at the commit that its revision is now. Raises `InputError`, and `UsageError`."""
+    return parse_hub(source).pinned().url if is_hub(source) else source
+
+
 def list_hub(address: HubAddress) -> Iterator[tuple[str, int]]:
     """Files below an address, by their names below it, and their bytes. Raises `InputError`."""
     base = replace(address, path="").url.removeprefix(SCHEME)
@@ -101,22 +106,25 @@ class HubSource(Source):
         self._file = _asked(address, lambda files: files.open(address.url, "rb", block_size=READ_BYTES))
         self.size = self._file.size
         self.identity = address.url
-        self.magic = self._read(MAGIC_BYTES)
-        self._file.seek(0)
+        self.seek, self.tell = self._file.seek, self._file.tell
+        self.magic = self.read(MAGIC_BYTES)
+        self.seek(0)
 
     def file(self) -> pa.NativeFile:
-        return pa.PythonFile(cast("IOBase", self._file), "r")
+        # Not the hub's own file, whose errors Arrow would pass on as they are.
+        return pa.PythonFile(cast("IOBase", self), "r")
+
+    @property
+    def closed(self) -> bool:
+        return bool(self._file.closed)
 
     def read(self, size: int, /) -> bytes:
-        """The next bytes, from the beginning. Raises `InputError`."""
-        return self._read(size)
+        """The next bytes. Raises `InputError`."""
+        data: bytes = _asked(self._address, lambda _: self._file.read(size))
+        return data
 
     def close(self) -> None:
         self._file.close()
-
-    def _read(self, size: int) -> bytes:
-        data: bytes = _asked(self._address, lambda _: self._file.read(size))
-        return data
 
 
 @functools.cache

@@ -17,7 +17,10 @@ COMMIT = "da7a5e7000000000000000000000000000000001"
 
 @contextlib.contextmanager
 def datasets_hub(folder: Path, name: str, commit: str = COMMIT) -> Iterator[str]:
-    """The address of a hub that has one data set: the files below `folder`, at one commit and its main branch."""
+    """The address of a hub that has one data set: the files below `folder`, at one commit and its main branch.
+
+    Of a file whose name begins with `half` the second half is refused, but for its last megabyte.
+    """
 
     def info(path: Path) -> dict[str, object]:
         kind = "file" if path.is_file() else "directory"
@@ -55,6 +58,9 @@ def datasets_hub(folder: Path, name: str, commit: str = COMMIT) -> Iterator[str]
             whole = len(content)
             part = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
             if part and status == 200:
+                if "/half" in self.path and whole // 2 < int(part[1]) < whole - 2**20:
+                    self._send(b"", 403)
+                    return
                 first, last = int(part[1]), min(int(part[2] or whole), whole - 1)
                 content, status = content[first : last + 1], 206
             self.send_response(status)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -86,6 +87,17 @@ def test_a_file_a_folder_of_texts_and_a_pattern_are_read_too(hub: Hub) -> None:
     assert (parts, rows) == ([f"{base}/lines.jsonl", f"{base}/docs"], ["a line", "a.md"])
     parts, rows, _ = hub.read(f"{base}/data/*-1.parquet")
     assert (parts, len(rows)) == ([f"{base}/data/train-1.parquet"], 3000)
+
+
+def test_a_file_that_the_hub_stops_giving_is_one_sentence(hub: Hub) -> None:
+    texts = [random.Random(row).randbytes(1 << 15).hex() for row in range(400)]
+    ids = [str(row) for row in range(400)]
+    polars.DataFrame({"id": ids, "text": texts}).write_parquet(
+        hub.files / "half.parquet", row_group_size=20, compression="uncompressed"
+    )
+    said = hub.read(f"hf://datasets/{NAME}/half.parquet")
+    assert isinstance(said, str)
+    assert f"{COMMIT}/half.parquet: cannot be read from the hub" in said
 
 
 @pytest.mark.parametrize("path", ["@main/absent.jsonl", "@gone"])
