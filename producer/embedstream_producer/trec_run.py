@@ -27,6 +27,9 @@ RUN_COLUMNS = 6
 MOST_QUERY_BYTES = 256 * MIB
 """Of all queries, which are held in memory."""
 
+_QUERY_BYTES = 256
+"""What a query takes of it beside its id and its text or refusal."""
+
 _Reason: TypeAlias = tuple[str, str]
 """Code and message of a refusal."""
 
@@ -41,6 +44,7 @@ class RunPart(FilePart):
         with _Documents() as documents:
             for _, lines in self.lines():
                 documents.want(pair[1] for line in lines if (pair := _pair(line)) is not None)
+            first = self.content
             texts = _queries(queries, of_queries(spec))
             for part in corpus:
                 documents.fill(part.read(of_documents(spec)))
@@ -48,6 +52,8 @@ class RunPart(FilePart):
                 raise InputError(f"{self.label}: none of its documents is in {corpus[0].label}: give their corpus")
             for row, lines in self.lines(on_position):
                 yield [_judge(at, line, texts, documents, spec) for at, line in enumerate(lines, row) if line.strip()]
+            if self.content != first:
+                raise InputError(f"{self.label}: was changed while it was read: run the same command again")
 
     def hint(self, spec: JobSpec) -> str | None:
         self.kept_types = dict.fromkeys(spec.keep, "string")
@@ -183,12 +189,13 @@ def _queries(part: RunTexts, spec: JobSpec) -> dict[str, str | _Reason]:
     for outcomes in part.read(spec):
         for outcome in outcomes:
             if isinstance(outcome, Record):
-                size += outcome.text_bytes
+                size += _QUERY_BYTES + len(outcome.id) + outcome.text_bytes
                 found.setdefault(outcome.id, outcome.text)
             elif outcome is not None and outcome.id is not None:
+                size += _QUERY_BYTES + len(outcome.id) + len(outcome.message)
                 found.setdefault(outcome.id, (outcome.code, outcome.message))
         if size > MOST_QUERY_BYTES:
-            raise InputError(f"{part.label}: its texts have more than {MOST_QUERY_BYTES:,} bytes: are these queries?")
+            raise InputError(f"{part.label}: its queries take more than {MOST_QUERY_BYTES:,} bytes: are these queries?")
     return found
 
 

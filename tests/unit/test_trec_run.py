@@ -202,3 +202,25 @@ def test_flags_that_do_not_go_with_a_run_are_refused(files: Files, changed: dict
 def test_a_spec_whose_parts_are_no_run_is_refused() -> None:
     with pytest.raises(EmbedstreamError, match="name the run, its queries"):
         make_spec(queue="q", output="/o", model="m", revision=None, parts=["a"], settings={"run": True})
+
+
+def test_a_run_that_changes_between_its_two_readings_is_refused(files: Files) -> None:
+    spec = files.spec()
+    run, *_ = check_run(spec.parts, spec)
+
+    def goes_on(_position: int) -> None:
+        files.run.write_text(RUN + "q1 Q0 d3 3 1 bm25\n")
+
+    with pytest.raises(InputError, match=r"bm25.trec: was changed while it was read: run the same command again"):
+        list(run.outcomes(spec, goes_on))
+
+
+def test_queries_are_bound_by_the_memory_that_they_take_not_by_their_texts_alone(
+    files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("embedstream_producer.trec_run.MOST_QUERY_BYTES", 100_000)
+    short, bad = ({"_id": "%s"}, {"_id": "%s", "text": "x"})
+    for row in (short, bad):
+        files.queries.write_text(lines(QUERIES) + "".join(json.dumps(row) % number + "\n" for number in range(1000)))
+        with pytest.raises(InputError, match="its queries take more than 100,000 bytes: are these queries"):
+            files.blocks()
