@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import sys
 import threading
@@ -20,7 +19,6 @@ from embedstream.errors import InputError, UsageError
 from embedstream.jobs import CorpusFormat, JobSpec
 from embedstream.queue.blocks import Refusal
 from embedstream.queue.refusals import HOPELESS, OF_THE_FORMAT, Code
-from embedstream.records import PartContent
 from embedstream.terminal import is_utf8, printable
 from embedstream_producer import arrow_part, csv_part, parquet_part
 from embedstream_producer.arrow_part import ArrowPart
@@ -32,16 +30,14 @@ from embedstream_producer.lines import LineStream
 from embedstream_producer.objects import ObjectSource
 from embedstream_producer.parquet_part import ParquetPart
 from embedstream_producer.plain import ByteStream
-from embedstream_producer.sources import FileSource, NothingUsable, Opener, Source, SourcePart
+from embedstream_producer.sources import FileSource, NothingUsable, Opener, Source, SourcePart, rest_of
 from embedstream_producer.texts_part import TextsPart
-
-log = logging.getLogger("embedstream.corpus")
 
 ROWS_AT_ONCE = 1024
 """Most rows judged before their ids are looked up; `LineStream` bounds their bytes."""
 
 PATIENCE_SECONDS = 1.0
-"""How long a source's first record may take before somebody is told that it is waited for."""
+"""How long a source's first record may take before the user is told that it is waited for."""
 
 MOST_OPEN = 16
 """Parts that stay open between their check and their first reading; each may hold 8 MiB of a long line. Those that
@@ -61,7 +57,6 @@ class FilePart(SourcePart["_Head"]):
     """Lines of JSON: a file, an object, or a stream that can be read only once (standard input, a named pipe)."""
 
     stream: type[LineStream] | type[ArrayStream] = LineStream
-    _warned = False
 
     @property
     def empty(self) -> bool:
@@ -80,10 +75,8 @@ class FilePart(SourcePart["_Head"]):
                 yield row, lines
                 if on_position is not None:
                     on_position(head.plain.position)
-            self.content = PartContent(None if self.once else head.plain.position, head.plain.sha256)
-            if head.plain.warning and not self._warned:
-                self._warned = True
-                log.warning("%s: %s", self.label, head.plain.warning)
+            self.content = rest_of(head.plain, head.source)
+            self._warn(head.source)
 
     def hint(self, spec: JobSpec) -> str | None:
         self.kept_types = dict.fromkeys(spec.keep, "string")
@@ -214,8 +207,8 @@ def check_sources(
 ) -> list[SourcePart[Any]]:
     """The parts of a corpus, each opened and looked into. The first `MOST_OPEN` stay open for their first reading.
 
-    `notice` is told, from another thread, of a source whose first record takes long: of a pipe nobody writes into, say.
-    `spec`: by its fields the first rows are looked at; None: they are not. `format`: as in `JobSpec`.
+    `notice` is told, from another thread, of a source whose first record takes long, such as a pipe that no program
+    writes into. `spec`: by its fields the first rows are looked at; None: they are not. `format`: as in `JobSpec`.
 
     Raises:
         InputError: one cannot be read; there are no records at all; or no part begins with one that the job can use.
@@ -282,7 +275,7 @@ class _Head:
 
     def __init__(self, source: Source, stream: LineStream | ArrayStream) -> None:
         """Raises `InputError`, with the source closed."""
-        self._source = source
+        self.source = source
         self.plain = stream.plain
         self.held: list[tuple[int, list[bytes]]] = []
         """Lines that were looked at, with the place of the first; none: there are no records."""
@@ -315,7 +308,7 @@ class _Head:
         yield from self._rest
 
     def close(self) -> None:
-        self._source.close()
+        self.source.close()
 
 
 def _judge(reader: RecordReader, row: int, lines: Iterable[bytes]) -> Iterator[Outcome]:

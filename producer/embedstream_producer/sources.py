@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import logging
 import os
 import stat
 from abc import abstractmethod
@@ -18,6 +19,8 @@ from embedstream.errors import InputError
 from embedstream.jobs import JobSpec
 from embedstream.records import PartContent
 from embedstream_producer.plain import ByteStream, PlainStream
+
+log = logging.getLogger("embedstream.corpus")
 
 MAGIC_BYTES = 8
 
@@ -50,6 +53,8 @@ class Source:
     """What two names of one file have in common; None for a stream."""
     magic = b""
     """The first bytes of what can be read at any place."""
+    warning = ""
+    """What is wrong with it and did no harm; known once it is read to its end."""
     patches: Patches | None = None
     """What `file` gives in place of what lies there; None: a stream."""
 
@@ -156,6 +161,7 @@ def rest_of(plain: PlainStream, source: Source) -> PartContent:
     """All bytes of a source, of which some may be left to be read. Raises `InputError`."""
     while plain.read(source.piece_bytes):
         pass
+    source.warning = plain.warning
     return PartContent(None if source.size is None else plain.position, plain.sha256)
 
 
@@ -172,6 +178,8 @@ Begun = TypeVar("Begun", bound=_Closes)
 
 class SourcePart(Part, Generic[Begun]):
     """A part that is opened once: to be checked, for advice, and for its first reading. `Begun`: what is open then."""
+
+    _warned = False
 
     def __init__(self, index: int, name: str, source: Source, again: Callable[[], Source]) -> None:
         """Look into `source`. `again` opens it anew, unless it is a stream.
@@ -214,6 +222,12 @@ class SourcePart(Part, Generic[Begun]):
         finally:
             source.close()
         return PartContent(size, digest.hexdigest())
+
+    def _warn(self, source: Source) -> None:
+        """Log what is wrong with a source that was read to its end, once."""
+        if source.warning and not self._warned:
+            self._warned = True
+            log.warning("%s: %s", self.label, source.warning)
 
     def release(self) -> None:
         """Close what is open until it is needed, if it can be opened again."""

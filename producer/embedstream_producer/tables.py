@@ -75,6 +75,7 @@ class TablePart(SourcePart[Table]):
             if not table.empty:
                 yield from self._judged(table, spec, on_position)
             self.content = table.content()
+        self._warn(table.source)
 
     def hint(self, spec: JobSpec) -> str | None:
         table = self._open()

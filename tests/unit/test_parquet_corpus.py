@@ -132,8 +132,8 @@ def test_a_file_that_is_written_anew_while_it_is_read_is_refused(format: str, tm
     with DuplicateIndex() as index:
         blocks = parts[0].blocks(make_spec(parts), index)
         next(blocks)
-        with path.open("r+b") as file:
-            file.write(path.read_bytes())
+        with path.open("r+b") as again:
+            again.write(path.read_bytes())
         with pytest.raises(InputError, match="was changed or replaced while it was read: run the same command again"):
             list(blocks)
     assert parts[0].content is None

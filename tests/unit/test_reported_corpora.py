@@ -52,6 +52,15 @@ def test_parsedmarc_429_what_follows_a_whole_gzip_is_left_out_with_a_warning(
     assert warning == f"{path}: the last {size:,} bytes are no gzip data and were left out, as gzip does"
 
 
+def test_parsedmarc_429_what_follows_a_gzip_of_csv_is_told_too(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "c.csv.gz"
+    path.write_bytes(gz(b"id,text\n1,a\n") + b"junk")
+    assert read(path) == (["1"], 0)
+    assert caplog.messages == [f"{path}: the last 4 bytes are no gzip data and were left out, as gzip does"]
+
+
 def test_parsedmarc_429_zeros_after_a_gzip_are_padding(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "c.jsonl.gz"
     for padding in (512, 3 << 20):
