@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -45,7 +46,7 @@ from embedstream_producer.corpus import part_name, total_bytes
 from embedstream_producer.embedded import OutputLock
 from embedstream_producer.embedded_run import Embedded, check_installed, made_folders
 from embedstream_producer.expanding import STDIN, VECTORS, expand
-from embedstream_producer.hub import is_hub
+from embedstream_producer.hub import is_hub, pinned
 from embedstream_producer.plan import lines as plan_lines
 from embedstream_producer.plan import make_plan
 from embedstream_producer.progress import LogHandler, Progress, ProgressFormat
@@ -106,7 +107,10 @@ class Options:
 
 
 def submit(options: Options) -> int:
-    """Do it; returns the exit code. Raises `EmbedstreamError` for what is refused, `KeyboardInterrupt` never."""
+    """From the command line to the end of its job; returns the exit code.
+
+    Raises `EmbedstreamError` for what is refused, `KeyboardInterrupt` never.
+    """
     parse_max_errors(options.max_errors)
     if options.detach and options.redis_url is None:
         raise UsageError("--detach needs --redis: without it, server and worker end with this command")
@@ -125,12 +129,12 @@ def submit(options: Options) -> int:
     if (options.plan or options.plan_measure) and (options.server_side or options.retry_failed):
         raise UsageError("--plan reads the corpus here, and all of it: leave out --server-side and --retry-failed")
     if options.redis_url is not None:
-        connect(options.redis_url)  # refuses what is no URL, also where nobody is asked because all is finished
+        connect(options.redis_url)  # refuses what is no URL, also where no server is asked because all is finished
     output = resolve_output(options)
     format = options.settings.get("format")
     corpus = expand(options.corpus, format)
     if options.run is not None and options.queries is not None:
-        corpus = [options.run, options.queries, *corpus]
+        corpus = [pinned(options.run), pinned(options.queries), *corpus]
     spec = make_spec(
         queue=options.queue,
         output=output,
@@ -238,6 +242,8 @@ def resolve_output(options: Options) -> str:
     if options.corpus[0] == STDIN:
         raise UsageError("standard input has no name: say where the vectors go (-o OUTPUT)")
     corpus = options.corpus[0].rstrip("/")
+    if corpus.rpartition("/")[2] in ("", ".", ".."):
+        corpus = os.path.abspath(options.corpus[0])  # noqa: PTH100 - as it is in `part_name`
     if is_hub(corpus) or split_pattern(corpus)[1]:
         raise UsageError(f"{corpus}: is no file or folder here that an output could lie beside: say where it goes (-o)")
     return parse_object(corpus, "corpus").sibling(VECTORS) if is_object(corpus) else f"{corpus}{VECTORS}"

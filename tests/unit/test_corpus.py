@@ -28,6 +28,7 @@ from embedstream.queue.refusals import Code
 from embedstream.records import PartContent
 from embedstream.settings import BLOCK_LIMITS
 from embedstream_producer.corpus import check_sources, total_bytes
+from embedstream_producer.submit import Options, resolve_output
 
 
 def make_spec(parts: Sequence[Part], **changed: Any) -> JobSpec:
@@ -284,6 +285,16 @@ def test_one_file_under_two_names_is_refused(tmp_path: Path, monkeypatch: pytest
     for sources in ([path, path], ["c.jsonl", path], ["./c.jsonl", "link.jsonl"], ["-", "-"]):
         with pytest.raises(UsageError, match=r"given twice|is the same file as"):
             check_sources(sources, io.BytesIO(b'{"id": 1, "text": "x"}'))
+
+
+@pytest.mark.parametrize("corpus", [".", "./", "../docs/.", "sub/.."])
+def test_vectors_of_the_folder_that_one_is_in_lie_beside_it(
+    corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "docs" / "sub").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "docs")
+    options = Options((corpus,), None, None, None, "hashing", None, "0", {})
+    assert resolve_output(options) == str(tmp_path / "docs.vectors")
 
 
 def test_a_part_is_named_by_its_absolute_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

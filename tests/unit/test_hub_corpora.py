@@ -46,16 +46,19 @@ class Hub:
         self._environment = {"HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1"}
 
     def read(self, *sources: str) -> Any:
-        done = subprocess.run(
-            [sys.executable, "-c", READ, *sources],
+        done = self.python("-c", READ, *sources)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    def python(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, *arguments],
             env={"PYTHONPATH": ":".join(sys.path), "PATH": "/usr/bin:/bin", **self._environment},
             capture_output=True,
             text=True,
             check=False,
             timeout=100,
         )
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
 
 
 @pytest.fixture
@@ -87,6 +90,16 @@ def test_a_file_a_folder_of_texts_and_a_pattern_are_read_too(hub: Hub) -> None:
     assert (parts, rows) == ([f"{base}/lines.jsonl", f"{base}/docs"], ["a line", "a.md"])
     parts, rows, _ = hub.read(f"{base}/data/*-1.parquet")
     assert (parts, len(rows)) == ([f"{base}/data/train-1.parquet"], 3000)
+
+
+def test_a_run_and_its_queries_are_those_of_one_commit_too(hub: Hub) -> None:
+    (hub.files / "run.trec").write_text("q1 Q0 absent 1 1 bm25\n")
+    (hub.files / "queries.jsonl").write_text('{"id": "q1", "text": "x"}\n')
+    base = f"hf://datasets/{NAME}"
+    settings = ["--plan", "--model", "hashing", "-o", str(hub.files / "out")]
+    sources = ["--run", f"{base}/run.trec", "--queries", f"{base}/queries.jsonl", f"{base}/lines.jsonl"]
+    done = hub.python("-c", "from embedstream_producer.submit_cli import main; main()", *settings, *sources)
+    assert f"{base}@{COMMIT}/run.trec: none of its documents is in {base}@{COMMIT}/lines.jsonl" in done.stderr
 
 
 def test_a_file_that_the_hub_stops_giving_is_one_sentence(hub: Hub) -> None:
