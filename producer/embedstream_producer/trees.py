@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 from embedstream.dataset.objects import ObjectAddress, explain_object, file_system, is_object, parse_object
 from embedstream.errors import InputError
@@ -38,14 +38,18 @@ class Folder:
         self.label = label
 
     def files(self) -> Iterator[tuple[str, int]]:
-        def failed(error: OSError) -> None:
+        def failed(error: OSError) -> NoReturn:
             raise InputError(f"{error.filename}: cannot be read ({error.strerror})")
 
         for folder, _, names in os.walk(self._path, onerror=failed):
             for name in names:
                 path = Path(folder, name)
-                if path.is_file():
-                    yield path.relative_to(self._path).as_posix(), path.stat().st_size
+                try:
+                    size = path.stat().st_size if path.is_file() else None
+                except OSError as error:  # it was removed meanwhile, or may not be looked at
+                    failed(error)
+                if size is not None:
+                    yield path.relative_to(self._path).as_posix(), size
 
     def source(self, name: str) -> str:
         return f"{self._path}/{name}"

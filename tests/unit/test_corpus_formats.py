@@ -364,10 +364,10 @@ def test_elements_of_an_array_are_found_however_its_bytes_come(
 
 
 class Spaces(io.BytesIO):
-    """Some bytes, a gigabyte of white space, and some bytes."""
+    """Some bytes, a lot of white space, and some bytes."""
 
     def __init__(self, before: bytes, after: bytes) -> None:
-        self._before, self._after, self._left = before, after, 1 << 30
+        self._before, self._after, self._left = before, after, 64 << 20
 
     def read(self, size: int | None = -1) -> bytes:
         data, self._before = self._before, b""
@@ -563,6 +563,22 @@ def test_a_folder_and_a_pattern_in_a_bucket_are_their_objects(bucket: str, s3_se
     assert read("c") == read("c/") == ["one", "two"]
     assert read("c/**/*.csv") == ["two"]
     assert read("docs") == read("docs/**/*.md") == ["a.md", "deep/b.md"]
+
+
+def test_a_folder_that_changes_while_it_is_listed_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.txt").write_text("a text")
+    is_file = Path.is_file
+
+    def then_removed(path: Path) -> bool:
+        found = is_file(path)
+        path.unlink()
+        return found
+
+    monkeypatch.setattr(Path, "is_file", then_removed)
+    with pytest.raises(InputError, match=r"a\.txt: cannot be read \(No such file or directory\)"):
+        expand([str(tmp_path)])
 
 
 def test_outputs_that_lie_in_a_corpus_are_no_part_of_it(tmp_path: Path) -> None:
