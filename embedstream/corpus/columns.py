@@ -255,7 +255,7 @@ def _python(scalar: Any) -> object:
     """A value as Python has it."""
     try:
         return scalar.as_py()
-    except Exception:  # noqa: BLE001 - years beyond 9999, zones that nobody knows, bytes that are no UTF-8 in a list
+    except Exception:  # noqa: BLE001 - years beyond 9999, zones that are not known here, bytes that are no UTF-8 in a list
         return Unreadable(printable(str(scalar.type), NAME_CHARACTERS))
 
 

@@ -72,7 +72,7 @@ def _batches(opened: ParquetTable, group: int, columns: list[str]) -> Iterator[p
             for batch in file.iter_batches(
                 batch_size=rows,
                 row_groups=[group],
-                columns=None if columns is None else list(columns),
+                columns=columns,
                 use_threads=False,
             ):
                 new = batch.slice(left)
