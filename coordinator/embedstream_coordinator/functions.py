@@ -34,9 +34,9 @@ def finalize(context: Context, queue: str, job: str) -> str:
     except JobUnknown:
         return "the job is gone"
     if not done and broker.state(job) is JobState.FINALIZING:
-        return "somebody else holds its lease, or died with it"
+        return "another program holds its lease, or has died with it"
     clear_troubles(broker, job, [FINALIZE])
-    return "finalized" if done else "was finalized by somebody else"
+    return "finalized" if done else "was finalized by another program"
 
 
 def ingest(context: Context, queue: str, job: str, part: int) -> str:
@@ -72,7 +72,7 @@ def merge(context: Context, id: str, shard: str) -> str:
 
 
 def expire(context: Context, queue: str) -> str:
-    """Forget what nobody will come back to."""
+    """Forget jobs that no program will come back to."""
     return expire_queue(context.broker(queue), context.sink)
 
 
