@@ -287,6 +287,8 @@ class BrokerMachine(BrokerSteps):
             self.model.jobs.clear()
             self.seen.clear()
             self.cancel(0, JobState.CANCELLED, 0, False)
+            self.submit_any(0, 0, 0, 0, 10, BOUND, False)
+            self.adopt(0, [(0, 0)], 0, "a", 1, False)
 
     def teardown(self) -> None:
         """From wherever a run has led, every job can be brought to its end, and then nothing stays."""

@@ -85,7 +85,7 @@ def test_the_metrics_are_those_declared_and_say_what_the_job_did(workers: Fleet,
     assert value(families, "embedstream_queue_workers", state="ready") == 1
     assert value(families, "embedstream_stage_seconds_count", stage="commit") == len(manifest["shards"])
     busy = value(families, "embedstream_device_busy_seconds_total")
-    assert 0 < busy <= value(families, "embedstream_stage_seconds_sum", stage="infer") + 0.01
+    assert 0 < busy <= value(families, "embedstream_stage_seconds_sum", stage="infer")
     assert value(families, "embedstream_queue_worker_tokens_per_second") != GUESSED_TOKENS_PER_SECOND
     assert value(families, "embedstream_warm_up_seconds") > 0
     assert value(families, "embedstream_worker_info", engine="hashing", model="hashing") == 1

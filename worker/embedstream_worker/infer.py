@@ -288,7 +288,8 @@ class Infer:
             work.again((rows[: len(rows) // 2], rows[len(rows) // 2 :]))
         else:
             self._prove_alive()
-            work.fail(int(rows[0]), "engine_error", f"{type(error).__name__}: {error}")
+            if not work.again_alone(int(rows[0])):
+                work.fail(int(rows[0]), "engine_error", f"{type(error).__name__}: {error}")
 
     def _out_of_memory(self, work: Work, taken: Taken, error: OutOfMemory) -> None:
         """Halve the budget for good and cut what is left anew; a text that does not fit by itself is an error."""
@@ -296,7 +297,8 @@ class Infer:
         cost = work.cost(rows)
         if len(rows) == 1:
             self._prove_alive()
-            work.fail(int(rows[0]), "out_of_memory", f"a text of {cost} tokens does not fit: {error}")
+            if not work.again_alone(int(rows[0])):
+                work.fail(int(rows[0]), "out_of_memory", f"a text of {cost} tokens does not fit: {error}")
             return
         self._budget = max(1, min(self._budget, cost) // 2)
         log.warning("no memory for a batch of %d tokens (%s); from now on %d at most", cost, error, self._budget)

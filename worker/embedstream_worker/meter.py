@@ -106,12 +106,12 @@ class Meter:
     def batch(self, tokens: int) -> Iterator[None]:
         """Around one batch in the model."""
         self._batch_tokens.observe(tokens)
-        self._device.begin()
-        try:
-            with self.stage("infer"):
+        with self.stage("infer"):
+            self._device.begin()
+            try:
                 yield
-        finally:
-            self._device.end()
+            finally:
+                self._device.end()
 
     def claimed(self, deliveries: int) -> None:
         """A block came, for so many-th time."""

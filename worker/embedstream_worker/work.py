@@ -78,6 +78,7 @@ class Work:
         self._lengths = lengths
         self._todo: deque[Rows] = deque()
         self._not_finite: deque[int] = deque()
+        self._tried_alone: set[int] = set()
         self._flying = 0
         self.done[list(errors)] = True
 
@@ -133,6 +134,15 @@ class Work:
         """A batch did not come back: its pieces are next."""
         self._flying -= 1
         self._todo.extendleft(reversed(list(pieces)))
+
+    def again_alone(self, row: int) -> bool:
+        """A batch of one text did not come back. Whether it is tried again, as it is once: the fault may not be the
+        text's."""
+        if row in self._tried_alone:
+            return False
+        self._tried_alone.add(row)
+        self.again([np.array([row])])
+        return True
 
     def fail(self, row: int, code: str, message: str) -> None:
         """A batch of one text did not come back, and it is the text's fault."""
