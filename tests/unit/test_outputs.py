@@ -37,7 +37,7 @@ from embedstream.outputs import (
     with_ranges,
     without_ranges,
 )
-from embedstream.records import ShardContent
+from embedstream.records import ShardContent, ShardRecord
 from embedstream_producer.verify import verify
 from embedstream_worker.engines.base import OutputInfo
 from embedstream_worker.landing import landing
@@ -98,6 +98,7 @@ def test_ranges_reach_from_the_least_to_the_greatest_number_of_each_dimension(ro
     read: Any = from_columns(output, batch_of(output, vectors))
     assert (vectors - read >= -1e-6).all()
     assert (vectors - read <= (high - low) / 255 + 1e-6).all()
+    assert (quantized(vectors, output)[:, 14:] == -128).all(), "where all numbers are the same"
     far = np.array([[3e38] * 16, [-3e38] * 16], np.float32)
     assert quantized(far, output).tolist() == [[127] * 16, [-128] * 16]
     whole = Output(name="small", kind="dense", dtype="int8", dim=16, ranges=ranges_of([far]))
@@ -260,6 +261,20 @@ def test_a_dataset_of_every_kind_is_verified_and_opened_by_its_manifest(written:
     table = embedstream.open_dataset(written.spec.output).to_table()
     assert table.num_rows == ROWS // 4
     assert {name for output in EVERY_KIND for name in output.columns} <= set(table.column_names)
+
+
+def test_a_shard_without_rows_says_nothing_of_ranges_and_one_with_rows_has_to(tmp_path: Path) -> None:
+    spec = make_spec(str(tmp_path / "out"))
+    made = Dataset(open_sink(spec.output, spec), spec)
+    made.sink.check()
+    none = make_content(spec, "none", [(0, 0)], rows_per_block=0, outputs=EVERY_KIND)
+    untold = msgspec.structs.replace(none.record, outputs=without_ranges(EVERY_KIND))
+    made.write(ShardContent(untold, none.data, none.errors))
+    record = made.write(make_content(spec, "some", [(0, 1)], outputs=EVERY_KIND))
+    assert made.end().outputs == EVERY_KIND
+    assert verify(spec.output, (), None).findings == {}
+    with pytest.raises(msgspec.ValidationError, match="does not say what its int8 numbers stand for"):
+        msgspec.json.decode(msgspec.json.encode(record).replace(b'"ranges"', b'"range_"'), type=ShardRecord)
 
 
 def test_int8_numbers_that_mean_something_else_by_the_manifest_than_by_the_footer_are_found(written: Made) -> None:

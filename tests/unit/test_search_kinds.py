@@ -25,7 +25,7 @@ from embedstream.outputs import Kind, Output
 from embedstream_worker.engines.base import Results
 
 ROWS = 150
-SPARSE, TOKENS = EVERY_KIND[4], EVERY_KIND[5]
+SPARSE, TOKENS = (output for output in EVERY_KIND if output.kind in ("sparse", "multivector"))
 QUERY = cast("Results", some_results(["dense", "sparse", "multivector"], 1, seed=77))
 
 
@@ -158,3 +158,34 @@ def test_what_cannot_be_compared_is_said(folder: str, tmp_path: Path) -> None:
         search(scores, QUERY)
     with pytest.raises(UsageError, match="--by sparse: there is none, this dataset has score"):
         search(scores, QUERY, by="sparse")
+
+
+def test_each_token_of_a_long_query_counts_however_many_tokens_texts_have() -> None:
+    dice = np.random.default_rng(5)
+    counts = np.array([1, 0, 29_999, 70_000])
+    found = Ragged(counts, dice.standard_normal((100_000, 4)).astype(np.float32))
+    query = Ragged(np.array([150]), dice.standard_normal((150, 4)).astype(np.float32))
+    texts = np.split(found.values, found.offsets[1:-1])
+    best = [(text @ query.values.T).max(axis=0).sum() if len(text) else -np.inf for text in texts]
+    np.testing.assert_allclose(similarity(TOKENS, query, found), best, rtol=1e-5)
+
+
+@pytest.mark.parametrize("named", ["dot", "euclidean", "manhattan"])
+def test_dense_vectors_are_compared_as_their_model_says(named: Any) -> None:
+    dice = np.random.default_rng(6)
+    query, found = dice.standard_normal((1, 8)).astype(np.float32), dice.standard_normal((20, 8)).astype(np.float32)
+    output = Output(name="embedding", kind="dense", dtype="float32", dim=8, similarity=named)
+    away = found - query
+    expected = {
+        "dot": (found * query).sum(axis=1),
+        "euclidean": -np.sqrt((away**2).sum(axis=1)),
+        "manhattan": -np.abs(away).sum(axis=1),
+    }
+    np.testing.assert_allclose(similarity(output, query, found), expected[named], rtol=1e-5)
+
+
+def test_sparse_vectors_may_be_compared_by_the_cosine() -> None:
+    found = Ragged(np.array([2, 1, 0]), np.array([3, 4, 5], np.float32), np.array([1, 2, 2], np.uint32))
+    query = Ragged(np.array([2]), np.array([6, 8], np.float32), np.array([1, 2], np.uint32))
+    output = Output(name="sparse", kind="sparse", dtype="float32", dim=100, similarity="cosine")
+    np.testing.assert_allclose(similarity(output, query, found), [1, 0.8, 0], rtol=1e-6)
