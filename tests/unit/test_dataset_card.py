@@ -196,6 +196,8 @@ def test_no_name_or_prompt_becomes_part_of_the_page_and_no_password_is_on_it(tmp
     assert "secret" not in card
     assert "\x1b" not in card
     assert "rows are missing" in card
+    assert "partial=True" in card
+    assert "*.parquet')" not in card, "files that do not count may lie there"
 
 
 @pytest.mark.parametrize("own", ["# My notes\n", "---\npretty_name: mine\n---\n"], ids=["notes", "a card"])

@@ -409,8 +409,9 @@ def test_an_unfinished_dataset_cannot_be_read(dataset: Dataset) -> None:
 
 def test_what_dead_writers_left_half_written_is_removed_with_the_jobs_end(dataset: Dataset) -> None:
     dataset.write(make_content(dataset.spec))
-    for name in (".part-b.parquet.tmp-1", "._errors-b.arrow.tmp-2", "._errors.jsonl.tmp-3", "._manifest.json.tmp-4"):
-        (folder_of(dataset) / name).write_text("half")
+    whole = ("part-b.parquet", "_errors-b.arrow", "_errors.jsonl", "_manifest.json", "_README.md")
+    for number, name in enumerate(whole):
+        (folder_of(dataset) / f".{name}.tmp-{number}").write_text("half")
     (folder_of(dataset) / "a strangers.tmp-5").write_text("not ours")
     dataset.end()
     assert names_in(dataset) == ["_README.md", "_manifest.json", "a strangers.tmp-5", "part-a.parquet"]

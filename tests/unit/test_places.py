@@ -1,4 +1,4 @@
-"""Which rows of a corpus were seen: a set, in memory that rows take and not the room between them."""
+"""Which rows of a corpus were seen, in memory that rows take and not the room between them; and in which blocks."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import tracemalloc
 import numpy as np
 import pytest
 
+from embedstream.records import BlockRecord
+from embedstream.verify.block_spans import BlockSpans
 from embedstream.verify.places import PAGE_ROWS, Places
 
 
@@ -42,3 +44,19 @@ def test_one_text_of_many_chunks_takes_little_memory() -> None:
         assert tracemalloc.get_traced_memory()[0] < 500 * chunks
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.parametrize(("cut", "told"), [(True, 0), (False, 1)])
+def test_a_row_may_lie_in_two_blocks_that_follow_each_other_only_if_it_is_cut(cut: bool, told: int) -> None:
+    spans = BlockSpans(cut)
+    file = spans.file([BlockRecord(0, number, 2, 0, 0, "") for number in (0, 1)], failed=False, rows=4)
+    file.add(0, np.array([4, 5, 5, 6]))
+    assert len(spans.misplaced()) == told
+
+
+@pytest.mark.parametrize("cut", [True, False])
+def test_rows_of_a_later_block_do_not_come_before_those_of_an_earlier_one(cut: bool) -> None:
+    spans = BlockSpans(cut)
+    file = spans.file([BlockRecord(0, number, 2, 0, 0, "") for number in (0, 1)], failed=False, rows=4)
+    file.add(0, np.array([4, 6, 5, 7]))
+    assert len(spans.misplaced()) == 1
