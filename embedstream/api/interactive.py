@@ -31,6 +31,9 @@ MOST_BODY_BYTES = 4 * MIB
 MOST_INPUT_BYTES = 8 * MIB
 """Of what enters the model: each text with the prompt in front of it."""
 
+MOST_TOKENIZED_BYTES = 256 * 1024
+"""Of texts whose tokens are asked for: an answer has some fifty bytes for each of these."""
+
 MOST_WAITING = 1000
 """Requests that may wait on a queue's stream before it is called busy."""
 
@@ -40,10 +43,10 @@ SLICE_SECONDS = 2.0
 BUSY_SECONDS = 0.1
 
 
-RequestTask = Literal["embed", "rerank", "classify"]
+RequestTask = Literal["embed", "rerank", "classify", "tokenize"]
 
 KIND_OF: dict[RequestTask, Kind] = {"embed": "dense", "rerank": "score", "classify": "labels"}
-"""What a request is answered with."""
+"""What a model's answer to a request is. Tokens are none of its results."""
 
 
 EMBEDDED: tuple[Kind, ...] = ("dense", "sparse", "multivector")
@@ -69,6 +72,8 @@ class EmbedRequest(msgspec.Struct, frozen=True, kw_only=True):
     """By which its sender knows it, for a worker's log."""
     outputs: tuple[OutputSpec, ...] = ()
     """To embed: what is wanted of each text; empty: vectors in float32."""
+    add_special_tokens: bool = True
+    """To tokenize: whether those that the model wants around a text are added."""
 
     def check(self) -> None:
         """Raise `UsageError` for more than a request may ask."""
@@ -100,6 +105,8 @@ class EmbedRequest(msgspec.Struct, frozen=True, kw_only=True):
                 f"the texts have {total:,} bytes, each with its {'query' if self.query else 'prompt'}: at most "
                 f"{MOST_INPUT_BYTES:,} are allowed in one request, submit more as a job"
             )
+        if self.task == "tokenize" and total > MOST_TOKENIZED_BYTES:
+            raise UsageError(f"{total:,} bytes to tokenize: at most {MOST_TOKENIZED_BYTES:,} are allowed, send fewer")
 
 
 def make_request(
@@ -156,6 +163,18 @@ class ReplyOutput(msgspec.Struct, frozen=True, kw_only=True):
     """Of each text, as a Redis hash has it."""
 
 
+class Token(msgspec.Struct, frozen=True, array_like=True):
+    """One token of what enters the model."""
+
+    id: int
+    text: str
+    """What of the input it stands for; of a special token, its name."""
+    start: int | None = None
+    """Bytes of the input, in UTF-8, before it; None for a special token."""
+    stop: int | None = None
+    """Bytes up to its end."""
+
+
 class EmbedReply(msgspec.Struct, frozen=True, kw_only=True):
     """The answer: numbers for each text, or why there are none."""
 
@@ -174,6 +193,8 @@ class EmbedReply(msgspec.Struct, frozen=True, kw_only=True):
     """The texts that were longer than the model takes, by their places."""
     outputs: tuple[ReplyOutput, ...] = ()
     """As many as were asked for by name; then there are no `vectors`."""
+    tokenized: tuple[tuple[Token, ...], ...] = ()
+    """Of each text, where its tokens were asked for, prompt included; then there are no other results."""
     model: str = ""
     fingerprint: str = ""
     error: str = ""

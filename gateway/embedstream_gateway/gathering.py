@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from embedstream.api.embeddings import embeddings
-from embedstream.api.interactive import EmbedReply, EmbedRequest
+from embedstream.api.interactive import MOST_TOKENIZED_BYTES, EmbedReply, EmbedRequest
 from embedstream.errors import UsageError
 from embedstream_gateway.fleet import LiveModel
 from embedstream_gateway.observing import current_id
@@ -66,7 +66,7 @@ class Rows:
     fingerprint: str
     labels: tuple[str, ...] = ()
     outputs: tuple[Any, ...] = ()
-    """Of each text, of the one output that was asked for: a `SparseVector`, or its tokens' vectors."""
+    """Of each text: the one output that was asked for, a `SparseVector` or its tokens' vectors; or its `Token`s."""
 
 
 @dataclass(eq=False)
@@ -176,10 +176,10 @@ class Gathering:
 def _split(request: EmbedRequest) -> Iterator[tuple[EmbedRequest, int, int]]:
     """Pieces, the place of their first text, and their bytes. Pairs stay together: their query would go with each."""
     texts: list[str] = []
-    first, size, most = 0, 0, _most_texts(request)
+    first, size, most, most_bytes = 0, 0, _most_texts(request), _most_bytes(request)
     for at, text in enumerate(request.texts):
         length = len(text.encode())
-        if texts and request.query is None and (len(texts) == most or size + length > PIECE_BYTES):
+        if texts and request.query is None and (len(texts) == most or size + length > most_bytes):
             yield msgspec.structs.replace(request, texts=tuple(texts)), first, size
             texts, first, size = [], at, 0
         texts.append(text)
@@ -191,6 +191,10 @@ def _most_texts(request: EmbedRequest) -> int:
     return PIECE_LARGE if request.outputs else PIECE_TEXTS
 
 
+def _most_bytes(request: EmbedRequest) -> int:
+    return MOST_TOKENIZED_BYTES if request.task == "tokenize" else PIECE_BYTES
+
+
 def _take(waiting: deque[_Piece]) -> list[_Piece]:
     """The next pieces that go together; those whose callers have left are dropped."""
     taken: list[_Piece] = []
@@ -198,7 +202,7 @@ def _take(waiting: deque[_Piece]) -> list[_Piece]:
     while waiting:
         piece = waiting[0]
         texts, size = texts + len(piece.request.texts), size + piece.size
-        if taken and (texts > _most_texts(piece.request) or size > PIECE_BYTES):
+        if taken and (texts > _most_texts(piece.request) or size > _most_bytes(piece.request)):
             break
         waiting.popleft()
         if not piece.done.done():
@@ -215,6 +219,9 @@ def _rows(reply: EmbedReply | None, request: EmbedRequest, queue: str, first: in
     if reply.error:
         raise _fault(reply.error, first)
     count = len(request.texts)
+    if request.task == "tokenize" and len(reply.tokenized) == count and len(reply.counts) == 4 * count:
+        tokens = np.frombuffer(reply.counts, "<u4")
+        return Rows(np.zeros((count, 0), np.float32), tokens, (), reply.fingerprint, outputs=reply.tokenized)
     if request.outputs and len(reply.counts) == 4 * count:
         (output,) = embeddings(reply, request).values()
         tokens = np.frombuffer(reply.counts, "<u4")

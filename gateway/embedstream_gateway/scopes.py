@@ -16,7 +16,7 @@ _RULES: tuple[tuple[str, str, Need], ...] = (
     (_GET, r"/health|/healthz|/readyz", "none"),
     (_GET, r"/v1/models(/.*)?|/info", "any"),
     ("POST", r"/v1/embeddings|/v1/rerank|/v2/.*", "embed"),
-    ("POST", r"/embed|/embed_sparse|/embed_all|/rerank|/predict|/similarity", "embed"),
+    ("POST", r"/embed|/embed_sparse|/embed_all|/rerank|/predict|/similarity|/tokenize", "embed"),
     (".*", r"/v1/files(/.*)?|/v1/batches(/.*)?", "submit"),
     ("POST", r"/jobs", "submit"),  # `/jobs/ID/retry` is for administrators
     (_GET, r".*", "read"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 from http import HTTPStatus
 from typing import Annotated, Any, Literal
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 from fastapi import APIRouter, Query, Request
@@ -16,12 +17,19 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
 import embedstream
-from embedstream.api.interactive import MOST_TEXTS, EmbedRequest, make_pairs, make_request
+from embedstream.api.interactive import (
+    MOST_TEXTS,
+    MOST_TOKENIZED_BYTES,
+    EmbedRequest,
+    Token,
+    make_pairs,
+    make_request,
+)
 from embedstream_gateway.answers import MOST_INPUTS, json, refuse_cut, refuse_many, shortened
 from embedstream_gateway.bodies import MOST_REQUESTS
 from embedstream_gateway.fleet import LiveModel
 from embedstream_gateway.gathering import Rows
-from embedstream_gateway.refusals import bad
+from embedstream_gateway.refusals import Refusal, bad
 from embedstream_gateway.services import services
 
 router = APIRouter(tags=["TEI"])
@@ -88,6 +96,16 @@ class PredictBody(_Body):
     raw_scores: bool = Field(False, description="Refused if true: the model's own activation decides.")
 
 
+class TokenizeBody(BaseModel):
+    """Of `/tokenize`."""
+
+    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"inputs": ["a text", "another"]}]})
+
+    inputs: str | list[str]
+    add_special_tokens: bool = True
+    prompt_name: str | None = None
+
+
 class SimilarityInputs(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
@@ -120,6 +138,14 @@ class Rank(BaseModel):
     index: int
     score: float
     text: str | None = None
+
+
+class SimpleToken(BaseModel):
+    id: int
+    text: str
+    special: bool
+    start: Annotated[int | None, Field(description="In bytes of the text, with the prompt before it.")]
+    stop: int | None
 
 
 class Prediction(BaseModel):
@@ -213,6 +239,26 @@ async def similarity(body: SimilarityBody, request: Request, model: ModelName = 
     parameters.refuse_cut(live, rows, "inputs")
     vectors = _normalized(rows.numbers)
     return json((vectors[1:] @ vectors[0]).tolist())
+
+
+@router.post("/tokenize", response_model=list[list[SimpleToken]])
+async def tokenize(body: TokenizeBody, request: Request, model: ModelName = None) -> Response:
+    """The tokens of each of a few texts, which are not cut."""
+    texts = [body.inputs] if isinstance(body.inputs, str) else body.inputs
+    refuse_many(len(texts), "inputs")
+    asked = make_request(texts, "document", None, body.prompt_name, None, "tokenize")
+    asked = msgspec.structs.replace(asked, add_special_tokens=body.add_special_tokens)
+    size = sum(len(text.encode()) for text in texts)
+    if size > MOST_TOKENIZED_BYTES:
+        message = f"`inputs` has {size:,} bytes: at most {MOST_TOKENIZED_BYTES:,} are tokenized at once: send fewer"
+        raise Refusal(TOO_LONG, message, param="inputs")
+    _, rows = await _run(request, model, "", asked)
+    return json([[_simple(token) for token in tokens] for tokens in rows.outputs])
+
+
+def _simple(token: Token) -> dict[str, object]:
+    special = token.start is None
+    return {"id": token.id, "text": token.text, "special": special, "start": token.start, "stop": token.stop}
 
 
 @router.get("/info")

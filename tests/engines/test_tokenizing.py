@@ -92,3 +92,19 @@ def test_nothing_in_is_nothing_out(original: transformers.PreTrainedTokenizerBas
     for tokenizer in (make_tokenizer(original, LIMITS), make_tokenizer(canine(), LIMITS)):
         tokens = tokenizer.encode([], 8)
         assert (tokens.ids.tolist(), tokens.offsets.tolist(), tokens.truncated.tolist()) == ([], [0], [])
+
+
+def test_tokens_are_told_with_the_bytes_that_each_stands_for(original: transformers.PreTrainedTokenizerBase) -> None:
+    tokenizer = make_tokenizer(original, LIMITS)
+    assert isinstance(tokenizer, FastTokenizer)
+    texts = ["日本語 naïve strptime [SEP]", PARAGRAPH * 300, ""]
+    told, bare = tokenizer.spelled(texts, True), tokenizer.spelled(texts, False)
+    for text, tokens, without in zip(texts, told, bare, strict=True):
+        assert [token.id for token in tokens] == original(text, truncation=False, verbose=False)["input_ids"]
+        assert [tokens[0].text, tokens[-1].text] == ["[CLS]", "[SEP]"]
+        assert without == tokens[1:-1]
+        for token in without:
+            assert text.encode()[token.start : token.stop].decode() == token.text
+    assert [token.text for token in bare[0][:3]] == ["日", "本", "語"]
+    assert (bare[0][1].start, bare[0][1].stop) == (3, 6)
+    assert "ï" in bare[0][3].text

@@ -37,6 +37,18 @@ def test_hugging_faces_client_gets_vectors_and_similarities(served: Served) -> N
     assert second == pytest.approx(expected, abs=1e-5)
 
 
+def test_tei_client_gets_the_tokens_of_many_texts(served: Served) -> None:
+    client = HttpClient(served.url, headers={"Authorization": f"Bearer {served.keys['embed']}"})
+    texts = [f"text {number} 日本" for number in range(300)]
+    told = client.tokenize(texts)
+    assert [[(token.start, token.stop, token.special) for token in one.tokens] for one in told] == [
+        [(start, min(start + 4, len(text.encode())), False) for start in range(0, len(text.encode()), 4)]
+        for text in texts
+    ]
+    assert [token.text for token in told[0].tokens[:2]] == ["text", " 0 \ufffd"]
+    assert told[0].tokens[0].id == int.from_bytes(b"text", "little")
+
+
 @pytest.mark.parametrize(
     ("path", "body"),
     [
@@ -80,6 +92,8 @@ def test_openais_route_does_not_cut_either(served: Served) -> None:
         ("/rerank", {"query": "q", "texts": ["x"], "raw_scores": True}, "own settings"),
         ("/predict", {"inputs": ["a", "b"]}, "pairs"),
         ("/predict", {"inputs": [["a", "b"]]}, "pairs"),
+        ("/tokenize", {"inputs": LONG * 3}, "262,144"),
+        ("/tokenize", {"inputs": "x", "prompt_name": "nothing"}, "nothing"),
     ],
     ids=[
         "none",
@@ -95,6 +109,8 @@ def test_openais_route_does_not_cut_either(served: Served) -> None:
         "raw-scores",
         "pair",
         "pairs",
+        "many-tokens",
+        "tokens-prompt",
     ],
 )
 def test_what_cannot_be_done_is_refused_in_teis_words(

@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
+from embedstream.api.interactive import Token
 from embedstream.chunks import Document, Spans, chunk_input
 from embedstream.jobs import Chunking
 from embedstream_worker.engines.base import Tokens
@@ -28,6 +29,9 @@ class SpanTokenizer(Protocol):
 
     def begins(self, texts: Sequence[str]) -> list[npt.NDArray[np.int64]]:
         """Where the tokens of each text begin in it, in characters, special tokens left out."""
+
+    def spelled(self, texts: Sequence[str], add_special_tokens: bool) -> list[tuple[Token, ...]]:
+        """All tokens of each text, however many."""
 
     def as_json(self) -> str: ...
 

@@ -30,6 +30,7 @@ from embedstream.queue.broker import Claimed
 from embedstream.server.patience import Refused, Stopped
 from embedstream.verify.rows import WORDS, bad_column
 from embedstream_worker.batching import join_tokens
+from embedstream_worker.cutting import SpanTokenizer
 from embedstream_worker.engines.base import Engine, OwnQueries, Results, TextTokenizer, Tokens
 from embedstream_worker.giving import GIVES, resolve_output
 from embedstream_worker.held import hand_back
@@ -132,7 +133,8 @@ class Interactive:
             refuse_long_body(body)
             request = msgspec.msgpack.decode(body, type=EmbedRequest)
             id = request.id
-            return self._embed(request)
+            request.check()
+            return self._tokenized(request) if request.task == "tokenize" else self._embed(request)
         except (msgspec.MsgspecError, ModelError, UsageError) as error:
             return EmbedReply(error=str(error))
         except Closed:
@@ -141,8 +143,22 @@ class Interactive:
             log.warning("request %s could not be embedded: %s: %s", id or "(no id)", type(error).__name__, error)
             return EmbedReply(error=f"{type(error).__name__}: {error}", internal=True)
 
+    def _tokenized(self, request: EmbedRequest) -> EmbedReply:
+        if not isinstance(self._tokenizer, SpanTokenizer):
+            raise ModelError("the model's tokenizer is written in Python, and does not say where tokens are")
+        prompt = self._engine.prompt(request.role, request.prompt, request.prompt_name)
+        inputs = [prompt + text for text in request.texts]
+        with self._activity.computing():
+            tokenized = tuple(self._tokenizer.spelled(inputs, request.add_special_tokens))
+        counts = np.array([len(tokens) for tokens in tokenized], "<u4")
+        return EmbedReply(
+            tokenized=tokenized,
+            tokens=int(counts.sum()),
+            counts=counts.tobytes(),
+            fingerprint=self._engine.info.fingerprint,
+        )
+
     def _embed(self, request: EmbedRequest) -> EmbedReply:
-        request.check()
         info = self._engine.info
         kind, query = KIND_OF[request.task], request.query
         outputs = [resolve_output(each, "this model", info.outputs) for each in request.outputs]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import tokenizers
 
+from embedstream.api.interactive import Token
 from embedstream.errors import ModelError
 from embedstream_worker.batching import join_tokens
 from embedstream_worker.engines.base import HARMLESS, TextTokenizer, Tokens
@@ -83,12 +84,14 @@ class FastTokenizer:
 
     def begins(self, texts: Sequence[str]) -> list[npt.NDArray[np.int64]]:
         """Where the tokens of each text begin in it, in characters, special tokens left out."""
-        if self._whole is None:
-            self._whole = tokenizers.Tokenizer.from_str(self.as_json())
-        with panics_are_errors():
-            encodings = self._whole.encode_batch(list(texts), add_special_tokens=False)
+        encodings = self._uncut(texts, add_special_tokens=False)
         firsts = (np.array([first for first, _ in encoding.offsets], np.int64) for encoding in encodings)
         return [np.maximum.accumulate(first) for first in firsts]
+
+    def spelled(self, texts: Sequence[str], add_special_tokens: bool) -> list[tuple[Token, ...]]:
+        """All tokens of each text, however many. A model that wants no special tokens is given none."""
+        encodings = self._uncut(texts, add_special_tokens=add_special_tokens and self.add_special_tokens)
+        return [_spelled(text, encoding) for text, encoding in zip(texts, encodings, strict=True)]
 
     def encode(self, texts: Sequence[str], max_length: int, firsts: Sequence[str] | None = None) -> Tokens:
         """Token ids with special tokens, cut at `max_length` tokens. Raises `ModelError` for an impossible length."""
@@ -121,6 +124,16 @@ class FastTokenizer:
         with panics_are_errors():
             encodings: list[tokenizers.Encoding] = self._backend.encode_batch_fast(
                 texts, add_special_tokens=self.add_special_tokens
+            )
+        return encodings
+
+    def _uncut(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[tokenizers.Encoding]:
+        if self._whole is None:
+            self._whole = tokenizers.Tokenizer.from_str(self.as_json())
+            self._whole.encode_special_tokens = self._backend.encode_special_tokens
+        with panics_are_errors():
+            encodings: list[tokenizers.Encoding] = self._whole.encode_batch(
+                list(texts), add_special_tokens=add_special_tokens
             )
         return encodings
 
@@ -165,6 +178,17 @@ class PythonTokenizer:
         encoded = self._tokenizer(texts, padding=False, return_attention_mask=False, verbose=False, **how)
         ids: list[list[int]] = encoded["input_ids"]
         return ids
+
+
+def _spelled(text: str, encoding: tokenizers.Encoding) -> tuple[Token, ...]:
+    """Its tokens, with places in bytes where the library counts characters."""
+    ends = list(accumulate((len(character.encode()) for character in text), initial=0))
+    return tuple(
+        Token(id, name) if special else Token(id, text[start:stop], ends[start], ends[stop])
+        for id, name, special, (start, stop) in zip(
+            encoding.ids, encoding.tokens, encoding.special_tokens_mask, encoding.offsets, strict=True
+        )
+    )
 
 
 def characters_for(max_length: int) -> int:

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from embedstream.api.interactive import Token
 from embedstream.errors import ModelError
 from embedstream_worker.engines.base import EngineInfo, Origin, OutputInfo, Results, Role, TokenBatch, Tokens
 
@@ -31,12 +32,24 @@ def _begins(text: str) -> npt.NDArray[np.int64]:
     return np.searchsorted(np.cumsum(sizes), np.arange(0, int(sizes.sum()), 4), "right").astype(np.int64)
 
 
+def _spelled(content: bytes) -> tuple[Token, ...]:
+    pieces = [(start, content[start : start + 4]) for start in range(0, max(1, len(content)), 4)]
+    return tuple(
+        Token(int.from_bytes(piece, "little"), piece.decode("utf-8", "replace"), start, start + len(piece))
+        for start, piece in pieces
+    )
+
+
 class HashingTokenizer:
     """A token is 4 UTF-8 bytes of the text, little-endian, the last one filled up with zeros."""
 
     def begins(self, texts: Sequence[str]) -> list[npt.NDArray[np.int64]]:
         """Where the tokens of each text begin in it, in characters."""
         return [_begins(text) for text in texts]
+
+    def spelled(self, texts: Sequence[str], add_special_tokens: bool) -> list[tuple[Token, ...]]:  # noqa: ARG002
+        """All tokens of each text; it has no special ones."""
+        return [_spelled(text.encode()) for text in texts]
 
     def as_json(self) -> str:
         """What it is, as other tokenizers say it."""
