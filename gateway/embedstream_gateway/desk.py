@@ -20,6 +20,7 @@ from embedstream.api.job import readable
 from embedstream.api.looks import JobLook, fleet_object, look_at_job, look_at_jobs, queue_object
 from embedstream.api.record_blocks import RECORDS
 from embedstream.api.search import Hit, search
+from embedstream.corpus.chunking import with_tokenizer
 from embedstream.dataset.manifest import manifest_spec
 from embedstream.dataset.objects import is_object, parse_object
 from embedstream.dataset.roots import check_output
@@ -157,7 +158,9 @@ class Desk:
         corpus: Sequence[str] | None,
         settings: dict[str, Any],
     ) -> JobSpec:
-        """A job's spec. Raises `UsageError`, `OutputError`, `Refusal`."""
+        """A job's spec. Raises `UsageError`, `OutputError`, `Refusal`, and `ModelError` if its texts are to be cut into
+        chunks, and the model's tokenizer is not to be had here.
+        """
         if not is_object(output) and not output.startswith(("/", "redis", "unix:")):
             raise bad(f"`output` is no absolute path, nor the address of a bucket or a Redis: {output}", "output")
         parts = (RECORDS,) if corpus is None else tuple(map(_part, corpus))
@@ -166,7 +169,7 @@ class Desk:
         given = cast("SpecSettings", settings)
         spec = make_spec(queue=queue, output=output, model=model, revision=revision, parts=parts, settings=given)
         self._refuse_outside(spec.output)
-        return with_types(spec)
+        return with_tokenizer(with_types(spec))
 
     def hand_over(self, spec: JobSpec, max_errors: str) -> None:
         """Have coordinators read the corpus of a job. Raises `Refusal`: no coordinator may, or not in time."""

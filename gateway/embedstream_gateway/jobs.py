@@ -17,6 +17,7 @@ from starlette.responses import Response, StreamingResponse
 
 from embedstream.api.looks import job_object
 from embedstream.errors import EmbedstreamError
+from embedstream.jobs import ChunkBy
 from embedstream.outputs import Task
 from embedstream_gateway.answers import json
 from embedstream_gateway.refusals import Refusal, overloaded, unavailable
@@ -45,7 +46,7 @@ CALL_SECONDS = 60.0
 
 
 class JobBody(BaseModel):
-    """A job: where its corpus is, and settings of `embed-submit` by their names. Texts are not cut into chunks here."""
+    """A job: where its corpus is, and settings of `embed-submit` by their names."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -93,7 +94,14 @@ class JobBody(BaseModel):
     keep: list[str] = Field([], description="Fields to carry into the dataset: `NAME` or `NAME:TYPE`.")
     text: bool = Field(True, description="Whether the dataset keeps the texts.")
     empty: Literal["error", "skip"] = "error"
-    on_long: Literal["cut", "error"] = Field("cut", description="Texts that are longer than the model takes.")
+    chunk_tokens: int | None = Field(None, description="Cut texts into chunks of at most so many tokens.")
+    chunk_overlap: Annotated[int, Field(ge=0)] = 0
+    chunk_by: ChunkBy = "recursive"
+    chunk_format: str = Field("", description="What enters the model of a chunk, with `{title}` and `{chunk}`.")
+    on_long: Literal["cut", "error", "chunk"] = Field(
+        "cut",
+        description="A text that is longer than the model takes; `chunk`: cut texts into chunks of what it takes.",
+    )
 
     @model_validator(mode="after")
     def one_source(self) -> JobBody:

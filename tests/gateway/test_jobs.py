@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 from conftest import serve_redis
-from e2e.harness import Fleet, assert_exact, fleet, wait_until, write_corpus
+from e2e.harness import Fleet, assert_exact, fleet, read_rows, wait_until, write_corpus
 from gateway.conftest import Served
 
 from embedstream.jobs import JobSpec, JobState
@@ -72,6 +72,28 @@ def test_texts_that_are_too_long_are_errors_where_that_is_wanted(served: Served)
     with served.http() as client:
         job = client.post("/jobs", json=body).json()["job"]
         assert (ended(client, job)["rows"], ended(client, job)["failed"]) == (1, 1)
+
+
+def test_texts_are_cut_into_chunks_as_embed_submit_cuts_them(served: Served) -> None:
+    output = served.fleet.root / "cut.vectors"
+    record = {"id": "d", "title": "Of words", "text": "A sentence with words. " * 40}
+    chunking = {"chunk_tokens": 40, "chunk_overlap": 8, "chunk_by": "sentence", "chunk_format": "{title}: {chunk}"}
+    body = {"model": "hashing", "output": str(output), "records": [record], "title_field": "title", **chunking}
+    with served.http() as client:
+        job = client.post("/jobs", json=body).json()["job"]
+        assert ended(client, job)["state"] == "completed"
+        rows = sorted(read_rows(output), key=lambda row: row["chunk"])
+        assert len(rows) > 5
+        assert {row["id"] for row in rows} == {"d"}
+        for row in rows:
+            assert row["text"] == f"Of words: {record['text'][row['start'] : row['end']]}"
+            assert row["n_tokens"] <= 40
+        for wrong in ({"chunk_tokens": 9}, {"chunk_tokens": 99_999}, {"chunk_tokens": None}):
+            refused = client.post("/jobs", json={**body, "output": f"{output}2", **wrong})
+            assert refused.status_code == 400, refused.text
+            assert "chunk-tokens" in refused.json()["error"]["message"]
+        long = {"model": "hashing", "output": f"{output}3", "records": ["word " * 20_000], "on_long": "chunk"}
+        assert ended(client, client.post("/jobs", json=long).json()["job"])["rows"] > 1
 
 
 def test_a_job_is_followed_until_it_has_ended(served: Served) -> None:
