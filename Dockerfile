@@ -21,7 +21,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 
 FROM requirements AS requirements-gateway
 RUN --mount=type=cache,target=/root/.cache/pip \
-    python requirements.py gateway > wanted.txt && pip install -c constraints.txt -r wanted.txt
+    python requirements.py gateway otel > wanted.txt && pip install -c constraints.txt -r wanted.txt
 
 # The package index has torch with all it needs for NVIDIA devices. Another index, as of wheels for CPUs alone (a tenth of
 # the size), is named by --build-arg TORCH_INDEX_URL=...; everything but torch comes from the package index.
@@ -32,11 +32,11 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 
 FROM requirements-torch AS requirements-worker-cpu
 RUN --mount=type=cache,target=/root/.cache/pip \
-    python requirements.py worker cpu > wanted.txt && pip install -c constraints.txt -r wanted.txt
+    python requirements.py worker cpu otel > wanted.txt && pip install -c constraints.txt -r wanted.txt
 
 FROM requirements-torch AS requirements-worker-cuda
 RUN --mount=type=cache,target=/root/.cache/pip \
-    python requirements.py worker > wanted.txt && pip install -c constraints.txt -r wanted.txt
+    python requirements.py worker otel > wanted.txt && pip install -c constraints.txt -r wanted.txt
 
 # Installed beside the environment, and copied into it below.
 FROM requirements AS code

@@ -70,6 +70,8 @@ class EmbedRequest(msgspec.Struct, frozen=True, kw_only=True):
     """To rerank: the first text of each pair."""
     id: str = ""
     """By which its sender knows it, for a worker's log."""
+    trace: str = ""
+    """`Step.trace` of whoever asks."""
     outputs: tuple[OutputSpec, ...] = ()
     """To embed: what is wanted of each text; empty: vectors in float32."""
     add_special_tokens: bool = True
@@ -80,6 +82,7 @@ class EmbedRequest(msgspec.Struct, frozen=True, kw_only=True):
         if len(self.texts) > MOST_TEXTS:
             raise UsageError(f"{len(self.texts)} texts in one request: at most {MOST_TEXTS}, submit more as a job")
         check_setting("the request's id", self.id)
+        check_setting("the request's trace", self.trace)
         check_prompting(self.prompt, self.prompt_name, self.max_length)
         if (self.task == "rerank") != bool(self.query):
             raise UsageError(

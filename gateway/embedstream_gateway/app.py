@@ -34,6 +34,7 @@ from embedstream.errors import (
     SpecDiffers,
 )
 from embedstream.metrics.exposition import QueueCollector
+from embedstream.tracing import open_traces
 from embedstream_gateway import (
     cohere,
     jobs,
@@ -86,6 +87,7 @@ class Plan:
 
 def make_app(plan: Plan) -> ASGIApp:
     """The application of one process."""
+    traces = open_traces("embedstream-gateway")
 
     @contextlib.asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
@@ -103,13 +105,14 @@ def make_app(plan: Plan) -> ASGIApp:
                 app.state.services = Services(
                     client=client,
                     fleet=Fleet(client),
-                    gathering=Gathering(client, plan.timeout),
+                    gathering=Gathering(client, plan.timeout, traces),
                     jobs=blocking,
                     desk=Desk(plan.redis_url, plan.output_roots),
                     reading=ThreadPoolExecutor(MOST_READERS, "reading"),
                     store=store,
                 )
                 yield
+                await asyncio.to_thread(traces.close)
 
     # Its own pages of documentation load scripts from elsewhere.
     app = FastAPI(
@@ -130,7 +133,7 @@ def make_app(plan: Plan) -> ASGIApp:
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _not_served)
     app.add_exception_handler(Exception, _unexpected)
-    return Observing(Admission(Bodies(app), plan.keys), registry)
+    return Observing(Admission(Bodies(app), plan.keys), registry, traces)
 
 
 async def _refused(request: Request, error: Any) -> Response:

@@ -17,8 +17,9 @@ import numpy.typing as npt
 from embedstream.api.embeddings import embeddings
 from embedstream.api.interactive import MOST_TOKENIZED_BYTES, EmbedReply, EmbedRequest
 from embedstream.errors import UsageError
+from embedstream.tracing import Traces
 from embedstream_gateway.fleet import LiveModel
-from embedstream_gateway.observing import current_id
+from embedstream_gateway.observing import current_id, current_trace
 from embedstream_gateway.refusals import Refusal, bad, overloaded, unavailable
 
 PIECE_TEXTS = 256
@@ -79,6 +80,8 @@ class _Piece:
     size: int
     id: str
     """Of the caller's request."""
+    trace: str
+    """`Step.trace` of it."""
     done: asyncio.Future[Rows]
 
 
@@ -93,8 +96,9 @@ class _Lane:
 class Gathering:
     """Sends for all callers of this process."""
 
-    def __init__(self, asker: Asker, timeout: float) -> None:
+    def __init__(self, asker: Asker, timeout: float, traces: Traces) -> None:
         """`timeout`: seconds from when a request goes to the queue."""
+        self._traces = traces
         self._asker = asker
         self._timeout = timeout
         self._lanes: dict[tuple[str, EmbedRequest], _Lane] = {}
@@ -109,8 +113,13 @@ class Gathering:
             Refusal: too much waits; no worker answered in time; a text or a setting cannot be used.
             BrokerError: as `Asker.ask`.
         """
+        about = {"embedstream.texts": len(request.texts)}
+        with self._traces.step(f"ask {model.queue}", current_trace.get(), "client", about) as step:
+            return await self._run(model, request, step.trace)
+
+    async def _run(self, model: LiveModel, request: EmbedRequest, trace: str) -> Rows:
         loop, id = asyncio.get_running_loop(), current_id.get()
-        pieces = [_Piece(part, first, size, id, loop.create_future()) for part, first, size in _split(request)]
+        pieces = [_Piece(part, first, size, id, trace, loop.create_future()) for part, first, size in _split(request)]
         total = sum(piece.size for piece in pieces)
         if self._bytes and self._bytes + total > MOST_WAITING_BYTES:
             raise overloaded("too many texts wait already: try again later")
@@ -151,8 +160,9 @@ class Gathering:
 
     async def _send(self, queue: str, pieces: Sequence[_Piece]) -> None:
         texts = tuple(text for piece in pieces for text in piece.request.texts)
-        ids = dict.fromkeys(piece.id for piece in pieces[:MOST_IDS])
-        request = msgspec.structs.replace(pieces[0].request, texts=texts, id=" ".join(ids))
+        ids = " ".join(dict.fromkeys(piece.id for piece in pieces[:MOST_IDS]))
+        trace = " ".join(dict.fromkeys(piece.trace for piece in pieces if piece.trace))
+        request = msgspec.structs.replace(pieces[0].request, texts=texts, id=ids, trace=trace)
         try:
             rows = _rows(await self._asker.ask(request, queue, self._timeout), request, queue, pieces[0].first)
         except Exception as raised:  # noqa: BLE001 - it is each caller's

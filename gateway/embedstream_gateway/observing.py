@@ -7,17 +7,25 @@ import re
 import secrets
 import time
 from contextvars import ContextVar
+from http import HTTPStatus
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from embedstream.metrics import metrics
+from embedstream.tracing import NOTHING, Traces
 
 log = logging.getLogger(__name__)
 
 current_id: ContextVar[str] = ContextVar("current_id", default="")
 """Of the request that is being answered."""
+
+current_trace: ContextVar[str] = ContextVar("current_trace", default="")
+"""`Step.trace` of it."""
+
+_UNTRACED = frozenset(("/health", "/healthz", "/readyz", "/metrics"))
+"""Asked for every few seconds, and of nobody's interest."""
 
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
@@ -38,8 +46,9 @@ _HEADERS = (
 class Observing:
     """The outermost layer."""
 
-    def __init__(self, app: ASGIApp, registry: CollectorRegistry) -> None:
+    def __init__(self, app: ASGIApp, registry: CollectorRegistry, traces: Traces) -> None:
         self._app = app
+        self._traces = traces
         self._requests = Counter(
             metrics.GATEWAY_REQUESTS.name,
             metrics.GATEWAY_REQUESTS.help,
@@ -60,7 +69,8 @@ class Observing:
             await self._app(scope, receive, send)
             return
         begun, status = time.perf_counter(), 0
-        id = request_id(Headers(scope=scope).get("x-request-id"))
+        headers = Headers(scope=scope)
+        id = request_id(headers.get("x-request-id"))
         scope.setdefault("state", {})["request_id"] = id
         current_id.set(id)
 
@@ -72,14 +82,23 @@ class Observing:
             await send(message)
 
         self._open.inc()
-        try:
-            await self._app(scope, receive, answering)
-        finally:
-            self._open.dec()
-            route = getattr(scope.get("route"), "path", "other")
-            method = scope["method"] if route != "other" else "other"
-            self._requests.labels(route, method, str(status or 499)).inc()
-            self._seconds.labels(route).observe(time.perf_counter() - begun)
+        step = NOTHING
+        if scope["path"] not in _UNTRACED:
+            step = self._traces.step("request", headers.get("traceparent", ""), "server")
+        current_trace.set(step.trace)
+        with step:
+            try:
+                await self._app(scope, receive, answering)
+            finally:
+                self._open.dec()
+                route = getattr(scope.get("route"), "path", "other")
+                method = scope["method"] if route != "other" else "other"
+                self._requests.labels(route, method, str(status or 499)).inc()
+                self._seconds.labels(route).observe(time.perf_counter() - begun)
+                about = {"http.request.method": method, "http.route": route, "http.response.status_code": status or 499}
+                step.tell({**about, "embedstream.request_id": id}, f"{method} {route}")
+                if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+                    step.fail(str(status))
 
 
 def request_id(given: str | None) -> str:

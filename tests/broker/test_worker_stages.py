@@ -23,6 +23,7 @@ from embedstream.queue.broker import Broker
 from embedstream.queue.workers import WorkerRecord
 from embedstream.server.connection import connect
 from embedstream.settings import WorkerSettings
+from embedstream.tracing import Traces
 from embedstream_worker import ahead
 from embedstream_worker.ahead import Ahead
 from embedstream_worker.engines import EngineOptions
@@ -348,7 +349,7 @@ def make_interactive(
     bench: WorkerLab, life: Life, channel: Channel[list[TokenizedGroup] | Urgent], settings: WorkerSettings = SETTINGS
 ) -> Interactive:
     engine, broker = HashingEngine(), Broker(connect(bench.url, 0), bench.broker.queue)
-    return Interactive(share(broker, life, settings), engine, engine.tokenizer(), channel)
+    return Interactive(share(broker, life, settings), engine, engine.tokenizer(), channel, Traces())
 
 
 def reads(client: Any) -> int:

@@ -41,6 +41,7 @@ from embedstream.queue.workers import InHand, Rate, WorkerRecord
 from embedstream.server.connection import connect, explaining
 from embedstream.settings import Settings, WorkerSettings
 from embedstream.terminal import printable
+from embedstream.tracing import Traces
 from embedstream_producer.status import look_at_all, look_at_job
 from embedstream_worker import intake
 from embedstream_worker.ahead import Ahead
@@ -274,7 +275,7 @@ class Queue:
 
     def _answer(self, healthy: bool) -> None:
         """Interactive requests: at least the good ones have their answers."""
-        served = Interactive(self._share(), self.engine, self.tokenizer, AnsweringModel(1))
+        served = Interactive(self._share(), self.engine, self.tokenizer, AnsweringModel(1), Traces())
         try:
             for request in served._claim():
                 served._serve(request)

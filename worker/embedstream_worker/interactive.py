@@ -28,6 +28,7 @@ from embedstream.errors import ModelError, UsageError
 from embedstream.outputs import Output
 from embedstream.queue.broker import Claimed
 from embedstream.server.patience import Refused, Stopped
+from embedstream.tracing import Attributes, Traces
 from embedstream.verify.rows import WORDS, bad_column
 from embedstream_worker.batching import join_tokens
 from embedstream_worker.cutting import SpanTokenizer
@@ -71,7 +72,10 @@ class TakesRequests(Protocol):
 class Interactive:
     """Owns its tokenizer and its connection, which must not repeat commands by itself (see `Intake`)."""
 
-    def __init__(self, shared: Shared, engine: Engine, tokenizer: TextTokenizer, infer: TakesRequests) -> None:
+    def __init__(
+        self, shared: Shared, engine: Engine, tokenizer: TextTokenizer, infer: TakesRequests, traces: Traces
+    ) -> None:
+        self._traces = traces
         self._broker = shared.broker(0)
         self._consumer, self._life, self._activity = shared.consumer, shared.life, shared.activity
         self._lease_ms = int(shared.settings.lease_seconds * 1000)
@@ -123,18 +127,18 @@ class Interactive:
                 error=f"{claimed.deliveries - 1} workers died of this request, or while they had it", internal=True
             )
         elif self._broker.is_awaited(name):
-            reply = self._answer(claimed.fields.get(b"body", b""))
+            reply = self._answer(claimed)
         payload = msgspec.msgpack.encode(reply)
         self._broker.run(self._broker.reply(name, claimed.entry, payload, REPLY_KEEP_MS))
 
-    def _answer(self, body: bytes) -> EmbedReply:
-        id = ""
+    def _answer(self, claimed: Claimed) -> EmbedReply:
+        body, id = claimed.fields.get(b"body", b""), ""
         try:
             refuse_long_body(body)
             request = msgspec.msgpack.decode(body, type=EmbedRequest)
             id = request.id
             request.check()
-            return self._tokenized(request) if request.task == "tokenize" else self._embed(request)
+            return self._traced(request, claimed.entry)
         except (msgspec.MsgspecError, ModelError, UsageError) as error:
             return EmbedReply(error=str(error))
         except Closed:
@@ -142,6 +146,17 @@ class Interactive:
         except Exception as error:  # noqa: BLE001 - a request must not end the worker, nor the next that is asked
             log.warning("request %s could not be embedded: %s: %s", id or "(no id)", type(error).__name__, error)
             return EmbedReply(error=f"{type(error).__name__}: {error}", internal=True)
+
+    def _traced(self, request: EmbedRequest, entry: str) -> EmbedReply:
+        queue = self._broker.queue
+        about: Attributes = {"embedstream.texts": len(request.texts), "embedstream.request_id": request.id}
+        self._traces.passed(f"wait in {queue}", request.trace, begun_ns=1_000_000 * int(entry.partition("-")[0]))
+        with self._traces.step(f"{request.task} {queue}", request.trace, "consumer", about) as step:
+            if request.task == "tokenize":
+                return self._tokenized(request)
+            reply = self._embed(request, step.trace)
+            step.tell({"embedstream.tokens": reply.tokens})
+            return reply
 
     def _tokenized(self, request: EmbedRequest) -> EmbedReply:
         if not isinstance(self._tokenizer, SpanTokenizer):
@@ -158,7 +173,7 @@ class Interactive:
             fingerprint=self._engine.info.fingerprint,
         )
 
-    def _embed(self, request: EmbedRequest) -> EmbedReply:
+    def _embed(self, request: EmbedRequest, trace: str) -> EmbedReply:
         info = self._engine.info
         kind, query = KIND_OF[request.task], request.query
         outputs = [resolve_output(each, "this model", info.outputs) for each in request.outputs]
@@ -166,11 +181,11 @@ class Interactive:
             given = ", ".join(GIVES[each] for each in info.outputs)
             raise ModelError(f"{request.task}() needs a model that gives {GIVES[kind]}, this one gives {given}")
         if self._asks_by_itself(request):
-            return self._asked(request, outputs)
+            return self._asked(request, outputs, trace)
         # Pairs have no prompt, as in jobs.
         prompt = "" if query else self._engine.prompt(request.role, request.prompt, request.prompt_name)
         max_length = request.max_length or info.max_length
-        with self._activity.computing():
+        with self._activity.computing(), self._traces.step("split into tokens", trace):
             pieces = [
                 self._tokenizer.encode(inputs, max_length, [query] * len(inputs) if query else None)
                 for inputs in model_inputs(request.texts, prompt)
@@ -179,7 +194,7 @@ class Interactive:
         tokens = join_tokens(pieces)
         kinds = tuple(dict.fromkeys(output.kind for output in outputs)) or (kind,)
         urgent = Urgent(tokens, prompt_length, request.role, kinds)
-        results = self._run(urgent)
+        results = self._run(urgent, trace)
         vectors = b"" if outputs else np.ascontiguousarray(results[kind], dtype="<f4").tobytes()
         return EmbedReply(
             kind=kind,
@@ -200,7 +215,7 @@ class Interactive:
         own = isinstance(self._engine, OwnQueries) and "dense" not in self._engine.info.outputs
         return own and request.task == "embed" and request.role == "query"
 
-    def _asked(self, request: EmbedRequest, outputs: Sequence[Output]) -> EmbedReply:
+    def _asked(self, request: EmbedRequest, outputs: Sequence[Output], trace: str) -> EmbedReply:
         """Queries to such a model. Its library cuts them, and does not say so."""
         if request.prompt_name is not None or request.max_length is not None:
             raise ModelError("queries to this model take neither prompt_name nor max_length: its library decides")
@@ -208,13 +223,14 @@ class Interactive:
             raise ModelError(f"{len(request.texts)} queries in one request: at most {MOST_OWN_QUERIES} to this model")
         nothing = Tokens(np.zeros(0, np.int32), np.zeros(1, np.int64), np.zeros(0, np.bool_))
         kinds = tuple(dict.fromkeys(output.kind for output in outputs))
-        results = self._run(Urgent(nothing, 0, "query", kinds, queries=request.texts, prompt=request.prompt))
+        results = self._run(Urgent(nothing, 0, "query", kinds, queries=request.texts, prompt=request.prompt), trace)
         return EmbedReply(outputs=reply_outputs(outputs, results), fingerprint=self._engine.info.fingerprint)
 
-    def _run(self, urgent: Urgent) -> Results:
+    def _run(self, urgent: Urgent, trace: str) -> Results:
         """Raises `Closed` if the model's stage has ended, and `ModelError` if a text failed."""
-        self._infer.put_first(urgent)
-        urgent.done.wait()
+        with self._traces.step("run the model", trace):
+            self._infer.put_first(urgent)
+            urgent.done.wait()
         if urgent.results is None:
             raise Closed
         if urgent.errors:

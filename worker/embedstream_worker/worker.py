@@ -22,6 +22,7 @@ from embedstream.server.connection import Connect, connect
 from embedstream.server.foreign import leaving_out
 from embedstream.server.preflight import check
 from embedstream.settings import WorkerSettings
+from embedstream.tracing import open_traces
 from embedstream_worker import earlier_starts, known_models
 from embedstream_worker.ahead import Ahead
 from embedstream_worker.engines import EngineOptions
@@ -187,7 +188,8 @@ class Worker:
         infer = Infer(shared, engine, trial.batch_tokens, ahead, tokenized, embedded)
         write = Write(shared, jobs, engine.info, embedded)
         express = Express(shared, engine, infer, tokenized)
-        interactive = Interactive(shared, engine, engine.tokenizer(), express)
+        traces = open_traces("embedstream-worker", self.name)
+        interactive = Interactive(shared, engine, engine.tokenizer(), express, traces)
         life.serving = True
         self._speak()
         log.info("ready after %.1f s (warm-up %.1f s)", time.time() - self._started, self._warm_up_seconds)
@@ -207,6 +209,7 @@ class Worker:
         for stage in beside:
             stage.join(LEAVE_SECONDS)
         express.close(LEAVE_SECONDS)
+        traces.close()
         if earlier_starts.recall(engine.info) == trial:  # that pace was of texts that are all alike
             earlier_starts.remember(engine.info, Trial(trial.batch_tokens, ahead.tokens_per_second))
 
