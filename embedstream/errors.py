@@ -77,8 +77,9 @@ class CorpusDiffers(EmbedstreamError):
     def __init__(self, output: str, parts: Sequence[str]) -> None:
         """`parts`: what is said of each part that differs."""
         super().__init__(
-            f"{output}: is finished, and was made of another corpus: {'; '.join(parts)}: write to another output (-o), "
-            f"restore the corpus, or keep what is there (--trust-unchanged); embed-verify --corpus shows the rows"
+            f"{output}: is finished, and was made of another corpus: {'; '.join(parts)}: bring it up to date "
+            f"(--update), write to another output (-o), restore the corpus, or keep what is there (--trust-unchanged); "
+            f"embed-verify --corpus shows the rows"
         )
 
 

@@ -64,6 +64,23 @@ class Retry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Of its int8 columns, as `encode_ranges` gives them; empty: it has none, or no rows."""
 
 
+class Update(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What makes a job one that makes a newer generation of a dataset: texts that are in it already keep their results,
+    if the worker's model makes results of the same space."""
+
+    manifest: str
+    """Digest of the manifest that the job begins with."""
+    corpus: str = ""
+    """Digest of what was read of its parts: the same files that have changed since are another job. Empty: it holds a
+    stream."""
+    space: str
+    """The dataset's."""
+    ranges: str = ""
+    """As in `Retry`."""
+    source: str = ""
+    """The dataset's address; empty: it is the output itself, where the new manifest takes the place of the old one."""
+
+
 class Chunking(msgspec.Struct, frozen=True, kw_only=True):
     """How texts are cut into chunks, each of which is a row. Nothing of them is left out."""
 
@@ -131,17 +148,28 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Empty: all that the model gives for the task, one output of each kind."""
     retry: Retry | None = None
     """None: the job is over all rows."""
+    update: Update | None = None
+    """None: every text is embedded."""
     v: int = FORMAT_VERSION
 
     @property
     def job(self) -> str:
         """The job's id: a hash of queue and output, so the same command finds the same job."""
-        return job_id(self.queue, self.output, self.retry.manifest if self.retry else "")
+        if self.retry is not None:
+            return job_id(self.queue, self.output, self.retry.manifest)
+        return job_id(
+            self.queue, self.output, f"update {self.update.manifest} {self.update.corpus}" if self.update else ""
+        )
 
     @property
     def whole_job(self) -> str:
         """The id of the job over all rows of this output: another one's, if this one runs failed rows again."""
         return job_id(self.queue, self.output)
+
+    @property
+    def updates(self) -> bool:
+        """Whether its manifest takes the place of the one that it began with."""
+        return self.update is not None and not self.update.source
 
     @property
     def columns(self) -> frozenset[str]:
@@ -262,9 +290,10 @@ def public_spec(spec: JobSpec) -> JobSpec:
     return msgspec.structs.replace(spec, output=without_credentials(spec.output))
 
 
-def job_id(queue: str, output: str, retried: str = "") -> str:
-    """16 hex digits from queue and output; who may log in there does not matter. `retried`: `Retry.manifest`."""
-    named = [queue, without_credentials(output), *([retried] if retried else [])]
+def job_id(queue: str, output: str, began_with: str = "") -> str:
+    """16 hex digits from queue and output; who may log in there does not matter. `began_with`: the manifest that a
+    retry or an update is of."""
+    named = [queue, without_credentials(output), *([began_with] if began_with else [])]
     return hashlib.blake2b("\0".join(named).encode(), digest_size=8).hexdigest()
 
 
@@ -316,9 +345,11 @@ def queue_name(model: str) -> str:
 def differing_field(existing: JobSpec, wanted: JobSpec) -> str | None:
     """The first setting in which two specs differ, as the user spells it; None if there is none.
 
-    Credentials are no setting, nor is whether a job runs failed rows again.
+    Credentials are no setting, nor is whether a job runs failed rows again, or updates.
     """
-    existing, wanted = (msgspec.structs.replace(public_spec(spec), retry=None) for spec in (existing, wanted))
+    existing, wanted = (
+        msgspec.structs.replace(public_spec(spec), retry=None, update=None) for spec in (existing, wanted)
+    )
     # The model first: the queue is named after it, and whoever changes the one thinks of it, not of the other.
     for name in ("model", *JobSpec.__struct_fields__):
         if getattr(existing, name) != getattr(wanted, name):
@@ -427,6 +458,8 @@ class JobStatus(msgspec.Struct, frozen=True, kw_only=True):
     """Rows whose text was longer than the model takes."""
     duplicates: int = 0
     """Rows that took the results of an equal text, so that the model did not run for them."""
+    reused: int = 0
+    """Rows that took the results of an equal text in the dataset that is updated."""
     tokens: int
     """Tokens of the written rows."""
     padded: int

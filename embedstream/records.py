@@ -86,6 +86,8 @@ class ShardRecord(msgspec.Struct, frozen=True, kw_only=True):
     truncated: int
     duplicates: int = 0
     """Rows that took the results of an equal text, so that the model did not run for them."""
+    reused: int = 0
+    """Rows that took the results of an equal text in the dataset that is updated."""
     tokens: int
     padded: int
     """Tokens with the padding that the model computed beside them."""
@@ -179,6 +181,20 @@ class ManifestShard(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
         return self.errors.sha256 if self.errors else ""
 
 
+class Changes(msgspec.Struct, frozen=True, kw_only=True):
+    """What an update changed."""
+
+    generation: Annotated[int, msgspec.Meta(ge=1, le=2**31)]
+    """The one that it made."""
+    file: Annotated[str, msgspec.Meta(pattern=r"\A_changes-[0-9a-f]{16}\.arrow\Z")]
+    """Arrow IPC: `id`, `chunk` and `change` (added, changed or removed) of each row that is not as it was."""
+    sha256: str
+    added: int
+    changed: int
+    """Rows of the same id and chunk with another text or other kept fields."""
+    removed: int
+
+
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """What readers trust. A file that it does not list does not exist for them."""
 
@@ -203,6 +219,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     skipped: int
     truncated: int
     duplicates: int = 0
+    reused: int = 0
     tokens: int
     padded: int
     created: float
@@ -212,6 +229,12 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     shards: tuple[ManifestShard, ...]
     retries: tuple[str, ...] = ()
     """Jobs over failed rows whose shards, listed without blocks, were added; the times are of the job over all rows."""
+    generation: int = 0
+    """How often the dataset was updated."""
+    changes: tuple[Changes, ...] = ()
+    """What each update changed, the newest last."""
+    before: tuple[str, ...] = ()
+    """Jobs of older generations, whose files count no more."""
 
 
 class ManifestPart(msgspec.Struct, frozen=True):

@@ -51,13 +51,14 @@ def write_group(
     data, errors = _Rows("rows", room, on_rows), _Rows("failed", room)
     blocks: list[BlockRecord] = []
     sources: list[ShardRecord] = []
-    duplicates = padded = 0
+    duplicates = reused = padded = 0
     for name, runs in group.blocks.items():
         source = sink.footer(part_file(name))[0].shard
         chosen = [block for block in source.blocks if _is_in(block, runs)]
         sources.append(source)
         blocks += chosen
         duplicates += _share(source.duplicates, source, chosen)
+        reused += _share(source.reused, source, chosen)
         padded += _share(source.padded, source, chosen)
         data.read(sink.batches(part_file(name), None, BATCH_ROWS), source, runs)
         if listed[name].failed:
@@ -76,6 +77,7 @@ def write_group(
         skipped=sum(block.skipped for block in blocks),
         truncated=data.sum("truncated"),
         duplicates=duplicates,
+        reused=reused,
         tokens=data.sum("n_tokens"),
         padded=padded,
         dtype="+".join(sorted({source.dtype for source in sources})),

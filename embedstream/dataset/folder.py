@@ -21,6 +21,7 @@ from embedstream.dataset.files import TEMPORARY
 from embedstream.dataset.manifest import (
     decode_manifest,
     list_shard,
+    manifest_digest,
     manifest_pieces,
     manifest_spec,
     refuse_other_spec,
@@ -30,7 +31,7 @@ from embedstream.dataset.parquet import Footer, encode_data, read_footer
 from embedstream.dataset.parquet_rows import RowsRefused, rows_at_once
 from embedstream.dataset.schema import ErrorRow, dataset_schema, errors_schema, placed_errors
 from embedstream.dataset.storage import Storage, storage_of
-from embedstream.errors import OutputError
+from embedstream.errors import OutputError, UsageError
 from embedstream.jobs import JobSpec
 from embedstream.records import Manifest, ManifestShard, ShardContent, ShardRecord, errors_file, part_file
 from embedstream.server.connection import mask
@@ -40,7 +41,7 @@ log = logging.getLogger(__name__)
 
 MANIFEST = "_manifest.json"
 ERRORS = "_errors.jsonl"
-OURS = (MANIFEST, ERRORS, "part-", "_errors-")
+OURS = (MANIFEST, ERRORS, "part-", "_errors-", "_changes-")
 """Beginnings of the names that make a folder a dataset, finished or not. Readers of a folder of Parquet pass over what
 begins with `_`: they see vectors alone."""
 
@@ -155,6 +156,8 @@ class FolderSink:
                 continue
             if self._spec is not None:
                 made = footer.job_spec()
+                if self._spec.updates and footer.shard.job != self._spec.job:
+                    continue  # of the generation that stands, or of another update that came to nothing
                 if not footer.shard.rows and made != self._spec:
                     continue  # of a job that failed; what has no row cannot be mixed up with ours
                 refuse_other_spec(self.output, made, self._spec)
@@ -201,7 +204,7 @@ class FolderSink:
             self.files.prepare()
         # A retry takes rows out of the errors: dying in between, it leaves one too many there, none too few.
         steps = [self._write_errors, self._write_manifest]
-        for step in reversed(steps) if manifest.retries else steps:
+        for step in reversed(steps) if manifest.retries or manifest.generation else steps:
             step(manifest)
         self._write_card(manifest)
         self._tidy(manifest)
@@ -213,11 +216,31 @@ class FolderSink:
         left = {name for name in names if name.removeprefix(".").startswith((*OURS, CARD)) and TEMPORARY in name}
         # Error rows that were run again: those that are left of them lie in newer shards.
         left |= {errors_file(shard.name) for shard in manifest.shards if not shard.failed} & names
+        left |= self._older(manifest) & names
         try:
             if left:
                 self.files.remove(sorted(left))
         except OutputError as error:
             log.warning("%s; it counts for nothing, as the manifest does not list it", error)
+
+    def _older(self, manifest: Manifest) -> set[str]:
+        """Files of older generations, and of other updates that began with one of them. Not of one that begins now."""
+        if not manifest.generation:
+            return set()
+        listed, found, digest = {part_file(shard.name) for shard in manifest.shards}, set[str](), ""
+        for name in self._part_files():
+            if name in listed:
+                continue
+            try:
+                footer, _ = self.footer(name)
+                update = footer.job_spec().update
+            except (OutputError, UsageError):
+                continue
+            digest = digest or manifest_digest(manifest)
+            over = update is not None and footer.shard.job != manifest.job and update.manifest != digest
+            if footer.shard.job in manifest.before or over:
+                found |= {name, errors_file(name.removeprefix("part-").removesuffix(".parquet"))}
+        return found
 
     def mend(self, manifest: Manifest) -> None:
         """Write `_errors.jsonl` again if its lines are not as many as the manifest says, and the card if it is not the
@@ -313,6 +336,7 @@ class FolderSink:
             skipped=0,
             truncated=0,
             duplicates=0,
+            reused=0,
             tokens=0,
             padded=0,
             bytes=0,

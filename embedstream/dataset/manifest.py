@@ -94,6 +94,7 @@ def build_manifest(
         skipped=sums.skipped,
         truncated=sums.truncated,
         duplicates=sums.duplicates,
+        reused=sums.reused,
         tokens=sums.tokens,
         padded=sums.padded,
         created=status.created,

@@ -30,7 +30,8 @@ class ShardSums:
         """What all have in common, it has: the first one, or the first with rows."""
         self.engines: set[str] = set()
         self.recipes: set[Recipe] = set()
-        self.rows = self.failed = self.skipped = self.truncated = self.duplicates = self.tokens = self.padded = 0
+        self.rows = self.failed = self.skipped = self.truncated = 0
+        self.duplicates = self.reused = self.tokens = self.padded = 0
 
     @property
     def blocks(self) -> int:
@@ -47,6 +48,7 @@ class ShardSums:
         self.skipped += shard.skipped
         self.truncated += shard.truncated
         self.duplicates += shard.duplicates
+        self.reused += shard.reused
         self.tokens += shard.tokens
         self.padded += shard.padded
         self.engines.add(shard.engine)

@@ -147,9 +147,9 @@ def _steps(output: Output) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.floa
     return lows, np.where(steps == 0, np.float32(1), steps)
 
 
-def from_columns(output: Output, batch: pa.RecordBatch) -> Values:
+def from_columns(output: Output, batch: pa.RecordBatch, middle: bool = False) -> Values:
     """What the output's columns hold, as `to_columns` was given it, within its dtype; int8 as the lower end of its
-    step, as sentence-transformers has it, and ubinary as 1 and -1.
+    step, as sentence-transformers has it, or as its middle, which is rounded to the same number; ubinary as 1 and -1.
 
     Not of rows that are `uneven`.
     """
@@ -159,7 +159,7 @@ def from_columns(output: Output, batch: pa.RecordBatch) -> Values:
     match output.kind:
         case "dense" if output.dtype == "int8":
             lows, steps = _steps(output)
-            return (_matrix(column, output.dim) + 128) * steps + lows
+            return (_matrix(column, output.dim) + (128.5 if middle else 128)) * steps + lows
         case "dense":
             return _matrix(column, output.dim)
         case "sparse":

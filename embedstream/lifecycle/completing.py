@@ -52,6 +52,8 @@ def is_finished(manifest: Manifest | None, spec: JobSpec) -> bool:
         return False
     if spec.retry is not None:
         return spec.job in manifest.retries
+    if spec.updates:
+        return manifest.state == JobState.COMPLETED and manifest.job == spec.job
     return manifest.state == JobState.COMPLETED and differing_field(manifest_spec(manifest), spec) is None
 
 

@@ -13,6 +13,7 @@ from embedstream.errors import BrokerError, EmbedstreamError
 from embedstream.jobs import JobSpec, JobState, JobStatus, parse_max_errors, verdict
 from embedstream.lifecycle.completing import finalize, is_finished
 from embedstream.lifecycle.retry_completing import finalize_retry
+from embedstream.lifecycle.update_completing import finalize_update
 from embedstream.queue.broker import Broker
 from embedstream.queue.steps import Code, Lease
 from embedstream.records import Manifest, PartContent, ShardRecord
@@ -89,6 +90,8 @@ def _write_manifest(
     lease: Lease,
 ) -> tuple[JobState, Manifest | None]:
     """How the job ends, and the manifest that says so."""
+    if status.spec.updates:
+        return _write_update(sink, status, list(shards), contents, lease)
     if status.spec.retry is None:
         bound = parse_max_errors(status.max_errors)
         state = JobState(lease.verdict) if lease.verdict else verdict(status.rows, status.failed, bound)
@@ -97,6 +100,22 @@ def _write_manifest(
     if lease.verdict and not is_finished(sink.read_manifest(), status.spec):
         return JobState(lease.verdict), None  # the dataset stays as it was; the same command goes on
     manifest = finalize_retry(sink, status, list(shards))
+    return JobState.FAILED if manifest is None else JobState.COMPLETED, manifest
+
+
+def _write_update(
+    sink: Sink,
+    status: JobStatus,
+    shards: Sequence[ShardRecord],
+    contents: Sequence[PartContent | None],
+    lease: Lease,
+) -> tuple[JobState, Manifest | None]:
+    """As `_write_manifest`. A job that did not end well leaves the dataset as it was; the same command goes on."""
+    state = verdict(status.rows, status.failed, parse_max_errors(status.max_errors))
+    state = JobState(lease.verdict) if lease.verdict else state
+    if state is not JobState.COMPLETED and not is_finished(sink.read_manifest(), status.spec):
+        return state, None
+    manifest = finalize_update(sink, status, shards, lease.now / 1000, contents)
     return JobState.FAILED if manifest is None else JobState.COMPLETED, manifest
 
 

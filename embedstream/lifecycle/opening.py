@@ -293,7 +293,7 @@ def open_job(
             raise OutputError(f"job {spec.job} was made with another user or password for its output: use the same")
         raise BrokerError(f"job {spec.job} was made by another version of embedstream: use that, or another output")
     broker.announce()
-    if answer.code is Code.CREATED and visible and spec.retry is None:
+    if answer.code is Code.CREATED and visible and spec.retry is None and not spec.updates:
         _clear_fruitless(sink, spec)
     fresh = answer.code in (Code.CREATED, Code.REOPENED)
     state = JobState.SUBMITTING if fresh else answer.state
@@ -307,7 +307,9 @@ def open_job(
 def _stands(sink: Sink, spec: JobSpec) -> bool:
     """Whether a manifest shows that the job was completed."""
     manifest = sink.read_manifest()
-    return manifest is not None and (spec.retry is None or spec.job in manifest.retries)
+    if manifest is None or spec.updates:
+        return manifest is not None and manifest.job == spec.job
+    return spec.retry is None or spec.job in manifest.retries
 
 
 def _way_out(job: str, state: JobState | None, visible: bool) -> str:

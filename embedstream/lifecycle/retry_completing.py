@@ -74,6 +74,7 @@ def merged(manifest: Manifest, job: str, shards: Sequence[ShardRecord], kept: Se
         outputs=manifest.outputs if manifest.rows else next((s.outputs for s in shards if s.rows), manifest.outputs),
         truncated=manifest.truncated + sum(s.truncated for s in shards),
         duplicates=manifest.duplicates + sum(s.duplicates for s in shards),
+        reused=manifest.reused + sum(s.reused for s in shards),
         tokens=manifest.tokens + sum(s.tokens for s in shards),
         padded=manifest.padded + sum(s.padded for s in shards),
         recipes=in_order((*manifest.recipes, *(s.recipe for s in shards if s.recipe is not None))),

@@ -14,6 +14,8 @@ from embedstream.queue.broker import Broker
 from embedstream.queue.workers import WorkerRecord
 from embedstream.settings import Settings, WorkerSettings
 
+_REPLACED = "another run wrote a manifest meanwhile: run the same command again"
+
 
 def too_many_errors(status: JobStatus) -> str:
     """Why an open job is sure to fail by its `max_errors`; empty if it is not. Running failed rows again never does."""
@@ -32,7 +34,9 @@ def why_ended(status: JobStatus) -> str:
     if status.reason or status.state is not JobState.FAILED:
         return status.reason
     if status.spec.retry is not None:
-        return "another run wrote a manifest meanwhile: run the same command again"
+        return _REPLACED
+    if status.spec.updates and status.rows:
+        return too_many_errors(status) or _REPLACED
     return too_many_errors(status) or "every row failed"
 
 

@@ -16,7 +16,7 @@ X = TypeVar("X")
 MOST = 2**53
 """Of any number: what every reader of JSON can count to, and a float holds exactly."""
 
-_COUNTERS = ("submitted", "rows", "failed", "skipped", "truncated", "duplicates", "tokens", "padded", "done")
+_COUNTERS = ("submitted", "rows", "failed", "skipped", "truncated", "duplicates", "reused", "tokens", "padded", "done")
 
 _VERDICTS = ("", JobState.CANCELLED, JobState.FAILED)
 

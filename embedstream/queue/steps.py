@@ -252,6 +252,7 @@ class Steps:
                 "skipped": r.skipped,
                 "truncated": r.truncated,
                 "duplicates": r.duplicates,
+                "reused": r.reused,
                 "tokens": r.tokens,
                 "padded": r.padded,
                 "spec": spec,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from io import BufferedReader
@@ -13,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from embedstream.dataset.card import CARD
+from embedstream.dataset.changes import KINDS, read_changes
 from embedstream.dataset.folder import BATCH_ROWS, ERRORS, MANIFEST, FolderSink
 from embedstream.dataset.input_hash import entered, text_digests
 from embedstream.dataset.manifest import manifest_spec
@@ -28,7 +30,7 @@ from embedstream.verify.manifest_sums import check_footer
 from embedstream.verify.places import PAGE_ROWS, Mask, Numbers, PlaceNumbers, Places, Rows
 from embedstream.verify.rows import Located, bad_column, id_numbers, kept_numbers, text_numbers
 
-_TOTALS = ("skipped", "truncated", "duplicates", "tokens", "padded")
+_TOTALS = ("skipped", "truncated", "duplicates", "reused", "tokens", "padded")
 """What a manifest adds up over its shards, beside rows and error rows."""
 
 MOST_CHUNKS = 1 << 19
@@ -85,6 +87,7 @@ class FolderCheck:
                 sums = (ahead or pool.submit(self._sums, shard)).result()
                 ahead = None if after is None else pool.submit(self._sums, after)
                 self._check_shard(shard, sums)
+        self._check_changes()
         if self._whole:
             for part, said in enumerate(self.manifest.parts):
                 source = f"part {part} ({said.name}): "
@@ -99,10 +102,24 @@ class FolderCheck:
 
     def unlisted(self) -> list[str]:
         """Names in the folder that the manifest does not list, in order: harmless, as no reader opens them."""
-        listed = {MANIFEST, ERRORS, CARD}
+        listed = {MANIFEST, ERRORS, CARD, *(each.file for each in self.manifest.changes)}
         for shard in self.manifest.shards:
             listed.update(_files(shard))
         return sorted(self._names - listed)
+
+    def _check_changes(self) -> None:
+        """What updates changed: as many rows of each kind as the manifest says."""
+        for changes in self.manifest.changes:
+            if changes.file not in self._names:
+                self._lost(Kind.MISSING_FILE, "the manifest lists this file, and it is not there", changes.file)
+                continue
+            try:
+                found = Counter(read_changes(self.sink, changes).column("change").to_pylist())
+            except OutputError as error:
+                self._lost(Kind.UNREADABLE, self._why(changes.file, error), changes.file)
+                continue
+            for kind in KINDS:
+                self._count(changes.file, f"rows {kind}", getattr(changes, kind), found[kind])
 
     def _sums(self, shard: ManifestShard) -> _Sums:
         sums: _Sums = []

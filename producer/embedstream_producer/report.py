@@ -41,6 +41,15 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     truncated: int
     duplicates: int
     """Rows that took the results of an equal text."""
+    reused: int
+    """Rows that took the results of an equal text in the dataset that was updated."""
+    embedded: int
+    """Rows that the model ran for."""
+    generation: int
+    """How often the dataset was updated; by the last time:"""
+    added: int
+    changed: int
+    removed: int
     tokens: int
     padding: float
     """Share of computed tokens that were padding, 0..1."""
@@ -54,7 +63,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
 def from_manifest(manifest: Manifest) -> Report:
     """From what readers trust."""
-    spec = manifest_spec(manifest)
+    spec, last = manifest_spec(manifest), manifest.changes[-1] if manifest.changes else None
     return Report(
         job=manifest.job,
         state=manifest.state,
@@ -62,6 +71,12 @@ def from_manifest(manifest: Manifest) -> Report:
         failed=manifest.failed,
         truncated=manifest.truncated,
         duplicates=manifest.duplicates,
+        reused=manifest.reused,
+        embedded=manifest.rows - manifest.reused - manifest.duplicates,
+        generation=manifest.generation,
+        added=last.added if last else 0,
+        changed=last.changed if last else 0,
+        removed=last.removed if last else 0,
         tokens=manifest.tokens,
         padding=round(1 - manifest.tokens / manifest.padded, 4) if manifest.padded else 0.0,
         seconds=round(manifest.ended - manifest.created, 3),
@@ -80,6 +95,12 @@ def from_status(status: JobStatus) -> Report:
         failed=status.failed,
         truncated=status.truncated,
         duplicates=status.duplicates,
+        reused=status.reused,
+        embedded=status.rows - status.reused - status.duplicates,
+        generation=0,
+        added=0,
+        changed=0,
+        removed=0,
         tokens=status.tokens,
         padding=round(status.padding, 4),
         seconds=round(status.seconds, 3),
@@ -128,6 +149,11 @@ def lines(
         said.append(f"truncated: {counted(report.truncated, 'text')} longer than the model takes")
     if report.duplicates:
         said.append(f"duplicates: {counted(report.duplicates, 'row')} took the results of an equal text")
+    if report.reused or report.generation:
+        said.append(f"reused:  {report.reused:,} of the dataset that was updated, {report.embedded:,} embedded")
+    if report.generation:
+        changes = f"{report.added:,} added, {report.changed:,} changed, {report.removed:,} removed"
+        said.append(f"changes: {changes}, since generation {report.generation - 1}")
     if report.rows:
         output = shlex.quote(report.output)
         vectors = not report.outputs or any(output.kind == "dense" for output in report.outputs)

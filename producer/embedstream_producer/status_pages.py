@@ -155,6 +155,8 @@ def _facts(look: JobLook) -> Iterator[tuple[str, str, str]]:
     yield "tokens", f"{status.tokens:,}{pace}, padding {100 * status.padding:.1f} %{cut}", ""
     if status.duplicates:
         yield "duplicates", f"{counted(status.duplicates, 'row')} took the results of an equal text", ""
+    if status.reused:
+        yield "reused", f"{counted(status.reused, 'row')} took the results of the dataset that is updated", ""
     yield "blocks", f"{status.done:,} of {status.blocks:,}", ""
     yield "time", f"{duration(status.seconds)}{'' if ended else ' since its creation'}", ""
     if why := why_ended(status):

@@ -55,6 +55,7 @@ from embedstream_producer.retry_failed import FailedRows
 from embedstream_producer.server_side import part_names
 from embedstream_producer.trec_run import check_corpus
 from embedstream_producer.trees import split_pattern
+from embedstream_producer.updating import Updating
 from embedstream_producer.watch import Watch
 
 DETACHED = 130
@@ -90,6 +91,10 @@ class Options:
     max_errors: str
     settings: SpecSettings
     retry_failed: bool = False
+    update: bool = False
+    """Bring the output up to date."""
+    update_from: str | None = None
+    """Take over what this dataset has, in a new output."""
     trust_unchanged: bool = False
     plan: bool = False
     plan_measure: bool = False
@@ -126,6 +131,7 @@ def submit(options: Options) -> int:
         raise UsageError("--run and --queries belong together: a run names its queries by their ids")
     if options.run is not None and options.server_side:
         raise UsageError("--server-side and --run exclude each other: a run is read on this machine")
+    _check_updating(options)
     if (options.plan or options.plan_measure) and (options.server_side or options.retry_failed):
         raise UsageError("--plan reads the corpus here, and all of it: leave out --server-side and --retry-failed")
     if options.redis_url is not None:
@@ -152,12 +158,28 @@ def submit(options: Options) -> int:
     parts = check_corpus(corpus, spec, _tell(options))
     spec = with_types(spec, (part.kept_types for part in parts))
     sink = open_sink(spec.output, spec, options.redis_url)
+    updating = Updating(spec, sink, options.update_from) if options.update or options.update_from else None
     with contextlib.ExitStack() as stack:
         failed = None
         if options.retry_failed:
             failed = stack.enter_context(FailedRows(sink, spec))
             spec, sink = failed.spec, open_sink(spec.output, failed.spec, options.redis_url)
-        return _submit(options, spec, sink, parts, failed)
+        return _submit(options, spec, sink, parts, failed, updating)
+
+
+def _check_updating(options: Options) -> None:
+    flags = {"--update": options.update, "--update-from": options.update_from is not None}
+    updating = next((flag for flag, given in flags.items() if given), None)
+    others = {
+        "--update-from": options.update and options.update_from is not None,
+        "--retry-failed": options.retry_failed,
+        "--server-side": options.server_side,
+        "--plan": options.plan or options.plan_measure,
+        "--trust-unchanged": options.trust_unchanged,
+    }
+    for other, given in others.items():
+        if updating is not None and given:
+            raise UsageError(f"{updating} and {other} exclude each other: leave one of them out")
 
 
 def _plan(options: Options, spec: JobSpec, corpus: Sequence[str]) -> int:
@@ -210,11 +232,18 @@ def _submit_server_side(options: Options, spec: JobSpec, sink: Sink) -> int:
     return report.exit_code(result, parse_max_errors(options.max_errors)) if isinstance(stands, Manifest) else 0
 
 
-def _submit(options: Options, spec: JobSpec, sink: Sink, parts: Sequence[Part], failed: FailedRows | None) -> int:
+def _submit(
+    options: Options,
+    spec: JobSpec,
+    sink: Sink,
+    parts: Sequence[Part],
+    failed: FailedRows | None,
+    updating: Updating | None,
+) -> int:
     with Progress(options.quiet, total_bytes(parts), format=options.progress) as progress:
         handler = LogHandler(progress)
         logging.getLogger("embedstream").addHandler(handler)
-        run = Run(options, spec, sink, parts, progress, failed)
+        run = Run(options, spec, sink, parts, progress, failed, updating)
         try:
             code = run.run()
         except KeyboardInterrupt:
@@ -260,8 +289,9 @@ class Run:
         parts: Sequence[Part],
         progress: Progress,
         failed: FailedRows | None = None,
+        updating: Updating | None = None,
     ) -> None:
-        """`failed`: run these rows only, and `spec` is their job."""
+        """`failed`: run these rows only, and `spec` is their job. `updating`: take over what this dataset has."""
         self.options = options
         self.spec = spec
         self.sink = sink
@@ -271,6 +301,7 @@ class Run:
         self.spent: report.Spent | None = None
         self._parts = parts
         self._failed = failed
+        self._updating = updating
         self._progress = progress
         self._settings = Settings.from_environment(model=options.model)
         self._refusals = Refusals(progress.tell)
@@ -279,7 +310,13 @@ class Run:
 
     def run(self) -> int:
         """To the end of the job, or of the pushing; returns the exit code."""
-        if self._failed is None:
+        if self._updating is not None and (manifest := self._begin_update(self._updating)) is not None:
+            self.was_finished = True
+            self.sink.mend(manifest)
+            return self._finish(report.from_manifest(manifest))
+        if self._updating is not None and not self._updating.source:
+            manifest = None
+        elif self._failed is None:
             manifest = finished_manifest(self.sink, self.spec)
         else:
             manifest = None if len(self._failed) else self._failed.manifest
@@ -288,7 +325,7 @@ class Run:
             if not self.options.trust_unchanged:
                 self._compare(manifest)
                 refuse_changed_model(manifest, self.spec)
-            if manifest.retries:
+            if manifest.retries or manifest.generation:
                 self.sink.mend(manifest)
             if self.options.redis_url is not None:
                 settle_finished(self.options.redis_url, self.spec, self.sink)
@@ -301,6 +338,16 @@ class Run:
             return self._embedded()
         with made_folders(self.spec.output):
             return self._fleet(self.options.redis_url)
+
+    def _begin_update(self, updating: Updating) -> Manifest | None:
+        """Make the job one that updates; returns the manifest of a dataset that is up to date instead."""
+        self._progress.phase("comparing the corpus with the one that was embedded")
+        spec = updating.spec(self._parts, self._progress.reading)
+        self._progress.phase("")
+        if spec is None:
+            return updating.manifest
+        self.spec, self.sink = spec, open_sink(spec.output, spec, self.options.redis_url)
+        return None
 
     def _compare(self, manifest: Manifest) -> None:
         """Raise `CorpusDiffers` if the finished dataset was made of another corpus."""
@@ -357,6 +404,7 @@ class Run:
 
             def open_and_start() -> Opened:
                 nonlocal started
+                patience(lambda: self._end_others(broker))
                 opened = self._open(broker, patience, visible=True)
                 if not started:
                     started = True
@@ -372,6 +420,12 @@ class Run:
             status = self._work(broker, watch, patience, open_and_start)
             assert status is not None, "embedded mode never detaches"
             return self._end(status)
+
+    def _end_others(self, broker: Broker) -> None:
+        """End updates of this output that were broken off, of a corpus that has changed since."""
+        for job in broker.births():
+            if job != self.spec.job and self.spec.updates:
+                broker.run(broker.cancel(job, JobState.CANCELLED, "the corpus has changed since"))
 
     def _worker_flags(self) -> tuple[str, ...]:
         """Of embed-worker. A corpus that fits into one window is embedded before a warm-up would have been over."""
@@ -447,7 +501,8 @@ class Run:
         manifest = self.sink.read_manifest()
         if manifest is None:
             return None
-        mine = manifest.state == status.state if status.spec.retry is None else status.job in manifest.retries
+        ended = manifest.state == status.state and (manifest.job == status.job or not status.spec.updates)
+        mine = ended if status.spec.retry is None else status.job in manifest.retries
         return manifest if mine else None
 
     def _finish(self, result: report.Report) -> int:

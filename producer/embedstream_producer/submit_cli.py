@@ -36,7 +36,7 @@ from embedstream.outputs import Task, parse_emit
         "Long texts": ["on_long", "chunk_tokens", "chunk_overlap", "chunk_by", "chunk_format"],
         "Before embedding": ["plan", "plan_measure"],
         "Failed rows": ["max_errors", "retry_failed"],
-        "A finished output": ["trust_unchanged"],
+        "A finished output": ["update", "update_from", "trust_unchanged"],
         "This machine's worker, without --redis": ["device", "engine", "dtype", "no_warmup"],
     },
     examples=[
@@ -144,6 +144,14 @@ from embedstream.outputs import Task, parse_emit
 )
 @click.option("--max-errors", metavar="N|P%", help="The job fails if more rows fail than this; otherwise exit 0.")
 @click.option("--retry-failed", is_flag=True, help="Run again the rows of a finished output that failed in a worker.")
+@click.option(
+    "--update",
+    is_flag=True,
+    help="Bring a finished output up to date: texts that are in it keep their vectors, and rows that are gone go.",
+)
+@click.option(
+    "--update-from", metavar="DATASET", help="As --update, but of this dataset, which stays, into another output (-o)."
+)
 @click.option("--plan", is_flag=True, help="Embed nothing: read the corpus, and print what the job would be.")
 @click.option(
     "--plan-measure", is_flag=True, help="As --plan, and embed some texts for a few seconds to estimate the time."
@@ -202,6 +210,8 @@ def embed_submit(
     chunk_format: str,
     max_errors: str | None,
     retry_failed: bool,
+    update: bool,
+    update_from: str | None,
     trust_unchanged: bool,
     plan: bool,
     plan_measure: bool,
@@ -263,6 +273,8 @@ def embed_submit(
             "chunk_format": chunk_format.replace("\\n", "\n"),
         },
         retry_failed=retry_failed,
+        update=update,
+        update_from=update_from or None,
         trust_unchanged=trust_unchanged,
         run=run_file,
         queries=queries,

@@ -114,7 +114,8 @@ class Commits:
     def _commit(self, shard: Shard, record: ShardRecord) -> Answer | None:
         """The broker's answer; None if Redis refuses for good. Raises `redis.RedisError` for what passes."""
         blocks = [block.commit for block in shard.blocks.values()]
-        step = self._broker.commit(record, blocks, shard.job.stored, round(1000 * shard.worked))
+        worked = 0.0 if record.reused else shard.worked  # what is taken over says nothing of this worker's pace
+        step = self._broker.commit(record, blocks, shard.job.stored, round(1000 * worked))
         try:
             with reading(f"job {record.job}'s record"), self._meter.stage("commit"):
                 return self._broker.run(step)
@@ -195,6 +196,7 @@ class Commits:
             skipped=sum(block.skipped for block in blocks),
             truncated=sum(block.truncated for block in blocks),
             duplicates=sum(block.duplicates for block in blocks),
+            reused=sum(block.reused for block in blocks),
             tokens=sum(block.tokens for block in blocks),
             padded=sum(block.computed for block in blocks),
             outputs=outputs,

@@ -143,7 +143,8 @@ class Begun:
             self._found = [*recent.find(self._maker, self._hashes)]
         else:  # each row has to show what it does to the worker
             self._texts, self._hashes, self._found = Distinct(np.arange(rows), np.arange(rows)), [], []
-        new = np.ones(len(self._texts.first), np.bool_)
+        self._taken_over = ~group.new[self._texts.first]
+        new = ~self._taken_over
         for at, _ in self._found:
             new[at] = False
         self._new = np.flatnonzero(new)
@@ -172,9 +173,10 @@ class Begun:
             errors |= self.group.errors  # of a text with results from another job, which took what this one refuses
         duplicates = np.ones(len(text), np.bool_)
         duplicates[self._first] = False
+        duplicates &= self.group.new
         done = self._done()
         if self._hashes:
-            good = done[self._texts.first]
+            good = done[self._texts.first] & ~self._taken_over
             good[[int(text[row]) for row in errors]] = False
             self._remember(np.flatnonzero(good), results)
         return EmbeddedGroup(self.group, results, self._computed(), done, errors, duplicates)

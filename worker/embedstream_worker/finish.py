@@ -18,6 +18,7 @@ from embedstream.records import BlockRecord
 from embedstream.verify.rows import WORDS, bad_column
 from embedstream_worker.calibration import in_float32
 from embedstream_worker.held import EmbeddedGroup, HeldBlock, RowErrors
+from embedstream_worker.known_rows import put_in
 from embedstream_worker.work import CODES
 
 ORIGINAL_CHARACTERS = 1000
@@ -41,6 +42,7 @@ class FinishedBlock:
     skipped: int
     truncated: int
     duplicates: int
+    reused: int
     tokens: int
     computed: int
 
@@ -78,8 +80,13 @@ def finish_blocks(group: EmbeddedGroup) -> tuple[list[FinishedBlock], list[HeldB
     """A group's finished blocks, and those of which a row is not done, as the worker stops.
 
     Columns are built once for the whole group, then sliced.
+
+    Raises:
+        OutputError: results that are taken over of another dataset cannot be read there.
     """
-    table, tokens = group_table(group), group.tokenized.tokens
+    table, new = group_table(group), group.tokenized.new
+    lengths, truncated = (table.column(name).to_numpy() for name in ("n_tokens", "truncated"))
+    computed = np.where(new, group.computed, lengths)
     failures = lost_errors(table, group) | group.errors
     good = np.ones(table.num_rows, np.bool_)
     good[list(failures)] = False
@@ -103,10 +110,11 @@ def finish_blocks(group: EmbeddedGroup) -> tuple[list[FinishedBlock], list[HeldB
                     data=data.filter(pa.array(mine)) if failed else data,
                     errors=pa.Table.from_pylist(errors, schema=errors_schema()) if errors else _NO_ERRORS,
                     skipped=block.skipped,
-                    truncated=int((tokens.truncated[start:end] & mine).sum()),
+                    truncated=int((truncated[start:end] & mine).sum()),
                     duplicates=int((group.duplicates[start:end] & mine).sum()),
-                    tokens=int(tokens.lengths[start:end][mine].sum()),
-                    computed=int(group.computed[start:end][mine].sum()),
+                    reused=int((~new[start:end] & mine).sum()),
+                    tokens=int(lengths[start:end][mine].sum()),
+                    computed=int(computed[start:end][mine].sum()),
                 )
             )
         else:
@@ -131,6 +139,10 @@ def group_table(group: EmbeddedGroup) -> pa.Table:
     }
     for output in outputs:
         made |= zip(output.columns, to_columns(output, group.results[output.kind]), strict=True)
+    if tokenized.job.known is not None and not (new := tokenized.new).all():
+        taken_over = np.flatnonzero(~new)
+        assert tokenized.known is not None
+        made = put_in(made, tokenized.job.known.take(tokenized.known[taken_over]), taken_over)
     made |= {name: typed(rows.column(name), type) for name, type in spec.keep_types.items()}
     columns = [made[field.name] if field.name in made else _copied(rows.column(field.name)) for field in schema]
     return pa.table(columns, schema=schema)

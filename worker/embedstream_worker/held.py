@@ -56,6 +56,14 @@ class TokenizedGroup:
     errors: RowErrors = field(default_factory=dict)
     note: Callable[[int | None], None] | None = None
     """Set for a block that is tried chunk by chunk: to be told of the row (or none) that enters the model next."""
+    known: npt.NDArray[np.int64] | None = None
+    """[rows]: the place of a row of the dataset that is updated, by `KnownRows`, whose results a row takes over, and
+    then it has no tokens here; -1: none. None: of no row."""
+
+    @property
+    def new(self) -> npt.NDArray[np.bool_]:
+        """[rows]: those whose results are not taken over."""
+        return np.ones(len(self.input_hashes), np.bool_) if self.known is None else self.known < 0
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from embedstream_worker.engines import EngineOptions
 from embedstream_worker.engines.base import HARMLESS, Engine, EngineInfo
 from embedstream_worker.families import missing
 from embedstream_worker.giving import resolve_outputs
+from embedstream_worker.known_rows import KnownRows, known_rows
 from embedstream_worker.recipe import NOWHERE, in_words, recipe_of
 
 log = logging.getLogger(__name__)
@@ -72,6 +73,10 @@ class OpenJob:
     stored: bytes = b""
     """The spec as it lies in Redis: another version may leave fields out, or have more."""
     calibration: Calibration = field(default_factory=Calibration)
+    known: KnownRows | None = None
+    """Rows of the dataset that the job updates, whose results it takes over."""
+    anew: str = ""
+    """Why it takes over none of them."""
 
 
 class NotForThisWorker(EmbedstreamError):
@@ -158,7 +163,7 @@ class Jobs:
 
     def _remarks(self, job: OpenJob) -> list[str]:
         warning = missing(self._engine.info, job.spec.role) if job.recipe.prompt_from == NOWHERE else ""
-        return [in_words(job.recipe), *([warning] if warning else [])]
+        return [in_words(job.recipe), *([warning] if warning else []), *([job.anew] if job.anew else [])]
 
     def stuck(self, job: str, why: str) -> None:
         """A shard of the job cannot be written, and that is tried again: no more of it is taken until then.
@@ -242,7 +247,7 @@ class Jobs:
         opened.sink.check()
         if end_finished(self._broker, status.spec, opened.sink):
             raise OutputError(f"{mask(status.spec.output)}: {FINISHED}")
-        return opened
+        return _with_known(opened, self._roots)
 
     def _opened(self, job: str, status: JobStatus) -> OpenJob:
         """Raises `ModelError` if the model cannot serve it."""
@@ -274,6 +279,13 @@ class Jobs:
         except EmbedstreamError as error:
             return str(error)
         return None
+
+
+def _with_known(job: OpenJob, roots: tuple[str, ...]) -> OpenJob:
+    """The job with what it may take over. Raises `OutputError`."""
+    known, anew = known_rows(job.spec, job.space, job.outputs, roots)
+    ranges = job.spec.update.ranges if job.spec.update and known is not None else job.calibration.ranges
+    return replace(job, known=known, anew=anew, calibration=Calibration(ranges))
 
 
 def space_id(info: EngineInfo, spec: JobSpec, prompt: str, max_length: int) -> str:

@@ -6,9 +6,10 @@ import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from embedstream.dataset.input_hash import entered, firsts, input_hashes, model_inputs, strings_of
@@ -35,6 +36,14 @@ _NONE = Tokens(np.empty(0, np.int32), np.zeros(1, np.int64), np.empty(0, np.bool
 
 Encoded = tuple[Tokens, RowErrors]
 """Tokens of some texts, and those of them that have none."""
+
+
+class _Piece(NamedTuple):
+    """A block's tokens, its `input_hash`es, and its `TokenizedGroup.known`."""
+
+    encoded: Encoded
+    hashes: pa.FixedSizeBinaryArray
+    known: npt.NDArray[np.int64] | None
 
 
 class Tokenize:
@@ -86,9 +95,11 @@ class Tokenize:
         if len(blocks) == 1 and blocks[0].deliveries >= BY_CHUNK:
             return self._tried(job, blocks[0])
         pieces = list(pool.map(lambda held: self._encode(job, held), blocks))
-        tokens, errors = _joined([piece for piece, _ in pieces])
+        tokens, errors = _joined([piece.encoded for piece in pieces])
         errors |= too_long(job, tokens, errors)
-        return TokenizedGroup(job, blocks, tokens, pa.concat_arrays([hashes for _, hashes in pieces]), errors)
+        hashes = pa.concat_arrays([piece.hashes for piece in pieces])
+        known = [piece.known for piece in pieces if piece.known is not None]
+        return TokenizedGroup(job, blocks, tokens, hashes, errors, known=np.concatenate(known) if known else None)
 
     def _checked(self, pool: ThreadPoolExecutor, groups: list[TokenizedGroup]) -> list[TokenizedGroup]:
         """A window's groups, from the usual tokenizer from now on if the quick one splits a text otherwise."""
@@ -105,16 +116,16 @@ class Tokenize:
 
     def _agrees(self, group: TokenizedGroup) -> bool:
         """Whether some rows of a group, others each time, have the tokens that the usual tokenizer gives."""
-        job, rows = group.job, sum(len(held.block.rows) for held in group.blocks)
-        every = max(1, rows // _SAMPLED)
-        sampled = range(self._windows % every, rows, every)
-        if group.note or job.spec.query_field is not None or not sampled:
+        job, new = group.job, np.flatnonzero(group.new)
+        every = max(1, len(new) // _SAMPLED)
+        sampled = new[self._windows % every :: every]
+        if group.note or job.spec.query_field is not None or not len(sampled):
             return True
         column = pa.chunked_array([held.block.rows.column("text") for held in group.blocks])
-        texts = cast("list[str]", column.take(pa.array(sampled)).to_pylist())
+        texts = cast("list[str]", column.take(pa.array(sampled, pa.int64())).to_pylist())
         with self._activity.computing():
             tokens, _ = encode_rows(self._usual, texts, job.prompt, job.max_length)
-        picked = gather_batch(group.tokens, np.asarray(sampled, np.int64), 0, job.spec.role)
+        picked = gather_batch(group.tokens, sampled, 0, job.spec.role)
         return same_tokens(Tokens(picked.ids, picked.offsets, group.tokens.truncated[sampled]), tokens)
 
     def _make_tokenizers(self) -> SimpleQueue[TextTokenizer]:
@@ -124,13 +135,15 @@ class Tokenize:
             tokenizers.put(QuickTokenizer(usual) if self._quick and isinstance(usual, FastTokenizer) else usual)
         return tokenizers
 
-    def _encode(self, job: OpenJob, held: HeldBlock) -> tuple[Encoded, pa.FixedSizeBinaryArray]:
+    def _encode(self, job: OpenJob, held: HeldBlock) -> _Piece:
         rows, query = held.block.rows, job.spec.query_field
         hashes = input_hashes(entered(rows, query), job.prompt)
-        texts = distinct(hashes)
-        repeated = len(texts.first) < rows.num_rows
-        if repeated:
-            firsts_of_texts: Any = pa.array(texts.first)
+        known = None if job.known is None else job.known.find(hashes)
+        first, text = distinct(hashes)
+        new = np.ones(len(first), np.bool_) if known is None else known[first] < 0
+        all_of_them = len(first) == rows.num_rows and bool(new.all())
+        if not all_of_them:
+            firsts_of_texts: Any = pa.array(first[new])
             rows = rows.take(firsts_of_texts)
         tokenizer = self._tokenizers.get()
         try:
@@ -141,9 +154,10 @@ class Tokenize:
                     tokens, errors = encode_rows(tokenizer, strings_of(rows.column("text")), job.prompt, job.max_length)
         finally:
             self._tokenizers.put(tokenizer)
-        if repeated:
-            tokens, errors = tokens.take(texts.text), of_all_rows(errors, texts.text)
-        return (tokens, errors), hashes
+        if not all_of_them:
+            at = np.where(new, np.cumsum(new) - 1, int(new.sum()))[text]  # behind the others: no tokens
+            tokens, errors = join_tokens([tokens, NO_TOKENS]).take(at), of_all_rows(errors, at)
+        return _Piece((tokens, errors), hashes, known)
 
     def _tried(self, job: OpenJob, held: HeldBlock) -> TokenizedGroup:
         """A block with which workers died, row by row, by the usual tokenizer: perhaps they died of a quick one.
@@ -154,9 +168,11 @@ class Tokenize:
         rows, query = held.block.rows, job.spec.query_field
         texts = strings_of(rows.column("text"))
         ahead = None if query is None else firsts(rows, query)
+        hashes = input_hashes(entered(rows, query), job.prompt)
+        known = None if job.known is None else job.known.find(hashes)
         errors, pieces = trial.errors, [_NONE]
         for row, text in enumerate(texts):
-            if row in errors:
+            if row in errors or (known is not None and known[row] >= 0):
                 pieces.append(NO_TOKENS)
                 continue
             trial.note(row)
@@ -169,10 +185,9 @@ class Tokenize:
             if failed:
                 errors[row] = failed[0]
         trial.note(None)
-        hashes = input_hashes(entered(rows, query), job.prompt)
         tokens = join_tokens(pieces)
         errors |= too_long(job, tokens, errors)
-        return TokenizedGroup(job, [held], tokens, hashes, errors, trial.note)
+        return TokenizedGroup(job, [held], tokens, hashes, errors, trial.note, known)
 
 
 def by_job(blocks: list[HeldBlock]) -> list[tuple[OpenJob, list[HeldBlock]]]:

@@ -106,8 +106,12 @@ class Write:
             self._add(group)
 
     def _add(self, group: EmbeddedGroup) -> None:
-        with self._meter.stage("finish"):
-            blocks, unfinished = finish_blocks(group)
+        try:
+            with self._meter.stage("finish"):
+                blocks, unfinished = finish_blocks(group)
+        except OutputError as error:
+            self._jobs.refuse(group.tokenized.job.id, str(error), LOOK_AGAIN_SECONDS)
+            blocks, unfinished = [], group.tokenized.blocks
         release(self._broker, self._consumer, self._held, unfinished)
         if not blocks:
             self._ledger.left(group.tokenized)

@@ -4,7 +4,7 @@
 -- KEYS the job's hash, its stream of blocks, shards, jobs, bytes, finalize, suspect, pace
 --      (derived: <job>:done:<part>, <job>:sums:<part>)
 -- ARGV job id, shard name, shard record (JSON), space, ranges of its int8 columns (JSON), or '' if it has none, rows,
---      failed, skipped, truncated, duplicates, tokens, padded, the spec that the shard was made by, or '', worker, how long it
+--      failed, skipped, truncated, duplicates, reused, tokens, padded, the spec that the shard was made by, or '', worker, how long it
 --      worked for the shard (ms), 0 if that is not known, then groups of 5: part, block, sum (8 bytes), entry id or '', size
 -- Answers {COMMITTED} | {ALREADY} (this shard is recorded) | {CONFLICT, part, block, ...} (blocks done by others:
 --         their entries are cleared, nothing else is written) | {CHANGED, part, block, ...} (blocks whose content is
@@ -15,9 +15,9 @@
 -- An entry id from an earlier life of the job (reopened, or Redis emptied) names nothing: ids are times, lives follow
 -- each other.
 
-local FIRST = 16
+local FIRST = 17
 local job, stream, shards, jobs, bytes, finalize, suspect, pace = unpack(KEYS)
-local id, name, record, space, ranges, rows, failed, skipped, truncated, duplicates, tokens, padded, spec, worker, worked
+local id, name, record, space, ranges, rows, failed, skipped, truncated, duplicates, reused, tokens, padded, spec, worker, worked
   = unpack(ARGV, 1, FIRST - 1)
 worked = tonumber(worked)
 
@@ -59,7 +59,7 @@ if #conflict > 1 then
 end
 if #changed > 1 then return changed end
 -- Nothing below may fail in the middle: what it writes of the job's has been read above, or is here.
-local wrong = no_counter(job, 'done', 'rows', 'failed', 'skipped', 'truncated', 'duplicates', 'tokens', 'padded', 'queued', 'closing',
+local wrong = no_counter(job, 'done', 'rows', 'failed', 'skipped', 'truncated', 'duplicates', 'reused', 'tokens', 'padded', 'queued', 'closing',
   'by:' .. worker)
 if wrong then return wrong end
 redis.call('XLEN', stream)
@@ -95,6 +95,7 @@ redis.call('HINCRBY', job, 'failed', failed)
 redis.call('HINCRBY', job, 'skipped', skipped)
 redis.call('HINCRBY', job, 'truncated', truncated)
 redis.call('HINCRBY', job, 'duplicates', duplicates)
+redis.call('HINCRBY', job, 'reused', reused)
 redis.call('HINCRBY', job, 'tokens', tokens)
 redis.call('HINCRBY', job, 'padded', padded)
 redis.call('HSET', job, 'space', space, 'committed', now_ms())

@@ -51,7 +51,8 @@ else
     redis.call('UNLINK', job .. ':done:' .. part, job .. ':sums:' .. part)
   end
   redis.call('HSET', job, 'spec', spec, 'parts', parts, 'created', now, 'committed', now, 'space', space, 'epoch', epoch,
-    'done', 0, 'rows', 0, 'failed', 0, 'skipped', 0, 'truncated', 0, 'duplicates', 0, 'tokens', 0, 'padded', 0)
+    'done', 0, 'rows', 0, 'failed', 0, 'skipped', 0, 'truncated', 0, 'duplicates', 0, 'reused', 0,
+    'tokens', 0, 'padded', 0)
 end
 redis.call('HSET', job, 'state', 'submitting', 'verdict', '', 'reason', '', 'max_errors', max_errors, 'pushed', now,
   'blocks', 0, 'sealed', 0, 'submitted', 0, 'added', 0, 'queued', 0, 'ended', '', 'manifest', '')

@@ -1,0 +1,170 @@
+"""What an update changed: the rows of two generations of a dataset, compared by id and chunk, in bounded memory."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from embedstream.dataset.folder import FolderSink
+from embedstream.dataset.manifest import manifest_spec
+from embedstream.errors import OutputError
+from embedstream.records import Changes, Manifest, part_file
+from embedstream.temporary import temporary_folder
+
+_FIELDS: list[pa.Field[Any]] = [
+    pa.field("id", pa.string(), nullable=False),
+    pa.field("chunk", pa.int32(), nullable=False),
+    pa.field("change", pa.string(), nullable=False),
+]
+
+CHANGES_SCHEMA = pa.schema(_FIELDS)
+"""`change` is one of `KINDS`."""
+
+KINDS = ("added", "changed", "removed")
+
+ROWS_AT_ONCE = 1 << 20
+"""Rows of both generations that are compared at once, about."""
+
+BATCH_ROWS = 65_536
+
+
+def changes_file(job: str) -> str:
+    """The name of the file in which the job that made a generation says what it changed."""
+    return f"_changes-{job}.arrow"
+
+
+def write_changes(sink: FolderSink, old: Manifest, new: Manifest) -> Changes:
+    """Compare two generations in one output, and write what differs; the same bytes each time.
+
+    A row is changed if its text is another one, or a kept field, or where in a text it lies; all rows that stay are if
+    the spaces differ.
+
+    Raises:
+        OutputError: shards cannot be read, or the file cannot be written.
+    """
+    columns = ["input_hash", *sorted({*manifest_spec(old).keep, *manifest_spec(new).keep})]
+    if manifest_spec(new).chunking is not None or manifest_spec(old).chunking is not None:
+        columns += ["start", "end"]
+    pieces = (old.rows + new.rows) // ROWS_AT_ONCE + 1
+    counts = Counter[Any](dict.fromkeys(KINDS, 0))
+    buffer = pa.BufferOutputStream()
+    with ExitStack() as stack:
+        olds, news = (_split(stack, _rows(sink, each, columns), pieces) for each in (old, new))
+        writer = stack.enter_context(
+            pa.ipc.new_file(buffer, CHANGES_SCHEMA, options=pa.ipc.IpcWriteOptions(compression="zstd"))
+        )
+        for before, after in zip(olds, news, strict=True):
+            found = _compared(before(), after(), columns, same_space=old.space == new.space)
+            counts += Counter(found.column("change").to_pylist())
+            writer.write_table(found, BATCH_ROWS)
+    name = changes_file(new.job)
+    _, sha256 = sink.files.write(name, [buffer.getvalue()])
+    return Changes(generation=old.generation + 1, file=name, sha256=sha256, **counts)
+
+
+def read_changes(sink: FolderSink, changes: Changes) -> pa.Table:
+    """`id`, `chunk` and `change` of each row that differs. Raises `OutputError`."""
+    path = sink.files.path(changes.file)
+    try:
+        if sink.files.sha256(changes.file)[1] != changes.sha256:
+            raise OutputError(f"{path}: was changed since it was written: restore the file")
+        with sink.files.open(changes.file) as file:
+            table = pa.ipc.open_file(file).read_all()
+    except (pa.ArrowException, OSError) as error:
+        raise OutputError(f"{path}: cannot be read ({error}): restore the file") from error
+    if not table.schema.equals(CHANGES_SCHEMA):
+        raise OutputError(f"{path}: other columns than {', '.join(CHANGES_SCHEMA.names)}: restore the file")
+    return table
+
+
+def _rows(sink: FolderSink, manifest: Manifest, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """Id, chunk and the columns of every row; null where a generation does not have a column."""
+    spec = manifest_spec(manifest)
+    there = {"id", "chunk", "input_hash", *spec.keep, *(("start", "end") if spec.chunking is not None else ())}
+    wanted = [name for name in ("id", "chunk", *columns) if name in there]
+    for shard in manifest.shards:
+        if shard.rows:
+            for batch in sink.batches(part_file(shard.name), wanted, BATCH_ROWS):
+                arrays = [
+                    batch.column(name) if name in there else pa.nulls(len(batch)) for name in ("id", "chunk", *columns)
+                ]
+                yield pa.RecordBatch.from_arrays(arrays, names=["id", "chunk", *columns])
+
+
+def _split(stack: ExitStack, batches: Iterator[pa.RecordBatch], pieces: int) -> list[Any]:
+    """Rows by hash of their ids, each piece as a function that reads it: in files, if there is more than one."""
+    if pieces == 1:
+        table = _table(batches)
+        return [lambda: table]
+    try:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=temporary_folder(), prefix="embedstream-")))
+        writers: list[Any] = [None] * pieces
+        for batch in batches:
+            of = np.fromiter(
+                (crc32(str(id).encode()) % pieces for id in batch.column("id").to_pylist()), np.int64, len(batch)
+            )
+            for piece in np.unique(of).tolist():
+                rows = batch.take(pa.array(np.flatnonzero(of == piece), pa.int64()))
+                writers[piece] = writers[piece] or pa.ipc.new_file(str(folder / str(piece)), rows.schema)
+                writers[piece].write_batch(rows)
+        for writer in writers:
+            if writer is not None:
+                writer.close()
+    except OSError as error:
+        raise OutputError(
+            f"what changed cannot be compared on disk ({error.strerror or error}): make room, or name another folder "
+            f"(TMPDIR)"
+        ) from error
+
+    def read(piece: int) -> Any:
+        path = folder / str(piece)
+        return pa.ipc.open_file(pa.memory_map(str(path))).read_all() if path.exists() else None
+
+    return [lambda piece=piece: read(piece) for piece in range(pieces)]
+
+
+def _table(batches: Iterator[pa.RecordBatch]) -> pa.Table | None:
+    found = list(batches)
+    return pa.Table.from_batches(found) if found else None
+
+
+def _compared(before: pa.Table | None, after: pa.Table | None, columns: Sequence[str], *, same_space: bool) -> pa.Table:
+    """Rows of two tables with the same columns that are in one of them alone, or differ, in the order of their ids."""
+    known = before if before is not None else after
+    if known is None:
+        return CHANGES_SCHEMA.empty_table()
+    before = known.slice(0, 0) if before is None else before
+    after = known.slice(0, 0) if after is None else after
+    before, after = (
+        table.append_column(mark, pa.repeat(True, len(table))) for table, mark in ((before, "was"), (after, "is"))
+    )
+    after = after.rename_columns(
+        [name if name in ("id", "chunk", "is") else f"new {name}" for name in after.column_names]
+    )
+    joined = before.join(after, ["id", "chunk"], join_type="full outer", use_threads=False)
+    gone, new = pc.is_null(joined.column("is")), pc.is_null(joined.column("was"))
+    kinds: Any = pc.if_else(new, "added", pc.if_else(gone, "removed", "changed"))
+    found = pa.table([joined.column("id"), joined.column("chunk"), kinds], names=CHANGES_SCHEMA.names)
+    if same_space:
+        differs = pc.or_(gone, new)
+        for name in columns:
+            differs = pc.or_(differs, _differ(joined.column(name), joined.column(f"new {name}")))
+        found = found.filter(differs)
+    return found.sort_by([("id", "ascending"), ("chunk", "ascending")]).cast(CHANGES_SCHEMA)
+
+
+def _differ(one: Any, other: Any) -> Any:
+    """Where two columns differ; null is like null alone."""
+    if one.type != other.type:
+        one, other = one.cast(pa.string()), other.cast(pa.string())
+    same = pc.or_(pc.fill_null(pc.equal(one, other), False), pc.and_(pc.is_null(one), pc.is_null(other)))
+    return pc.invert(same)
