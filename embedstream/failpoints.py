@@ -55,7 +55,7 @@ STEPS = (*SCRIPTS, *CLAIMS)
 POINTS = frozenset(
     {
         *(f"{step}.{moment}" for step in STEPS for moment in ("before", "after")),
-        "file.written",  # under its temporary name: a shard, its errors, _errors.jsonl, the manifest, the card
+        "file.written",  # under its temporary name: a shard, its errors, _errors.jsonl, changes, the manifest, the card
         "file.renamed",
         "shard.discarding",
         "shard.discarded",

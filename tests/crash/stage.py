@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +25,8 @@ from lab.broker import Lab
 from lab.hashing_reference import reference_vector
 from lab.several import EMIT, INT8, of_hash, of_row
 
+from embedstream.dataset.manifest import manifest_digest
+from embedstream.dataset.sinks import open_sink
 from embedstream.failpoints import VARIABLE
 from embedstream.jobs import job_id
 from embedstream.keys import GROUP
@@ -169,6 +173,32 @@ def write_corpus(folder: Path, rows: int = 300) -> Corpus:
     return Corpus(files, texts, rows + 1)
 
 
+@dataclass(frozen=True)
+class Older:
+    """A finished dataset of an older corpus: it has some texts of the new one, others under ids of it, and others."""
+
+    output: Path
+    same: int
+    """Rows of the new corpus whose texts it has."""
+    rows: int
+    """In the new corpus as well, by id."""
+    gone: int
+
+
+def write_older(zygote: Zygote, folder: Path, corpus: Corpus) -> Older:
+    """The dataset, made by an embed-submit with a worker of its own."""
+    path, output = folder / "older.jsonl", folder / "older"
+    some = [each for at, each in enumerate(corpus.texts.items()) if at % 7]
+    texts = {id: text if at % 3 else f"{text} as it was" for at, (id, text) in enumerate(some)}
+    same = sum(corpus.texts[id] == text for id, text in texts.items())
+    gone = {f"gone-{i}": f"a text that is gone {i}" for i in range(50)}
+    lines = (json.dumps({"id": id, "text": text}) + "\n" for id, text in (texts | gone).items())
+    path.write_text("".join(lines))
+    made = Process(zygote, folder / "older-log", "embed-submit", [path, "-o", output, "--model", "hashing", *EMIT], "")
+    made.wait()
+    return Older(output, same, len(texts), len(gone))
+
+
 @functools.cache
 def vector(text: str) -> npt.NDArray[np.float32]:
     """Recomputed from the text, once for all walks."""
@@ -191,6 +221,8 @@ class Stage:
     """Rows that are errors because a worker died with them noted as suspects."""
     repaired: int = 0
     """Rows that were such errors when the job ended, and that a retry has added since."""
+    older: Older | None = None
+    """What the job updates."""
     queue: str = field(default_factory=lambda: f"walk-{uuid.uuid4().hex[:12]}")
 
     def __post_init__(self) -> None:
@@ -199,6 +231,16 @@ class Stage:
         self.prefix = f"{self.queue}:{PREFIX}"
         self.output = f"redis:?prefix={self.prefix}" if self.to_redis else str(self.folder / "out")
         self.job = job_id(self.queue, self.output)
+
+    def update(self, older: Older) -> None:
+        """From here on the job is one that updates a copy of this dataset."""
+        self.older = older
+        shutil.copytree(older.output, self.output)
+        manifest = open_sink(self.output).read_manifest()
+        assert manifest is not None
+        sums = "".join(hashlib.sha256(file.read_bytes()).hexdigest() for file in self.corpus.files)
+        corpus = hashlib.blake2b(sums.encode(), digest_size=8).hexdigest()
+        self.job = job_id(self.queue, self.output, f"update {manifest_digest(manifest)} {corpus}")
 
     def start(self, command: str, *args: object, orders: str = "") -> Process:
         log = self.folder / f"{len(self.processes)}-{command}"
@@ -220,6 +262,7 @@ class Stage:
             *(INT8 if self.int8 else ()),
         ]
         where = ["--redis", self.url] if self.fleet else []
+        where += ["--update"] if self.older else []
         return self.start("embed-submit", *self.corpus.files, *common, *where, *args, orders=orders)
 
     def worker(self, *args: object, orders: str = "") -> Process:
@@ -278,6 +321,10 @@ class Stage:
         if self.fleet:
             self._judge_queue()
 
+    def is_over(self) -> bool:
+        """Whether the manifest that stands is this job's."""
+        return bool(read_manifest(Path(self.output))["job"] == self.job)
+
     def judge_folder(self) -> None:
         output = Path(self.output)
         manifest, rows = read_manifest(output), read_rows(output)
@@ -292,6 +339,17 @@ class Stage:
         assert counted == ("completed", False, len(self.corpus.texts) - self.condemned, 1 + self.condemned)
         left = [path.name for path in output.iterdir() if ".tmp-" in path.name]
         assert not left, "temporary files stay"
+        if self.older is not None:
+            self._judge_generation(self.older, manifest)
+
+    def _judge_generation(self, older: Older, manifest: Mapping[str, Any]) -> None:
+        (changes,) = manifest["changes"]
+        counted = tuple(changes[name] for name in ("generation", "added", "changed", "removed"))
+        rows = len(self.corpus.texts)
+        assert counted == (1, rows - older.rows, older.rows - older.same, older.gone)
+        assert (manifest["generation"], manifest["reused"]) == (1, older.same)
+        kept = {path.name for path in older.output.glob("part-*")} & {path.name for path in Path(self.output).iterdir()}
+        assert not kept, "files of the older generation stay"
 
     def _judge_hashes(self) -> None:
         client: Any = self.broker.client
@@ -326,10 +384,18 @@ class Stage:
 
 @contextmanager
 def stage(
-    zygote: Zygote, url: str, folder: Path, corpus: Corpus, to_redis: bool = False, int8: bool = False
+    zygote: Zygote,
+    url: str,
+    folder: Path,
+    corpus: Corpus,
+    to_redis: bool = False,
+    int8: bool = False,
+    older: Older | None = None,
 ) -> Iterator[Stage]:
     """Leaves no process behind, nor keys."""
     made = Stage(zygote, url, folder, corpus, to_redis, int8)
+    if older is not None:
+        made.update(older)
     try:
         yield made
     finally:

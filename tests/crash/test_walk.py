@@ -10,7 +10,7 @@ from typing import cast
 import pytest
 from conftest import RedisServer
 
-from crash.stage import Zygote, stage, write_corpus
+from crash.stage import Zygote, stage, write_corpus, write_older
 from crash.walks import Walk, walks
 from embedstream.failpoints import POINTS, SCRIPTS
 from embedstream.queue import scripts
@@ -37,9 +37,12 @@ def outcomes(
         client.script_load(scripts.load(step).body)
     zygote = Zygote()
 
+    older = write_older(zygote, folder, corpus) if any(walk.updates for walk in chosen) else None
+
     def walk(walk: Walk, folder: Path) -> None:
         folder.mkdir()
-        with stage(zygote, redis_server.url, folder, corpus, walk.to_redis, walk.int8) as made:
+        updated = older if walk.updates else None
+        with stage(zygote, redis_server.url, folder, corpus, walk.to_redis, walk.int8, updated) as made:
             walk.story(made, walk.order)
             made.judge()
 

@@ -114,7 +114,7 @@ def finalizer(stage: Stage, order: Order) -> None:
     computed(stage)
     first = stage.submit(orders=order.text)
     first.strike(order)
-    if Path(stage.output, "_manifest.json").exists():
+    if Path(stage.output, "_manifest.json").exists() and stage.is_over():
         stage.judge_folder()  # a manifest that stands is whole
     if order.action != "cut":
         stage.expire_finalize_leases()
@@ -290,10 +290,12 @@ class Walk:
     to_redis: bool = False
     int8: bool = False
     """Whether the job has a column in int8."""
+    updates: bool = False
+    """Whether it updates a dataset."""
 
     def __str__(self) -> str:
-        with_int8 = "-with-int8" if self.int8 else ""
-        return f"{self.story.__name__}{'-to-redis' if self.to_redis else ''}{with_int8}-{self.order.text}"
+        more = "".join(f"-{what}" for what in ("to_redis", "int8", "updates") if getattr(self, what))
+        return f"{self.story.__name__}{more.replace('_', '-')}-{self.order.text}"
 
 
 def walks() -> list[Walk]:
@@ -301,10 +303,15 @@ def walks() -> list[Walk]:
     made: list[Walk] = []
 
     def add(
-        story: Story, *points: str, actions: str = "kill pause", to_redis: bool = False, int8: bool = False
+        story: Story,
+        *points: str,
+        actions: str = "kill pause",
+        to_redis: bool = False,
+        int8: bool = False,
+        updates: bool = False,
     ) -> None:
         orders = (Order(f"{point}={action}") for point in points for action in actions.split())
-        made.extend(Walk(story, order, to_redis, int8) for order in orders)
+        made.extend(Walk(story, order, to_redis, int8, updates) for order in orders)
 
     def add_step(
         story: Story, step: str, turn: str = "", cuts: str = "cut cut*5", to_redis: bool = False, int8: bool = False
@@ -353,4 +360,10 @@ def walks() -> list[Walk]:
     add(retrier, "create.after", "seal.after#2", "take_finalize.after", "file.renamed", "file.renamed#2")
     add(retrier, "finalized.before", "finalized.after")
     add(embedded, "create.after", "submit.after#3", "seal.after#2", actions="kill")
+    add(producer, "create.after", "submit.before#2", "seal.after#2", updates=True)
+    add(worker, "file.written", "commit.before", "commit.after", updates=True)
+    add(finalizer, "take_finalize.after", "finalized.before", "finalized.after", updates=True)
+    add(finalizer, *(f"file.renamed#{turn}" for turn in (1, 2, 3, 4)), updates=True)  # changes, manifest, errors, card
+    add(adopter, "commit.after", updates=True)
+    add(embedded, "submit.after#3", actions="kill", updates=True)
     return made

@@ -397,8 +397,10 @@ MUTANTS = (
     mutant(
         "the prompt is left out of the input hash",
         "worker/embedstream_worker/tokenize.py",
-        "hashes = input_hashes(entered(rows, query), job.prompt)\n        texts",
-        "hashes = input_hashes(entered(rows, query))\n        texts",
+        "hashes = input_hashes(entered(rows, query), job.prompt)\n        "
+        "known = None if job.known is None else job.known.find(hashes)\n        first",
+        "hashes = input_hashes(entered(rows, query))\n        "
+        "known = None if job.known is None else job.known.find(hashes)\n        first",
         f"{FAULTS}::test_vector_and_hash_are_of_the_prompt_and_the_text",
     ),
     mutant(
