@@ -38,6 +38,7 @@ OTHERS = {
     "Default: `~/.cache/embedstream`.",
     "EMBEDSTREAM_FAILPOINTS": "For tests: where a process kills or stops itself, or loses a reply.",
     "EMBEDSTREAM_EMBEDDED": "Set by `embed-submit` without Redis for its worker: the one output that it may write.",
+    "EMBEDSTREAM_EMBEDDED_SOURCE": "The same for the dataset of `--update-from`: it may be read, too.",
     "XDG_STATE_HOME": "Below it, in `embedstream`, embedded mode keeps its locks and logs while it runs. "
     "Default: `~/.local/state`.",
     "XDG_RUNTIME_DIR": "Where the socket of embedded mode's server may lie if `/tmp` cannot hold it.",

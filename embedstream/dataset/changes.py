@@ -64,7 +64,7 @@ def write_changes(sink: FolderSink, old: Manifest, new: Manifest) -> Changes:
         )
         for before, after in zip(olds, news, strict=True):
             found = _compared(before(), after(), columns, same_space=old.space == new.space)
-            counts += Counter(found.column("change").to_pylist())
+            counts.update(found.column("change").to_pylist())
             writer.write_table(found, BATCH_ROWS)
     name = changes_file(new.job)
     _, sha256 = sink.files.write(name, [buffer.getvalue()])

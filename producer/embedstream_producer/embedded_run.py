@@ -97,7 +97,8 @@ def worker_environment(spec: JobSpec) -> dict[str, str]:
     What only makes sense for workers started by hand must not reach this one.
     """
     kept = {name: value for name, value in environment().items() if name not in _NOT_INHERITED}
-    return {**kept, "EMBEDSTREAM_EMBEDDED": spec.output}
+    source = spec.update.source if spec.update else ""
+    return {**kept, "EMBEDSTREAM_EMBEDDED": spec.output, "EMBEDSTREAM_EMBEDDED_SOURCE": source}
 
 
 class WorkerProcess:

@@ -55,6 +55,12 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     """Blocks are missing because the job was ended early; what is there was verified."""
     rows: int = 0
     failed: int = 0
+    reused: int = 0
+    """Rows that took the results of an equal text in the dataset that was updated."""
+    embedded: int = 0
+    removed: int = 0
+    """Rows of the generation before that are gone."""
+    generation: int = 0
     shards: int = 0
     outputs: tuple[Output, ...] = ()
     compared: int | None = None
@@ -113,6 +119,10 @@ def verify(output: str, corpus: Sequence[str], redis_url: str | None, progress: 
         partial=manifest.partial,
         rows=manifest.rows,
         failed=manifest.failed,
+        reused=manifest.reused,
+        embedded=manifest.rows - manifest.reused - manifest.duplicates,
+        removed=manifest.changes[-1].removed if manifest.changes else 0,
+        generation=manifest.generation,
         shards=len(manifest.shards),
         outputs=manifest.outputs,
         compared=read.compared,
@@ -207,6 +217,8 @@ def verdict_lines(verdict: Verdict) -> Iterator[str]:
         f"{counted(verdict.rows, 'row')}, {counted(verdict.failed, 'error')}, {counted(verdict.shards, 'shard')}"
         f"{', ' * bool(verdict.outputs)}{describe(verdict.outputs)}"
     )
+    if verdict.generation:
+        what += f", {verdict.reused:,} reused, {verdict.embedded:,} embedded, {verdict.removed:,} removed, each once"
     if verdict.compared is not None:
         what += f", compared with {verdict.compared:,} rows of the corpus"
     pace = f"{verdict.seconds:.1f} s"

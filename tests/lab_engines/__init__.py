@@ -24,3 +24,8 @@ def paced(tokens_per_second: int) -> dict[str, Any]:
         "PACED_ENGINE_TOKENS_PER_SECOND": str(tokens_per_second),
         "PYTHONPATH": _PATH,
     }
+
+
+def drifting() -> dict[str, Any]:
+    """The environment of a worker that computes another vector each time."""
+    return {"EMBEDSTREAM_ENGINE": "drifting", "PYTHONPATH": _PATH}

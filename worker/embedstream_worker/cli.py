@@ -150,6 +150,7 @@ def usable_device(name: str) -> str:
 @click.option("--allow-pickle", is_flag=True, help=ALLOW_PICKLE)
 @service_options
 @click.option("--embedded", hidden=True, help="The one output of the embed-submit to belong to: leave when it is gone.")
+@click.option("--embedded-source", hidden=True, help="The dataset that its job updates, if it is another one.")
 @click.version_option(package_name="embedstream")
 def worker(
     model: str,
@@ -175,6 +176,7 @@ def worker(
     metrics_host: str,
     log_format: LogFormat,
     embedded: str | None,
+    embedded_source: str | None,
     trust_remote_code: bool,
     allow_pickle: bool,
 ) -> None:
@@ -195,7 +197,9 @@ def worker(
     from embedstream_worker.serving import serve
     from embedstream_worker.worker import WorkerPlan
 
-    roots = (embedded,) if embedded is not None else output_roots or (str(Path.cwd()), "redis:")
+    roots = output_roots or (str(Path.cwd()), "redis:")
+    if embedded is not None:
+        roots = (embedded, *([embedded_source] if embedded_source else []))
     trust = Trust(code=trust_remote_code, pickle=allow_pickle)
     serve(
         WorkerPlan(
