@@ -6,7 +6,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ def edited(rows: list[Row], dice: random.Random, generation: int) -> list[Row]:
     """Rows that are changed, gone, added, doubled under other ids, moved, or have another field."""
     kept = [row for row in rows if dice.random() > 0.1]
     texts = [text for _, text, _ in rows]
-    edits = {
+    edits: dict[str, Callable[[Row], Row]] = {
         "text": lambda row: (row[0], f"{row[1]} again", row[2]),
         "swap": lambda row: (row[0], dice.choice(texts), row[2]),
         "lang": lambda row: (row[0], row[1], dice.choice(["de", "fr"])),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -34,13 +35,17 @@ def updating(tmp_path: Path, manifest: Manifest, **changed: object) -> JobSpec:
     return make_spec(str(tmp_path), update=update, **changed)
 
 
+def hashes_of(rows: pa.Table) -> Any:
+    return rows.column("input_hash").combine_chunks()
+
+
 def test_columns_of_every_kind_are_taken_over_bit_for_bit_in_any_order(tmp_path: Path) -> None:
     sink, manifest = made(tmp_path)
     rows = contents_of([*sink.read()])
     known = KnownRows(sink, manifest, manifest.outputs, whole=False)
     order = np.random.default_rng(0).permutation(np.repeat(np.arange(len(rows)), 2))
     wanted = rows.take(pa.array(order))
-    places = known.find(wanted.column("input_hash").combine_chunks())
+    places = known.find(hashes_of(wanted))
     assert (places >= 0).all()
     taken = rounded(manifest.outputs, known.take(places))
     for name in taken.column_names:
@@ -50,10 +55,10 @@ def test_columns_of_every_kind_are_taken_over_bit_for_bit_in_any_order(tmp_path:
 def test_what_was_never_there_is_not_found(tmp_path: Path) -> None:
     sink, manifest = made(tmp_path, ())
     known = KnownRows(sink, manifest, manifest.outputs, whole=False)
-    there = contents_of([*sink.read()]).column("input_hash").combine_chunks().to_pylist()
+    there = hashes_of(contents_of([*sink.read()])).to_pylist()
     half = [hash[:8] + bytes(8) for hash in there]
-    hashes = pa.array([*half, bytes(16), b"\xff" * 16, *there], pa.binary(16))
-    assert (known.find(hashes) >= 0).tolist() == [False] * (len(there) + 2) + [True] * len(there)  # type: ignore[arg-type]
+    hashes: Any = pa.array([*half, bytes(16), b"\xff" * 16, *there], pa.binary(16))
+    assert (known.find(hashes) >= 0).tolist() == [False] * (len(there) + 2) + [True] * len(there)
 
 
 def test_texts_that_were_cut_are_not_taken_over_by_a_job_that_wants_none_cut(tmp_path: Path) -> None:
@@ -102,7 +107,7 @@ def test_nothing_is_taken_of_a_file_that_was_changed_since(tmp_path: Path) -> No
     path = tmp_path / manifest.shards[0].file
     path.write_bytes(path.read_bytes() + b"x")
     with pytest.raises(OutputError, match="changed since"):
-        known.take(known.find(rows.column("input_hash").combine_chunks()))
+        known.take(known.find(hashes_of(rows)))
 
 
 def test_values_are_put_into_their_rows_alone() -> None:
