@@ -10,7 +10,7 @@ export Q
 
 QUESTIONS := "how do I parse a date?" "read a file that is compressed" "wait for several threads to finish"
 
-.PHONY: help .venv demo quick test check mutants scale chaos bench bench-pipeline bench-latency bench-kinds bench-gateway bench-scale bench-gpu clean
+.PHONY: help .venv demo quick test check mutants scale chaos bench bench-pipeline bench-latency bench-kinds bench-search bench-gateway bench-scale bench-gpu clean
 
 help:
 	@echo 'make demo [Q="a question"]   embed the standard library'"'"'s docstrings, then search them'
@@ -24,6 +24,7 @@ help:
 	@echo 'make bench-pipeline          everything but the model, with the hashing engine'
 	@echo 'make bench-latency           one text now, during a bulk job; one text in embedded mode'
 	@echo 'make bench-kinds             sparse vectors, scores and BGE-M3, against the libraries for them'
+	@echo 'make bench-search            a query over a million rows: the first one, and the next ones'
 	@echo 'make bench-gateway           what HTTP costs: one text, many clients, against a job'
 	@echo 'make bench-scale             1 to 8 workers, jobs side by side, what one Redis carries'
 	@echo 'make bench-gpu               how much of a GPU is used: under 10 minutes, figures in .cache/bench/gpu'
@@ -84,6 +85,9 @@ bench-latency: .venv/.installed
 
 bench-kinds: .venv/.installed
 	$(BIN)/python bench/kinds.py $(BENCH_ARGS)
+
+bench-search: .venv/.installed
+	$(BIN)/python bench/search.py $(BENCH_ARGS)
 
 bench-gateway: .venv/.installed
 	$(BIN)/python bench/serving.py $(BENCH_ARGS)

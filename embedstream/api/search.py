@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,6 +21,7 @@ from embedstream.lifecycle.opening import no_dataset
 from embedstream.outputs import DTYPES, Kind, Output, describe
 from embedstream.records import Manifest
 from embedstream.server.connection import mask
+from embedstream.settings import MIB
 
 PLACE: tuple[str, ...] = ("part", "row", "chunk")
 """What tells the rows of a dataset in files apart, in the order of the corpus."""
@@ -38,6 +39,10 @@ FUSION = 60
 """The constant of reciprocal rank fusion (Cormack, Clarke and Büttcher, 2009)."""
 
 
+KEPT_BYTES = 2 * 1024 * MIB
+"""Of rows that stay in memory between queries: a million of 384 dimensions in float32 take 1.7 GB with their texts."""
+
+
 @dataclass(frozen=True)
 class Hit:
     """A chunk that was found."""
@@ -53,42 +58,91 @@ class Hit:
     chunk: int | None = None
 
 
+class Searchable:
+    """A finished dataset, for one query or for many."""
+
+    def __init__(
+        self,
+        address: str,
+        redis_url: str | None = None,
+        by: Kind | None = None,
+        keep_bytes: int = 0,
+        kinds: Container[str] = SEARCHED,
+    ) -> None:
+        """`redis_url`: the server that `redis:?prefix=docs:` means. `by`: compare by this kind alone; None: fuse the
+        ranks of all. `keep_bytes`: rows stay in memory for the next query if all of them have no more; else each query
+        reads the dataset once, and holds a few thousand rows of it at a time. `kinds`: those that queries have.
+
+        Raises:
+            UsageError: nothing in it can be searched, or the output needs `redis_url`.
+            OutputError: no finished dataset lies there.
+        """
+        self._sink = open_sink(address, queue_url=redis_url)
+        manifest = self._sink.read_manifest()
+        if manifest is None:
+            raise no_dataset(address)
+        self.manifest = manifest
+        self.spec = manifest_spec(manifest)
+        self.outputs = [output for output in searched(manifest, by) if output.kind in kinds]
+        """Those that are compared."""
+        self._keep_bytes = keep_bytes
+        self._kept: list[pa.RecordBatch] | None = None
+        self._place: Sequence[str] = PLACE
+        if is_redis(self._sink.output):
+            self._place = REDIS_PLACE if self.spec.chunking is None else (*REDIS_PLACE, "chunk")
+
+    def search(self, query: Results, k: int = 10) -> list[Hit]:
+        """The `k` chunks nearest to `query`, best first; equally near ones by their place in the corpus, or in Redis by
+        their ids. Chunks that share no token with a sparse query are not found.
+
+        `query`: of one text, by kind; kinds that are not compared, or that it does not have, are left out.
+
+        Raises:
+            UsageError: `k` is below 1, or the query is not as the dataset's outputs are.
+            OutputError: the dataset has other columns than its manifest says, or cannot be read.
+        """
+        if k < 1:
+            raise UsageError(f"-k {k}: must be at least 1")
+        if not self.manifest.rows:
+            return []
+        outputs, where = [output for output in self.outputs if output.kind in query], mask(self._sink.output)
+        if not outputs:
+            raise UsageError(f"the query has {', '.join(query)}, and {where} has {describe(self.manifest.outputs)}")
+        for output in outputs:
+            _refuse_other(output, query[output.kind], where)
+        return top_k(self._batches(), query, k, outputs, self._place)
+
+    def _batches(self) -> Iterator[pa.RecordBatch]:
+        """All rows, found to be what the manifest says."""
+        if self._kept is not None:
+            yield from self._kept
+            return
+        kept, held = list[pa.RecordBatch](), 0
+        for batch in self._read():
+            held += batch.nbytes
+            if held <= self._keep_bytes:
+                kept.append(batch)
+            else:
+                self._keep_bytes = 0
+                kept.clear()
+            yield batch
+        if self._keep_bytes:
+            self._kept = kept
+
+    def _read(self) -> Iterator[pa.RecordBatch]:
+        manifest, spec, in_redis = self.manifest, self.spec, is_redis(self._sink.output)
+        schema = read_schema(manifest) if in_redis else dataset_schema(spec, manifest.outputs)
+        names = [*self._place, *(["id"] if "id" not in self._place else []), *(["text"] if spec.text else [])]
+        names += [output.name for output in self.outputs]
+        fields = [schema.field(name) for name in names]
+        yield from checked(self._sink.read(names), fields, self.outputs, mask(self._sink.output))
+
+
 def search(
     address: str, query: Results, k: int = 10, redis_url: str | None = None, by: Kind | None = None
 ) -> list[Hit]:
-    """The `k` chunks nearest to `query`, best first; equally near ones by their place in the corpus, or in Redis by
-    their ids. Chunks that share no token with a sparse query are not found.
-
-    Reads the dataset once and holds a few thousand rows of it at a time. `query`: of one text, by kind; kinds that the
-    dataset does not have are left out. `by`: use this kind alone; None: fuse the ranks of all. `redis_url`: the server
-    that `redis:?prefix=docs:` means.
-
-    Raises:
-        UsageError: `k` is below 1, or the query is not as the dataset's outputs are; or the output needs `redis_url`.
-        OutputError: no finished dataset lies there, or one with other columns than its manifest says.
-    """
-    sink = open_sink(address, queue_url=redis_url)
-    manifest = sink.read_manifest()
-    if manifest is None:
-        raise no_dataset(address)
-    if k < 1:
-        raise UsageError(f"-k {k}: must be at least 1")
-    if not manifest.rows:
-        return []
-    outputs = [output for output in searched(manifest, by) if output.kind in query]
-    if not outputs:
-        raise UsageError(f"the query has {', '.join(query)}, and {mask(address)} has {describe(manifest.outputs)}")
-    for output in outputs:
-        _refuse_other(output, query[output.kind], mask(address))
-    spec = manifest_spec(manifest)
-    in_redis = is_redis(sink.output)
-    in_redis_place = REDIS_PLACE if spec.chunking is None else (*REDIS_PLACE, "chunk")
-    place: Sequence[str] = in_redis_place if in_redis else PLACE
-    schema = read_schema(manifest) if in_redis else dataset_schema(spec, manifest.outputs)
-    names = [*place, *(["id"] if "id" not in place else []), *(["text"] if spec.text else [])]
-    names += [output.name for output in outputs]
-    batches = checked(sink.read(names), [schema.field(name) for name in names], outputs, mask(sink.output))
-    return top_k(batches, query, k, outputs, place)
+    """The `k` chunks nearest to one query. As `Searchable` has it."""
+    return Searchable(address, redis_url, by, kinds=query).search(query, k)
 
 
 def searched(manifest: Manifest, by: Kind | None = None) -> list[Output]:
@@ -150,10 +204,14 @@ class _Ranking:
         self._place = place
         self._least = 0.0 if output.kind == "sparse" else -np.inf
         self._best: pa.Table | None = None
+        self._last: float | None = None  # the score of the last row found, once there are as many as wanted
 
     def add(self, batch: pa.RecordBatch) -> None:
         scores = similarity(self._output, self._query, from_columns(self._output, batch))
-        chosen = np.flatnonzero(scores > self._least)
+        # Of rows that tie with the last one found so far, places decide.
+        chosen = np.flatnonzero(scores >= self._last if self._last is not None else scores > self._least)
+        if not len(chosen):
+            return
         if len(chosen) > self._depth:
             # Every row that ties with the last one stays until places decide.
             last = np.partition(scores[chosen], -self._depth)[-self._depth]
@@ -164,6 +222,8 @@ class _Ranking:
         best = found if self._best is None else pa.concat_tables([self._best, found])
         best = best.sort_by([("score", "descending"), *((name, "ascending") for name in self._place)])
         self._best = _each_once(best, self._place).slice(0, self._depth)
+        if len(self._best) == self._depth:
+            self._last = self._best.column("score")[-1].as_py()
 
     def hits(self) -> list[Hit]:
         """Best first."""

@@ -60,12 +60,14 @@ def _cosine(query: Scores, vectors: Matrix, normalized: bool) -> Scores:
 def _dot(query: Ragged, found: Ragged) -> Scores:
     assert query.indices is not None
     assert found.indices is not None
-    order = np.argsort(query.indices)
-    tokens, weights = query.indices[order], query.values[order]
-    places = np.minimum(np.searchsorted(tokens, found.indices), len(tokens) - 1)
-    products = np.where(tokens[places] == found.indices, weights[places] * found.values, 0)
-    rows = np.repeat(np.arange(len(found)), found.counts)
-    return np.bincount(rows, weights=products, minlength=len(found)).astype(np.float32)
+    weights = np.zeros(int(query.indices.max(initial=0)) + 2, np.float32)  # and 0 for all tokens beyond
+    weights[query.indices] = query.values
+    products = weights[np.minimum(found.indices, len(weights) - 1)] * found.values
+    scores = np.zeros(len(found), np.float32)
+    some = found.counts > 0
+    if some.any():
+        scores[some] = np.add.reduceat(products, found.offsets[:-1][some], dtype=np.float64)
+    return scores
 
 
 def _maxsim(query: Matrix, found: Ragged) -> Scores:

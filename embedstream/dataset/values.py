@@ -159,7 +159,11 @@ def from_columns(output: Output, batch: pa.RecordBatch, middle: bool = False) ->
     match output.kind:
         case "dense" if output.dtype == "int8":
             lows, steps = _steps(output)
-            return (_matrix(column, output.dim) + (128.5 if middle else 128)) * steps + lows
+            numbers = _matrix(column, output.dim)  # of our own, as they were converted
+            numbers += 128.5 if middle else 128
+            numbers *= steps
+            numbers += lows
+            return numbers
         case "dense":
             return _matrix(column, output.dim)
         case "sparse":

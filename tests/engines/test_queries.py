@@ -16,10 +16,8 @@ from engines.model_shapes import Shape
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer, SparseEncoder
 
 from embedstream import open_dataset
-from embedstream.api.search import search
-from embedstream.dataset.manifest import manifest_spec
+from embedstream.api.search import Searchable, search
 from embedstream.dataset.similarity import Scores, similarity
-from embedstream.dataset.sinks import open_sink
 from embedstream.dataset.values import from_columns, to_columns
 from embedstream.errors import ModelError
 from embedstream.outputs import Kind, Output
@@ -27,7 +25,7 @@ from embedstream_worker.batching import gather_batch
 from embedstream_worker.engines import EngineOptions, load_engine
 from embedstream_worker.engines.base import Engine, OwnQueries, Results
 from embedstream_worker.model_folder import Trust
-from embedstream_worker.searching import embed_query, show_nearest
+from embedstream_worker.searching import QueryModel, show_nearest
 
 Folder = Callable[[Shape], Path]
 
@@ -106,10 +104,8 @@ def test_a_dataset_of_three_kinds_is_searched_by_each_and_by_all(
     best = max(weights, key=lambda row: len(row["sparse"]["indices"]))["id"]
     query = texts[int(best[1:])]
 
-    manifest = open_sink(three).read_manifest()
-    assert manifest is not None
     kinds: tuple[Kind, ...] = ("dense", "sparse", "multivector")
-    results = embed_query(query, manifest, manifest_spec(manifest), kinds, trust=Trust(pickle=True))
+    results = QueryModel(Searchable(three), trust=Trust(pickle=True)).embed(query)
 
     def nearest(by: Kind) -> dict[str, float]:
         return {hit.id: hit.score for hit in search(three, results, DOCUMENTS, by=by)}

@@ -16,7 +16,7 @@ from engines.model_shapes import static_embedding
 from embedstream.errors import ModelError
 from embedstream_worker import known_models
 from embedstream_worker.models import resolve_model
-from embedstream_worker.searching import show_nearest
+from embedstream_worker.searching import show_each, show_nearest
 
 TEXTS = {"a": "how to parse a date", "b": "the colour of the sea"}
 
@@ -54,6 +54,20 @@ def test_who_made_a_dataset_searches_it_without_naming_its_model(
     dataset: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert nearest(dataset, capsys) == ["b", "a"]
+
+
+def test_queries_are_answered_one_after_the_other_and_one_without_a_vector_costs_itself(
+    dataset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers = []
+    for query in TEXTS.values():
+        show_nearest(str(dataset), query, 2)
+        answers.append(f"{query}\n{capsys.readouterr().out}\n")
+    unknown = "\ud800"  # what no tokenizer takes
+    assert show_each(str(dataset), [TEXTS["a"] + "\n", " \n", unknown, TEXTS["b"]], 2) == 1
+    found = capsys.readouterr()
+    assert found.out == "".join(answers)
+    assert found.err.startswith("Error: query 3: the query cannot be embedded: ")
 
 
 def test_a_model_that_was_never_used_here_is_named_once(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import uuid
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 from conftest import RedisServer
 from lab.dataset import DIM, Dataset, dense, make_content, make_spec, vectors
 
-from embedstream.api.search import search, top_k
+from embedstream.api.search import Searchable, search, top_k
 from embedstream.dataset.folder import FolderSink
 from embedstream.dataset.sinks import canonical_output, open_sink
 from embedstream.dataset.values import to_columns
@@ -76,6 +77,21 @@ def test_equal_scores_come_in_the_order_of_the_corpus(tmp_path: Path) -> None:
     row = vectors(1)
     folder = write(tmp_path, {"z": np.repeat(row, 30, axis=0), "a": np.repeat(row, 30, axis=0)})
     assert [hit.row for hit in search(folder, one(row[0]), 35)] == [*range(30), *range(100_000, 100_005)]
+
+
+@pytest.mark.parametrize("keep_bytes", [0, 9000 * 4 * DIM, 2**20])
+def test_rows_stay_in_memory_for_the_next_query_if_all_of_them_fit(tmp_path: Path, keep_bytes: int) -> None:
+    folder = write(tmp_path, {"a": vectors(9000, 2), "b": vectors(700, 1)})
+    queries = [one(vector) for vector in vectors(3, 9)]
+    expected = [search(folder, query) for query in queries]
+    dataset = Searchable(folder, keep_bytes=keep_bytes)
+    assert [dataset.search(query) for query in queries] == expected
+    shutil.rmtree(folder)
+    if keep_bytes < 2**20:
+        with pytest.raises(OutputError, match=r"no _manifest\.json"):
+            dataset.search(queries[0])
+    else:
+        assert [dataset.search(query) for query in queries] == expected
 
 
 @pytest.fixture

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
+from collections.abc import Iterator
+from typing import TextIO
 
 import click
 
@@ -13,11 +16,23 @@ from embedstream.errors import UsageError
 from embedstream.outputs import Kind
 from embedstream_worker.model_folder import ALLOW_PICKLE, TRUST_REMOTE_CODE, Trust
 
+LONGEST_QUERY = 1024 * 1024
+"""Characters of a line that is a query."""
+
+
+def _lines(stream: TextIO) -> Iterator[str]:
+    """Raises `UsageError` for one that is too long."""
+    while line := stream.readline(LONGEST_QUERY + 1):
+        if len(line) > LONGEST_QUERY and not line.endswith("\n"):
+            raise UsageError(f"a query on standard input has more than {LONGEST_QUERY:,} characters: give one a line")
+        yield line
+
 
 @click.command(
     cls=Command,
     examples=[
         'embed-search corpus.jsonl.vectors "how do I read a file line by line?" -k 3',
+        "embed-search corpus.jsonl.vectors - < queries.txt",
         "embed-search reranked/ --run > reranked.trec",
     ],
 )
@@ -67,19 +82,27 @@ def search_command(
     ones, and MaxSim of vectors for each token, or as the model's folder says (similarity_fn_name). Where a dataset has
     several of these, their ranks are fused (reciprocal rank fusion).
 
+    With - as QUERY, each line of standard input is a query, answered at once. The model is loaded once, and the dataset
+    read once: its rows stay in memory, unless they have more than 2 GiB.
+
     A model that the dataset names is loaded only if you have used it on this machine, or installed its package.
     """
     if as_run == (query is not None):
-        raise UsageError("give a QUERY; or --run, for the pairs of a run that was scored")
+        raise UsageError("give a QUERY, or - to read queries; or --run, for the pairs of a run that was scored")
     if query is None:
         from embedstream_worker.ranked import show_run
 
         show_run(output, k, redis_url or None)
         return
     # Not at the top: loading it takes a while, in which Ctrl-C shall end this command as at any other time.
-    from embedstream_worker.searching import show_nearest
+    from embedstream_worker.searching import show_each, show_nearest
 
     trust = Trust(code=trust_remote_code, pickle=allow_pickle)
+    if query == "-":
+        queries = _lines(io.TextIOWrapper(sys.stdin.buffer, "utf-8", errors="replace"))
+        if show_each(output, queries, k or 5, model, trust, prompt, redis_url or None, by):
+            sys.exit(1)
+        return
     show_nearest(output, query, k or 5, model, trust, prompt, redis_url or None, by)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import cast
 
 import click
@@ -12,16 +12,12 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
-from embedstream.api.search import search, searched
-from embedstream.dataset.manifest import manifest_spec
-from embedstream.dataset.sinks import open_sink
+from embedstream.api.search import KEPT_BYTES, Searchable
 from embedstream.dataset.values import Matrix, Ragged, Values
 from embedstream.errors import ModelError, OutputError
 from embedstream.jobs import JobSpec, model_address, model_folder
-from embedstream.lifecycle.opening import no_dataset
 from embedstream.masking import mask
 from embedstream.outputs import Kind
-from embedstream.records import Manifest
 from embedstream_worker import known_models
 from embedstream_worker.engines import HASHING_MODEL, EngineOptions, load_engine
 from embedstream_worker.engines.base import Engine, OwnQueries, Results, TokenBatch
@@ -52,23 +48,63 @@ def show_nearest(
     """Print the `k` chunks of the dataset in `output` that are nearest to the query.
 
     `model`: as the user names it, where the dataset's own name for it does not do. `prompt`: in front of the query; if
-    None, the model's own. `redis_url`: the server that an output `redis:?prefix=docs:` means. `by`: as `search` has it.
+    None, the model's own. `redis_url`: the server that an output `redis:?prefix=docs:` means. `by`: as `Searchable` has
+    it.
 
     Raises:
         UsageError: an output that cannot be used, or that needs `redis_url`; or nothing in it can be searched.
         OutputError: no finished dataset lies there, or it is empty.
-        ModelError: as `embed_query`.
+        ModelError: as `QueryModel`.
     """
-    manifest = open_sink(output, queue_url=redis_url).read_manifest()
-    if manifest is None:
-        raise no_dataset(output)
-    if not manifest.rows:
+    dataset = _opened(output, redis_url, by)
+    _show(dataset, QueryModel(dataset, model, trust).embed(query, prompt), k)
+
+
+def show_each(
+    output: str,
+    queries: Iterable[str],
+    k: int,
+    model: str | None = None,
+    trust: Trust = NOTHING,
+    prompt: str | None = None,
+    redis_url: str | None = None,
+    by: Kind | None = None,
+) -> int:
+    """As `show_nearest`, for one query after the other, each as soon as it is there: below the query, and with an empty
+    line behind. The model is loaded once, and rows stay in memory while they have no more than `KEPT_BYTES`.
+
+    Queries that cannot be embedded are said on standard error, with their number from 1; answers how many. Blank ones
+    are passed over.
+    """
+    dataset = _opened(output, redis_url, by, KEPT_BYTES)
+    loaded, failed = QueryModel(dataset, model, trust), 0
+    for number, query in enumerate(map(str.strip, queries), 1):
+        if not query:
+            continue
+        try:
+            results = loaded.embed(query, prompt)
+        except ModelError as error:
+            click.echo(f"Error: query {number}: {error}", err=True)
+            failed += 1
+            continue
+        click.echo(printable(query))
+        _show(dataset, results, k)
+        click.echo()
+    return failed
+
+
+def _opened(output: str, redis_url: str | None, by: Kind | None, keep_bytes: int = 0) -> Searchable:
+    """Raises as `Searchable`; `OutputError` for an empty one, too."""
+    dataset = Searchable(output, redis_url, by, keep_bytes)
+    if not dataset.manifest.rows:
         raise OutputError(f"{mask(output)}: the dataset is empty")
-    spec, console = manifest_spec(manifest), Console(highlight=False)
-    kinds = [each.kind for each in searched(manifest, by)]
-    results = embed_query(query, manifest, spec, kinds, model, trust, prompt)
+    return dataset
+
+
+def _show(dataset: Searchable, results: Results, k: int) -> None:
+    spec, console = dataset.spec, Console(highlight=False)
     digits = 3 if len(results) == 1 else 4  # fused scores are small
-    for hit in search(output, results, k, redis_url, by):
+    for hit in dataset.search(results, k):
         piece = "" if spec.chunking is None or hit.chunk is None else f" chunk {hit.chunk}"
         click.echo(f"{hit.score:.{digits}f}  {printable(hit.id)}{piece}")
         if hit.text is not None:
@@ -84,55 +120,62 @@ def show_text(text: str, console: Console) -> None:
         click.echo(" " * INDENT + text)
 
 
-def embed_query(
-    query: str,
-    manifest: Manifest,
-    spec: JobSpec,
-    kinds: Sequence[Kind],
-    model: str | None = None,
-    trust: Trust = NOTHING,
-    prompt: str | None = None,
-) -> Results:
-    """What the dataset's own model gives for the query, in the role of a query: those of `kinds` that say something.
+class QueryModel:
+    """A dataset's own model, loaded for queries."""
 
-    Raises:
-        ModelError: the model may not be loaded, or is not the one that made the dataset; or it gives nothing.
-    """
-    name = "hashing" if manifest.engines == ("hashing",) else "auto"
-    dtype: Dtype = "int8" if any(shard.dtype == "int8" for shard in manifest.shards) else "auto"
-    if not set(kinds) <= {"dense"}:  # other kinds' queries go the libraries' own way, which is in torch
-        name, dtype = "torch", "float32"
-    chosen, revision = (HASHING_MODEL, None) if name == "hashing" else _choose(spec, model, trust)
-    engine = load_engine(EngineOptions(chosen, revision, name, dtype=dtype, trust=trust))
-    info = engine.info
-    max_length = spec.max_length or info.max_length
-    if not set(kinds) <= set(info.outputs) and not trust.pickle:
-        raise ModelError(
-            f"{model or spec.model} gives {', '.join(info.outputs)} alone, the dataset has {', '.join(kinds)}: if some "
-            f"of its weights are pickles and you trust its authors, give --allow-pickle"
-        )
-    if space_id(info, spec, manifest.prompt, max_length) != manifest.space or not set(kinds) <= set(info.outputs):
-        raise ModelError(
-            f"{model or spec.model} is not the model that made this dataset ({spec.model}, as it was then): its "
-            f"vectors cannot be compared; give that model with --model"
-        )
-    if model is not None:
-        known_models.remember(model_address(model), info.fingerprint)
-    if isinstance(engine, OwnQueries):
-        results = engine.query(query, prompt)
-    else:
-        given, prompt = prompt, engine.prompt("query", prompt, None)
-        if given is None and not prompt and (warning := missing(info, "query")):
-            click.echo(warning, err=True)
-        results = _run(engine, prompt, query, max_length)
-    numbers = {kind: _numbers(results[kind]) for kind in kinds}
-    if not all(np.isfinite(found).all() for found in numbers.values()):
-        raise ModelError("the query cannot be compared: the model gave NaN or infinity")
-    telling = {kind: results[kind] for kind, found in numbers.items() if found.any()}
-    if not telling:
-        what = "a vector of zeros" if kinds == ["dense"] else "nothing but zeros"
-        raise ModelError(f"the query cannot be compared: the model gave {what}, it knows no part of the text")
-    return cast("Results", telling)
+    def __init__(self, dataset: Searchable, model: str | None = None, trust: Trust = NOTHING) -> None:
+        """`model`: as the user names it.
+
+        Raises:
+            ModelError: the model may not be loaded, or is not the one that made the dataset.
+        """
+        manifest, spec = dataset.manifest, dataset.spec
+        self._kinds = kinds = [output.kind for output in dataset.outputs]
+        name = "hashing" if manifest.engines == ("hashing",) else "auto"
+        dtype: Dtype = "int8" if any(shard.dtype == "int8" for shard in manifest.shards) else "auto"
+        if not set(kinds) <= {"dense"}:  # other kinds' queries go the libraries' own way, which is in torch
+            name, dtype = "torch", "float32"
+        chosen, revision = (HASHING_MODEL, None) if name == "hashing" else _choose(spec, model, trust)
+        self._engine = load_engine(EngineOptions(chosen, revision, name, dtype=dtype, trust=trust))
+        info = self._engine.info
+        self._max_length = spec.max_length or info.max_length
+        if not set(kinds) <= set(info.outputs) and not trust.pickle:
+            raise ModelError(
+                f"{model or spec.model} gives {', '.join(info.outputs)} alone, the dataset has {', '.join(kinds)}: if "
+                f"some of its weights are pickles and you trust its authors, give --allow-pickle"
+            )
+        space = space_id(info, spec, manifest.prompt, self._max_length)
+        if space != manifest.space or not set(kinds) <= set(info.outputs):
+            raise ModelError(
+                f"{model or spec.model} is not the model that made this dataset ({spec.model}, as it was then): its "
+                f"vectors cannot be compared; give that model with --model"
+            )
+        if model is not None:
+            known_models.remember(model_address(model), info.fingerprint)
+        self._warning = missing(info, "query")
+
+    def embed(self, query: str, prompt: str | None = None) -> Results:
+        """What the model gives for a query in that role: the kinds that are compared, if they say something.
+
+        `prompt`: in front of the query; if None, the model's own. Raises `ModelError`: it gives nothing.
+        """
+        engine = self._engine
+        if isinstance(engine, OwnQueries):
+            results = engine.query(query, prompt)
+        else:
+            given, prompt = prompt, engine.prompt("query", prompt, None)
+            if given is None and not prompt and self._warning:
+                click.echo(self._warning, err=True)
+                self._warning = ""  # once is enough
+            results = _run(engine, prompt, query, self._max_length)
+        numbers = {kind: _numbers(results[kind]) for kind in self._kinds}
+        if not all(np.isfinite(found).all() for found in numbers.values()):
+            raise ModelError("the query cannot be compared: the model gave NaN or infinity")
+        telling = {kind: results[kind] for kind, found in numbers.items() if found.any()}
+        if not telling:
+            what = "a vector of zeros" if self._kinds == ["dense"] else "nothing but zeros"
+            raise ModelError(f"the query cannot be compared: the model gave {what}, it knows no part of the text")
+        return cast("Results", telling)
 
 
 def _run(engine: Engine, prompt: str, query: str, max_length: int) -> Results:
