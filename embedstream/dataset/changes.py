@@ -163,8 +163,10 @@ def _compared(before: pa.Table | None, after: pa.Table | None, columns: Sequence
 
 
 def _differ(one: Any, other: Any) -> Any:
-    """Where two columns differ; null is like null alone."""
+    """Where two columns differ. Null is like null alone, and NaN like NaN."""
     if one.type != other.type:
         one, other = one.cast(pa.string()), other.cast(pa.string())
     same = pc.or_(pc.fill_null(pc.equal(one, other), False), pc.and_(pc.is_null(one), pc.is_null(other)))
+    if pa.types.is_floating(one.type):
+        same = pc.or_(same, pc.and_(pc.fill_null(pc.is_nan(one), False), pc.fill_null(pc.is_nan(other), False)))
     return pc.invert(same)

@@ -22,6 +22,12 @@ from embedstream.cli.commands import run
 @click.argument("target")
 @click.option("--column", help="The vectors to export, if the dataset has several.")
 @click.option("--table", help="Name of the table or collection.  [default: DATASET's name up to its first dot]")
+@click.option(
+    "--since",
+    type=click.IntRange(min=0),
+    metavar="GENERATION",
+    help="The target holds this generation: put there what has changed since, and remove what is gone.",
+)
 @click.option("--json", "as_json", is_flag=True, envvar="EMBEDSTREAM_JSON", help="One JSON object on standard output.")
 @click.option(
     "--progress",
@@ -31,7 +37,13 @@ from embedstream.cli.commands import run
 )
 @click.version_option(package_name="embedstream")
 def export_command(
-    dataset: str, target: str, column: str | None, table: str | None, as_json: bool, progress: Literal["auto", "json"]
+    dataset: str,
+    target: str,
+    column: str | None,
+    table: str | None,
+    since: int | None,
+    as_json: bool,
+    progress: Literal["auto", "json"],
 ) -> None:
     """Put a finished dataset into a search library or a vector database. DATASET is a folder or an S3 URL.
 
@@ -43,7 +55,7 @@ def export_command(
     # Not at the top: loading it takes a while, in which Ctrl-C shall end this command as at any other time.
     from embedstream_producer.exporting.export import show_export
 
-    show_export(dataset, target, column, table, as_json, progress)
+    show_export(dataset, target, column, table, since, as_json, progress)
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ import psycopg
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from lab.dataset import Dataset, make_content, make_spec
+from lab.dataset import Dataset, make_content, make_spec, make_status
 from lab.postgres import postgres
 from lab.results import EVERY_KIND
 from psycopg import sql
@@ -28,10 +28,12 @@ from qdrant_client import QdrantClient, models
 from usearch.index import Index
 
 from e2e.harness import run
+from embedstream.dataset.manifest import manifest_digest
 from embedstream.dataset.sinks import open_sink
 from embedstream.dataset.values import from_columns
 from embedstream.errors import EmbedstreamError
-from embedstream.jobs import JobState
+from embedstream.jobs import JobState, Update
+from embedstream.lifecycle.update_completing import finalize_update
 from embedstream.records import ShardContent
 from embedstream_producer.exporting.export import export
 from embedstream_producer.exporting.qdrant_collection import batches
@@ -337,6 +339,59 @@ def test_an_export_that_was_killed_in_the_middle_is_whole_when_it_is_run_again(
     if opened.kind in ("faiss", "usearch"):
         place = Path(opened.place)
         assert {path.name for path in place.parent.glob(".*")} == set(), "nothing is left of the one that was killed"
+
+
+def update(folder: Path) -> None:
+    """Another generation: a row is gone, one has another text and vector, one another field, one is new."""
+    manifest = open_sink(str(folder)).read_manifest()
+    assert manifest is not None
+    begun = Update(manifest=manifest_digest(manifest), space=manifest.space)
+    spec = make_spec(str(folder), keep=KEPT, keep_types=TYPES, update=begun)
+    sink, records = open_sink(spec.output, spec), []
+    for name, part in (("one", 0), ("two", 1)):
+        content = in_chunks(make_content(spec, name, [(part, 0)], ROWS // 2, outputs=DENSE))
+        rows, changed = content.data.to_pylist(), {1: ["text", "input_hash", "embedding"], 2: ["lang"]}
+        for at, names in changed.items() if part else ():
+            rows[at] |= {each: rows[7][each] for each in names}
+        if part:
+            rows[0]["id"] = "it's \0 new"
+        data = pa.Table.from_pylist(rows, schema=content.data.schema)
+        record = msgspec.structs.replace(content.record, name=f"{name}-again")
+        records.append(sink.write_shard(ShardContent(record, data, content.errors)))
+    made = finalize_update(sink, make_status(spec, 2), records, 2000.0, ())
+    assert made is not None
+    changes = made.changes[-1]
+    assert (changes.added, changes.changed, changes.removed) == (1, 2, 1)
+
+
+@pytest.mark.parametrize("kind", [InLance, InQdrant, InPostgres], ids=lambda kind: kind.kind)
+def test_what_changed_since_a_generation_is_put_there_and_what_is_gone_is_removed(opened: Held, tmp_path: Path) -> None:
+    folder = make_dataset(tmp_path / "docs.jsonl.vectors")
+    export(str(folder), target(opened), "embedding")
+    update(folder)
+    for _ in range(2):
+        done = export(str(folder), target(opened), "embedding", since=0)
+        assert (done.rows, done.removed, done.generation) == (3, 1, 1)
+        held, wanted = opened.held("embedding"), expected(folder, "embedding")
+        if opened.kind == "pgvector":
+            wanted = {(id.replace("\0", "\ufffd"), chunk): row for (id, chunk), row in wanted.items()}
+        assert held.keys() == wanted.keys()
+        assert all(held[place][0]["text"] == row["text"] for place, (row, _) in wanted.items())
+        assert all(held[place][0]["lang"] == row["lang"] for place, (row, _) in wanted.items())
+    assert export(str(folder), target(opened), "embedding", since=1).rows == 0
+    with pytest.raises(EmbedstreamError, match="generations 0 to 1"):
+        export(str(folder), target(opened), "embedding", since=2)
+
+
+@EACH
+def test_an_updated_dataset_replaces_its_earlier_export(opened: Held, tmp_path: Path) -> None:
+    folder = make_dataset(tmp_path / "docs.jsonl.vectors")
+    with pytest.raises(EmbedstreamError, match="leave"):
+        export(str(folder), target(opened), "embedding", since=0)
+    export(str(folder), target(opened), "embedding")
+    update(folder)
+    export(str(folder), target(opened), "embedding")
+    assert len(opened.held("embedding")) == ROWS + (opened.kind in ("qdrant", "pgvector"))
 
 
 @pytest.mark.parametrize("kind", [InFaiss, InUsearch], ids=lambda kind: kind.kind)

@@ -9,14 +9,15 @@ from collections.abc import Iterator
 import msgspec
 import pyarrow as pa
 
-from embedstream.errors import OutputError
+from embedstream.errors import OutputError, UsageError
 from embedstream.masking import mask_text
 from embedstream.outputs import Output
 from embedstream.server.connection import mask
 from embedstream.terminal import counted, echo, echo_json, printable
+from embedstream_producer.exporting.delta import Delta, told
 from embedstream_producer.exporting.recall import K, Sample, recall
-from embedstream_producer.exporting.rows import Rows, Source
-from embedstream_producer.exporting.target import Approximate, Target
+from embedstream_producer.exporting.rows import Key, Rows, Source
+from embedstream_producer.exporting.target import Approximate, Target, Updatable
 from embedstream_producer.exporting.targets import open_target, split_target
 from embedstream_producer.progress import ProgressFormat, WorkProgress
 
@@ -27,6 +28,10 @@ class Exported(msgspec.Struct, frozen=True, kw_only=True):
     dataset: str
     target: str
     rows: int
+    """Put there, or replaced."""
+    removed: int = 0
+    generation: int = 0
+    """What the target holds now."""
     column: str
     dim: int
     dtype: str
@@ -38,16 +43,23 @@ class Exported(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def show_export(
-    dataset: str, target: str, column: str | None, table: str | None, as_json: bool, progress: ProgressFormat
+    dataset: str,
+    target: str,
+    column: str | None,
+    table: str | None,
+    since: int | None,
+    as_json: bool,
+    progress: ProgressFormat,
 ) -> None:
     """Export and print. Raises as `export`."""
     with WorkProgress(progress) as shown:
-        done = export(dataset, target, column, table, shown)
+        done = export(dataset, target, column, table, shown, since)
     if as_json:
         echo_json(done)
         return
     size = str(Output(name="embedding", kind="dense", dtype="float32", dim=done.dim))
-    echo(f"exported: {counted(done.rows, 'row')} to {done.target} ({size}, {done.seconds:.1f} s)")
+    gone = "" if since is None else f", {counted(done.removed, 'row')} removed"
+    echo(f"exported: {counted(done.rows, 'row')} to {done.target}{gone} ({size}, {done.seconds:.1f} s)")
     if done.recall is not None:
         echo(f"recall@{K}: {done.recall:.3f} against exact search, by {counted(done.queries, 'row')} of the dataset")
 
@@ -58,8 +70,11 @@ def export(
     column: str | None = None,
     table: str | None = None,
     progress: WorkProgress | None = None,
+    since: int | None = None,
 ) -> Exported:
     """Put all rows of a finished dataset into a target. Doing it again, also after a kill, is harmless.
+
+    `since`: the target holds this generation of the dataset already, and what has changed since then is put there.
 
     Raises:
         OutputError: there is no finished dataset; or the target holds something else, or cannot be reached or written.
@@ -71,12 +86,27 @@ def export(
     source = Source(dataset, column)
     sample = Sample(source)
     opened = open_target(target, table, source)
+    if since is not None and not isinstance(opened, Updatable):
+        raise UsageError(f"--since {since}: {mask(target)} is always written whole: leave it out")
     with _explaining(target, opened):
-        opened.check()
+        there = opened.check()
+    if since is not None and not there:
+        raise OutputError(f"{mask(target)}: holds no export of a dataset yet: leave --since out")
     reading = _Reading(source, progress)
-    progress.begin("exporting", source.rows)
-    with _explaining(target, opened, reading):
-        opened.write(_taken(source, sample, reading))
+    rows, gone = source.rows, list[Key]()
+    if since is not None and isinstance(opened, Updatable):
+        delta = Delta(source, since)
+        rows, gone = 0, delta.gone
+        progress.begin("exporting", delta.rows)
+        with _explaining(target, opened, reading):
+            opened.remove(gone)
+            for some in reading.batches(told(delta, source)):
+                rows += some.num_rows
+                opened.merge(iter([source.split(some)]))
+    else:
+        progress.begin("exporting", source.rows)
+        with _explaining(target, opened, reading):
+            opened.write(_taken(source, sample, reading))
     share = None
     if isinstance(opened, Approximate) and len(sample):
         progress.begin("measuring recall", source.rows)
@@ -85,7 +115,9 @@ def export(
     return Exported(
         dataset=mask(source.address),
         target=mask(target),
-        rows=source.rows,
+        rows=rows,
+        removed=len(gone),
+        generation=source.manifest.generation,
         column=source.output.name,
         dim=source.output.dim,
         dtype=source.output.dtype,
@@ -102,9 +134,10 @@ class _Reading:
         self._source, self._progress = source, progress
         self.error: BaseException | None = None
 
-    def batches(self) -> Iterator[pa.RecordBatch]:
+    def batches(self, some: Iterator[pa.RecordBatch] | None = None) -> Iterator[pa.RecordBatch]:
+        """All of them, or only `some`."""
         try:
-            for batch in self._source.batches():
+            for batch in self._source.batches() if some is None else some:
                 yield batch
                 self._progress.advance(batch.num_rows)
         except GeneratorExit:

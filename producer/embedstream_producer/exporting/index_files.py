@@ -47,17 +47,18 @@ class IndexFiles:
         self._origin = origin_of(source)
         self._schema = source.payload.with_metadata({MARK: self._origin.encode()})
 
-    def check(self) -> None:
+    def check(self) -> bool:
         if not self._path.parent.is_dir():
             raise OutputError(f"{self._path}: there is no folder {self._path.parent}: make it, or choose another place")
         if self._path.is_dir():
             raise OutputError(f"{self._path}: is a folder: give the name of a file")
         if not self._ids.exists() and not self._path.exists():
-            return
+            return False
         mark = None
         with suppress(pa.ArrowException, OSError):
             mark = (pq.read_schema(self._ids).metadata or {}).get(MARK.encode())
         refuse_other(str(self._path), mark, self._origin)
+        return True
 
     def write(self, rows: Iterator[Rows]) -> None:
         new, new_ids = (path.with_name(f".{path.name}{TEMPORARY}{os.getpid()}") for path in (self._path, self._ids))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -59,7 +59,7 @@ class PgvectorTable:
         self._type, self._ordered, self._operator, most = KINDS[self._output.dtype]
         self._indexed = self._output.dim <= most
 
-    def check(self) -> None:
+    def check(self) -> bool:
         with psycopg.connect(self._place) as database:
             database.execute("CREATE EXTENSION IF NOT EXISTS vector")
             name = self._table.as_string(database)
@@ -70,7 +70,7 @@ class PgvectorTable:
             if found[0] is not None:
                 mark = (found[1] or "").removeprefix(f"{MARK}: ")
                 refuse_other(self._where, mark, self._origin, ignored=["job"])
-                return
+                return True
             kinds = [sql.SQL(kind) for kind in self._types] + [sql.SQL(f"{self._type}({self._output.dim}) NOT NULL")]
             columns = [
                 sql.SQL("{} {}").format(sql.Identifier(name), kind)
@@ -84,6 +84,15 @@ class PgvectorTable:
             database.execute(
                 sql.SQL("COMMENT ON TABLE {} IS {}").format(self._table, f"{MARK}: {self._origin.encode()}")
             )
+            return False
+
+    def remove(self, keys: Sequence[Key]) -> None:
+        gone = sql.SQL("DELETE FROM {} WHERE id = %s AND chunk = %s").format(self._table)
+        with psycopg.connect(self._place) as database, database.cursor() as cursor:
+            cursor.executemany(gone, [(id.replace("\0", "\ufffd"), chunk) for id, chunk in keys])
+
+    def merge(self, rows: Iterator[Rows]) -> None:
+        self.write(rows)
 
     def write(self, rows: Iterator[Rows]) -> None:
         columns = sql.SQL(", ").join(map(sql.Identifier, self._columns))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,6 +25,9 @@ REQUEST_BYTES = 8 * MIB
 
 NUMBER_BYTES = 24
 """Of a vector's number in JSON."""
+
+KEYS_AT_ONCE = 10_000
+"""Points that are removed by one request."""
 
 SECONDS = 60
 """For a request."""
@@ -60,12 +63,12 @@ class QdrantCollection:
         finally:
             client.close()
 
-    def check(self) -> None:
+    def check(self) -> bool:
         with self._connected() as client:
             if client.collection_exists(self._collection):
                 metadata = client.get_collection(self._collection).config.metadata or {}
                 refuse_other(self._where, metadata.get(MARK), self._origin, ignored=["job"])
-                return
+                return True
             client.create_collection(
                 self._collection,
                 models.VectorParams(
@@ -75,6 +78,16 @@ class QdrantCollection:
                 ),
                 metadata={MARK: self._origin.encode()},
             )
+            return False
+
+    def remove(self, keys: Sequence[Key]) -> None:
+        with self._connected() as client:
+            for start in range(0, len(keys), KEYS_AT_ONCE):
+                ids: Any = [point_id(key) for key in keys[start : start + KEYS_AT_ONCE]]
+                client.delete(self._collection, models.PointIdsList(points=ids))
+
+    def merge(self, rows: Iterator[Rows]) -> None:
+        self.write(rows)
 
     def write(self, rows: Iterator[Rows]) -> None:
         with self._connected() as client:

@@ -57,8 +57,8 @@ class Source:
             OutputError: there is no finished dataset, or rows are missing from it.
             UsageError: the output is in Redis, or has no such vectors, or several.
         """
-        self._sink, self.manifest = read_finished(address)
-        self.address = self._sink.output
+        self.sink, self.manifest = read_finished(address)
+        self.address = self.sink.output
         self.output = self._choose(column)
         schema = dataset_schema(manifest_spec(self.manifest), self.manifest.outputs)
         results = {name for output in self.manifest.outputs for name in output.columns}
@@ -83,11 +83,16 @@ class Source:
 
     def batches(self) -> Iterator[pa.RecordBatch]:
         """Rows with all columns that are exported, some thousands at a time. Raises `OutputError`."""
+        return (batch for _, batch in self.batches_by_shard())
+
+    def batches_by_shard(self) -> Iterator[tuple[str, pa.RecordBatch]]:
+        """The same, with the name of their shard."""
         names = [field.name for field in self._fields]
         for shard in self.manifest.shards:
             if shard.rows:
-                found = self._sink.batches(part_file(shard.name), names, BATCH_ROWS)
-                yield from checked(found, self._fields, [self.output], mask(self.address))
+                found = self.sink.batches(part_file(shard.name), names, BATCH_ROWS)
+                for batch in checked(found, self._fields, [self.output], mask(self.address)):
+                    yield shard.name, batch
 
     def split(self, batch: pa.RecordBatch) -> Rows:
         """A batch as targets take it."""

@@ -22,11 +22,22 @@ class Target(Protocol):
     def errors(self) -> tuple[type[Exception], ...]:
         """What its library raises where the place cannot be reached, read or written."""
 
-    def check(self) -> None:
-        """Refuse a place that holds something else. Raises `OutputError`."""
+    def check(self) -> bool:
+        """Refuse a place that holds something else; whether an export lies there. Raises `OutputError`."""
 
     def write(self, rows: Iterator[Rows]) -> None:
         """Put all rows there; those of an earlier export of the dataset are replaced by their ids."""
+
+
+@runtime_checkable
+class Updatable(Target, Protocol):
+    """One whose rows can be replaced one by one."""
+
+    def remove(self, keys: Sequence[Key]) -> None:
+        """Remove these rows, as far as they are there."""
+
+    def merge(self, rows: Iterator[Rows]) -> None:
+        """Put these rows there, in place of those of the same ids."""
 
 
 @runtime_checkable
@@ -41,6 +52,7 @@ class Origin(msgspec.Struct, frozen=True, kw_only=True):
     """What a target holds: kept there, and compared before anything is written."""
 
     job: str
+    """That of the first generation: an updated dataset is the same."""
     space: str
     """Vectors of two spaces cannot be compared."""
     column: str
@@ -57,7 +69,7 @@ def origin_of(source: Source) -> Origin:
     """What an export of the source is."""
     output = source.output
     return Origin(
-        job=source.manifest.job,
+        job=(*source.manifest.before, source.manifest.job)[0],
         space=source.manifest.space,
         column=output.name,
         vectors=f"{output.dtype}[{output.dim}]",
