@@ -34,7 +34,7 @@ class Delta:
         for changes in manifest.changes:
             if changes.generation > since:
                 table = read_changes(source.sink, changes)
-                last |= zip(keys_of(table), table.column("change").to_pylist(), strict=True)
+                last |= zip(keys_of(table), map(str, table.column("change").to_pylist()), strict=True)
         self.gone = [key for key, change in last.items() if change == "removed"]
         """Ids and chunks of rows that are not there any more."""
         self._names: Any = pa.array([f"{chunk} {id}" for (id, chunk), change in last.items() if change != "removed"])
@@ -47,7 +47,9 @@ class Delta:
         """Those rows of a shard's that a target has to be told."""
         if shard in self._retried:
             return batch
-        names: Any = pc.binary_join_element_wise(batch.column("chunk").cast(pa.string()), batch.column("id"), " ")
+        ids: Any = batch.column("id")
+        chunks: Any = batch.column("chunk").cast(pa.string())
+        names: Any = pc.binary_join_element_wise(chunks, ids, " ")
         return batch.filter(pc.is_in(names, self._names))
 
 
