@@ -75,7 +75,7 @@ def open_finished(output: str, roots: Sequence[str] = ()) -> tuple[FolderSink, M
     """
     if is_redis(output):
         raise UsageError(f"{mask(output)}: an output in Redis has no shards to merge")
-    manifest = open_sink(output).read_manifest()
+    manifest = open_sink(output, roots=roots).read_manifest()
     if manifest is None:
         raise no_dataset(output)
     if manifest.state != JobState.COMPLETED:

@@ -136,13 +136,20 @@ class Client:
         return self.push(records, spec, max_errors, patience, trust_unchanged=trust_unchanged)
 
     def push(
-        self, records: Records, spec: JobSpec, max_errors: str, patience: Patience, *, trust_unchanged: bool
+        self,
+        records: Records,
+        spec: JobSpec,
+        max_errors: str,
+        patience: Patience,
+        *,
+        trust_unchanged: bool,
+        roots: Sequence[str] = (),
     ) -> Job:
-        """What `submit` does with its spec. Raises `Stopped` as `patience` does."""
+        """What `submit` does with its spec. `roots`: as `open_sink` takes them. Raises `Stopped` as `patience` does."""
         part = records_part(records)
         spec = part.typed(spec)
         part.check(spec)
-        broker, sink = Broker(self._redis, spec.queue), open_sink(spec.output, spec, self.url)
+        broker, sink = Broker(self._redis, spec.queue), open_sink(spec.output, spec, self.url, roots)
         with explaining(self.url), DuplicateIndex() as index:
             bound = patience(lambda: broker.memory_bound(self.settings.queue_bytes))
             pushed, begun = Pushed.LOST, False

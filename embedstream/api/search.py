@@ -68,16 +68,18 @@ class Searchable:
         by: Kind | None = None,
         keep_bytes: int = 0,
         kinds: Container[str] = SEARCHED,
+        roots: Sequence[str] = (),
     ) -> None:
         """`redis_url`: the server that `redis:?prefix=docs:` means. `by`: compare by this kind alone; None: fuse the
         ranks of all. `keep_bytes`: rows stay in memory for the next query if all of them have no more; else each query
         reads the dataset once, and holds a few thousand rows of it at a time. `kinds`: those that queries have.
+        `roots`: as `open_sink` takes them.
 
         Raises:
             UsageError: nothing in it can be searched, or the output needs `redis_url`.
             OutputError: no finished dataset lies there.
         """
-        self._sink = open_sink(address, queue_url=redis_url)
+        self._sink = open_sink(address, queue_url=redis_url, roots=roots)
         manifest = self._sink.read_manifest()
         if manifest is None:
             raise no_dataset(address)

@@ -11,8 +11,9 @@ _PASSED = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC | getattr(os, "O_PATH", 
 """How a folder on the way is opened: no right to read it is needed, where the system can do that."""
 
 
-def open_beneath(roots: Sequence[str], path: str, flags: int) -> int:
-    """A descriptor of what lies at `path`, which is one of the roots or below it once all links are resolved.
+def open_beneath(roots: Sequence[str], path: str, flags: int, within: str | None = None) -> int:
+    """A descriptor of what lies at `path`, which is one of the roots or below it once all links are resolved. `within`:
+    a folder that it lies in, too.
 
     Links are resolved first; what they come to is then opened step by step from the root on, following none. So what is
     open lies below the root, even if somebody changes folders there at the same time.
@@ -21,7 +22,7 @@ def open_beneath(roots: Sequence[str], path: str, flags: int) -> int:
         ValueError: it lies elsewhere.
         OSError: it cannot be opened, or was changed meanwhile.
     """
-    root, names = _resolved(roots, path)
+    root, names = _resolved(roots, path, within)
     if not names:
         return os.open(root, flags | os.O_NOFOLLOW | os.O_CLOEXEC)
     at = os.open(root, _PASSED)
@@ -49,9 +50,11 @@ def make_beneath(roots: Sequence[str], path: str) -> None:
         os.close(at)
 
 
-def _resolved(roots: Sequence[str], path: str) -> tuple[str, tuple[str, ...]]:
+def _resolved(roots: Sequence[str], path: str, within: str | None = None) -> tuple[str, tuple[str, ...]]:
     """The root that a path lies below, and the names on the way from it to there."""
     below = PurePath(os.path.realpath(path))
+    if within is not None and not below.is_relative_to(os.path.realpath(within)):
+        raise ValueError(f"is not below {within}")
     for root in filter(os.path.isabs, roots):
         above = os.path.realpath(root)
         if below.is_relative_to(above):

@@ -44,7 +44,7 @@ def open_sink(
 ) -> Sink:
     """The sink of an output; nothing is touched before its first call.
 
-    A folder is written below `roots` alone if there are any, whatever is swapped for a link there meanwhile.
+    A folder is written and read below `roots` alone if there are any, whatever is swapped for a link there meanwhile.
 
     `spec` is needed for writing; without it a dataset that has its manifest can be read. `queue_url` is the server that
     `redis:?prefix=...` means.

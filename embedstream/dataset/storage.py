@@ -66,7 +66,7 @@ class Storage(Protocol):
 def storage_of(output: str, roots: Sequence[str] = ()) -> Storage:
     """The storage of an output in its canonical spelling; nothing is touched before its first call.
 
-    `roots`: folders below which a folder is written, whatever is swapped for a link meanwhile; none: anywhere.
+    `roots`: folders below which a folder is written and read, whatever is swapped for a link meanwhile; none: anywhere.
     """
     from embedstream.dataset.bucket import Bucket
 
@@ -81,6 +81,7 @@ class Folder:
     def __init__(self, folder: Path, roots: Sequence[str] = ()) -> None:
         self._folder = folder
         self._roots = roots or (os.sep,)
+        self._read_roots = roots or (str(folder.absolute()),)  # above it, folders need not be readable
 
     def path(self, name: str) -> str:
         return str(self._folder / name)
@@ -107,7 +108,8 @@ class Folder:
 
     def names(self) -> list[str]:
         try:
-            return sorted(os.listdir(self._folder))  # noqa: PTH208  (names are what is wanted)
+            with self._opened(self._read_roots) as folder:
+                return sorted(os.listdir(folder))  # noqa: PTH208  (names are what is wanted)
         except FileNotFoundError:
             return []
         except OSError as error:
@@ -115,7 +117,7 @@ class Folder:
 
     def sizes(self) -> dict[str, int]:
         try:
-            with os.scandir(self._folder) as entries:
+            with self._opened(self._read_roots) as folder, os.scandir(folder) as entries:
                 return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
         except FileNotFoundError:
             return {}
@@ -171,10 +173,10 @@ class Folder:
             raise cannot("remove", path, error) from error
 
     @contextlib.contextmanager
-    def _opened(self) -> Iterator[int]:
+    def _opened(self, roots: Sequence[str] = ()) -> Iterator[int]:
         """A descriptor of the folder, which lies below the roots. Raises `OSError`; `OutputError` if it does not."""
         try:
-            folder = open_beneath(self._roots, str(self._folder), os.O_RDONLY | os.O_DIRECTORY)
+            folder = open_beneath(roots or self._roots, str(self._folder), os.O_RDONLY | os.O_DIRECTORY)
         except ValueError as error:
             raise self._outside(error) from error
         try:
@@ -184,16 +186,19 @@ class Folder:
 
     @contextlib.contextmanager
     def _reading(self, name: str) -> Iterator[int]:
-        """A descriptor of a file. Raises `OSError`; `OutputError` if it is none, or a link out of the folder."""
+        """A descriptor of a file. Raises `OSError`; `OutputError` if it is none, a link out of the folder, or outside
+        the roots.
+        """
         path = self._folder / name
         refuse_special(path)
-        folder = str(self._folder.absolute())
+        folder, flags = str(self._folder.absolute()), os.O_RDONLY | os.O_NONBLOCK
         try:
             # A named pipe that is put there just now is not waited for.
-            descriptor = open_beneath([folder], os.path.join(folder, name), os.O_RDONLY | os.O_NONBLOCK)  # noqa: PTH118
+            descriptor = open_beneath(self._read_roots, os.path.join(folder, name), flags, folder)  # noqa: PTH118
         except ValueError as error:
             raise OutputError(
-                f"{path}: cannot read: is a link that leads out of the dataset's folder: put the file itself there"
+                f"{path}: cannot read: is a link that leads out of the dataset's folder, or of what may be read: put "
+                f"the file itself there"
             ) from error
         try:
             yield descriptor

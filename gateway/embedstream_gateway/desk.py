@@ -19,7 +19,7 @@ from embedstream.api.client import Client
 from embedstream.api.job import readable
 from embedstream.api.looks import JobLook, fleet_object, look_at_job, look_at_jobs, queue_object
 from embedstream.api.record_blocks import RECORDS
-from embedstream.api.search import Hit, search
+from embedstream.api.search import Hit, Searchable
 from embedstream.corpus.chunking import with_tokenizer
 from embedstream.dataset.manifest import manifest_spec
 from embedstream.dataset.objects import is_object, parse_object
@@ -147,7 +147,7 @@ class Desk:
                 "output",
             )
         self._refuse_outside(canonical_output(output))
-        return search(output, {"dense": query}, k, self._url)
+        return Searchable(output, self._url, kinds=["dense"], roots=self._roots).search({"dense": query}, k)
 
     def spec(
         self,
@@ -185,7 +185,8 @@ class Desk:
         with _in_time() as tick, _of_the_output(), Client(self._url, queue=spec.queue) as client:
             if is_here(spec.output):
                 self._sink(spec).check()
-            client.push(records, spec, max_errors, Patience(url=self._url, tick=tick), trust_unchanged=False)
+            patience = Patience(url=self._url, tick=tick)
+            client.push(records, spec, max_errors, patience, trust_unchanged=False, roots=self._roots)
 
     def cancel(self, id: str) -> bool:
         """End a job; False: it has ended already. Raises `JobUnknown`."""

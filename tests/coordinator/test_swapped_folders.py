@@ -119,6 +119,26 @@ def test_what_lies_outside_is_never_open_in_thousands_of_tries(tmp_path: Path) -
     assert found == {PUBLIC}
 
 
+def test_nothing_outside_is_ever_read_as_a_dataset(tmp_path: Path) -> None:
+    inside, outside = tmp_path / "inside", tmp_path / "outside"
+    for folder, text in ((inside / "out", PUBLIC), (outside, SECRET)):
+        folder.mkdir(parents=True)
+        (folder / "_manifest.json").write_text(text)
+        (folder / f"part-{text[:4]}.parquet").write_text(text)
+    roots, names, found = [str(inside)], set[str](), set[str | None]()
+    with swapping(inside / "out", outside):
+        for _ in range(3000):
+            storage = Folder(inside / "out", roots)
+            with contextlib.suppress(OutputError):
+                names |= {*storage.names(), *storage.sizes()}
+            with contextlib.suppress(OutputError):
+                found.add((storage.read("_manifest.json") or b"").decode())
+            with contextlib.suppress(OutputError):
+                found.add(storage.open("_manifest.json").read().decode())
+    assert names == {"_manifest.json", "part-publ.parquet"}
+    assert found == {"", PUBLIC}
+
+
 def test_nothing_outside_is_ever_written_or_removed(tmp_path: Path) -> None:
     inside, outside = tmp_path / "inside", tmp_path / "outside"
     (inside / "real" / "out").mkdir(parents=True)
