@@ -4,10 +4,35 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
+from gateway.test_gathering import WORKER
+
 from embedstream.api.async_client import AsyncClient
 from embedstream.errors import BrokerError
 from embedstream.queue.workers import WorkerRecord
 from embedstream_gateway.fleet import Fleet
+from embedstream_gateway.refusals import Refusal
+
+
+class Answering(AsyncClient):
+    """Has these workers."""
+
+    def __init__(self, **workers: list[WorkerRecord]) -> None:
+        self._workers = workers
+
+    async def workers(self) -> dict[str, list[WorkerRecord]]:
+        return self._workers
+
+
+async def test_a_model_is_unknown_only_where_others_are_known() -> None:
+    for emptied_a_moment_ago in (Answering(), Answering(other=[])):
+        with pytest.raises(Refusal) as empty:
+            await Fleet(emptied_a_moment_ago).find("m")
+        assert (empty.value.status, bool(empty.value.retry_after)) == (503, True)
+    with pytest.raises(Refusal) as unknown:
+        await Fleet(Answering(other=[WORKER])).find("n")
+    assert unknown.value.status == 404
+    assert (await Fleet(Answering(other=[WORKER])).find("other")).queue == "other"
 
 
 class Hanging(AsyncClient):
