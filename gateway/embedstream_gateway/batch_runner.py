@@ -27,7 +27,8 @@ from embedstream.jobs import JobStatus, job_id
 from embedstream.lifecycle.watching import why_ended
 from embedstream.outputs import NAMES
 from embedstream.queue.broker import Broker
-from embedstream.server.connection import connect
+from embedstream.server.connection import connect, explaining
+from embedstream.server.foreign import leaving_out
 from embedstream.server.patience import Patience, Stopped
 from embedstream_gateway.batch_lines import LineError, Records, check_lines
 from embedstream_gateway.batch_records import (
@@ -52,6 +53,12 @@ log = logging.getLogger(__name__)
 LOOK_SECONDS = 1.0
 """Between two looks for batches that no gateway drives."""
 
+HELD_SECONDS = 3.0
+"""Until a batch that another gateway drives is looked at again: that gateway may die."""
+
+FAILED_SECONDS = 10.0
+"""Until one that did not get on is tried again."""
+
 MOST_AT_ONCE = 8
 """Batches that one gateway drives; the work itself is the workers'."""
 
@@ -67,6 +74,8 @@ class BatchRunner:
         self._url = redis_url
         self._stopping = threading.Event()
         self._driven: dict[str, threading.Thread] = {}
+        self._later: dict[str, float] = {}
+        """When those are tried again that another gateway drives, or that failed: they keep no other from its turn."""
         self._thread = threading.Thread(target=self._run, name="batches", daemon=True)
         self._said: dict[str, str] = {}
 
@@ -94,29 +103,50 @@ class BatchRunner:
         for id in self._store.batch_names():
             if len(self._driven) >= MOST_AT_ONCE:
                 return
-            if id not in self._driven and not (self._store.batches / id / ENDED).exists():
+            if id in self._driven or self._later.get(id, 0.0) > time.monotonic():
+                continue
+            if not (self._store.batches / id / ENDED).exists():
                 thread = threading.Thread(target=self._drive_alone, args=(id,), name=id, daemon=True)
                 self._driven[id] = thread
                 thread.start()
 
     def _sweep(self, now: float) -> None:
         self._store.sweep(now)
-        for id in self._store.batch_names():
-            ended = BatchFolder(self._store.batches / id).ended()
-            if ended is not None and self._store.expiry(ended.at) < now:
-                remove(self._store.batches / id)
+        ids = self._store.batch_names()
+        for gone in self._later.keys() - set(ids):
+            del self._later[gone]
+        for id in ids:
+            with leaving_out(id):
+                ended = BatchFolder(self._store.batches / id).ended()
+                if ended is not None and self._store.expiry(ended.at) < now:
+                    remove(self._store.batches / id)
+        self._end_returned()
+
+    def _end_returned(self) -> None:
+        """End the jobs of batches that are over: a Redis that went back to an earlier copy has them again."""
+        with connect(self._url) as redis, explaining(self._url):
+            nowhere = Broker(redis, "")
+            for broker in map(nowhere.of, nowhere.queues()):
+                for job in broker.active_jobs():
+                    with leaving_out(f"job {job}"):
+                        output = Path(broker.status(job).spec.output)
+                        ours = output.name == VECTORS and output.parent.parent == self._store.batches
+                        if ours and (output.parent / ENDED).exists():
+                            broker.run(broker.cancel(job))
 
     def _drive_alone(self, id: str) -> None:
         folder = BatchFolder(self._store.batches / id)
         try:
             with locked(folder.path / LOCK) as held:
-                if held and (made := folder.made()) is not None and folder.ended() is None:
+                if not held:
+                    self._later[id] = time.monotonic() + HELD_SECONDS
+                elif (made := folder.made()) is not None and folder.ended() is None:
                     self._drive(folder, made)
         except Stopped:
             pass
         except Exception as error:  # noqa: BLE001 - a batch must not end the others; it is tried again
             self._say(id, f"batch {id} does not get on ({type(error).__name__}: {error}), trying again")
-            self._stopping.wait(10 * LOOK_SECONDS)
+            self._later[id] = time.monotonic() + FAILED_SECONDS
 
     def _drive(self, folder: BatchFolder, made: Made) -> None:
         checked = self._check(folder)

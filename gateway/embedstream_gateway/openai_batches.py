@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
 from embedstream.errors import BrokerError, OutputError
+from embedstream.server.foreign import leaving_out
 from embedstream_gateway.answers import json, page
 from embedstream_gateway.batch_lines import ENDPOINT, first_line
 from embedstream_gateway.batch_records import BATCH, CANCEL, INPUT, BatchFolder, Cancelled, Made, Progress, shown
@@ -93,8 +94,7 @@ async def list_batches(
     start = ids.index(after) + 1 if after in ids else 0
     some = found[start : start + limit + 1]
     serving = services(request)
-    looks = await asyncio.to_thread(lambda: [_look(serving, *each) for each in some])
-    return page(looks, limit, None)
+    return page(await asyncio.to_thread(_looks, serving, some), limit, None)
 
 
 @router.get("/batches/{id}")
@@ -140,8 +140,13 @@ def _make(store: Store, made: Made) -> None:
 
 
 def _all(store: Store) -> list[tuple[BatchFolder, Made]]:
-    folders = [BatchFolder(store.batches / id) for id in store.batch_names()]
-    found = [(folder, made) for folder in folders if (made := folder.made()) is not None]
+    """The newest first. One whose record is damaged is left out, and logged once."""
+    found: list[tuple[BatchFolder, Made]] = []
+    for id in store.batch_names():
+        folder = BatchFolder(store.batches / id)
+        with leaving_out(id):
+            if (made := folder.made()) is not None:
+                found.append((folder, made))
     return sorted(found, key=lambda pair: (-pair[1].created_at, pair[1].id))
 
 
@@ -152,6 +157,14 @@ async def _find(store: Store, id: str) -> tuple[BatchFolder, Made]:
         if made is not None:
             return folder, made
     raise Refusal(HTTPStatus.NOT_FOUND, f"no such batch: {id}", "not_found", "id")
+
+
+def _looks(serving: Services, some: list[tuple[BatchFolder, Made]]) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    for folder, made in some:
+        with leaving_out(folder.id):
+            found.append(_look(serving, folder, made))
+    return found
 
 
 def _look(serving: Services, folder: BatchFolder, made: Made) -> dict[str, Any]:

@@ -20,6 +20,7 @@ import msgspec
 
 from embedstream.dataset.files import cannot, sync_folder
 from embedstream.errors import OutputError
+from embedstream.server.foreign import leaving_out
 
 T = TypeVar("T")
 
@@ -102,8 +103,11 @@ class Store:
         return self.files / id / CONTENT
 
     def all(self) -> list[StoredFile]:
-        """All files, the newest first."""
-        found = [file for name in _names(self.files, "file-") if (file := self.get(name)) is not None]
+        """All files, the newest first. One whose record is damaged is left out, and logged once."""
+        found: list[StoredFile] = []
+        for name in _names(self.files, "file-"):
+            with leaving_out(name):
+                found += filter(None, [self.get(name)])
         return sorted(found, key=lambda file: (-file.created_at, file.id))
 
     def delete(self, id: str) -> bool:
@@ -171,7 +175,7 @@ def read_json(path: Path, kind: type[T]) -> T | None:
         return None
     except OSError as error:
         raise cannot("read", path, error) from error
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise OutputError(f"{path}: is damaged ({error}): remove its folder") from error
 
 

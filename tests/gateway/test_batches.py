@@ -16,12 +16,17 @@ import httpx
 import numpy as np
 import openai
 import pytest
+from conftest import RedisServer
 from e2e.harness import Fleet, fleet, wait_until
 from gateway.conftest import Served
+from lab.broker import Lab
 from lab.hashing_reference import reference_vector
 from lab.redis_servers import own_server
 
-from embedstream_gateway.store import Store
+from embedstream.server.connection import connect
+from embedstream_gateway.batch_records import INPUT, Ended, Made
+from embedstream_gateway.batch_runner import BatchRunner
+from embedstream_gateway.store import Store, write_json
 
 
 def line(custom_id: str, text: object, **body: object) -> dict[str, Any]:
@@ -347,6 +352,74 @@ def test_what_a_process_that_died_was_making_is_removed_and_what_is_new_stays(tm
     store.sweep(time.time())
     for root in (store.files, store.batches):
         assert {path.name for path in root.iterdir()} == {".new", ".file"}
+
+
+DAMAGES = (b"", b"{", b"\xff", b"[" * 20_000, b'{"id": 1}', b'{"at": "soon"}')
+
+
+def test_a_damaged_record_is_left_out_and_stops_neither_sweeping_nor_other_batches(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = Store(tmp_path, 30)
+    store.prepare()
+    damages = [*DAMAGES, *DAMAGES]  # more than one gateway drives at once, and the first by their names
+    for number, damage in enumerate(damages):
+        for folder, names in ((store.files, ["file.json"]), (store.batches, ["batch.json", "ended.json"])):
+            for name in names:
+                prefix = "file-" if folder is store.files else "batch_"
+                record = folder / f"{prefix}{number:020x}{name[:2].encode().hex()}" / name
+                record.parent.mkdir()
+                record.write_bytes(damage)
+    with store.writing("in.jsonl", "batch") as kept, store.writing("old.jsonl", "batch", created=1.0) as old:
+        stays, goes = kept.finish().id, old.finish().id
+    bad, ended = (store.batches / f"batch_{digit * 24}" for digit in "ef")
+    for folder in (bad, ended):
+        folder.mkdir()
+        (folder / INPUT).write_bytes(b"no request\n")
+    (ended / "ended.json").write_text('{"status": "completed", "at": 1}')
+    made = Made(
+        id=bad.name,
+        input_file_id=stays,
+        endpoint="/v1/embeddings",
+        completion_window="24h",
+        created_at=1,
+        expires_at=2**40,
+        metadata=None,
+        model="m",
+        model_address="m",
+        queue="m",
+    )
+    write_json(bad / "batch.json", made)
+    runner = BatchRunner(store, "redis://127.0.0.1:1")
+    runner.start()
+    wait_until((bad / "ended.json").exists, "the batch among damaged ones is judged")
+    runner.stop()
+    assert not ended.exists()
+    assert [file.id for file in store.all()] == [stays]
+    assert store.get(stays) is not None
+    assert not (store.files / goes).exists()
+    assert "file.json: is damaged" in caplog.text
+
+
+def test_the_job_of_a_batch_that_is_over_is_ended_where_redis_has_it_again(
+    redis_server: RedisServer, tmp_path: Path
+) -> None:
+    store = Store(tmp_path, 30)
+    store.prepare()
+    lab = Lab(connect(redis_server.url))
+    over, open_one, other = (str(tmp_path / "batches" / name / "vectors") for name in ("batch_0", "batch_1", ".."))
+    for output in (over, open_one):
+        Path(output).parent.mkdir()
+    write_json(Path(over).parent / "ended.json", Ended(status="completed", at=2**40))
+    specs = [lab.spec(os.path.normpath(output), 1) for output in (over, open_one, other)]
+    for spec in specs:
+        lab.broker.run(lab.broker.create(spec))
+    lab.broker.announce()
+    runner = BatchRunner(store, redis_server.url)
+    runner.start()
+    wait_until(lambda: lab.broker.status(specs[0].job).verdict, "the job is ended")
+    runner.stop()
+    assert [lab.broker.status(spec.job).verdict for spec in specs] == ["cancelled", "", ""]
 
 
 def test_without_a_folder_files_are_refused(lonely: tuple[Fleet, str]) -> None:
