@@ -1,9 +1,10 @@
 """`make chaos SECONDS=600 SEED=1`: break everything, in turn and at random; then let it heal, and count every row.
 
-Producers, workers and the Redis server are processes of their own, watched over by a supervisor that starts again who
-ended. When the time is over, every job must come to its end; then a reader that shares nothing with them judges each
-output against its corpus. Exit 0 only if no row is lost, doubled or wrong, nothing is left over, and all that should
-have happened has happened.
+Producers, workers, gateways and the Redis server are processes of their own, watched over by a supervisor that starts
+again who ended. HTTP clients send texts and batches to the gateways meanwhile, and again where they are told to. When
+the time is over, every job and every request must come to its end; then a reader that shares nothing with them judges
+each output against its corpus. Exit 0 only if no row is lost, doubled or wrong, nothing is left over, and all that
+should have happened has happened.
 """
 
 from __future__ import annotations
@@ -63,12 +64,21 @@ def heal(world: World) -> list[str]:
     """No more faults: every job comes to its end, and so does the same command once more. What does not."""
     world.calm = True
     world.server.wait()
+    for caller in world.callers:
+        caller.stop()
+    for gateway in world.gateways:
+        gateway.terminate()  # one that starts ends the jobs of batches that were over when Redis forgot that
     end = time.monotonic() + HEAL_SECONDS
     while world.running() and time.monotonic() < end:
         world.tend()
         time.sleep(0.1)
     if world.running():
         return [f"job {job.number} is not finished after {HEAL_SECONDS:.0f} s of peace" for job in world.running()]
+    while not all(caller.wait(0) for caller in world.callers):
+        if time.monotonic() > end:
+            return [f"a caller of the gateways has no answer after {HEAL_SECONDS:.0f} s of peace"]
+        world.tend()
+        time.sleep(0.1)
     # Redis may have gone back to a time before a job's end, or forgotten an output of its own.
     for job in world.jobs:
         job.finished = False
@@ -127,7 +137,8 @@ def main() -> int:
             world.stop()
             if not problems:
                 wrong, total = judge(world)
-                problems += wrong + [f"key {key} never expires" for key in leaked_keys(world.server.client)]
+                problems += [*wrong, *(f"over HTTP: {what}" for what in world.seen.wrong[:10])]
+                problems += [f"key {key} never expires" for key in leaked_keys(world.server.client)]
                 report(world, strikes, total)
             problems += crashes(world)
             problems += shortfalls(world, strikes, kinds, chosen.least)
@@ -144,7 +155,7 @@ def main() -> int:
 
 def crashes(world: World) -> list[str]:
     """Processes that ended in native code, as nobody makes them do; their logs say where."""
-    ends = Counter(world.worker_ends) + Counter(code for job in world.jobs for code in job.ends)
+    ends = Counter((*world.worker_ends, *world.gateway_ends)) + Counter(code for job in world.jobs for code in job.ends)
     return [
         f"{times} processes ended by {signal.Signals(-code).name}" for code, times in ends.items() if code in CRASHES
     ]
@@ -171,6 +182,7 @@ def shortfalls(world: World, strikes: Counter[str], kinds: list[str], least: int
     return [
         *(f"{kind} struck {strikes[kind]} times, not {least}" for kind in kinds if strikes[kind] < least),
         *(f"a text's {kind} struck {harms[kind]} times, not {least}" for kind in HARMS if harms[kind] < least),
+        *(f"no {what} came to their end over HTTP" for what in ("requests", "batches") if not world.seen.answers[what]),
         *(f"nobody was answered {answer}" for answer in ANSWERS if least >= FULL and not answers[answer]),
     ]
 
@@ -186,6 +198,8 @@ def report(world: World, strikes: Counter[str], total: Verdict) -> None:
         f"answers: {_listed(Counter({k: v for k, v in seen.items() if not k.startswith('delivery')}))}",
         f"blocks delivered more than once: {redelivered}",
         f"workers ended with: {_listed(Counter(map(str, world.worker_ends)))}",
+        f"gateways ended with: {_listed(Counter(map(str, world.gateway_ends)))}",
+        f"over HTTP: {_listed(world.seen.answers)}; {world.seen.blamed} lines blamed, {len(world.seen.wrong)} wrong",
         f"producers ended with: {_listed(Counter(map(str, ends.elements())))}",
         f"{len(world.jobs)} jobs, {total.rows} rows, {total.blamed} blamed for what broke while they were tried alone; "
         f"lost {len(total.lost)}, doubled {len(total.doubled)}, wrong {len(total.wrong)}",

@@ -66,6 +66,19 @@ def producer_paused(world: World) -> bool:
     return _signal_producer(world, (signal.SIGSTOP, 1.0), (signal.SIGCONT, 0))
 
 
+def gateway_killed(world: World) -> bool:
+    return _send(world.rng.choice(world.gateways), (signal.SIGKILL, 0))
+
+
+def gateway_terminated(world: World) -> bool:
+    return _send(world.rng.choice(world.gateways), (signal.SIGTERM, 0))
+
+
+def gateway_paused(world: World) -> bool:
+    seconds = world.rng.uniform(0.5, 3.0)
+    return _send(world.rng.choice(world.gateways), (signal.SIGSTOP, seconds), (signal.SIGCONT, 0))
+
+
 def redis_killed(world: World) -> bool:
     world.server.restart()
     return True
@@ -144,6 +157,9 @@ STRIKES: dict[str, Strike] = {
         producer_terminated,
         producer_interrupted,
         producer_paused,
+        gateway_killed,
+        gateway_terminated,
+        gateway_paused,
         redis_killed,
         redis_away,
         redis_older,

@@ -1,4 +1,6 @@
-"""What is broken: a Redis server, workers and producers, processes of their own, watched over as by a supervisor."""
+"""What is broken: a Redis server, workers, producers and gateways, processes of their own, watched over as by a
+supervisor; and the gateways' callers.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,7 @@ import contextlib
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,6 +22,7 @@ from lab.forked import Forked
 from lab.several import EMIT, INT8
 from lab_engines import faulty
 
+from chaos.callers import Caller, Seen
 from chaos.corpora import Expected, write_corpus
 from embedstream.jobs import JobSpec
 from embedstream_producer.embedded.programs import find_program
@@ -26,6 +30,8 @@ from embedstream_producer.embedded.programs import find_program
 BIN = Path(sys.executable).parent
 SPY = Path(__file__).parent / "spy"
 QUEUE = "chaos"
+
+GATEWAYS = 2
 
 FINISHED = (0, 3)
 CANCELLED = 4
@@ -41,7 +47,18 @@ PRODUCER_ORDERS = (
     *(f"{point}=kill" for point in ("submit.before", "submit.after", "seal.before", "create.after")),
     *(f"finalized.before={action}" for action in ("cut", "kill")),
 )
+GATEWAY_ORDERS = (
+    *(f"{point}={action}" for point in ("submit.before", "seal.before") for action in ("cut", "kill")),
+    "create.after=kill",
+)
 """Failpoints for new processes, at a random pass: places that a signal from outside would rarely meet."""
+
+
+def free_port() -> int:
+    """One that nobody listens at now."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+    return port
 
 
 class Server:
@@ -148,6 +165,14 @@ class World:
         self.worker_ends: list[int] = []
         for _ in range(workers):
             self.workers.append(self._start_worker())
+        self.ports = [free_port() for _ in range(GATEWAYS)]
+        self.gateways = [self._start_gateway(port) for port in self.ports]
+        self.gateway_ends: list[int] = []
+        self.seen = Seen()
+        urls = [f"http://127.0.0.1:{port}" for port in self.ports]
+        self.callers = [
+            Caller(urls, random.Random(rng.random()), self.seen, batches) for batches in (False, False, True)
+        ]
 
     def new_job(self, rows: int, kind: str) -> Job:
         number = len(self.jobs)
@@ -168,6 +193,10 @@ class World:
             if worker.poll() is not None:
                 self.worker_ends.append(worker.wait())
                 self.workers[place] = self._start_worker()
+        for place, gateway in enumerate(self.gateways):
+            if gateway.poll() is not None:
+                self.gateway_ends.append(gateway.wait())
+                self.gateways[place] = self._start_gateway(self.ports[place])
         for job in self.running():
             assert job.process is not None
             code = job.process.poll()
@@ -185,11 +214,11 @@ class World:
         self._run(f"cancel-{job.number}", [str(BIN / "embed-cancel"), id, "--redis", self.server.url]).wait(60)
 
     def stop(self) -> None:
-        """Workers leave as they are asked to, then the server."""
-        for worker in self.workers:
+        """Workers and gateways leave as they are asked to."""
+        for worker in (*self.gateways, *self.workers):
             worker.send_signal(signal.SIGCONT)
             worker.send_signal(signal.SIGTERM)
-        for worker in self.workers:
+        for worker in (*self.gateways, *self.workers):
             try:
                 worker.wait(30)
             except subprocess.TimeoutExpired:
@@ -197,7 +226,9 @@ class World:
                 worker.wait()
 
     def close(self) -> None:
-        ours = (*self.workers, *(job.process for job in self.jobs if job.process))
+        for caller in self.callers:
+            caller.stop()
+        ours = (*self.workers, *self.gateways, *(job.process for job in self.jobs if job.process))
         processes: list[Process] = [*ours, self.server.process]
         for process in processes:
             if process.poll() is None:
@@ -210,6 +241,10 @@ class World:
         return self._run(
             "worker", [*command, "--output-root", str(self.outputs), "--output-root", "redis:"], WORKER_ORDERS
         )
+
+    def _start_gateway(self, port: int) -> Forked:
+        command = [str(BIN / "embed-serve"), "--redis", self.server.url, "--port", str(port), "--timeout", "10"]
+        return self._run(f"gateway-{port}", [*command, "--files", str(self.outputs / "gateway")], GATEWAY_ORDERS)
 
     def start(self, job: Job) -> None:
         command = [str(BIN / "embed-submit"), str(job.corpus), "-o", job.output, "--redis", self.server.url]
