@@ -47,9 +47,12 @@ def finalize(
 
 
 def is_finished(manifest: Manifest | None, spec: JobSpec) -> bool:
-    """Whether a manifest says that this very job is completed: it outranks what Redis says."""
+    """Whether a manifest says that this very job is completed, or that a newer generation has taken its place: it
+    outranks what Redis says."""
     if manifest is None:
         return False
+    if spec.job in manifest.before:
+        return True  # of an older generation: Redis has gone back to an earlier state
     if spec.retry is not None:
         return spec.job in manifest.retries
     if spec.updates:

@@ -32,7 +32,7 @@ def finalize_update(
     standing, update = sink.read_manifest(), status.spec.update
     if standing is None or update is None:
         return None
-    if standing.job == status.job:
+    if status.job in (standing.job, *standing.before):
         sink.mend(standing)
         return standing
     if manifest_digest(standing) != update.manifest:

@@ -36,6 +36,9 @@ FULL = 5
 CRASHES = (-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGBUS, -signal.SIGILL, -signal.SIGFPE)
 
 JOBS_AT_ONCE = 3
+EDITED = 0.4
+"""How often a finished job's corpus is edited rather than a new one written."""
+
 HEAL_SECONDS = 300.0
 DISK_MIB = 600
 
@@ -51,7 +54,11 @@ def rage(world: World, seconds: float, rows: int, strikes: Counter[str], kinds: 
         world.tend()
         world.server.keep_copy()
         while len(world.running()) < JOBS_AT_ONCE:
-            world.new_job(world.rng.randint(rows // 2, rows), world.rng.choice(["folder", "folder", "redis"]))
+            ended = [job for job in world.jobs if job.finished and not job.output.startswith("redis:")]
+            if ended and world.rng.random() < EDITED:
+                world.edit(world.rng.choice(ended))
+            else:
+                world.new_job(world.rng.randint(rows // 2, rows), world.rng.choice(["folder", "folder", "redis"]))
         if not deck:
             deck = world.rng.sample(kinds, len(kinds))
         kind = deck.pop()
@@ -201,7 +208,8 @@ def report(world: World, strikes: Counter[str], total: Verdict) -> None:
         f"gateways ended with: {_listed(Counter(map(str, world.gateway_ends)))}",
         f"over HTTP: {_listed(world.seen.answers)}; {world.seen.blamed} lines blamed, {len(world.seen.wrong)} wrong",
         f"producers ended with: {_listed(Counter(map(str, ends.elements())))}",
-        f"{len(world.jobs)} jobs, {total.rows} rows, {total.blamed} blamed for what broke while they were tried alone; "
+        f"{len(world.jobs)} jobs, {sum(job.generation for job in world.jobs)} updates, {total.rows} rows, "
+        f"{total.blamed} blamed for what broke while they were tried alone; "
         f"lost {len(total.lost)}, doubled {len(total.doubled)}, wrong {len(total.wrong)}",
     ]
     for line in lines:

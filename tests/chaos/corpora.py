@@ -37,6 +37,28 @@ class Expected:
     """Row -> the codes it may have: in the errors, and only there."""
 
 
+def edit_corpus(path: Path, rng: random.Random, expected: Expected) -> Expected:
+    """Leave lines out, move others, and add some; what must become of the rows then."""
+    lines: list[tuple[str, tuple[str, str] | None, set[str]]] = [
+        (line, expected.texts.get(row), expected.failed.get(row, set()))
+        for row, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True))
+    ]
+    lines = [line for line in lines if rng.random() < 0.9]
+    for _ in range(50):
+        id, text = f"{path.stem}-new-{rng.randrange(10**9)}", f"a new text {rng.randrange(10**9)}"
+        lines.append((json.dumps({"id": id, "text": text}) + "\n", (id, text), set()))
+    if rng.random() < 0.5:
+        rng.shuffle(lines)
+    path.write_text("".join(line for line, _, _ in lines), encoding="utf-8")
+    edited = Expected()
+    for row, (_, good, codes) in enumerate(lines):
+        if good is None:
+            edited.failed[row] = codes
+        else:
+            edited.texts[row] = good
+    return edited
+
+
 def write_corpus(path: Path, rng: random.Random, rows: int, harmful: bool) -> Expected:
     """Texts of uneven length, some of which are slow, or (`harmful`) do worse, and some lines that are no records."""
     expected = Expected()

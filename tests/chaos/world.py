@@ -23,7 +23,7 @@ from lab.several import EMIT, INT8
 from lab_engines import faulty
 
 from chaos.callers import Caller, Seen
-from chaos.corpora import Expected, write_corpus
+from chaos.corpora import Expected, edit_corpus, write_corpus
 from embedstream.jobs import JobSpec
 from embedstream_producer.embedded.programs import find_program
 
@@ -141,6 +141,8 @@ class Job:
     process: Forked | None = None
     ends: list[int] = field(default_factory=list)
     finished: bool = False
+    generation: int = 0
+    """How often its corpus was edited and its output updated."""
 
     @property
     def several(self) -> bool:
@@ -183,6 +185,12 @@ class World:
         self.jobs.append(job)
         self.start(job)
         return job
+
+    def edit(self, job: Job) -> None:
+        """Another generation of a finished job's corpus: its output is brought up to date."""
+        job.expected = edit_corpus(job.corpus, self.rng, job.expected)
+        job.finished, job.generation = False, job.generation + 1
+        self.start(job)
 
     def running(self) -> list[Job]:
         return [job for job in self.jobs if not job.finished]
@@ -250,6 +258,7 @@ class World:
         command = [str(BIN / "embed-submit"), str(job.corpus), "-o", job.output, "--redis", self.server.url]
         command += ["--queue", QUEUE, "--model", "hashing", "--quiet", "--max-errors", "100"]
         command += (*EMIT, *INT8) if job.several else ()
+        command += ["--update"] if job.generation else []
         job.process = self._run(f"producer-{job.number}", command, PRODUCER_ORDERS)
 
     def _run(self, name: str, command: list[str], orders: Sequence[str] = ()) -> Forked:

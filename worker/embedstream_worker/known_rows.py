@@ -191,7 +191,7 @@ def known_rows(
         return None, ""
     address = update.source or spec.output
     check_output(roots, address)
-    sink = open_sink(address)
+    sink = open_sink(address, roots=roots)
     manifest = sink.read_manifest()
     if manifest is None or manifest_digest(manifest) != update.manifest:
         raise OutputError(f"{mask(address)}: is not the dataset any more that this update began with")
