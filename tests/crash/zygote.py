@@ -2,17 +2,18 @@
 
 One JSON object a line, in and out: `{"command": …, "args": […], "env": {…}, "log": …}` starts one and answers its pid;
 `{"pid": …}` answers its exit code (negative for a signal), null while it lives.
-It ends, and kills all that it started, with its input.
+It ends, and kills all that it started, with its input. A fork ends without taking its interpreter down: all that was
+loaded would be copied to be thrown away.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
+import multiprocessing
 import os
-import signal
 import sys
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import embedstream.api.client
@@ -39,25 +40,21 @@ COMMANDS: dict[str, Callable[[], object]] = {
 
 
 def main() -> None:
-    living: set[int] = set()
+    forks, started = multiprocessing.get_context("fork"), dict[int, BaseProcess]()
     for line in iter(sys.stdin.readline, ""):
         order: dict[str, Any] = json.loads(line)
         if "command" in order:
-            pid = os.fork()
-            if not pid:
-                become(order)
-                return
-            living.add(pid)
-            answer: int | None = pid
+            process = forks.Process(target=become, args=(order,))
+            process.start()
+            assert process.pid is not None
+            started[process.pid] = process
+            answer: int | None = process.pid
         else:
-            answer = ended(order["pid"])
-            if answer is not None:
-                living.discard(order["pid"])
+            answer = started[order["pid"]].exitcode
         sys.stdout.write(json.dumps(answer) + "\n")
         sys.stdout.flush()
-    for pid in living:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+    for process in started.values():
+        process.kill()
 
 
 def become(order: dict[str, Any]) -> None:
@@ -68,11 +65,6 @@ def become(order: dict[str, Any]) -> None:
     failpoints.arm(os.environ.get(failpoints.VARIABLE, ""))
     sys.argv = [order["command"], *order["args"]]
     COMMANDS[order["command"]]()
-
-
-def ended(pid: int) -> int | None:
-    found, status = os.waitpid(pid, os.WNOHANG)
-    return os.waitstatus_to_exitcode(status) if found else None
 
 
 if __name__ == "__main__":
