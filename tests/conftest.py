@@ -41,9 +41,14 @@ class RedisServer:
 
 @pytest.fixture(scope="session", autouse=True)
 def own_state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What embedded mode keeps of the tests' outputs does not lie among what it keeps of the user's."""
+    """What embedded mode keeps of the tests' outputs does not lie among what it keeps of the user's; and what workers
+    keep of models is shared by all processes of a run, and neither read from the user's cache nor left in it."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        patch.setenv("EMBEDSTREAM_CACHE_DIR", str(shared / "cache"))
         yield
 
 

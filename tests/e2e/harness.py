@@ -32,8 +32,9 @@ BIN = Path(sys.executable).parent
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """The tests' environment without any EMBEDSTREAM_* of the person who runs them."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("EMBEDSTREAM_")}
+    """The tests' environment without any EMBEDSTREAM_* of the person who runs them; the cache is the tests' own."""
+    own = "EMBEDSTREAM_CACHE_DIR"
+    kept = {name: value for name, value in os.environ.items() if name == own or not name.startswith("EMBEDSTREAM_")}
     return {**kept, **extra}
 
 

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -8,14 +8,6 @@ from engines.embedding import MINILM
 from engines.model_shapes import Shape, docstrings
 
 from embedstream_worker.models import resolve_model
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Nothing is read from the user's cache, and nothing is left in it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("EMBEDSTREAM_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,7 +26,10 @@ def test_what_a_start_found_is_known_to_the_next_of_the_same_model_alone() -> No
     earlier_starts.remember(INFO, Trial(1024, 5000.0))
     assert earlier_starts.recall(INFO) == Trial(1024, 5000.0)
     replace = dataclasses.replace
-    for other in (replace(INFO, fingerprint="f" * 32), replace(INFO, engine="torch"), replace(INFO, dtype="bfloat16")):
+    others: list[dict[str, Any]] = [
+        {"fingerprint": "f" * 32}, {"engine": "torch"}, {"dtype": "bfloat16"}, {"batch_tokens": 100},
+    ]  # fmt: skip
+    for other in (replace(INFO, **changed) for changed in others):
         assert earlier_starts.recall(other) is None
 
 

@@ -14,7 +14,8 @@ _RUNTIMES = ("embedstream", "openvino", "onnxruntime", "torch")
 
 
 def recall(info: EngineInfo) -> Trial | None:
-    """What the last worker of this model, engine, processor and these versions found; None if there was none."""
+    """What the last worker of this model, engine (with batches of so many tokens), processor and these versions found;
+    None if there was none."""
     try:
         trial = msgspec.json.decode((cache_folder("starts") / _key(info)).read_bytes(), type=Trial)
     except (OSError, msgspec.MsgspecError):
@@ -29,4 +30,5 @@ def remember(info: EngineInfo, trial: Trial) -> None:
 
 def _key(info: EngineInfo) -> str:
     versions = [f"{name} {version_of(name)}" for name in _RUNTIMES]
-    return name_of([info.fingerprint, info.engine, info.device, info.dtype, cpu_name(), str(cpu_cores()), *versions])
+    engine = [info.fingerprint, info.engine, info.device, info.dtype, str(info.batch_tokens)]
+    return name_of([*engine, cpu_name(), str(cpu_cores()), *versions])
