@@ -7,6 +7,8 @@ BENCH_ARGS ?=
 CHAOS_ARGS ?=
 SECONDS ?= 600
 export Q
+# Tests start hundreds of interpreters, each of which would compile the project anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 QUESTIONS := "how do I parse a date?" "read a file that is compressed" "wait for several threads to finish"
 
