@@ -59,18 +59,22 @@ def test_a_real_models_vectors_equal_sentence_transformers(minilm: OpenVinoEngin
     assert lowest_cosine(embed(minilm, some), theirs) >= 0.99999
 
 
-def test_threads_that_embed_at_once_get_the_vectors_of_one_alone(minilm: OpenVinoEngine, texts: list[str]) -> None:
-    tokens = minilm.tokenizer().encode(texts[:200], 256)
+def test_threads_that_embed_at_once_get_the_vectors_of_one_alone(
+    small: ModelFolder, converted: Path, texts: list[str]
+) -> None:
+    engine = opened(small, "float32", converted)
+    tokens = engine.tokenizer().encode(texts[:200], 128)
     batches = [gather_batch(tokens, rows, 0, "document") for rows in cut_batches(tokens.lengths, 512, padded=True)]
 
     def run(batch: TokenBatch) -> Vectors:
-        return minilm.run(batch)["dense"]
+        return engine.run(batch)["dense"]
 
     alone = [run(batch) for batch in batches]
-    with ThreadPoolExecutor(2 * minilm.in_flight) as threads:  # more threads than requests: some have to wait
+    with ThreadPoolExecutor(2 * engine.in_flight) as threads:  # more threads than requests: some have to wait
         together = list(threads.map(run, batches * 3))
     for ours, theirs in zip(together, alone * 3, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6)
+    engine.close()
 
 
 def test_a_twin_gives_the_same_while_all_of_the_engines_requests_are_taken(
