@@ -27,6 +27,7 @@ STAGES = (
     Stage("minilm", 70, "models.minilm", "MiniLM-L6"),
     Stage("modernbert", 45, "models.modernbert", "ModernBERT-base"),
     Stage("tests", 50, "cuda_tests.run", "tests/engines/test_torch_cuda.py"),
+    Stage("kinds", 60, "kinds.measure", "sparse vectors, scores of pairs, BGE-M3's three, packed and padded"),
     Stage("xlmr", 35, "models.xlmr", "XLM-R-large"),
     Stage("padded", 20, "models.padded", "BERT-base in padded batches"),
     Stage("encode", 25, "models.encode", "BERT-base by sentence-transformers' own `encode`"),

@@ -91,13 +91,13 @@ def _stand_in() -> None:
     """Let the CPU count as a device that takes all texts at once, by the tests' own attention, and compile by the
     compiler's front half alone: so the benchmark's whole way can be tried there.
     """
-    from embedstream_worker.engines import compiling, packed_attention, torch_engine
+    from embedstream_worker.engines import compiling, headed_engine, packed_attention, torch_engine
 
     importlib.import_module("engines.cpu_attention")  # which registers the kernel
 
     def always(_device: torch.device, _dtype: torch.dtype) -> bool:
         return True
 
-    for module in (packed_attention, torch_engine):
+    for module in (packed_attention, torch_engine, headed_engine):
         mock.patch.object(module, "is_fast", always).start()
     mock.patch.object(compiling, "BACKEND", "aot_eager").start()

@@ -19,9 +19,10 @@ import torch
 import transformers
 from corpora import docstrings
 from safetensors.numpy import load_file, save_file
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import SentenceTransformer, SparseEncoder
 from sentence_transformers.base.modules import Normalize, Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
+from sentence_transformers.sparse_encoder.modules import SpladePooling
 from tokenizers import Tokenizer
 
 from embedstream.errors import ModelError
@@ -201,22 +202,63 @@ def random_model(bench: Bench, shape: Shape) -> Path:
     """A folder of sentence-transformers: the transformer, MiniLM's tokenizer, pooling, normalizing."""
 
     def make(folder: Path) -> None:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(str(minilm(bench)))
-        tokenizer.model_max_length = LONGEST
-        base = folder / "base"
-        torch.manual_seed(0)
-        with bench.device:  # where there are many numbers to draw
-            model: Any = transformers.AutoModel.from_config(shape.config(len(tokenizer), bench.tiny))  # type: ignore[no-untyped-call]
-        model.save_pretrained(base)
-        tokenizer.save_pretrained(base)
-        transformer = Transformer(str(base))
+        transformer = Transformer(str(_base(bench, shape, folder / "base", transformers.AutoModel)))
         pooling = Pooling(transformer.get_embedding_dimension(), shape.pooling)
         whole = SentenceTransformer(modules=[transformer, pooling, Normalize()], device="cpu")
         whole.max_seq_length = LONGEST
         whole.save(str(folder / "model"), create_model_card=False)
-        shutil.rmtree(base)
+        shutil.rmtree(folder / "base")
 
     return _once(bench.scratch / shape.name, make) / "model"
+
+
+def random_splade(bench: Bench) -> Path:
+    """A folder of a sparse encoder of BERT-base's size."""
+
+    def make(folder: Path) -> None:
+        base = _base(bench, BERT_BASE, folder / "base", transformers.AutoModelForMaskedLM)
+        modules = [Transformer(str(base), transformer_task="fill-mask"), SpladePooling("max")]
+        SparseEncoder(modules=modules, device="cpu").save(str(folder / "model"), create_model_card=False)
+        shutil.rmtree(base)
+
+    return _once(bench.scratch / "splade", make) / "model"
+
+
+def random_reranker(bench: Bench) -> Path:
+    """A folder of a reranker of BERT-base's size."""
+
+    def make(folder: Path) -> None:
+        head = transformers.AutoModelForSequenceClassification
+        _base(bench, BERT_BASE, folder / "model", head, num_labels=1)
+
+    return _once(bench.scratch / "reranker", make) / "model"
+
+
+def random_three(bench: Bench) -> Path:
+    """A folder of BERT-base with BGE-M3's heads beside its one vector."""
+
+    def make(folder: Path) -> None:
+        shutil.copytree(random_model(bench, BERT_BASE), folder / "model")
+        width = BERT_BASE.config(1, bench.tiny).hidden_size
+        for name, outputs in (("sparse", 1), ("colbert", width)):
+            torch.save(torch.nn.Linear(width, outputs).state_dict(), folder / "model" / f"{name}_linear.pt")
+
+    return _once(bench.scratch / "three", make) / "model"
+
+
+def _base(bench: Bench, shape: Shape, folder: Path, head: Any, **settings: Any) -> Path:
+    """A folder of transformers' own, with MiniLM's tokenizer."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(minilm(bench)))
+    tokenizer.model_max_length = LONGEST
+    config = shape.config(len(tokenizer), bench.tiny)
+    for name, value in settings.items():
+        setattr(config, name, value)
+    torch.manual_seed(0)
+    with bench.device:  # where there are many numbers to draw
+        model: Any = head.from_config(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def _once(folder: Path, make: Callable[[Path], None]) -> Path:

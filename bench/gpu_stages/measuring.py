@@ -22,6 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 from embedstream_worker.batching import cut_batches, gather_batch
 from embedstream_worker.engines.base import TokenBatch, Tokens
 from embedstream_worker.engines.precision import Dtype
+from embedstream_worker.engines.text_engine import TextEngine
 from embedstream_worker.engines.torch_engine import Batches, TorchEngine
 from embedstream_worker.models import resolve_model
 from gpu_stages.context import Bench
@@ -50,7 +51,7 @@ def start_engine(bench: Bench, folder: Path, *, padded: bool = False, compiles: 
     batches: Batches = "padded" if padded or not bench.packs else "packed"
     dtype: Dtype = "auto" if bench.on_gpu else "float32"
     begun = time.perf_counter()
-    with _warnings() as said:
+    with warnings_said() as said:
         engine = TorchEngine(resolve_model(str(folder)), str(bench.device), dtype, batches, compiles)
     figures: dict[str, Any] = {
         "seconds_to_start": round(time.perf_counter() - begun, 1),
@@ -63,7 +64,8 @@ def start_engine(bench: Bench, folder: Path, *, padded: bool = False, compiles: 
 
 
 @contextmanager
-def _warnings() -> Iterator[list[str]]:
+def warnings_said() -> Iterator[list[str]]:
+    """What the worker's code warns of meanwhile."""
     said: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
@@ -109,7 +111,7 @@ def cut(tokens: Tokens, budget: int, padded: bool) -> list[npt.NDArray[np.int64]
     ]
 
 
-def drive(engine: TorchEngine, batches: Iterator[TokenBatch]) -> int:
+def drive(engine: TextEngine, batches: Iterator[TokenBatch]) -> int:
     """Run batches as a worker does, as many in flight as the engine wants; how many tokens they had."""
     done = 0
     with ThreadPoolExecutor(engine.in_flight) as pool:
@@ -129,7 +131,7 @@ def drive(engine: TorchEngine, batches: Iterator[TokenBatch]) -> int:
     return done
 
 
-def rate(engine: TorchEngine, tokens: Tokens, work: Work, seconds: float, budget: int | None = None) -> dict[str, Any]:
+def rate(engine: TextEngine, tokens: Tokens, work: Work, seconds: float, budget: int | None = None) -> dict[str, Any]:
     """The engine alone on token ids, for about so many seconds, after a warm-up. Padding counts as no work."""
     info = engine.info
     budget = budget or info.batch_tokens

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.nn.attention import varlen as _varlen
 
-from embedstream_worker.engines import packed_attention, torch_engine
+from embedstream_worker.engines import headed_engine, packed_attention, torch_engine
 
 assert _varlen  # importing it registers the operator
 
@@ -84,7 +84,7 @@ def packed_at_once(monkeypatch: pytest.MonkeyPatch, kernel: Kernel = right) -> I
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with monkeypatch.context() as patch:
-        for module in (packed_attention, torch_engine):
+        for module in (packed_attention, torch_engine, headed_engine):
             patch.setattr(module, "is_fast", lambda _device, _dtype: True)
         patch.setitem(_kernel, "used", kernel)
         try:

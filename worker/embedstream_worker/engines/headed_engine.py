@@ -1,11 +1,11 @@
-"""Models that give something else than one vector for each text, or more: in torch, in padded batches."""
+"""Models that give something else than one vector for each text, or more, in torch."""
 
 from __future__ import annotations
 
 import gc
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
@@ -19,16 +19,27 @@ from embedstream.dataset.values import Ragged, Values
 from embedstream.errors import ModelError
 from embedstream.outputs import Kind
 from embedstream_worker.engines.arrays import results_of
+from embedstream_worker.engines.attention_check import check_attention
 from embedstream_worker.engines.base import EngineInfo, Results, Role, TokenBatch, fitting
 from embedstream_worker.engines.checking import CheckFailed, check, check_batches
 from embedstream_worker.engines.heads import Features, SlicedSplade, Tensors, above_zero, heads_of
 from embedstream_worker.engines.lowering import lower_below_heads
 from embedstream_worker.engines.out_of_memory import within_memory
+from embedstream_worker.engines.packed_attention import Asked, is_fast, noting
+from embedstream_worker.engines.packed_base import PackedBase
+from embedstream_worker.engines.packed_batch import TOKENS_STEP
 from embedstream_worker.engines.precision import Dtype, Precision
 from embedstream_worker.engines.text_engine import TextEngine
 from embedstream_worker.engines.text_input import InputKind, TextModel
 from embedstream_worker.engines.torch_device import pick_device, pick_dtype, share_cores
-from embedstream_worker.engines.torch_engine import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS, TorchEngine
+from embedstream_worker.engines.torch_engine import (
+    CPU_BATCH_TOKENS,
+    GPU_BATCH_TOKENS,
+    Batches,
+    TorchEngine,
+    failure_of,
+    few_texts,
+)
 from embedstream_worker.engines.torch_features import padded_features, vocabulary_size
 from embedstream_worker.engines.torch_loading import excludes_prompt, is_normalized, load_model, read_input
 from embedstream_worker.families import card_prompts
@@ -45,10 +56,13 @@ class HeadedEngine(TextEngine):
 
     One pass through the model serves all kinds. In bfloat16 the transformer alone computes in it, heads stay in
     float32. Batches are of documents alone, as queries of such models often go another way: through modules of their
-    own, or with tokens added.
+    own, or with tokens added. `batches` "auto" packs texts without padding, below the heads, on CUDA in bfloat16, if
+    results stay what they are.
     """
 
-    def __init__(self, folder: ModelFolder, device: str = "auto", dtype: Dtype = "auto") -> None:
+    def __init__(
+        self, folder: ModelFolder, device: str = "auto", dtype: Dtype = "auto", batches: Batches = "auto"
+    ) -> None:
         """Load the model and try it. Raises `ModelError`."""
         super().__init__(lambda: HeadedEngine(folder, "cpu", "float32"))
         place = pick_device(device)
@@ -61,6 +75,9 @@ class HeadedEngine(TextEngine):
         text_input = read_input(self.modules, folder.name, documents=True)
         if text_input.kind is not InputKind.PADDED:
             raise ModelError(f"model {folder.name} begins with a table of vectors, which gives no such results")
+        self._base = PackedBase(self.modules, text_input)
+        self._tokens_step = 1
+        self._asked: set[Asked] = set()
         dense, pairs = self._purpose is Purpose.VECTORS, self._purpose is Purpose.PAIRS
         if pairs and self.modules.default_prompt_name is not None:
             raise ModelError(f"model {folder.name} puts a prompt in front of pairs, which is not supported")
@@ -82,7 +99,10 @@ class HeadedEngine(TextEngine):
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise ModelError(f"model {folder.name} cannot run: {type(error).__name__}: {error}") from error
         self._slice()
-        precision = self._place(place, dtype)
+        lowers = pick_dtype(dtype, place) == "bfloat16"
+        packs = batches == "packed" or (batches == "auto" and place.type == "cuda" and lowers)
+        packs = packs and self._can_pack()
+        precision = self._place(place, dtype, packs)
         outputs = {head.kind: head.info for head in self._heads}
         self.info = EngineInfo(
             engine="torch",
@@ -97,6 +117,14 @@ class HeadedEngine(TextEngine):
             outputs=outputs,
             card_prompts=card_prompts(folder.name, folder.path),
         )
+        if place.type == "cuda":
+            how = "packed below its heads" if self.packed else "padded"
+            log.info("torch in %s on %s: batches of %d tokens, %s", precision, place, self.info.batch_tokens, how)
+
+    @property
+    def packed(self) -> bool:
+        """Whether texts go through the transformer without padding."""
+        return self._base.is_on
 
     @property
     def sliced(self) -> bool:
@@ -123,7 +151,8 @@ class HeadedEngine(TextEngine):
                             vectors = self.modules.encode_query([text], convert_to_sparse_tensor=False, **how)
                         return cast("Results", {"sparse": _values("sparse", above_zero(vectors), 1)})
                     case Purpose.MULTIVECTOR:
-                        (tokens,) = self.modules.encode_query([text], convert_to_numpy=True, **how)
+                        with self._as_loaded():
+                            (tokens,) = self.modules.encode_query([text], convert_to_numpy=True, **how)
                         return {"multivector": Ragged(np.array([len(tokens)]), tokens.astype(np.float32))}
                     case Purpose.VECTORS:
                         ids = self.tokenizer().encode([prompt + text], self.info.max_length)
@@ -136,19 +165,20 @@ class HeadedEngine(TextEngine):
     def close(self) -> None:
         """Give the model's memory back."""
         super().close()
-        del self.modules, self._heads, self._sliced
+        del self.modules, self._heads, self._sliced, self._base
         gc.collect()
 
     @contextmanager
     def _as_loaded(self) -> Iterator[None]:
-        """With the last layer of SPLADE in its place."""
-        if self._sliced is not None:
-            self._sliced.restore()
-        try:
-            yield
-        finally:
+        """With the last layer of SPLADE in its place, and in padded batches."""
+        with self._base.paused():
             if self._sliced is not None:
-                self._sliced.take()
+                self._sliced.restore()
+            try:
+                yield
+            finally:
+                if self._sliced is not None:
+                    self._sliced.take()
 
     def tensors(self, features: Features, role: Role) -> Tensors:
         """All that it gives for a padded batch, from ids and masks: kind by kind, as `arrays.results_of` takes it."""
@@ -166,7 +196,17 @@ class HeadedEngine(TextEngine):
 
     @torch.inference_mode()
     def _forward(self, batch: TokenBatch) -> Features:
-        return self._compute(self._features(batch), batch.role)
+        if self._vocabulary is not None and len(batch.ids) and int(batch.ids.max()) >= self._vocabulary:
+            # On a GPU this would end the process.
+            raise ValueError(f"token {batch.ids.max()} is beyond the model's vocabulary of {self._vocabulary}")
+        device = next(self.modules.parameters()).device
+        ids = torch.from_numpy(batch.ids).to(device)
+        starts = torch.from_numpy(batch.offsets.astype(np.int32)).to(device)
+        features = padded_features(self.text_model.input, batch, ids, starts)
+        if not self.packed:
+            return self._compute(features, batch.role)
+        with self._base.batch(batch, starts, self._tokens_step):
+            return self._compute(features, batch.role)
 
     def _compute(self, features: Features, role: Role) -> Features:
         """What the heads need."""
@@ -178,15 +218,6 @@ class HeadedEngine(TextEngine):
             return {**features, **self.modules(given, task=role)}
         return {**features, **self.modules(given)}
 
-    def _features(self, batch: TokenBatch) -> dict[str, Any]:
-        if self._vocabulary is not None and len(batch.ids) and int(batch.ids.max()) >= self._vocabulary:
-            # On a GPU this would end the process.
-            raise ValueError(f"token {batch.ids.max()} is beyond the model's vocabulary of {self._vocabulary}")
-        device = next(self.modules.parameters()).device
-        ids = torch.from_numpy(batch.ids).to(device)
-        starts = torch.from_numpy(batch.offsets.astype(np.int32)).to(device)
-        return padded_features(self.text_model.input, batch, ids, starts)
-
     @torch.inference_mode()
     def _try_heads(self, sample: Features) -> None:
         """A folder may not give what its files say. Raises `ValueError`, and what torch raises."""
@@ -197,19 +228,49 @@ class HeadedEngine(TextEngine):
             if not fits:
                 raise ValueError(f"it gives no {head.kind} of each text")
 
-    def _place(self, place: torch.device, wanted: Dtype) -> Precision:
-        """Bring it to its device, and into bfloat16, if that is right and faster; the dtype it is in."""
+    def _can_pack(self) -> bool:
+        """Whether packing leaves a few short texts their results: on the CPU, where a model that reads beyond its
+        tables raises an error. On a GPU that would end the process.
+        """
+        batches = [few_texts(self.text_model, role) for role in self.text_model.roles]
+        references = [self._run(batch) for batch in batches]
+        with noting() as self._asked:
+            packs = self._pack(batches, references)
+        self._base.off()
+        return packs
+
+    def _pack(self, batches: Sequence[TokenBatch], references: Sequence[Results]) -> bool:
+        """Run packed batches, if results stay what they are."""
+
+        def try_packed() -> None:
+            self._base.on()
+            check([self._run(batch) for batch in batches], references, "float32")
+
+        if failure := failure_of(try_packed):
+            self._base.off()
+            log.warning("model %s runs in padded batches, as it cannot be packed: %s", self.text_model.name, failure)
+        return failure is None
+
+    def _place(self, place: torch.device, wanted: Dtype, packs: bool) -> Precision:
+        """Bring it to its device, and into packed batches and bfloat16, if that is right and the latter faster; the
+        dtype it is in.
+        """
         self._move(place)
-        if pick_dtype(wanted, place) != "bfloat16":
+        lowers = pick_dtype(wanted, place) == "bfloat16"
+        if not lowers and not packs:
             return "float32"
         batches = check_batches(self.text_model)
         references = [self._run(batch) for batch in batches]
-        exact = _seconds(lambda: self._run(batches[0]))
+        exact = _seconds(lambda: self._run(batches[0])) if lowers else 0.0
+        if packs:
+            self._pack(batches, references)
+        if not lowers:
+            return "float32"
         name = self.text_model.name
         try:
             with self._as_loaded():
                 lower_below_heads(self.modules)
-            check([self._run(batch) for batch in batches], references, "bfloat16")
+            self._check_lowered(batches, references, place)
             if wanted == "bfloat16" or _seconds(lambda: self._run(batches[0])) < exact:
                 return "bfloat16"
             failure = "bfloat16 is no faster here"
@@ -219,9 +280,25 @@ class HeadedEngine(TextEngine):
                 raise ModelError(f"model {name} cannot run in bfloat16: {failure}; use float32") from error
         log.info("model %s runs in float32: %s", name, failure)
         self.modules, self._sliced = load_model(self._folder, torch.device("cpu")).requires_grad_(False), None
+        self._base = PackedBase(self.modules, self.text_model.input)
         self._slice()
         self._move(place)
         return "float32"
+
+    def _check_lowered(self, batches: Sequence[TokenBatch], references: Sequence[Results], place: torch.device) -> None:
+        """In padded batches if packed ones fail. Raises `CheckFailed`, and what models raise."""
+
+        def try_lowered() -> None:
+            if self.packed and is_fast(place, torch.bfloat16):
+                self._tokens_step = TOKENS_STEP
+                check_attention(self._asked, self.text_model.input.limits.longest, place)
+            check([self._run(batch) for batch in batches], references, "bfloat16")
+
+        if self.packed and (failure := failure_of(try_lowered)):
+            self._base.off()
+            log.warning("model %s runs in padded batches, as packed ones fail: %s", self.text_model.name, failure)
+        if not self.packed:
+            try_lowered()
 
     def _move(self, place: torch.device) -> None:
         with self._as_loaded():  # its last layer, too
@@ -257,6 +334,8 @@ def load_torch(
 ) -> TorchEngine | HeadedEngine:
     """A model in torch, whatever it gives. Raises `ModelError`."""
     if folder.headed:
+        if compiles:
+            log.warning("model %s runs eagerly, as only models of one dense vector are compiled", folder.name)
         return HeadedEngine(folder, device, dtype)
     return TorchEngine(folder, device, dtype, compiles=compiles)
 

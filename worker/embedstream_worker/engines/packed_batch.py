@@ -34,6 +34,7 @@ def fill_up(batch: TokenBatch, step: int, longest: int) -> TokenBatch:
         batch,
         ids=np.concatenate([batch.ids, np.resize(batch.ids, missing)]),
         offsets=np.concatenate([batch.offsets, ends]),
+        types=None if batch.types is None else np.concatenate([batch.types, np.zeros(missing, np.int8)]),
         longest=max(batch.longest, min(missing, longest)),
     )
 

@@ -172,7 +172,7 @@ class TorchEngine(TextEngine):
         model = self.text_model
         if model.input.kind is not InputKind.PADDED:
             return False
-        batches = [_few_texts(model, role) for role in model.roles]
+        batches = [few_texts(model, role) for role in model.roles]
         references = self._vectors(batches)
         with noting() as self._asked:
             failure = self._try_packed(batches, references, "float32")
@@ -209,7 +209,7 @@ class TorchEngine(TextEngine):
         if self._packed and is_fast(device, torch.bfloat16):
             self._tokens_step = TOKENS_STEP
             longest = self.text_model.input.limits.longest
-            failure = _failure_of(lambda: check_attention(self._asked, longest, device))
+            failure = failure_of(lambda: check_attention(self._asked, longest, device))
         failure = failure or self._try(batches, references, "bfloat16")
         if failure and self._packed:
             self._pack(on=False)
@@ -235,7 +235,7 @@ class TorchEngine(TextEngine):
 
     def _try(self, batches: Sequence[TokenBatch], references: Sequence[Vectors], precision: Precision) -> str | None:
         """What is wrong with its vectors now, if anything."""
-        return _failure_of(lambda: require(compare(self._vectors(batches), references), precision))
+        return failure_of(lambda: require(compare(self._vectors(batches), references), precision))
 
     def _compile(self, batches: Sequence[TokenBatch], references: Sequence[Vectors], precision: Precision) -> None:
         """Run packed batches through compiled code with fewer kernels, if that works and vectors stay what they are."""
@@ -338,7 +338,7 @@ class TorchEngine(TextEngine):
         return roles
 
 
-def _failure_of(run: Callable[[], object]) -> str | None:
+def failure_of(run: Callable[[], object]) -> str | None:
     """What is wrong with the model as it runs now, if anything."""
     try:
         run()
@@ -355,7 +355,7 @@ def _wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _few_texts(model: TextModel, role: Role) -> TokenBatch:
+def few_texts(model: TextModel, role: Role) -> TokenBatch:
     """Texts of different tokens and lengths."""
     limit = min(model.input.max_length, 24)
     tokens = model.input.tokenizer().encode(["one two three four five six", HARMLESS, "seven, eight and ten"], limit)

@@ -21,7 +21,7 @@ Features = dict[str, Any]
 _WAITLESS_POOLING = (6, 2)
 """Of sentence-transformers: before it, pooling packed texts waits for the device in each batch."""
 
-_PACKED_ARGUMENTS = frozenset({"position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"})
+PACKED_ARGUMENTS = frozenset({"position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"})
 
 
 def flat_features(ids: torch.Tensor, starts: torch.Tensor) -> Features:
@@ -34,18 +34,25 @@ def padded_features(text_input: TextInput, batch: TokenBatch, ids: torch.Tensor,
 
     Waits for nothing on the device.
     """
-    lengths = (starts[1:] - starts[:-1]).unsqueeze(1)
-    place = torch.arange(batch.longest, device=ids.device)
-    if text_input.padding_side == "left":
-        place = place - (batch.longest - lengths)
-    mask = (place >= 0) & (place < lengths)
-    source = (starts[:-1].unsqueeze(1) + place).clamp_(0, max(len(batch.ids) - 1, 0)).long()
+    mask, source = padded_places(text_input, batch, starts)
     padded = torch.where(mask, ids[source], text_input.pad_id).long()
     features = _with_extras(text_input, batch, {"input_ids": padded, "attention_mask": mask.long()})
     if text_input.token_types and batch.types is not None:
         types = torch.from_numpy(batch.types).to(ids.device)
         features["token_type_ids"] = torch.where(mask, types[source], 0).long()
     return features
+
+
+def padded_places(text_input: TextInput, batch: TokenBatch, starts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where texts stand in a padded batch, bool [n, longest], and which of the flat tokens stands there; where none
+    does, any. `starts`: where texts begin, int [n + 1]. Waits for nothing on the device.
+    """
+    lengths = (starts[1:] - starts[:-1]).unsqueeze(1)
+    place = torch.arange(batch.longest, device=starts.device)
+    if text_input.padding_side == "left":
+        place = place - (batch.longest - lengths)
+    source = (starts[:-1].unsqueeze(1) + place).clamp_(0, max(len(batch.ids) - 1, 0)).long()
+    return (place >= 0) & (place < lengths), source
 
 
 def packed_features(
@@ -70,7 +77,10 @@ def packed_features(
         "max_length_q": longest,
         "max_length_k": longest,
     }
-    return _with_extras(text_input, batch, features)
+    features = _with_extras(text_input, batch, features)
+    if text_input.token_types and batch.types is not None:
+        features["token_type_ids"] = torch.from_numpy(batch.types).to(ids.device).long().unsqueeze(0)
+    return features
 
 
 def _with_extras(text_input: TextInput, batch: TokenBatch, features: Features) -> Features:
@@ -122,7 +132,7 @@ class Packing:
             for part in self._transformers:
                 part.model.set_attn_implementation(NAME)
                 if part.model_forward_params is not None:
-                    part.model_forward_params |= _PACKED_ARGUMENTS
+                    part.model_forward_params |= PACKED_ARGUMENTS
         if any(part.model.config._attn_implementation != NAME for part in self._transformers):
             self.off()
             raise CannotPack("its attention is its own")
