@@ -44,6 +44,7 @@ OTHERS = {
     "XDG_RUNTIME_DIR": "Where the socket of embedded mode's server may lie if `/tmp` cannot hold it.",
     "AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL": "The store that `s3://` means, if it is not AWS'.",
     "QDRANT_API_KEY": "Of the Qdrant server that `embed-export` writes to.",
+    "MILVUS_TOKEN": "Of the Milvus server that `embed-export` writes to: `user:password`, or a key.",
     "OTEL_EXPORTER_OTLP_ENDPOINT": "Where `embed-serve` and `embed-worker` send traces, with the extra `otel` "
     "([gateway.md](gateway.md#traces)). OpenTelemetry's other variables hold, too.",
     "AWS_REGION, AWS_DEFAULT_REGION": "Its region. AWS' usual variables and files give the credentials.",

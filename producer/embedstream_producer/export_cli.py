@@ -47,8 +47,9 @@ def export_command(
 ) -> None:
     """Put a finished dataset into a search library or a vector database. DATASET is a folder or an S3 URL.
 
-    TARGET is lance:FOLDER, faiss:FILE, usearch:FILE, qdrant:URL or qdrant:FOLDER, or pgvector:URL. Ids, texts and kept
-    fields go with the vectors. The same command again changes nothing, and goes on after a kill.
+    TARGET is lance:FOLDER, faiss:FILE, usearch:FILE, qdrant:URL or qdrant:FOLDER, milvus:URL or milvus:FILE.db,
+    pgvector:URL, or pinecone-parquet:FILE. Ids, texts and kept fields go with the vectors. The same command again
+    changes nothing, and goes on after a kill.
 
     Where the target's search is approximate, the command measures how many of the nearest rows it finds.
     """

@@ -23,7 +23,9 @@ import pytest
 from lab.dataset import Dataset, make_content, make_spec, make_status
 from lab.postgres import postgres
 from lab.results import EVERY_KIND
+from milvus_lite.server_manager import server_manager_instance
 from psycopg import sql
+from pymilvus import MilvusClient
 from qdrant_client import QdrantClient, models
 from usearch.index import Index
 
@@ -185,6 +187,54 @@ class InQdrant:
         return str(payload["id"])
 
 
+class InMilvus:
+    kind = "milvus"
+
+    def __init__(self, place: str) -> None:
+        self.place = f"{place}.db"
+
+    def held(self, column: str) -> Found:
+        column = column if column.isidentifier() else "vector"
+        client: Any = MilvusClient(self.place)
+        client.load_collection("docs")  # the process that was killed had it
+        found = {}
+        for entity in client.query("docs", filter='embedstream_key != ""', output_fields=["*"], limit=1000):
+            vector = entity.pop(column)
+            assert entity.pop("embedstream_key")
+            row = dict.fromkeys(["id", "chunk", "text", *KEPT]) | dict(entity)
+            found[key(row)] = row, vector
+        client.close()
+        return found
+
+    def nearest(self, column: str, vector: npt.NDArray[np.float32]) -> str:  # noqa: ARG002
+        client: Any = MilvusClient(self.place)
+        ((hit,),) = client.search("docs", [vector], limit=1, output_fields=["id"])
+        client.close()
+        return str(hit["entity"]["id"])
+
+
+class InPinecone:
+    kind = "pinecone-parquet"
+
+    def __init__(self, place: str) -> None:
+        self.place = place
+
+    def rows(self) -> list[dict[str, Any]]:
+        return pq.read_table(self.place, columns=["id", "values", "metadata"]).to_pylist()
+
+    def held(self, column: str) -> Found:  # noqa: ARG002
+        found = {}
+        for row in self.rows():
+            id, _, chunk = row["id"].partition("#")
+            payload = dict.fromkeys(["text", *KEPT]) | json.loads(row["metadata"])
+            found[id, int(chunk or 0)] = {"id": id, "chunk": int(chunk or 0), **payload}, row["values"]
+        return found
+
+    def nearest(self, column: str, vector: npt.NDArray[np.float32]) -> str:
+        held = {key: np.array(values) for key, (_, values) in self.held(column).items()}
+        return max(held, key=lambda key: float(held[key] @ vector / np.linalg.norm(held[key])))[0]
+
+
 class InPostgres:
     kind = "pgvector"
 
@@ -213,8 +263,8 @@ class InPostgres:
         return str(row[0])
 
 
-Held = InFaiss | InUsearch | InLance | InQdrant | InPostgres
-KINDS: list[type[Held]] = [InFaiss, InUsearch, InLance, InQdrant, InPostgres]
+Held = InFaiss | InUsearch | InLance | InQdrant | InMilvus | InPinecone | InPostgres
+KINDS: list[type[Held]] = [InFaiss, InUsearch, InLance, InQdrant, InMilvus, InPinecone, InPostgres]
 EACH = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.kind)
 
 
@@ -268,8 +318,8 @@ def assert_holds(opened: Held, folder: Path, column: str) -> None:
 def test_all_rows_arrive_and_find_themselves_and_a_second_export_changes_nothing(
     opened: Held, folder: Path, column: str
 ) -> None:
-    if opened.kind == "qdrant" and column == "bits":
-        with pytest.raises(EmbedstreamError, match="Qdrant has no vectors of bits: export other vectors"):
+    if opened.kind in ("qdrant", "milvus", "pinecone-parquet") and column == "bits":
+        with pytest.raises(EmbedstreamError, match="export other vectors"):
             export(str(folder), target(opened), column)
         return
     for _ in range(2):
@@ -280,7 +330,7 @@ def test_all_rows_arrive_and_find_themselves_and_a_second_export_changes_nothing
     for id in ("0-0", "0-29", "1-17"):
         nearest = opened.nearest(column, vectors[id, 0])
         assert nearest == id or np.array_equal(vectors[nearest, 0], vectors[id, 0])
-    if opened.kind in ("faiss", "lance"):
+    if opened.kind in ("faiss", "lance", "pinecone-parquet"):
         assert done.recall is None
     else:
         assert done.recall is not None
@@ -319,6 +369,7 @@ export(dataset, target, "embedding")
 
 def killed(moment: str, folder: Path, opened: Held) -> None:
     """An export that is killed at this moment."""
+    server_manager_instance.release_all()  # Milvus Lite holds its file as long as the process lives
     command = [sys.executable, "-c", KILLED, moment, str(folder), target(opened)]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
@@ -364,7 +415,7 @@ def update(folder: Path) -> None:
     assert (changes.added, changes.changed, changes.removed) == (1, 2, 1)
 
 
-@pytest.mark.parametrize("kind", [InLance, InQdrant, InPostgres], ids=lambda kind: kind.kind)
+@pytest.mark.parametrize("kind", [InLance, InQdrant, InMilvus, InPostgres], ids=lambda kind: kind.kind)
 def test_what_changed_since_a_generation_is_put_there_and_what_is_gone_is_removed(opened: Held, tmp_path: Path) -> None:
     folder = make_dataset(tmp_path / "docs.jsonl.vectors")
     export(str(folder), target(opened), "embedding")
@@ -391,7 +442,7 @@ def test_an_updated_dataset_replaces_its_earlier_export(opened: Held, tmp_path: 
     export(str(folder), target(opened), "embedding")
     update(folder)
     export(str(folder), target(opened), "embedding")
-    assert len(opened.held("embedding")) == ROWS + (opened.kind in ("qdrant", "pgvector"))
+    assert len(opened.held("embedding")) == ROWS + (opened.kind in ("qdrant", "milvus", "pgvector"))
 
 
 @pytest.mark.parametrize("kind", [InFaiss, InUsearch], ids=lambda kind: kind.kind)
@@ -407,7 +458,7 @@ def test_ids_are_never_beside_the_index_of_another_export(opened: Held, folder: 
 def occupy(opened: Held) -> None:
     """Put something else there."""
     match opened.kind:
-        case "faiss" | "usearch":
+        case "faiss" | "usearch" | "pinecone-parquet":
             Path(opened.place).write_bytes(b"a thesis")
         case "lance":
             lancedb.connect(opened.place).create_table("docs", pa.table({"id": ["theirs"]}))
@@ -415,6 +466,10 @@ def occupy(opened: Held) -> None:
             client = QdrantClient(path=opened.place)
             client.create_collection("docs", models.VectorParams(size=16, distance=models.Distance.DOT))
             client.close()
+        case "milvus":
+            theirs: Any = MilvusClient(opened.place)
+            theirs.create_collection("docs", dimension=16)
+            theirs.close()
         case "pgvector":
             with psycopg.connect(opened.place) as connection:
                 connection.execute("CREATE TABLE docs (id text)")
@@ -467,7 +522,7 @@ def test_a_column_may_have_any_name(opened: Held, tmp_path: Path) -> None:
     dataset.write(make_content(spec, outputs=[msgspec.structs.replace(DENSE[0], name=name), DENSE[1]]))
     dataset.end()
     done = export(spec.output, target(opened), name)
-    assert (done.rows, done.recall) == (3, None if opened.kind in ("faiss", "lance") else 1)
+    assert (done.rows, done.recall) == (3, None if opened.kind in ("faiss", "lance", "pinecone-parquet") else 1)
 
 
 @pytest.mark.parametrize("kind", [InQdrant, InPostgres], ids=lambda kind: kind.kind)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import os
-import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,7 +15,7 @@ from embedstream.dataset.values import Vectors
 from embedstream.errors import UsageError
 from embedstream.server.connection import mask
 from embedstream.settings import MIB
-from embedstream_producer.exporting.rows import Key, Rows, Source
+from embedstream_producer.exporting.rows import Key, Rows, Source, in_requests, plain, uuid_of
 from embedstream_producer.exporting.target import MARK, origin_of, refuse_other
 
 REQUEST_BYTES = 8 * MIB
@@ -31,13 +29,6 @@ KEYS_AT_ONCE = 10_000
 
 SECONDS = 60
 """For a request."""
-
-
-def point_id(key: Key) -> str:
-    """Qdrant's ids are numbers or UUIDs: one made of the row's own, which is in the payload."""
-    id, chunk = key
-    whole = uuid.uuid5(uuid.NAMESPACE_URL, id)
-    return str(uuid.uuid5(whole, str(chunk)) if chunk else whole)
 
 
 class QdrantCollection:
@@ -83,7 +74,7 @@ class QdrantCollection:
     def remove(self, keys: Sequence[Key]) -> None:
         with self._connected() as client:
             for start in range(0, len(keys), KEYS_AT_ONCE):
-                ids: Any = [point_id(key) for key in keys[start : start + KEYS_AT_ONCE]]
+                ids: Any = [uuid_of(key) for key in keys[start : start + KEYS_AT_ONCE]]
                 client.delete(self._collection, models.PointIdsList(points=ids))
 
     def merge(self, rows: Iterator[Rows]) -> None:
@@ -108,24 +99,9 @@ class QdrantCollection:
 
 def batches(rows: Rows) -> Iterator[models.Batch]:
     """The rows as points of one or more requests that a server takes."""
-    count = len(rows.vectors)
-    size = NUMBER_BYTES * rows.vectors.size + 3 * rows.payload.nbytes
-    if count > 1 and size > REQUEST_BYTES:
-        half = count // 2
-        yield from batches(Rows(rows.payload.slice(0, half), rows.vectors[:half]))
-        yield from batches(Rows(rows.payload.slice(half), rows.vectors[half:]))
-    elif count:
+    for some in in_requests(rows, REQUEST_BYTES, NUMBER_BYTES):
         yield models.Batch(
-            ids=[point_id(key) for key in rows.keys],
-            vectors=rows.vectors.astype(np.float32).tolist(),
-            payloads=[_plain(row) for row in rows.payload.to_pylist()],
+            ids=[uuid_of(key) for key in some.keys],
+            vectors=some.vectors.astype(np.float32).tolist(),
+            payloads=[plain(row) for row in some.payload.to_pylist()],
         )
-
-
-def _plain(row: dict[str, Any]) -> dict[str, Any]:
-    """A payload without what JSON lacks: NaN and infinity; and without nulls."""
-    return {
-        name: value
-        for name, value in row.items()
-        if value is not None and not (isinstance(value, float) and not math.isfinite(value))
-    }

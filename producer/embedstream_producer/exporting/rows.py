@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +40,34 @@ class Rows:
     @property
     def keys(self) -> list[Key]:
         return keys_of(self.payload)
+
+
+def uuid_of(key: Key) -> str:
+    """A UUID made of a row's own id, for places that take no other."""
+    id, chunk = key
+    whole = uuid.uuid5(uuid.NAMESPACE_URL, id)
+    return str(uuid.uuid5(whole, str(chunk)) if chunk else whole)
+
+
+def plain(row: dict[str, Any]) -> dict[str, Any]:
+    """A payload without what JSON lacks: NaN and infinity; and without nulls."""
+    return {
+        name: value
+        for name, value in row.items()
+        if value is not None and not (isinstance(value, float) and not math.isfinite(value))
+    }
+
+
+def in_requests(rows: Rows, most_bytes: int, number_bytes: int) -> Iterator[Rows]:
+    """The rows in pieces that a server takes, by an estimate: `number_bytes` are those of a vector's number."""
+    count = len(rows.vectors)
+    size = number_bytes * rows.vectors.size + 3 * rows.payload.nbytes
+    if count > 1 and size > most_bytes:
+        half = count // 2
+        yield from in_requests(Rows(rows.payload.slice(0, half), rows.vectors[:half]), most_bytes, number_bytes)
+        yield from in_requests(Rows(rows.payload.slice(half), rows.vectors[half:]), most_bytes, number_bytes)
+    elif count:
+        yield rows
 
 
 def keys_of(rows: pa.RecordBatch | pa.Table) -> list[Key]:

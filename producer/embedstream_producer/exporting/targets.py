@@ -13,11 +13,13 @@ PLACES = {
     "faiss": "a file",
     "usearch": "a file",
     "qdrant": "a server's URL or a folder",
+    "milvus": "a server's URL or a file NAME.db",
     "pgvector": "a database's URL",
+    "pinecone-parquet": "a file",
 }
 """What lies behind the colon."""
 
-FILES = ("faiss", "usearch")
+FILES = ("faiss", "usearch", "pinecone-parquet")
 """Kinds that have no tables."""
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
@@ -62,6 +64,14 @@ def open_target(target: str, table: str | None, source: Source) -> Target:
             from embedstream_producer.exporting.qdrant_collection import QdrantCollection
 
             return QdrantCollection(place, table, source)
+        case "milvus":
+            from embedstream_producer.exporting.milvus_collection import MilvusCollection
+
+            return MilvusCollection(place, table, source)
+        case "pinecone-parquet":
+            from embedstream_producer.exporting.pinecone_parquet import PineconeParquet
+
+            return PineconeParquet(place, source)
         case _:
             from embedstream_producer.exporting.pgvector_table import PgvectorTable
 
