@@ -387,7 +387,7 @@ def test_an_export_that_was_killed_in_the_middle_is_whole_when_it_is_run_again(
         assert_holds(opened, folder, "embedding")
     export(str(folder), target(opened), "embedding")
     assert_holds(opened, folder, "embedding")
-    if opened.kind in ("faiss", "usearch"):
+    if opened.kind in ("faiss", "usearch", "pinecone-parquet"):
         place = Path(opened.place)
         assert {path.name for path in place.parent.glob(".*")} == set(), "nothing is left of the one that was killed"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Iterator
 from contextlib import suppress
@@ -59,6 +60,8 @@ class PineconeParquet:
             with new.open("rb") as file:
                 os.fsync(file.fileno())
             new.replace(self._path)
+            for left in self._path.parent.glob(f".{glob.escape(self._path.name)}{TEMPORARY}*"):
+                left.unlink(missing_ok=True)  # of exports that were killed
         finally:
             new.unlink(missing_ok=True)
 
