@@ -21,7 +21,7 @@ from embedstream.jobs import ChunkBy
 from embedstream.outputs import Task
 from embedstream_gateway.answers import json
 from embedstream_gateway.refusals import Refusal, overloaded, unavailable
-from embedstream_gateway.services import services
+from embedstream_gateway.services import Services, services
 
 router = APIRouter(tags=["jobs"])
 
@@ -117,7 +117,16 @@ class JobBody(BaseModel):
 @router.post("/jobs", status_code=HTTPStatus.ACCEPTED)
 async def create(body: JobBody, request: Request) -> Response:
     """Submit a job. The same one again goes on with it, or finds that it is done."""
-    serving = services(request)
+    desk = services(request).desk
+    job = await submit(body, services(request))
+    answer = json(job_object(await blocking(lambda: desk.look(job))))
+    answer.status_code = HTTPStatus.ACCEPTED
+    answer.headers["Location"] = f"/jobs/{job}"
+    return answer
+
+
+async def submit(body: JobBody, serving: Services) -> str:
+    """Submit a job; its id. Raises `Refusal`, `EmbedstreamError`."""
     model = await serving.fleet.find_any(body.model)
     desk, settings = serving.desk, body.settings()
     spec = await blocking(
@@ -127,11 +136,7 @@ async def create(body: JobBody, request: Request) -> Response:
         await blocking(lambda: desk.hand_over(spec, body.max_errors))
     else:
         await blocking(lambda: desk.push(body.records or [], spec, body.max_errors))
-    look = await blocking(lambda: desk.look(spec.job))
-    answer = json(job_object(look))
-    answer.status_code = HTTPStatus.ACCEPTED
-    answer.headers["Location"] = f"/jobs/{spec.job}"
-    return answer
+    return spec.job
 
 
 @router.get("/jobs")

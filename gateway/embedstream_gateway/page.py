@@ -6,17 +6,18 @@ from http import HTTPStatus
 from itertools import islice
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Path, Query, Request
+from fastapi import APIRouter, Form, Path, Query, Request
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
+from pydantic import ValidationError
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 
 from embedstream.api.interactive import make_request
-from embedstream.errors import EmbedstreamError
+from embedstream.errors import EmbedstreamError, OutputError, UsageError
 from embedstream.masking import mask
 from embedstream.terminal import printable, printable_lines
-from embedstream_gateway.api_keys import ApiKey
-from embedstream_gateway.jobs import blocking
+from embedstream_gateway.api_keys import ApiKey, Scope
+from embedstream_gateway.jobs import JobBody, blocking, submit
 from embedstream_gateway.page_view import MOST_LISTED, JobView, queue_view
 from embedstream_gateway.refusals import Refusal
 from embedstream_gateway.services import Services, services
@@ -57,6 +58,7 @@ async def fleet(request: Request) -> Response:
         live=True,
         queues=[queue_view(look, jobs) for look, jobs in queues],
         coordinators=[f"{each.name}, {each.processes} processes" for each in coordinators],
+        may_start=bool(coordinators) and _may(request, "submit"),
     )
 
 
@@ -93,7 +95,7 @@ async def job(id: JobId, request: Request) -> Response:
         more_shards=max(0, len(shards) - MOST_LISTED),
         kinds=[(code, f"{count:,}") for code, count in found.kinds],
         searchable=found.manifest is not None and bool(found.manifest.rows),
-        may_change=_may_change(request),
+        may_change=_may(request, "admin"),
     )
 
 
@@ -200,9 +202,49 @@ async def _hits(serving: Services, output: str, question: str) -> list[dict[str,
     ]
 
 
-def _may_change(request: Request) -> bool:
+@router.get("/page/new")
+async def new(request: Request) -> Response:
+    """Asks for a new job."""
+    return await _asking(request, {"corpus": "", "output": "", "model": ""})
+
+
+@router.post("/page/new")
+async def start(
+    request: Request,
+    corpus: Annotated[str, Form()] = "",
+    output: Annotated[str, Form()] = "",
+    model: Annotated[str, Form()] = "",
+) -> Response:
+    """Starts it and shows it, or asks again and says what is wrong."""
+    parts = [line.strip() for line in corpus.splitlines() if line.strip()]
+    try:
+        body = JobBody.model_validate({"corpus": parts, "output": output.strip(), "model": model})
+        job = await submit(body, services(request))
+    except ValidationError as error:
+        first = error.errors()[0]
+        trouble, status = f"{'.'.join(map(str, first['loc']))}: {first['msg']}", HTTPStatus.BAD_REQUEST
+    except Refusal as error:
+        trouble, status = str(error), error.status
+    except (UsageError, OutputError) as error:
+        trouble, status = str(error), HTTPStatus.BAD_REQUEST
+    else:
+        return RedirectResponse(f"/page/jobs/{job}", HTTPStatus.SEE_OTHER)
+    return await _asking(request, {"corpus": corpus, "output": output, "model": model}, trouble, status)
+
+
+async def _asking(
+    request: Request, given: dict[str, str], trouble: str = "", status: HTTPStatus = HTTPStatus.OK
+) -> Response:
+    """The form of a new job, with what was given."""
+    models = [model.queue for model in await services(request).fleet.models()]
+    page = _page("new.html", here="new", live=False, models=models, given=given, trouble=trouble)
+    page.status_code = status
+    return page
+
+
+def _may(request: Request, scope: Scope) -> bool:
     key: ApiKey | None = getattr(request.state, "key", None)
-    return key is None or key.may("admin")
+    return key is None or key.may(scope)
 
 
 def _page(name: str, **values: object) -> HTMLResponse:

@@ -18,7 +18,7 @@ _RULES: tuple[tuple[str, str, Need], ...] = (
     ("POST", r"/v1/embeddings|/v1/rerank|/v2/.*", "embed"),
     ("POST", r"/embed|/embed_sparse|/embed_all|/rerank|/predict|/similarity|/tokenize", "embed"),
     (".*", r"/v1/files(/.*)?|/v1/batches(/.*)?", "submit"),
-    ("POST", r"/jobs", "submit"),  # `/jobs/ID/retry` is for administrators
+    ("POST", r"/jobs|/page/new", "submit"),  # `/jobs/ID/retry` is for administrators
     (_GET, r".*", "read"),
 )
 

@@ -124,6 +124,7 @@ def test_a_request_keeps_its_id_if_it_is_one(served: Served) -> None:
 def test_every_method_and_path_that_no_rule_names_is_for_administrators() -> None:
     assert needed("PATCH", "/v1/models") == "admin"
     assert needed("POST", "/page/jobs/0123/cancel") == "admin"
+    assert needed("POST", "/page/new") == "submit"
     assert needed("DELETE", "/jobs/0123456789abcdef") == "admin"
 
 
