@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from e2e.harness import (
     read_manifest,
     read_rows,
     run,
+    start_submit,
+    wait_until,
     write_corpus,
 )
 from embedstream.failpoints import VARIABLE
@@ -212,3 +215,25 @@ def test_a_dataset_that_is_not_complete_is_refused(workers: Fleet, tmp_path: Pat
     done = run("embed-submit", *where, "--update")
     assert done.returncode == 2
     assert "not complete" in done.stderr
+
+
+def test_of_two_updates_at_once_one_comes_true_and_the_other_ends_with_a_sentence(
+    workers: Fleet, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    write_corpus(tmp_path / "c.jsonl", 100)
+    workers.start_worker()
+    submit(tmp_path / "c.jsonl", output, "--redis", workers.url)
+    texts = write_corpus(tmp_path / "b.jsonl", 100, seed=1)
+    write_corpus(tmp_path / "c.jsonl", 100, seed=2)
+    slow = start_submit(
+        tmp_path / "c.jsonl", "-o", output, "--model", "hashing", "--redis", workers.url, "--update",
+        **{VARIABLE: "submit.before=pause"},
+    )  # fmt: skip
+    wait_until(lambda: len(workers.broker.births()) == 1, "the slow one's job")
+    submit(tmp_path / "b.jsonl", output, "--redis", workers.url, "--update")
+    os.kill(slow.pid, signal.SIGCONT)
+    said = "".join(slow.communicate(timeout=60))
+    assert slow.returncode == 1
+    assert "another run wrote a manifest meanwhile" in said
+    assert_exact(output, texts, every=10)

@@ -14,7 +14,7 @@ from lab.results import EVERY_KIND
 
 from embedstream.dataset.folder import FolderSink
 from embedstream.dataset.manifest import manifest_digest
-from embedstream.errors import OutputError
+from embedstream.errors import ModelError, OutputError
 from embedstream.jobs import JobSpec, Update
 from embedstream.records import Manifest
 from embedstream_worker.calibration import rounded
@@ -84,7 +84,7 @@ def test_another_dataset_than_the_one_that_the_job_began_with_is_refused(tmp_pat
     sink, manifest = made(tmp_path, ())
     spec = updating(tmp_path, manifest)
     sink.finalize(msgspec.structs.replace(manifest, ended=manifest.ended + 1))
-    with pytest.raises(OutputError, match="not the dataset any more"):
+    with pytest.raises(ModelError, match="another run wrote a manifest meanwhile"):
         known_rows(spec, "space", manifest.outputs, (str(tmp_path),))
 
 

@@ -17,7 +17,7 @@ from embedstream.dataset.manifest import manifest_digest
 from embedstream.dataset.roots import check_output
 from embedstream.dataset.sinks import open_sink
 from embedstream.dataset.values import from_columns, to_columns
-from embedstream.errors import OutputError
+from embedstream.errors import ModelError, OutputError
 from embedstream.jobs import JobSpec
 from embedstream.outputs import Output, without_ranges
 from embedstream.records import Manifest, part_file
@@ -184,7 +184,8 @@ def known_rows(
     """What a job may take over of the dataset that it updates, or why it may take nothing.
 
     Raises:
-        OutputError: the dataset is not below `roots`, is another one than the job began with, or cannot be read.
+        OutputError: the dataset is not below `roots`, or cannot be read.
+        ModelError: it is another one than the job began with, so that the job is of no use.
     """
     update = spec.update
     if update is None:
@@ -193,8 +194,10 @@ def known_rows(
     check_output(roots, address)
     sink = open_sink(address, roots=roots)
     manifest = sink.read_manifest()
-    if manifest is None or manifest_digest(manifest) != update.manifest:
-        raise OutputError(f"{mask(address)}: is not the dataset any more that this update began with")
+    if manifest is None:
+        raise OutputError(f"{mask(address)}: the dataset that this update began with is gone: bring it back")
+    if manifest_digest(manifest) != update.manifest:
+        raise ModelError(f"{mask(address)}: another run wrote a manifest meanwhile: run the same command again")
     assert isinstance(sink, FolderSink), "refused before the job was made"
     if manifest.space != space:
         return None, (
