@@ -6,16 +6,19 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 from zlib import crc32
 
+import msgspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from embedstream.dataset.folder import FolderSink
 from embedstream.dataset.manifest import manifest_spec
+from embedstream.dataset.schema import INPUT_HASH_BYTES
 from embedstream.errors import OutputError
 from embedstream.records import Changes, Manifest, part_file
 from embedstream.temporary import temporary_folder
@@ -28,6 +31,8 @@ _FIELDS: list[pa.Field[Any]] = [
 
 CHANGES_SCHEMA = pa.schema(_FIELDS)
 """`change` is one of `KINDS`."""
+
+_SUMMED = pa.schema([*_FIELDS[:2], pa.field("sum", pa.binary(INPUT_HASH_BYTES))])
 
 KINDS = ("added", "changed", "removed")
 
@@ -45,13 +50,14 @@ def changes_file(job: str) -> str:
 def write_changes(sink: FolderSink, old: Manifest, new: Manifest) -> Changes:
     """Compare two generations in one output, and write what differs; the same bytes each time.
 
-    A row is changed if its text is another one, or a kept field, or where in a text it lies; all rows that stay are if
-    the spaces differ.
+    A row is changed if its text is another one, or a kept field, or where in a text it lies, or if it had failed and
+    was run again since the older generation was made: who reads that may not have it. If the spaces differ, all rows
+    that stay are changed.
 
     Raises:
         OutputError: shards cannot be read, or the file cannot be written.
     """
-    columns = ["input_hash", *sorted({*manifest_spec(old).keep, *manifest_spec(new).keep})]
+    columns = sorted({*manifest_spec(old).keep, *manifest_spec(new).keep})
     if manifest_spec(new).chunking is not None or manifest_spec(old).chunking is not None:
         columns += ["start", "end"]
     pieces = (old.rows + new.rows) // ROWS_AT_ONCE + 1
@@ -63,8 +69,9 @@ def write_changes(sink: FolderSink, old: Manifest, new: Manifest) -> Changes:
             pa.ipc.new_file(buffer, CHANGES_SCHEMA, options=pa.ipc.IpcWriteOptions(compression="zstd"))
         )
         for before, after in zip(olds, news, strict=True):
-            found = _compared(before(), after(), columns, same_space=old.space == new.space)
-            counts.update(found.column("change").to_pylist())
+            found = _compared(before(), after(), same_space=old.space == new.space)
+            values, numbers = pc.value_counts(found.column("change")).flatten()
+            counts.update(dict(zip(values.to_pylist(), numbers.to_pylist(), strict=True)))
             writer.write_table(found, BATCH_ROWS)
     name = changes_file(new.job)
     _, sha256 = sink.files.write(name, [buffer.getvalue()])
@@ -87,17 +94,26 @@ def read_changes(sink: FolderSink, changes: Changes) -> pa.Table:
 
 
 def _rows(sink: FolderSink, manifest: Manifest, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    """Id, chunk and the columns of every row; null where a generation does not have a column."""
+    """Id, chunk, and a sum over the text and the columns, of every row. A column that is not there is null."""
     spec = manifest_spec(manifest)
-    there = {"id", "chunk", "input_hash", *spec.keep, *(("start", "end") if spec.chunking is not None else ())}
-    wanted = [name for name in ("id", "chunk", *columns) if name in there]
+    there = [name for name in columns if name in spec.keep or (name in ("start", "end") and spec.chunking is not None)]
     for shard in manifest.shards:
         if shard.rows:
-            for batch in sink.batches(part_file(shard.name), wanted, BATCH_ROWS):
-                arrays = [
-                    batch.column(name) if name in there else pa.nulls(len(batch)) for name in ("id", "chunk", *columns)
-                ]
-                yield pa.RecordBatch.from_arrays(arrays, names=["id", "chunk", *columns])
+            for batch in sink.batches(part_file(shard.name), ["id", "chunk", "input_hash", *there], BATCH_ROWS):
+                sums = _sums(batch, columns) if columns else batch.column("input_hash")
+                if not shard.blocks:
+                    sums = pa.repeat(pa.scalar(bytes(INPUT_HASH_BYTES), sums.type), len(batch))
+                yield pa.RecordBatch.from_arrays([batch.column("id"), batch.column("chunk"), sums], schema=_SUMMED)
+
+
+def _sums(batch: pa.RecordBatch, columns: Sequence[str]) -> Any:
+    nulls: list[Any] = [None] * len(batch)
+    lists = [
+        batch.column(name).to_pylist() if name in batch.schema.names else nulls for name in ("input_hash", *columns)
+    ]
+    # Whatever the fields hold, a row takes as much memory, and NaN is like NaN.
+    rows = (msgspec.msgpack.encode(row) for row in zip(*lists, strict=True))
+    return pa.array([blake2b(row, digest_size=INPUT_HASH_BYTES).digest() for row in rows], _SUMMED.field("sum").type)
 
 
 def _split(stack: ExitStack, batches: Iterator[pa.RecordBatch], pieces: int) -> list[Any]:
@@ -137,36 +153,14 @@ def _table(batches: Iterator[pa.RecordBatch]) -> pa.Table | None:
     return pa.Table.from_batches(found) if found else None
 
 
-def _compared(before: pa.Table | None, after: pa.Table | None, columns: Sequence[str], *, same_space: bool) -> pa.Table:
-    """Rows of two tables with the same columns that are in one of them alone, or differ, in the order of their ids."""
-    known = before if before is not None else after
-    if known is None:
-        return CHANGES_SCHEMA.empty_table()
-    before = known.slice(0, 0) if before is None else before
-    after = known.slice(0, 0) if after is None else after
-    before, after = (
-        table.append_column(mark, pa.repeat(True, len(table))) for table, mark in ((before, "was"), (after, "is"))
-    )
-    after = after.rename_columns(
-        [name if name in ("id", "chunk", "is") else f"new {name}" for name in after.column_names]
-    )
+def _compared(before: pa.Table | None, after: pa.Table | None, *, same_space: bool) -> pa.Table:
+    """Rows of two tables that are in one of them alone, or differ, in the order of their ids."""
+    before = _SUMMED.empty_table() if before is None else before
+    after = (_SUMMED.empty_table() if after is None else after).rename_columns(["id", "chunk", "new sum"])
     joined = before.join(after, ["id", "chunk"], join_type="full outer", use_threads=False)
-    gone, new = pc.is_null(joined.column("is")), pc.is_null(joined.column("was"))
-    kinds: Any = pc.if_else(new, "added", pc.if_else(gone, "removed", "changed"))
+    was, now = joined.column("sum"), joined.column("new sum")
+    kinds: Any = pc.if_else(pc.is_null(was), "added", pc.if_else(pc.is_null(now), "removed", "changed"))
     found = pa.table([joined.column("id"), joined.column("chunk"), kinds], names=CHANGES_SCHEMA.names)
     if same_space:
-        differs = pc.or_(gone, new)
-        for name in columns:
-            differs = pc.or_(differs, _differ(joined.column(name), joined.column(f"new {name}")))
-        found = found.filter(differs)
+        found = found.filter(pc.invert(pc.fill_null(pc.equal(was, now), False)))
     return found.sort_by([("id", "ascending"), ("chunk", "ascending")]).cast(CHANGES_SCHEMA)
-
-
-def _differ(one: Any, other: Any) -> Any:
-    """Where two columns differ. Null is like null alone, and NaN like NaN."""
-    if one.type != other.type:
-        one, other = one.cast(pa.string()), other.cast(pa.string())
-    same = pc.or_(pc.fill_null(pc.equal(one, other), False), pc.and_(pc.is_null(one), pc.is_null(other)))
-    if pa.types.is_floating(one.type):
-        same = pc.or_(same, pc.and_(pc.fill_null(pc.is_nan(one), False), pc.fill_null(pc.is_nan(other), False)))
-    return pc.invert(same)

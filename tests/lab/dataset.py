@@ -70,6 +70,8 @@ def make_content(
         "row": pa.array([row for _, row in places], pa.int64()),
         "id": pa.array([f"{part}-{row}" for part, row in places], pa.string()),
         "chunk": pa.array([0] * len(places), pa.int32()),
+        "start": pa.array([7 * row for _, row in places], pa.int64()),
+        "end": pa.array([7 * row + len(text) for (_, row), text in zip(places, texts, strict=True)], pa.int64()),
         "text": pa.array(texts, pa.string()),
         "n_tokens": pa.array([4] * len(places), pa.int32()),
         "truncated": pa.array([row % 10 == 1 for _, row in places], pa.bool_()),
