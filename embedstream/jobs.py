@@ -71,8 +71,8 @@ class Update(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     manifest: str
     """Digest of the manifest that the job begins with."""
     corpus: str = ""
-    """Digest of what was read of its parts: the same files that have changed since are another job. Empty: it holds a
-    stream."""
+    """Digest of the sums of its parts and of its settings: with files that have changed since, or other settings, it is
+    another job. With a stream among them, it is another one each time."""
     space: str
     """The dataset's."""
     ranges: str = ""

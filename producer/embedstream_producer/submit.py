@@ -422,10 +422,10 @@ class Run:
             return self._end(status)
 
     def _end_others(self, broker: Broker) -> None:
-        """End updates of this output that were broken off, of a corpus that has changed since."""
+        """End updates of this output that were broken off, of another corpus, or with other settings."""
         for job in broker.births():
             if job != self.spec.job and self.spec.updates:
-                broker.run(broker.cancel(job, JobState.CANCELLED, "the corpus has changed since"))
+                broker.run(broker.cancel(job, JobState.CANCELLED, "another update of the same dataset was begun since"))
 
     def _worker_flags(self) -> tuple[str, ...]:
         """Of embed-worker. A corpus that fits into one window is embedded before a warm-up would have been over."""

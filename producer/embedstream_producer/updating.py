@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import secrets
 from collections.abc import Callable, Sequence
 
 import msgspec
@@ -13,7 +14,7 @@ from embedstream.dataset.roots import is_redis
 from embedstream.dataset.sink import Sink
 from embedstream.dataset.sinks import canonical_output, open_sink
 from embedstream.errors import UsageError
-from embedstream.jobs import JobSpec, JobState, Update, differing_field
+from embedstream.jobs import JobSpec, JobState, Update, differing_field, public_spec
 from embedstream.outputs import encode_ranges
 from embedstream.server.connection import mask
 from embedstream_producer.changed_model import is_other_model
@@ -60,11 +61,12 @@ class Updating:
         there = [part.sha256 for part in self.manifest.parts]
         if not self.source and None not in sums and sums == there and self._is_same_job():
             return None
-        known = [sum for sum in sums if sum is not None]
-        corpus = hashlib.blake2b("".join(known).encode(), digest_size=8).hexdigest() if len(known) == len(sums) else ""
+        settings = public_spec(self._spec).encode()
+        # What a stream held is not known before it is read: each run begins with what the dataset holds.
+        once = secrets.token_hex(8) if None in sums else ""
         update = Update(
             manifest=manifest_digest(self.manifest),
-            corpus=corpus,
+            corpus=hashlib.blake2b(msgspec.json.encode((sums, once, settings)), digest_size=8).hexdigest(),
             space=self.manifest.space,
             ranges=encode_ranges(self.manifest.outputs),
             source=self.source,
