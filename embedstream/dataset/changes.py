@@ -158,7 +158,8 @@ def _compared(before: pa.Table | None, after: pa.Table | None, *, same_space: bo
     before = _SUMMED.empty_table() if before is None else before
     after = (_SUMMED.empty_table() if after is None else after).rename_columns(["id", "chunk", "new sum"])
     joined = before.join(after, ["id", "chunk"], join_type="full outer", use_threads=False)
-    was, now = joined.column("sum"), joined.column("new sum")
+    was: Any = joined.column("sum")
+    now: Any = joined.column("new sum")
     kinds: Any = pc.if_else(pc.is_null(was), "added", pc.if_else(pc.is_null(now), "removed", "changed"))
     found = pa.table([joined.column("id"), joined.column("chunk"), kinds], names=CHANGES_SCHEMA.names)
     if same_space:

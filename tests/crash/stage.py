@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import os
 import shutil
@@ -25,13 +24,15 @@ from lab.broker import Lab
 from lab.hashing_reference import reference_vector
 from lab.several import EMIT, INT8, of_hash, of_row
 
-from embedstream.dataset.manifest import manifest_digest
 from embedstream.dataset.sinks import open_sink
 from embedstream.failpoints import VARIABLE
 from embedstream.jobs import job_id
 from embedstream.keys import GROUP
+from embedstream.lifecycle.opening import make_spec
 from embedstream.queue.broker import Broker
 from embedstream.server.connection import connect
+from embedstream_producer.trec_run import check_corpus
+from embedstream_producer.updating import Updating
 
 KILLED = -signal.SIGKILL
 SOME_FAILED = 3
@@ -236,11 +237,19 @@ class Stage:
         """From here on the job is one that updates a copy of this dataset."""
         self.older = older
         shutil.copytree(older.output, self.output)
-        manifest = open_sink(self.output).read_manifest()
-        assert manifest is not None
-        sums = "".join(hashlib.sha256(file.read_bytes()).hexdigest() for file in self.corpus.files)
-        corpus = hashlib.blake2b(sums.encode(), digest_size=8).hexdigest()
-        self.job = job_id(self.queue, self.output, f"update {manifest_digest(manifest)} {corpus}")
+        files = [str(file) for file in self.corpus.files]
+        spec = make_spec(
+            queue=self.queue,
+            output=self.output,
+            model="hashing",
+            revision=None,
+            parts=files,
+            settings={"outputs": (*EMIT[1::2], *(INT8[1::2] if self.int8 else ()))},
+        )
+        parts = check_corpus(files, spec)
+        made = Updating(spec, open_sink(self.output, spec), None).spec(parts, lambda _part, _read: None)
+        assert made is not None
+        self.job = made.job
 
     def start(self, command: str, *args: object, orders: str = "") -> Process:
         log = self.folder / f"{len(self.processes)}-{command}"
