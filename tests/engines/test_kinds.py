@@ -36,7 +36,7 @@ from sentence_transformers import CrossEncoder, MultiVectorEncoder, SentenceTran
 from embedstream.dataset.values import Matrix, Ragged, Values
 from embedstream.errors import ModelError
 from embedstream.lifecycle.opening import make_spec, scores_pairs
-from embedstream.outputs import Kind
+from embedstream.outputs import Kind, OutputSpec
 from embedstream.planning import Counted
 from embedstream_worker.batching import cut_batches, gather_batch
 from embedstream_worker.engines import EngineOptions, load_engine
@@ -46,6 +46,7 @@ from embedstream_worker.engines.headed_engine import HeadedEngine
 from embedstream_worker.engines.openvino_cache import Cache
 from embedstream_worker.engines.openvino_engine import OpenVinoEngine
 from embedstream_worker.engines.precision import Precision
+from embedstream_worker.giving import resolve_output
 from embedstream_worker.landing import landing
 from embedstream_worker.model_files import model_outputs, read_text_model
 from embedstream_worker.model_folder import Trust
@@ -277,6 +278,8 @@ def test_heads_that_are_pickles_are_left_out_unless_pickles_are_allowed(folder: 
     engine = load_engine(EngineOptions(str(folder(bge_m3)), engine="torch"))
     assert list(engine.info.outputs) == ["dense"]
     assert engine.info.fingerprint != started(bge_m3).info.fingerprint
+    with pytest.raises(ModelError, match=r"m gives dense vectors; if its folder has .* set EMBEDSTREAM_ALLOW_PICKLE=1"):
+        resolve_output(OutputSpec(name="sparse", kind="sparse"), "m", engine.info.outputs)
 
 
 def test_what_an_engine_does_not_run_is_one_sentence(folder: Folder) -> None:

@@ -29,6 +29,11 @@ GIVES: dict[Kind, str] = {
 }
 """The kinds, for people."""
 
+HEADS_ADVICE = (
+    "; if its folder has BGE-M3's heads, which are pickles, and you trust its authors, set EMBEDSTREAM_ALLOW_PICKLE=1"
+)
+"""Where a model gives dense vectors alone, and others were asked for."""
+
 
 def resolve_outputs(spec: JobSpec, info: EngineInfo) -> tuple[Output, ...]:
     """The columns of a job: those that it asks for, or one for each kind that the model gives for its task.
@@ -57,7 +62,10 @@ def resolve_outputs(spec: JobSpec, info: EngineInfo) -> tuple[Output, ...]:
 def resolve_output(wanted: OutputSpec, model: str, given: Mapping[Kind, OutputInfo]) -> Output:
     """What one output is, of a model that gives these. `model`: what to call it. Raises `ModelError` if it does not."""
     if wanted.kind not in given:
-        raise ModelError(f"--emit {wanted}: {model} gives {', '.join(GIVES[kind] for kind in given)}")
+        withheld = [*given] == ["dense"] and TASKS[wanted.kind] == "embed"
+        raise ModelError(
+            f"--emit {wanted}: {model} gives {', '.join(GIVES[kind] for kind in given)}{HEADS_ADVICE * withheld}"
+        )
     info = given[wanted.kind]
     dim = wanted.dim or info.dim
     if dim > info.dim:
