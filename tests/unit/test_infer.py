@@ -336,6 +336,36 @@ def test_an_urgent_request_goes_before_the_next_batch() -> None:
     stage.join(30)
 
 
+class Slow(Ahead):
+    """A model that does 10,000 tokens a second, whatever is measured."""
+
+    tokens_per_second = 10_000.0  # type: ignore[assignment]
+
+
+def test_batches_are_short_while_requests_keep_coming_and_usual_afterwards() -> None:
+    source: Channel[list[TokenizedGroup] | Urgent] = Channel(1)
+    out: Channel[list[EmbeddedGroup]] = Channel(1)
+    now, requests = 0.0, [Urgent(make_tokens([1]), 0, "query") for _ in range(3)]
+
+    def before(_: list[int]) -> None:
+        nonlocal now
+        if requests and engine.costs[-1] > 1:
+            source.put_first(requests.pop())
+        now += 1.0
+
+    engine, life = FakeEngine(before), Life()
+    infer = Infer(share(life=life), engine, 6400, Slow(6400, padded=False), source, out, clock=lambda: now)
+    source.put([make_group([400] * 80)])
+    stage = start_stage("infer", life, infer.run, [source, out])
+    groups = out.get(timeout=30)
+    assert groups is not None
+    assert_rows(groups[0], [400] * 80)
+    # A tenth of a second is 1,000 tokens; the last request comes with the third batch, five seconds before the last.
+    assert engine.costs == [6400, 1, 800, 1, 800, 1, 800, 800, 800, 800, 5200, 5200, 5200, 5200]
+    source.close()
+    stage.join(30)
+
+
 def test_an_urgent_request_does_not_wait_for_a_slow_writer() -> None:
     source: Channel[list[TokenizedGroup] | Urgent] = Channel(1)
     out: Channel[list[EmbeddedGroup]] = Channel(1)
