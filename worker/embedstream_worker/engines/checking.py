@@ -19,6 +19,9 @@ from embedstream_worker.tokenizing import encode_each
 
 Vectors = npt.NDArray[np.float32]
 
+CHECK_BATCHES = "2"
+"""Part of the key under which their references are kept: to be raised when `check_batches` changes."""
+
 LOWEST_COSINE: dict[Precision, float] = {"float32": 0.99999, "bfloat16": 0.999, "int8": 0.8}
 """What a check text's vector must reach against the padded float32 path. int8 is asked for by name, and its cosine
 shown: its bound only tells a rounded model from a broken one."""
@@ -35,7 +38,8 @@ thousands of numbers of its tokens' vectors; of one score.
 """
 
 _CHECK_TEXTS = 12
-_LONGEST_CHECK_TOKENS = 384  # beyond the shape changes nothing, and the reference takes its time
+_CHECK_TOKENS = 64  # of each; the original takes a second for a thousand tokens of a base model
+_LONGEST_CHECK_TOKENS = 384  # of one text; beyond that the shape changes nothing
 _PROMPT_TOKENS = 3
 
 
@@ -53,24 +57,28 @@ class Agreement:
 
 
 def check_batches(model: TextModel) -> list[TokenBatch]:
-    """Padded batches of uneven length for every role, a text alone, and one with a prompt left out if it can be.
+    """Padded batches: many texts of uneven length; a long text beside a short one; the short one alone.
 
-    Of models that take pairs, pairs and single texts.
+    The first is left out for roles after the first: another way through the model shows in any text. All are there
+    with a prompt left out, too, if it can be; and for models that take pairs, as pairs and as single texts.
     """
     limit = min(model.input.max_length, _LONGEST_CHECK_TOKENS)
     texts = calibration_texts()[:: len(calibration_texts()) // _CHECK_TEXTS][:_CHECK_TEXTS]
     tokenizer = model.input.tokenizer()
-    short, _ = encode_each(tokenizer, [*texts, HARMLESS], limit)
-    long = short.ids[:limit]  # not from a text that is cut: no tokenizer can be told to bear any end of a text
-    uneven = join_tokens([short, Tokens(long, np.array([0, len(long)]), np.zeros(1, np.bool_))])
-    alone, _ = encode_each(tokenizer, [texts[0]], limit)
-    checked = [uneven, alone]
+    uneven, _ = encode_each(tokenizer, [*texts, HARMLESS], min(limit, _CHECK_TOKENS))
+    alone, _ = encode_each(tokenizer, texts[:1], min(limit, _CHECK_TOKENS))
+    long = uneven.ids[:limit]  # not from a text that is cut: no tokenizer can be told to bear any end of a text
+    beside = join_tokens([alone, Tokens(long, np.array([0, len(long)]), np.zeros(1, np.bool_))])
+    many, few = [uneven], [beside, alone]
     if model.pairs:
-        checked += [encode_each(tokenizer, some, limit, some[::-1])[0] for some in (texts, texts[:1])]
+        pairs, pair = (
+            encode_each(tokenizer, some, min(limit, 2 * _CHECK_TOKENS), some[::-1])[0] for some in (texts, texts[:1])
+        )
+        many, few = [uneven, pairs], [beside, alone, pair]
     prompts = (0, _PROMPT_TOKENS) if model.excludes_prompt else (0,)
     batches = []
     for role in model.roles:
-        for tokens in checked:
+        for tokens in few if batches else many + few:
             for prompt_length in prompts:
                 # A text that is nothing but prompt leaves pooling nothing to pool, in every engine in its own way.
                 kept = np.flatnonzero(tokens.lengths > prompt_length + 1)

@@ -20,7 +20,7 @@ from embedstream.machine import cpu_cores
 from embedstream_worker.cache import cache_folder, version_of
 from embedstream_worker.engines.base import EngineInfo, OutOfMemory, Results, Role, TokenBatch
 from embedstream_worker.engines.calibration import calibration_hash
-from embedstream_worker.engines.checking import CheckFailed, check, check_batches
+from embedstream_worker.engines.checking import CHECK_BATCHES, CheckFailed, check, check_batches
 from embedstream_worker.engines.onnx_slot import INPUTS, Slot, Step, Way
 from embedstream_worker.engines.openvino_cache import Cache, Conversion, Entry, NotConvertible
 from embedstream_worker.engines.precision import Dtype, streams_for
@@ -321,4 +321,4 @@ def _pick_device(wanted: str) -> tuple[str, int]:
 
 def _key(fingerprint: str, form: str) -> tuple[str, ...]:
     versions = (f"{package} {version_of(package)}" for package in _EXPORTERS)
-    return (_RECIPE, fingerprint, form, calibration_hash(), *versions)
+    return (_RECIPE, CHECK_BATCHES, fingerprint, form, calibration_hash(), *versions)

@@ -9,6 +9,7 @@ from typing import Any
 
 import openvino
 import torch
+from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
 from embedstream.errors import ModelError
 from embedstream_worker.engines.base import Role
@@ -31,11 +32,13 @@ def convert(folder: ModelFolder, into: Path) -> Conversion:
 
 def _write_graph(original: Original, role: Role, path: Path) -> None:
     model = original.text_model
-    example = graph_example(model, role)
+    example = tuple(graph_example(model, role))
     graph = Graph(original, role)
     try:  # whatever a frontend raises, another engine runs the model
         with silence(), traceable(), torch.inference_mode():
-            converted = openvino.convert_model(graph, example_input=tuple(example))
+            # Torch would trace it once more, to compare: the check at load does, and by vectors.
+            traced = TorchScriptPythonDecoder(graph, example_input=example, trace_kwargs={"check_trace": False})
+            converted = openvino.convert_model(traced)
     except Exception as error:
         if is_out_of_memory(error):
             raise ModelError(f"no memory to convert model {model.name} for openvino; use --engine torch") from error

@@ -14,7 +14,7 @@ from embedstream.machine import cpu_cores
 from embedstream_worker.cache import version_of
 from embedstream_worker.engines.base import Engine, EngineInfo, OwnQueries, Results, TokenBatch, fitting
 from embedstream_worker.engines.calibration import calibration_hash, calibration_texts
-from embedstream_worker.engines.checking import check, check_batches
+from embedstream_worker.engines.checking import CHECK_BATCHES, check, check_batches
 from embedstream_worker.engines.graph_inputs import graph_inputs
 from embedstream_worker.engines.openvino_cache import Cache, Conversion, Entry
 from embedstream_worker.engines.openvino_slots import Slots
@@ -163,7 +163,7 @@ class HeadedOpenVinoEngine(OpenVinoEngine):
 def key_of(fingerprint: str, form: str, packages: tuple[str, ...]) -> tuple[str, ...]:
     """What a cache's entry was made of, and with."""
     versions = (f"{package} {version_of(package)}" for package in packages)
-    return (_RECIPE, fingerprint, form, calibration_hash(), *versions)
+    return (_RECIPE, CHECK_BATCHES, fingerprint, form, calibration_hash(), *versions)
 
 
 def _calibration() -> str:
