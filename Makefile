@@ -12,7 +12,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 QUESTIONS := "how do I parse a date?" "read a file that is compressed" "wait for several threads to finish"
 
-.PHONY: help .venv demo quick test check mutants scale chaos bench bench-pipeline bench-latency bench-kinds bench-search bench-gateway bench-scale bench-gpu clean
+.PHONY: help .venv demo quick test check mutants scale chaos bench bench-pipeline bench-latency bench-kinds bench-footprint bench-search bench-gateway bench-scale bench-gpu clean
 
 help:
 	@echo 'make demo [Q="a question"]   embed the standard library'"'"'s docstrings, then search them'
@@ -25,6 +25,7 @@ help:
 	@echo 'make bench                   against sentence-transformers, Infinity, ONNX Runtime: 12 minutes'
 	@echo 'make bench-pipeline          everything but the model, with the hashing engine'
 	@echo 'make bench-latency           one text now, during a bulk job; one text in embedded mode'
+	@echo 'make bench-footprint         disk for each way to install it, memory of a worker'
 	@echo 'make bench-kinds             sparse vectors, scores and BGE-M3, against the libraries for them'
 	@echo 'make bench-search            a query over a million rows: the first one, and the next ones'
 	@echo 'make bench-gateway           what HTTP costs: one text, many clients, against a job'
@@ -90,6 +91,9 @@ bench-kinds: .venv/.installed
 
 bench-search: .venv/.installed
 	$(BIN)/python bench/search.py $(BENCH_ARGS)
+
+bench-footprint: .venv/.installed
+	$(BIN)/python bench/footprint.py $(BENCH_ARGS)
 
 bench-gateway: .venv/.installed
 	$(BIN)/python bench/serving.py $(BENCH_ARGS)
