@@ -339,7 +339,7 @@ def test_an_urgent_request_goes_before_the_next_batch() -> None:
 class Slow(Ahead):
     """A model that does 10,000 tokens a second, whatever is measured."""
 
-    tokens_per_second = 10_000.0  # type: ignore[assignment]
+    tokens_per_second = 10_000.0
 
 
 def test_batches_are_short_while_requests_keep_coming_and_usual_afterwards() -> None:

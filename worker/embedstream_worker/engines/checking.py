@@ -76,7 +76,7 @@ def check_batches(model: TextModel) -> list[TokenBatch]:
         )
         many, few = [uneven, pairs], [beside, alone, pair]
     prompts = (0, _PROMPT_TOKENS) if model.excludes_prompt else (0,)
-    batches = []
+    batches: list[TokenBatch] = []
     for role in model.roles:
         for tokens in few if batches else many + few:
             for prompt_length in prompts:
