@@ -138,10 +138,18 @@ class Spent(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def lines(
-    report: Report, sink: Sink, reason: str = "", spent: Spent | None = None, redis_url: str | None = None
+    report: Report,
+    sink: Sink,
+    reason: str = "",
+    spent: Spent | None = None,
+    redis_url: str | None = None,
+    stays: bool = False,
 ) -> list[str]:
-    """For people: what was written, how fast, what failed, and what to do next. `spent`: None if nothing was done."""
+    """For people: what was written, how fast, what failed, and what to do next. `spent`: None if nothing was done.
+    `stays`: the output holds the dataset that it held before, as an update of it did not come to its end."""
     said = [f"{report.state}: {counted(report.rows, 'row')}{_times(spent)}" + (f" ({reason})" if reason else "")]
+    if stays:
+        return [*said, f"dataset: {report.output} stays as it was; the same command goes on with the update"]
     if report.failed:
         kinds = _kinds(sink) if report.failed <= MOST_COUNTED else ""
         said.append(f"errors:  {counted(report.failed, 'row')}{kinds}, listed in {errors_of(report.output)}")

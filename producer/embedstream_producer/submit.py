@@ -298,6 +298,8 @@ class Run:
         self.result: report.Report | None = None
         self.reason = ""
         self.was_finished = False
+        self.stays = False
+        """Whether the output still holds what was to be updated."""
         self.spent: report.Spent | None = None
         self._parts = parts
         self._failed = failed
@@ -494,6 +496,7 @@ class Run:
             raise ModelError(status.reason)  # before the first row, only a model that cannot serve the job fails it
         manifest = self._read_manifest(status)
         self.reason = why_ended(status)
+        self.stays = status.spec.updates and status.state is not JobState.COMPLETED
         return self._finish(report.from_status(status) if manifest is None else report.from_manifest(manifest))
 
     def _read_manifest(self, status: JobStatus) -> Manifest | None:
@@ -543,5 +546,5 @@ def show(options: Options, run: Run) -> None:
         return
     if run.was_finished:
         echo(f"{run.result.output} is finished already; nothing was done")
-    for line in report.lines(run.result, run.sink, run.reason, run.spent, run.options.redis_url):
+    for line in report.lines(run.result, run.sink, run.reason, run.spent, run.options.redis_url, run.stays):
         echo(line)

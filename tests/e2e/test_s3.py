@@ -169,6 +169,26 @@ def test_a_bucket_outlives_the_state_that_a_run_kept_of_it(
     assert read_manifest(tmp_path / "here")["rows"] == 3000
 
 
+def test_a_dataset_in_a_bucket_is_brought_up_to_date(
+    bucket: str, s3_server: S3Server, env: Any, tmp_path: Path
+) -> None:
+    corpus, output = tmp_path / "c.jsonl", f"s3://{bucket}/out"
+    texts = write_corpus(corpus, 500)
+    args = [corpus, "-o", output, "--model", "hashing", "--json"]
+    assert run("embed-submit", *args, **env).returncode == 0
+    del texts["c-0"]
+    texts |= {"c-1": "another text", "new": "one more"}
+    corpus.write_text("".join(json.dumps({"id": id, "text": text}) + "\n" for id, text in texts.items()))
+    done = run("embed-submit", *args, "--update", **env)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert [report[name] for name in ("reused", "added", "changed", "removed")] == [498, 1, 1, 1]
+    here = download(s3_server, bucket, "out", tmp_path / "here")
+    assert_exact(here, texts, every=50)
+    assert len([*here.glob("part-*")]) == len(read_manifest(here)["shards"]), "older files stay"
+    assert run("embed-verify", output, "--corpus", corpus, **env).returncode == 0
+
+
 def failure(env: Any, *args: Any) -> str:
     done = run("embed-submit", *args, "--model", "hashing", **env)
     assert done.returncode == 2, done.stderr
