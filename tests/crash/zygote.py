@@ -53,8 +53,8 @@ def main() -> None:
             answer = started[order["pid"]].exitcode
         sys.stdout.write(json.dumps(answer) + "\n")
         sys.stdout.flush()
-    for process in started.values():
-        process.kill()
+    for each in started.values():
+        each.kill()
 
 
 def become(order: dict[str, Any]) -> None:
