@@ -28,7 +28,7 @@ Folder = Callable[[Shape], Path]
 def served(path: Path, server: RedisServer, folder: Path) -> Iterator[tuple[str, str]]:
     """The address of a gateway over a worker of this model, and the model's name there."""
     with worker_lab(server.url, folder) as lab, fleet(server.url, folder) as running:
-        options = EngineOptions(str(path), dtype="float32")
+        options = EngineOptions(str(path), engine="torch", dtype="float32")
         lab.start(load_engine(options), batch_tokens=2048)  # a short warm-up
         name = lab.broker.queue
         wait_until(lambda: any(worker.state == "ready" for worker in lab.broker.workers()), "the worker is ready")

@@ -51,7 +51,9 @@ def test_scores_of_a_query_and_texts_are_those_of_cross_encoder(
     path, some = folder(cross_encoder), [*texts[:20], *texts[-3:]]
     reference: Any = CrossEncoder(str(path), device="cpu", local_files_only=True)
     theirs = reference.predict([(texts[30], text) for text in some]).tolist()
-    with client_of(load_engine(EngineOptions(str(path), dtype="float32")), redis_server, tmp_path) as client:
+    with client_of(
+        load_engine(EngineOptions(str(path), engine="torch", dtype="float32")), redis_server, tmp_path
+    ) as client:
         assert client.rerank(texts[30], some) == pytest.approx(theirs, abs=1e-4)
         assert asyncio.run(rerank(client, texts[30], some)) == pytest.approx(theirs, abs=1e-4)
         assert client.rerank(texts[30], []) == []
@@ -71,7 +73,9 @@ def test_labels_of_texts_are_those_of_a_pipeline(
     path, some = folder(classifier), [*texts[:20], *texts[-3:]]
     pipeline: Any = transformers.pipeline("text-classification", model=str(path), truncation=True, device="cpu")
     theirs: list[Any] = [(found["label"], pytest.approx(found["score"], abs=1e-4)) for found in pipeline(some)]
-    with client_of(load_engine(EngineOptions(str(path), dtype="float32")), redis_server, tmp_path) as client:
+    with client_of(
+        load_engine(EngineOptions(str(path), engine="torch", dtype="float32")), redis_server, tmp_path
+    ) as client:
         assert client.classify(some) == theirs
         assert asyncio.run(classify(client, some)) == theirs
         assert client.classify(some[4]) == theirs[4:5]
@@ -89,7 +93,7 @@ def test_bge_m3_gives_its_three_outputs_at_once_as_they_are_in_a_dataset(
     folder: Folder, texts: list[str], redis_server: RedisServer, tmp_path: Path
 ) -> None:
     path = folder(bge_m3)
-    engine = load_engine(EngineOptions(str(path), dtype="float32", trust=Trust(pickle=True)))
+    engine = load_engine(EngineOptions(str(path), engine="torch", dtype="float32", trust=Trust(pickle=True)))
     some, asked = [*texts[:20], *texts[-3:]], ["dense", "sparse", "dense=bits:ubinary", "multivector=t:float16"]
     with worker_lab(redis_server.url, tmp_path) as lab, Client(redis_server.url, queue=lab.broker.queue) as client:
         lab.start(engine, model=str(path), batch_tokens=2048)
@@ -117,7 +121,9 @@ def test_queries_to_sparse_and_multivector_models_are_embedded_as_their_library_
     path, some = folder(shape), [*texts[3:9], texts[-1]]
     reference = library(str(path), device="cpu", local_files_only=True)
     kind, given = ("sparse", "sparse vectors") if shape is splade else ("multivector", "a vector for each token")
-    with client_of(load_engine(EngineOptions(str(path), dtype="float32")), redis_server, tmp_path) as client:
+    with client_of(
+        load_engine(EngineOptions(str(path), engine="torch", dtype="float32")), redis_server, tmp_path
+    ) as client:
         roles: dict[Any, Any] = {"query": reference.encode_query, "document": reference.encode_document}
         for role, encode in roles.items():
             found = client.embed(some, role=role, outputs=[kind])[kind]
