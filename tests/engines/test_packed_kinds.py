@@ -11,17 +11,7 @@ import numpy as np
 import pytest
 import torch
 from engines.cpu_attention import packed_at_once, right
-from engines.kinds import (
-    bge_m3,
-    classifier,
-    colbert,
-    cross_encoder,
-    inference_free,
-    reranker,
-    splade,
-    splade_sum,
-    stanford,
-)
+from engines.kinds import bge_m3, classifier, colbert, inference_free, reranker, splade, stanford
 from engines.model_shapes import Shape
 
 from embedstream.dataset.values import Ragged, Values
@@ -36,7 +26,7 @@ from embedstream_worker.models import resolve_model
 
 Folder = Callable[[Shape], Path]
 
-KINDS = [splade, splade_sum, inference_free, colbert, stanford, bge_m3, cross_encoder, reranker, classifier]
+KINDS = [splade, inference_free, colbert, stanford, bge_m3, reranker, classifier]
 
 
 def started(path: Path, batches: Batches = "packed", dtype: Dtype = "float32") -> HeadedEngine:
@@ -99,7 +89,7 @@ def test_a_text_without_tokens_costs_only_itself(folder: Folder, texts: list[str
         engine.run(TokenBatch(np.zeros(0, np.int32), np.zeros(2, np.int64), 0, 0, "document"))
 
 
-@pytest.mark.parametrize("shape", [splade, bge_m3, reranker], ids=lambda shape: shape.__name__)
+@pytest.mark.parametrize("shape", [splade, reranker], ids=lambda shape: shape.__name__)
 def test_in_bfloat16_all_texts_go_at_once_and_results_are_near(
     shape: Shape, folder: Folder, texts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
