@@ -22,7 +22,7 @@ help:
 	@echo 'make mutants [MUTANTS="a b"]  breaks the code in many ways; the tests must notice each'
 	@echo 'make scale                   memory and throughput on large corpora: takes minutes'
 	@echo 'make chaos [SECONDS=600] [SEED=N]   break everything at random, then count every row'
-	@echo 'make bench                   against sentence-transformers, Infinity, ONNX Runtime: 12 minutes'
+	@echo 'make bench                   against sentence-transformers, FastEmbed, Infinity, ONNX Runtime: 20 minutes'
 	@echo 'make bench-pipeline          everything but the model, with the hashing engine'
 	@echo 'make bench-latency           one text now, during a bulk job; one text in embedded mode'
 	@echo 'make bench-footprint         disk for each way to install it, memory of a worker'

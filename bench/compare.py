@@ -1,6 +1,6 @@
 """`make bench`: one corpus, one model, one run; everybody in turn, round after round. Writes its tables in Markdown.
 
-python bench/compare.py                        about 12 minutes on 2 cores
+python bench/compare.py                        about 20 minutes on 2 cores
 python bench/compare.py --rounds 5             more rounds
 python bench/compare.py --texts 300 --long 0   a quick look
 """
@@ -39,6 +39,14 @@ GRIDS: dict[str, list[Settings]] = {
         *({**AS_IT_COMES, "dtype": "bfloat16", "batch": batch, "sorted": True} for batch in (8, 32)),
         {**AS_IT_COMES, "dtype": "bfloat16", "batch": 8},
     ],
+    "st_onnx": [
+        *({**AS_IT_COMES, "batch": batch, "sorted": True} for batch in (8, 32)),
+        {**AS_IT_COMES, "batch": 8},
+    ],
+    "fastembed_embed": [
+        {"batch": batch, "threads": None, "sorted": in_order}
+        for batch, in_order in ((256, False), (32, False), (8, False), (8, True))
+    ],
     "infinity_embed": [
         {"batch": batch, "threads": None, "dtype": dtype, "compile": False}
         for dtype, batch in (("float32", 32), ("bfloat16", 8), ("bfloat16", 32), ("bfloat16", 128))
@@ -49,6 +57,9 @@ GRIDS: dict[str, list[Settings]] = {
     ],
 }
 """Settings of which the fastest on a sample is what a peer runs with."""
+
+QUANTIZED = {"st_openvino": "static int8", "st_onnx": "dynamic int8"}
+"""Peers that run once more in int8, and how they make it."""
 
 BARE = "bare loop of the same engine"
 
@@ -111,6 +122,8 @@ def choose(task: Task, report: list[str]) -> list[Contender]:
     for script, environment, name in (
         ("st_encode", "encode", "sentence-transformers `encode`, best"),
         ("st_openvino", "openvino", "sentence-transformers `encode`, OpenVINO backend, best"),
+        ("st_onnx", "onnx", "sentence-transformers `encode`, ONNX backend, best"),
+        ("fastembed_embed", "fastembed", "FastEmbed, best"),  # of the graph that the one before leaves
         ("infinity_embed", "infinity", "Infinity, best"),
         ("onnx_loop", "encode", "bare ONNX Runtime loop, float32"),
     ):
@@ -120,9 +133,9 @@ def choose(task: Task, report: list[str]) -> list[Contender]:
             report.append(f"{name}: not measured, as it cannot be run here: {error}\n")
             continue
         chosen.append(Peer(f"{name} ({describe(best)})", script, environment, best))
-        if script == "st_openvino":
-            static: Settings = {**best, "dtype": "int8"}
-            chosen.append(Peer(f"{name} and static int8 ({describe(static)})", script, environment, static))
+        if quantized := QUANTIZED.get(script):
+            int8: Settings = {**best, "dtype": "int8"}
+            chosen.append(Peer(f"{name} and {quantized} ({describe(int8)})", script, environment, int8))
     report += ["| contender | settings | texts/s on the sample | |", "| --- | --- | ---: | --- |", *lines, ""]
     return chosen
 
@@ -170,13 +183,19 @@ def tabulate(entries: Sequence[Entry], count: int) -> str:
                 f"{ratio(entry, reference):.2f}x",
                 f"{run.tokens / entry.median():,.0f}",
                 f"{100 * (1 - run.tokens / run.computed):.1f}" if run.computed else "",
+                accuracy(float(cosines.min())),
                 f"{cosines.min():.5f}",
                 f"{cosines.mean():.5f}",
                 f"{entry.peak:,.0f}",
             ]
         )
-    head = ["contender", "texts/s: median (range)", "to `encode`", "tokens/s", "padding %", "cosine: min", "mean"]
-    return table([*head, "peak MiB"], rows)
+    head = ["contender", "texts/s: median (range)", "to `encode`", "tokens/s", "padding %", "accuracy"]
+    return table([*head, "cosine: min", "mean", "peak MiB"], rows)
+
+
+def accuracy(lowest: float) -> str:
+    """The class of a contender whose worst vector has this cosine to float32."""
+    return "float32" if lowest >= 0.99999 else "bfloat16" if lowest >= 0.999 else "int8"
 
 
 def unit(vectors: Vectors) -> Vectors:

@@ -21,6 +21,9 @@ from peers.protocol import peak_mib
 Settings = dict[str, Any]
 Vectors = npt.NDArray[np.float32]
 
+GRAPHS = {"onnx_loop": [".onnx"], "st_onnx": ["-onnx"], "fastembed_embed": ["-onnx"]}
+"""Peers that keep a model's graphs between runs, and how the name of the file or folder ends."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -67,7 +70,9 @@ class Peer:
     def start(self, task: Task) -> None:
         """Raises `NotInstalled`, and `SystemExit` if it does not run."""
         python = Path(sys.executable) if self._environment is None else python_of(self._environment)
-        graph = [str(PLACE / f"{task.folder.name}-{task.folder.parent.name}.onnx")] * (self._script == "onnx_loop")
+        graph = [
+            str(PLACE / f"{task.folder.name}-{task.folder.parent.name}{end}") for end in GRAPHS.get(self._script, [])
+        ]
         self._work = task.work
         self._log = task.work / f"{self._script}.log"
         with self._log.open("ab") as log:
