@@ -99,9 +99,10 @@ def _rows(sink: FolderSink, manifest: Manifest, columns: Sequence[str]) -> Itera
     there = [name for name in columns if name in spec.keep or (name in ("start", "end") and spec.chunking is not None)]
     for shard in manifest.shards:
         if shard.rows:
+            run_again = not shard.blocks
             for batch in sink.batches(part_file(shard.name), ["id", "chunk", "input_hash", *there], BATCH_ROWS):
                 sums = _sums(batch, columns) if columns else batch.column("input_hash")
-                if not shard.blocks:
+                if run_again:
                     sums = pa.repeat(pa.scalar(bytes(INPUT_HASH_BYTES), sums.type), len(batch))
                 yield pa.RecordBatch.from_arrays([batch.column("id"), batch.column("chunk"), sums], schema=_SUMMED)
 
