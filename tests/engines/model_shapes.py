@@ -275,7 +275,7 @@ def static_embedding(folder: Path, minilm: Path, _: list[str]) -> Path:
 
 def python_tokenizer(folder: Path, _: Path, __: list[str]) -> Path:
     """A tokenizer without a fast form: one token per byte. (Canine's lists all of Unicode, for seconds.)"""
-    tokenizer = transformers.ByT5Tokenizer(model_max_length=100)  # type: ignore[no-untyped-call]
+    tokenizer = transformers.ByT5Tokenizer(model_max_length=100)
     modules = [_transformer(folder / "base", bert_config(65_536), tokenizer), Pooling(32, "mean")]
     return _save(folder, SentenceTransformer(modules=modules, device="cpu"))
 
