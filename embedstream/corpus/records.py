@@ -127,6 +127,7 @@ class RecordReader:
         self.numbered = f"{part}-" if spec.number_rows else None
         """What the number of a row follows, as its id."""
         self._keep = spec.keep
+        self._query = spec.query_field
         self._types = spec.keep_types
         self._typed_at = [(at, spec.keep_types[name]) for at, name in enumerate(spec.keep) if name in spec.keep_types]
         self._skip_empty = spec.empty == "skip"
@@ -145,6 +146,7 @@ class RecordReader:
         self._text_at = [at[name] for name in self.texts if name in at]
         self._title_at = at.get(self.title, -1)
         self._keep_at = [at.get(name, -1) for name in spec.keep]
+        self._query_at = None if spec.query_field is None else at.get(spec.query_field)
 
     def line(self, row: int, line: bytes) -> Outcome:
         """Judge a line of JSON. Of an over-long line, more than `LONGEST_LINE_BYTES` of it are enough."""
@@ -200,6 +202,8 @@ class RecordReader:
         if not 0 < text_bytes <= self.longest_text_bytes or is_blank(text) or "\0" in text:
             return None
         if not 0 < len(id) <= LONGEST_ID_BYTES // 4 or "\0" in id:
+            return None
+        if self._query_at is not None and not _may_be_text(values[self._query_at]):
             return None
         kept: tuple[str | None, ...] = ()
         if self._keep_at:
@@ -300,6 +304,9 @@ class RecordReader:
             if found.kind in ("null", _NOT_FINITE):
                 yield None
                 continue
+            if name == self._query and found.kind != _STRING:
+                message = f"{_field(name)} is {found.kind}; the first of a pair must be a string"
+                raise RowRefused(Code.TEXT_NOT_STRING, message)
             if found.kind.startswith(_OF_TYPE) and not found.text:
                 raise RowRefused(Code.BAD_KEPT, f"{_field(name)} is {found.kind}, which JSON cannot hold")
             type = self._types.get(name, "string")
@@ -310,6 +317,11 @@ class RecordReader:
             if total > LONGEST_KEPT_BYTES:
                 raise RowRefused(Code.KEPT_TOO_LONG, f"kept fields have more than {LONGEST_KEPT_BYTES:,} bytes")
             yield found.text
+
+
+def _may_be_text(value: object) -> bool:
+    """Whether a field as it is written is a string, or null."""
+    return value is msgspec.UNSET or isinstance(value, str) or bytes(cast("msgspec.Raw", value))[:1] in (b'"', b"n")
 
 
 def duplicate_refusal(record: Record, where: str) -> Refusal:

@@ -25,7 +25,7 @@ class Code(enum.StrEnum):
     ID_TOO_LONG = "id_too_long"  # more than LONGEST_ID_BYTES
     DUPLICATE_ID = "duplicate_id"  # an earlier row of the corpus has this id
     MISSING_FIELD = "missing_field"  # none of the text fields, or not the one the spec names
-    TEXT_NOT_STRING = "text_not_string"  # text or title is not a string
+    TEXT_NOT_STRING = "text_not_string"  # text, title, or the first of a pair is not a string
     MISSING_QUERY = "missing_query"  # a pair without its first text
     BAD_RUN_LINE = "bad_run_line"  # not the six columns of a run in TREC's format
     UNKNOWN_QUERY = "unknown_query"  # of a pair of a run: there is no query of this id

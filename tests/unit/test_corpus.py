@@ -13,14 +13,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from embedstream.corpus.columns import ColumnReader
 from embedstream.corpus.cutting import cut_part
 from embedstream.corpus.duplicates import DuplicateIndex
 from embedstream.corpus.parts import Part
-from embedstream.corpus.records import LONGEST_LINE_BYTES, Outcome, RecordReader
+from embedstream.corpus.records import LONGEST_LINE_BYTES, Outcome, Record, RecordReader
 from embedstream.errors import InputError, UsageError
 from embedstream.jobs import JobSpec
 from embedstream.queue.blocks import Block, Refusal, decode_block, encode_block
@@ -390,3 +392,24 @@ def test_two_named_pipes_are_two_parts(tmp_path: Path, index: DuplicateIndex) ->
         threading.Thread(target=path.write_bytes, args=(b'{"id": %d, "text": "x"}\n' % id,)).start()
     parts = check_sources([str(path) for path in paths])
     assert ids(block for part in parts for block in part.blocks(make_spec(parts), index)) == ["0", "1"]
+
+
+@pytest.mark.parametrize("value", [7, ["a"], {"a": 1}, True])
+def test_a_pairs_first_that_is_no_text_is_refused_as_a_text_is(value: object) -> None:
+    spec = JobSpec(queue="q", output="/o", model="m", parts=("c",), keep=("query",), query_field="query")
+    row = {"id": "1", "text": "a text", "query": value}
+    reader = RecordReader(spec)
+    for outcome in (reader.line(0, json.dumps(row).encode()), reader.record(0, row)):
+        assert isinstance(outcome, Refusal)
+        assert outcome.code == "text_not_string"
+        assert '"query"' in outcome.message
+    assert isinstance(reader.line(0, json.dumps(row | {"query": "why?"}).encode()), Record)
+
+
+def test_a_column_of_numbers_is_no_first_of_a_pair() -> None:
+    spec = JobSpec(queue="q", output="/o", model="m", parts=("c",), keep=("query",), query_field="query")
+    batch = pa.record_batch({"id": ["1", "2"], "text": ["a", "b"], "query": pa.array([7, None])})
+    first, second = ColumnReader(spec, batch.schema, "c.parquet").judge(0, batch)
+    assert isinstance(first, Refusal)
+    assert first.code == "text_not_string"
+    assert isinstance(second, Record)
