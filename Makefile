@@ -12,7 +12,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 QUESTIONS := "how do I parse a date?" "read a file that is compressed" "wait for several threads to finish"
 
-.PHONY: help .venv demo quick test check mutants scale chaos bench bench-pipeline bench-latency bench-kinds bench-footprint bench-search bench-gateway bench-scale bench-gpu clean
+.PHONY: help .venv demo quick test check mutants scale chaos bench bench-quality bench-pipeline bench-latency bench-kinds bench-footprint bench-search bench-gateway bench-scale bench-gpu clean
 
 help:
 	@echo 'make demo [Q="a question"]   embed the standard library'"'"'s docstrings, then search them'
@@ -23,6 +23,7 @@ help:
 	@echo 'make scale                   memory and throughput on large corpora: takes minutes'
 	@echo 'make chaos [SECONDS=600] [SEED=N]   break everything at random, then count every row'
 	@echo 'make bench                   against sentence-transformers, FastEmbed, Infinity, ONNX Runtime: 20 minutes'
+	@echo 'make bench-quality           what bf16 and int8 cost a search: nDCG@10 on judged queries'
 	@echo 'make bench-pipeline          everything but the model, with the hashing engine'
 	@echo 'make bench-latency           one text now, during a bulk job; one text in embedded mode'
 	@echo 'make bench-footprint         disk for each way to install it, memory of a worker'
@@ -79,6 +80,9 @@ chaos: .venv/.installed
 
 bench: .venv/.installed
 	$(BIN)/python bench/compare.py $(BENCH_ARGS)
+
+bench-quality: .venv/.installed
+	$(BIN)/python bench/quality.py $(BENCH_ARGS)
 
 bench-pipeline: .venv/.installed
 	$(BIN)/python bench/pipeline.py --profile $(BENCH_ARGS)
