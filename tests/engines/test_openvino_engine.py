@@ -17,7 +17,7 @@ from embedstream.errors import ModelError
 from embedstream_worker.batching import cut_batches, gather_batch
 from embedstream_worker.engines import EngineOptions, load_engine
 from embedstream_worker.engines.base import TokenBatch, Twin
-from embedstream_worker.engines.checking import CheckFailed
+from embedstream_worker.engines.checking import CheckFailed, compare
 from embedstream_worker.engines.fastest import load_fastest
 from embedstream_worker.engines.openvino_cache import Cache
 from embedstream_worker.engines.openvino_engine import OpenVinoEngine
@@ -229,6 +229,15 @@ def test_int8_is_the_same_space_on_every_worker_that_calibrates(
     np.testing.assert_array_equal(ours, embed(second, texts[:60]))
     theirs = load_reference(small.path).encode_document(texts[:60])
     assert 0.8 <= lowest_cosine(ours, theirs) < 0.99999
+
+
+def test_int8_vectors_of_a_real_model_are_near_those_in_float32(minilm: OpenVinoEngine, texts: list[str]) -> None:
+    some = texts[::7] + texts[-5:]
+    rounded = opened(resolve_model(MINILM), "int8")
+    agreement = compare([embed(rounded, some)], [embed(minilm, some)])
+    rounded.close()
+    assert agreement.lowest >= 0.99
+    assert agreement.mean >= 0.998
 
 
 def test_int8_of_a_model_that_openvino_does_not_run_is_refused_not_replaced(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from embedstream.dataset.values import Ragged, Values
 from embedstream.outputs import Kind
 from embedstream_worker.batching import gather_batch, join_tokens
 from embedstream_worker.engines.base import HARMLESS, Results, TokenBatch, Tokens
-from embedstream_worker.engines.calibration import calibration_texts
+from embedstream_worker.engines.calibration import check_texts
 from embedstream_worker.engines.precision import Precision
 from embedstream_worker.engines.text_input import TextModel
 from embedstream_worker.tokenizing import encode_each
@@ -37,7 +37,6 @@ MOST_OFF_IN_BFLOAT16: dict[Kind, float] = {"sparse": 0.1, "multivector": 0.02, "
 thousands of numbers of its tokens' vectors; of one score.
 """
 
-_CHECK_TEXTS = 12
 _CHECK_TOKENS = 64  # of each; the original takes a second for a thousand tokens of a base model
 _LONGEST_CHECK_TOKENS = 384  # of one text; beyond that the shape changes nothing
 _PROMPT_TOKENS = 3
@@ -63,7 +62,7 @@ def check_batches(model: TextModel) -> list[TokenBatch]:
     with a prompt left out, too, if it can be; and for models that take pairs, as pairs and as single texts.
     """
     limit = min(model.input.max_length, _LONGEST_CHECK_TOKENS)
-    texts = calibration_texts()[:: len(calibration_texts()) // _CHECK_TEXTS][:_CHECK_TEXTS]
+    texts = check_texts()
     tokenizer = model.input.tokenizer()
     uneven, _ = encode_each(tokenizer, [*texts, HARMLESS], min(limit, _CHECK_TOKENS))
     alone, _ = encode_each(tokenizer, texts[:1], min(limit, _CHECK_TOKENS))
