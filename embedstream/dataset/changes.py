@@ -51,8 +51,8 @@ def write_changes(sink: FolderSink, old: Manifest, new: Manifest) -> Changes:
     """Compare two generations in one output, and write what differs; the same bytes each time.
 
     A row is changed if its text is another one, or a kept field, or where in a text it lies, or if it had failed and
-    was run again since the older generation was made: who reads that may not have it. If the spaces differ, all rows
-    that stay are changed.
+    was run again since the older generation was made: who reads that may not have it. If the spaces or the columns of
+    results differ, all rows that stay are changed.
 
     Raises:
         OutputError: shards cannot be read, or the file cannot be written.
@@ -60,6 +60,7 @@ def write_changes(sink: FolderSink, old: Manifest, new: Manifest) -> Changes:
     columns = sorted({*manifest_spec(old).keep, *manifest_spec(new).keep})
     if manifest_spec(new).chunking is not None or manifest_spec(old).chunking is not None:
         columns += ["start", "end"]
+    same_results = (old.space, old.outputs) == (new.space, new.outputs)
     pieces = (old.rows + new.rows) // ROWS_AT_ONCE + 1
     counts = Counter[Any](dict.fromkeys(KINDS, 0))
     buffer = pa.BufferOutputStream()
@@ -69,7 +70,7 @@ def write_changes(sink: FolderSink, old: Manifest, new: Manifest) -> Changes:
             pa.ipc.new_file(buffer, CHANGES_SCHEMA, options=pa.ipc.IpcWriteOptions(compression="zstd"))
         )
         for before, after in zip(olds, news, strict=True):
-            found = _compared(before(), after(), same_space=old.space == new.space)
+            found = _compared(before(), after(), same_results=same_results)
             values, numbers = pc.value_counts(found.column("change")).flatten()
             counts.update(dict(zip(values.to_pylist(), numbers.to_pylist(), strict=True)))
             writer.write_table(found, BATCH_ROWS)
@@ -154,7 +155,7 @@ def _table(batches: Iterator[pa.RecordBatch]) -> pa.Table | None:
     return pa.Table.from_batches(found) if found else None
 
 
-def _compared(before: pa.Table | None, after: pa.Table | None, *, same_space: bool) -> pa.Table:
+def _compared(before: pa.Table | None, after: pa.Table | None, *, same_results: bool) -> pa.Table:
     """Rows of two tables that are in one of them alone, or differ, in the order of their ids."""
     before = _SUMMED.empty_table() if before is None else before
     after = (_SUMMED.empty_table() if after is None else after).rename_columns(["id", "chunk", "new sum"])
@@ -163,6 +164,6 @@ def _compared(before: pa.Table | None, after: pa.Table | None, *, same_space: bo
     now: Any = joined.column("new sum")
     kinds: Any = pc.if_else(pc.is_null(was), "added", pc.if_else(pc.is_null(now), "removed", "changed"))
     found = pa.table([joined.column("id"), joined.column("chunk"), kinds], names=CHANGES_SCHEMA.names)
-    if same_space:
+    if same_results:
         found = found.filter(pc.invert(pc.fill_null(pc.equal(was, now), False)))
     return found.sort_by([("id", "ascending"), ("chunk", "ascending")]).cast(CHANGES_SCHEMA)

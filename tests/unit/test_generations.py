@@ -6,7 +6,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from lab.dataset import Dataset, make_content, make_spec, make_status
+from lab.dataset import Dataset, dense, make_content, make_spec, make_status
 
 from embedstream.dataset.changes import read_changes
 from embedstream.dataset.folder import FolderSink
@@ -108,3 +108,12 @@ def test_generations_are_compared_in_pieces_as_in_one(base: Dataset, monkeypatch
     assert (second.added, second.changed, second.removed) == (3, 0, 0)
     listed = read_changes(FolderSink(base.spec.output), second)
     assert sorted(map(str, listed["id"].to_pylist())) == ["1-0", "1-1", "1-2"]
+
+
+def test_with_other_columns_of_results_every_row_is_changed(base: Dataset) -> None:
+    spec = updating(base)
+    sink = FolderSink(base.spec.output, spec)
+    records = [sink.write_shard(make_content(spec, "a2", [(0, 0)], outputs=[dense(dtype="float16")]))]
+    made = finalize_update(sink, make_status(spec, 1), records, 2000.0, ())
+    assert made is not None
+    assert (made.changes[0].changed, made.changes[0].removed) == (3, 3)
