@@ -44,6 +44,7 @@ _EXTRAS = {
     "usearch": "usearch",
     "qdrant_client": "qdrant",
     "psycopg": "pgvector",
+    "pymilvus": "milvus",
 }
 """What an installation without extras lacks, and the extra that brings it."""
 
