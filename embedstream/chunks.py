@@ -1,4 +1,5 @@
-"""Chunks of texts: what enters the model of each, and how a producer has a process of the worker's cut texts.
+"""Chunks and tokens of texts: what enters the model of each chunk, and how a producer has a process of the worker's cut
+texts.
 
 Only that process loads tokenizers. It is `embedstream_worker.planning`, to which `Cut` is one more question.
 """
@@ -20,6 +21,18 @@ class Document(msgspec.Struct, frozen=True, array_like=True):
 
     title: str
     text: str
+
+
+class Token(msgspec.Struct, frozen=True, array_like=True):
+    """One token of what enters the model."""
+
+    id: int
+    text: str
+    """What of the input it stands for; of a special token, its name."""
+    start: int | None = None
+    """Bytes of the input, in UTF-8, before it; None for a special token."""
+    stop: int | None = None
+    """Bytes up to its end."""
 
 
 class Cut(msgspec.Struct, frozen=True, tag=True):

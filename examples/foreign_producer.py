@@ -65,6 +65,7 @@ def spec_of(queue: str, model: str, corpus: str, output: str) -> bytes:
         "task": "auto",
         "outputs": [],
         "retry": None,
+        "update": None,
         "v": 1,
     }
     return json.dumps(spec, ensure_ascii=False, separators=(",", ":")).encode()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
+from embedstream.chunks import Token
 from embedstream.errors import RequestError, UsageError
 from embedstream.jobs import check_prompting, check_setting
 from embedstream.outputs import Dtype, Kind, OutputSpec, check_outputs, parse_emit
@@ -164,18 +165,6 @@ class ReplyOutput(msgspec.Struct, frozen=True, kw_only=True):
     dim: int
     rows: tuple[bytes, ...]
     """Of each text, as a Redis hash has it."""
-
-
-class Token(msgspec.Struct, frozen=True, array_like=True):
-    """One token of what enters the model."""
-
-    id: int
-    text: str
-    """What of the input it stands for; of a special token, its name."""
-    start: int | None = None
-    """Bytes of the input, in UTF-8, before it; None for a special token."""
-    stop: int | None = None
-    """Bytes up to its end."""
 
 
 class EmbedReply(msgspec.Struct, frozen=True, kw_only=True):

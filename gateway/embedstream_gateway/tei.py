@@ -21,10 +21,10 @@ from embedstream.api.interactive import (
     MOST_TEXTS,
     MOST_TOKENIZED_BYTES,
     EmbedRequest,
-    Token,
     make_pairs,
     make_request,
 )
+from embedstream.chunks import Token
 from embedstream_gateway.answers import MOST_INPUTS, json, refuse_cut, refuse_many, shortened
 from embedstream_gateway.bodies import MOST_REQUESTS
 from embedstream_gateway.fleet import LiveModel

@@ -137,6 +137,7 @@ def test_the_report_is_one_json_object(tmp_path: Path, url: str, queue: str) -> 
     assert set(report) == {
         *("job", "state", "rows", "failed", "truncated", "duplicates", "tokens"),
         *("padding", "seconds", "output", "model", "outputs"),
+        *("reused", "embedded", "generation", "added", "changed", "removed"),
     }
     assert (report["state"], report["rows"], report["outputs"][0]["dim"]) == ("completed", 50, 2)
     manifest = read_manifest(tmp_path / "out")

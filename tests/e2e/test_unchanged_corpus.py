@@ -78,7 +78,8 @@ def test_a_finished_output_of_a_corpus_that_changed_is_refused_by_file_and_rows_
         assert (refused.returncode, refused.stdout) == (2, "")
         assert (
             f"{tmp_path / 'out'}: is finished, and was made of another corpus: {path} has {ROWS:,} rows as before, of "
-            f"which 5 lie in blocks that differ, from row {BLOCK_LIMITS.chunks + 1:,} on: write to another output (-o)"
+            f"which 5 lie in blocks that differ, from row {BLOCK_LIMITS.chunks + 1:,} on: bring it up to date "
+            f"(--update), write to another output (-o)"
         ) in refused.stderr
         if path is not paths[-1]:
             path.write_bytes(good[path.name])

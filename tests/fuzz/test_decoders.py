@@ -253,6 +253,7 @@ def test_a_job_of_any_fields(changed: dict[bytes, bytes]) -> None:
         "skipped",
         "truncated",
         "duplicates",
+        "reused",
         "tokens",
         "padded",
         "done",

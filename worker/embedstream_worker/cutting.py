@@ -9,8 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from embedstream.api.interactive import Token
-from embedstream.chunks import Document, Spans, chunk_input
+from embedstream.chunks import Document, Spans, Token, chunk_input
 from embedstream.jobs import Chunking
 from embedstream_worker.engines.base import Tokens
 from embedstream_worker.splitting import split

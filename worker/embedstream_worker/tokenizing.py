@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import tokenizers
 
-from embedstream.api.interactive import Token
+from embedstream.chunks import Token
 from embedstream.errors import ModelError
 from embedstream_worker.batching import join_tokens
 from embedstream_worker.engines.base import HARMLESS, TextTokenizer, Tokens

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from embedstream.api.interactive import Token
+from embedstream.chunks import Token
 from embedstream.errors import ModelError
 from embedstream_worker.engines.base import EngineInfo, Origin, OutputInfo, Results, Role, TokenBatch, Tokens
 
