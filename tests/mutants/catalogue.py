@@ -249,13 +249,6 @@ MUTANTS = (
         f"{CONTRACT}::test_int8_columns_have_the_ranges_of_the_first_that_says_them",
     ),
     mutant(
-        "a worker goes by its own ranges",
-        COMMIT,
-        "answer.detail if answer.code is Code.OTHER_RANGES else ranges",
-        "ranges",
-        walk("worker-with-int8-calibrate.before=pause"),
-    ),
-    mutant(
         "commit counts for a job that has ended",
         f"{SCRIPTS}/commit.lua",
         "if not is_open(state) and not closing then return {'DROPPED', state} end\n",

@@ -55,7 +55,7 @@ def run_tests(tests: Sequence[str], mutant: Mutant | None = None) -> tuple[int, 
             text=True,
             check=False,
         )
-    return done.returncode, done.stdout[-4000:] + done.stderr[-2000:]
+    return done.returncode, done.stdout[-40_000:] + done.stderr[-2000:]
 
 
 def judge(mutant: Mutant) -> tuple[str, float, str]:
@@ -66,7 +66,7 @@ def judge(mutant: Mutant) -> tuple[str, float, str]:
     why = re.search(r"^E +(.*)", words, re.MULTILINE)
     if code == RED and why is not None:
         return KILLED, seconds, why[1][:100]
-    return "SURVIVED" if code == GREEN else "NOT RUN", seconds, words
+    return "SURVIVED" if code == GREEN else "NOT RUN", seconds, words[-6000:]
 
 
 def changed_files() -> set[str]:

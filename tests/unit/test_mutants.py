@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from crash.walks import walks
 from mutants.catalogue import MUTANTS, ROOT, Mutant
 
 
@@ -21,6 +22,8 @@ def test_a_mutant_applies_and_its_tests_are_there(mutant: Mutant, tmp_path: Path
     for test in mutant.tests:
         file, name = test.split("::")
         assert re.search(rf"^(async )?def {name.partition('[')[0]}\(", (ROOT / file).read_text(), re.MULTILINE), test
+        if file.startswith("tests/crash/"):
+            assert name.partition("[")[2].removesuffix("]") in {str(walk) for walk in walks()}, test
 
 
 def test_each_mutant_has_a_name_of_its_own() -> None:
