@@ -13,6 +13,7 @@ from typing import Any
 
 import duckdb
 import polars as pl
+import psutil
 import pytest
 from lab_engines import drifting
 from langchain_core.documents import Document
@@ -230,7 +231,7 @@ def test_of_two_updates_at_once_one_comes_true_and_the_other_ends_with_a_sentenc
         tmp_path / "c.jsonl", "-o", output, "--model", "hashing", "--redis", workers.url, "--update",
         **{VARIABLE: "submit.before=pause"},
     )  # fmt: skip
-    wait_until(lambda: len(workers.broker.births()) == 1, "the slow one's job")
+    wait_until(lambda: psutil.Process(slow.pid).status() == psutil.STATUS_STOPPED, "the slow one to pause")
     submit(tmp_path / "b.jsonl", output, "--redis", workers.url, "--update")
     os.kill(slow.pid, signal.SIGCONT)
     said = "".join(slow.communicate(timeout=60))

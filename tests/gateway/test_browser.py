@@ -67,7 +67,8 @@ def page(browser: Browser, request: pytest.FixtureRequest) -> Iterator[Page]:
 
 
 def fits(page: Page) -> bool:
-    """Whether a page need not be moved sideways to be read."""
+    """Whether a page need not be moved sideways to be read, once its style is there."""
+    page.wait_for_load_state()
     return bool(page.evaluate("document.documentElement.scrollWidth <= innerWidth"))
 
 
