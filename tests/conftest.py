@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -64,14 +64,22 @@ def own_environment() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def own_logs() -> None:
-    """What libraries that other tests have loaded did to loggers does not keep records from this test."""
+def own_logs(request: pytest.FixtureRequest) -> None:
+    """What libraries that other tests have loaded did to loggers and handlers keeps no record from this test."""
     logging.disable(logging.NOTSET)
     logging.root.setLevel(logging.WARNING)
+    logging.root.filters.clear()
     for name, logger in logging.root.manager.loggerDict.items():
         if name.startswith("embedstream") and isinstance(logger, logging.Logger):
             logger.disabled, logger.propagate = False, True
             logger.setLevel(logging.NOTSET)
+            logger.filters.clear()
+    plugin: Any = request.config.pluginmanager.get_plugin("logging-plugin")
+    handler = plugin.caplog_handler
+    handler.setLevel(logging.NOTSET)
+    handler.filters.clear()
+    if handler not in logging.root.handlers:
+        logging.root.addHandler(handler)
 
 
 @contextlib.contextmanager
