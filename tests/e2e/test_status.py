@@ -196,7 +196,13 @@ def test_watching_all_queues_ends_with_ctrl_c(workers: Fleet) -> None:
     workers.start_worker()
     ours, theirs = pty.openpty()
     command = [str(BIN / "embed-status"), "--redis", workers.url, "--watch"]
-    watching = subprocess.Popen(command, stdout=theirs, stderr=theirs, env=environment(TERM="xterm", COLUMNS="200"))
+    watching = subprocess.Popen(
+        command,
+        stdout=theirs,
+        stderr=theirs,
+        env=environment(TERM="xterm", COLUMNS="200"),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell ignores it for what it starts with &
+    )
     os.close(theirs)
     read_until(ours, b"queue hashing: 1 worker, nothing queued")
     watching.send_signal(signal.SIGINT)
