@@ -437,8 +437,9 @@ def test_what_changed_since_a_generation_is_put_there_and_what_is_gone_is_remove
 @EACH
 def test_an_updated_dataset_replaces_its_earlier_export(opened: Held, tmp_path: Path) -> None:
     folder = make_dataset(tmp_path / "docs.jsonl.vectors")
-    with pytest.raises(EmbedstreamError, match="leave"):
-        export(str(folder), target(opened), "embedding", since=0)
+    for _ in range(2):  # the first try makes no place that the second could take for an export
+        with pytest.raises(EmbedstreamError, match="leave"):
+            export(str(folder), target(opened), "embedding", since=0)
     export(str(folder), target(opened), "embedding")
     update(folder)
     export(str(folder), target(opened), "embedding")

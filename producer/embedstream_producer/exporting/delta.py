@@ -37,25 +37,21 @@ class Delta:
                 last |= zip(keys_of(table), map(str, table.column("change").to_pylist()), strict=True)
         self.gone = [key for key, change in last.items() if change == "removed"]
         """Ids and chunks of rows that are not there any more."""
-        self._names: Any = pa.array([f"{chunk} {id}" for (id, chunk), change in last.items() if change != "removed"])
-        self._names = self._names.cast(pa.string())
+        differing = [f"{chunk} {id}" for (id, chunk), change in last.items() if change != "removed"]
+        self._names: Any = pa.array(differing, pa.string())
         self._retried = {shard.name for shard in manifest.shards if not shard.blocks}
         self.rows = len(self._names)
         """Rows that are new or changed, about: those that were run again after they had failed come on top."""
 
-    def of(self, batch: pa.RecordBatch, shard: str) -> pa.RecordBatch:
-        """Those rows of a shard's that a target has to be told."""
-        if shard in self._retried:
-            return batch
+    def batches(self, source: Source) -> Iterator[pa.RecordBatch]:
+        """The rows of the newest generation that a target has to be told, as `Source.batches` has them."""
+        for shard, batch in source.batches_by_shard():
+            some = batch if shard in self._retried else batch.filter(self._differ(batch))
+            if some.num_rows:
+                yield some
+
+    def _differ(self, batch: pa.RecordBatch) -> Any:
         ids: Any = batch.column("id")
         chunks: Any = batch.column("chunk").cast(pa.string())
         names: Any = pc.binary_join_element_wise(chunks, ids, " ")
-        return batch.filter(pc.is_in(names, self._names))
-
-
-def told(delta: Delta, source: Source) -> Iterator[pa.RecordBatch]:
-    """The rows of the newest generation that a target has to be told, as `Source.batches` has them."""
-    for shard, batch in source.batches_by_shard():
-        some = delta.of(batch, shard)
-        if some.num_rows:
-            yield some
+        return pc.is_in(names, self._names)

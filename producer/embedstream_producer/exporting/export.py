@@ -14,9 +14,9 @@ from embedstream.masking import mask_text
 from embedstream.outputs import Output
 from embedstream.server.connection import mask
 from embedstream.terminal import counted, echo, echo_json, printable
-from embedstream_producer.exporting.delta import Delta, told
+from embedstream_producer.exporting.delta import Delta
 from embedstream_producer.exporting.recall import K, Sample, recall
-from embedstream_producer.exporting.rows import Key, Rows, Source
+from embedstream_producer.exporting.rows import Rows, Source
 from embedstream_producer.exporting.target import Approximate, Target, Updatable
 from embedstream_producer.exporting.targets import open_target, split_target
 from embedstream_producer.progress import ProgressFormat, WorkProgress
@@ -92,21 +92,16 @@ def export(
         there = opened.check()
     if since is not None and not there:
         raise OutputError(f"{mask(target)}: holds no export of a dataset yet: leave --since out")
+    delta = None if since is None else Delta(source, since)
     reading = _Reading(source, progress)
-    rows, gone = source.rows, list[Key]()
-    if since is not None and isinstance(opened, Updatable):
-        delta = Delta(source, since)
-        rows, gone = 0, delta.gone
-        progress.begin("exporting", delta.rows)
-        with _explaining(target, opened, reading):
-            opened.remove(gone)
-            for some in reading.batches(told(delta, source)):
-                rows += some.num_rows
-                opened.merge(iter([source.split(some)]))
-    else:
-        progress.begin("exporting", source.rows)
-        with _explaining(target, opened, reading):
+    progress.begin("exporting", source.rows if delta is None else delta.rows)
+    with _explaining(target, opened, reading):
+        if delta is not None and isinstance(opened, Updatable):
+            opened.remove(delta.gone)
+            opened.merge(map(source.split, reading.batches(delta.batches(source))))
+        else:
             opened.write(_taken(source, sample, reading))
+    rows = reading.rows
     share = None
     if isinstance(opened, Approximate) and len(sample):
         progress.begin("measuring recall", source.rows)
@@ -116,7 +111,7 @@ def export(
         dataset=mask(source.address),
         target=mask(target),
         rows=rows,
-        removed=len(gone),
+        removed=0 if delta is None else len(delta.gone),
         generation=source.manifest.generation,
         column=source.output.name,
         dim=source.output.dim,
@@ -133,12 +128,15 @@ class _Reading:
     def __init__(self, source: Source, progress: WorkProgress) -> None:
         self._source, self._progress = source, progress
         self.error: BaseException | None = None
+        self.rows = 0
+        """Read so far, each time that they are read."""
 
     def batches(self, some: Iterator[pa.RecordBatch] | None = None) -> Iterator[pa.RecordBatch]:
         """All of them, or only `some`."""
         try:
             for batch in self._source.batches() if some is None else some:
                 yield batch
+                self.rows += batch.num_rows
                 self._progress.advance(batch.num_rows)
         except GeneratorExit:
             raise

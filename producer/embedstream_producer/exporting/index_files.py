@@ -6,8 +6,6 @@ takes the ids of one export for those of another, whatever is killed.
 
 from __future__ import annotations
 
-import glob
-import os
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -18,9 +16,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from embedstream.dataset.files import TEMPORARY
 from embedstream.dataset.values import Vectors
-from embedstream.errors import OutputError
+from embedstream_producer.exporting.file_place import refuse_no_file, remove_left, sync, temporary
 from embedstream_producer.exporting.rows import Key, Rows, Source, keys_of
 from embedstream_producer.exporting.target import MARK, origin_of, refuse_other
 
@@ -48,10 +45,7 @@ class IndexFiles:
         self._schema = source.payload.with_metadata({MARK: self._origin.encode()})
 
     def check(self) -> bool:
-        if not self._path.parent.is_dir():
-            raise OutputError(f"{self._path}: there is no folder {self._path.parent}: make it, or choose another place")
-        if self._path.is_dir():
-            raise OutputError(f"{self._path}: is a folder: give the name of a file")
+        refuse_no_file(self._path)
         if not self._ids.exists() and not self._path.exists():
             return False
         mark = None
@@ -61,21 +55,20 @@ class IndexFiles:
         return True
 
     def write(self, rows: Iterator[Rows]) -> None:
-        new, new_ids = (path.with_name(f".{path.name}{TEMPORARY}{os.getpid()}") for path in (self._path, self._ids))
+        new, new_ids = temporary(self._path), temporary(self._ids)
         try:
             with pq.ParquetWriter(new_ids, self._schema, compression="zstd") as writer:
                 for some in rows:
                     self._index.add(some.vectors)
                     writer.write_batch(some.payload.cast(self._schema))
             self._index.save(new)
-            _sync(new, new_ids)
+            sync(new, new_ids)
             self._path.unlink(missing_ok=True)
             new_ids.replace(self._ids)
             new.replace(self._path)
-            _sync(self._path.parent)
-            for path in (self._path, self._ids):  # what exports left that were killed
-                for left in path.parent.glob(f".{glob.escape(path.name)}{TEMPORARY}*"):
-                    left.unlink(missing_ok=True)
+            sync(self._path.parent)
+            remove_left(self._path)
+            remove_left(self._ids)
         finally:
             new.unlink(missing_ok=True)
             new_ids.unlink(missing_ok=True)
@@ -85,12 +78,3 @@ class IndexFiles:
         wanted = np.unique(numbers)
         table = pq.read_table(self._ids, columns=["id", "chunk"]).take(wanted)
         return dict(zip(wanted.tolist(), keys_of(table), strict=True))
-
-
-def _sync(*paths: Path) -> None:
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

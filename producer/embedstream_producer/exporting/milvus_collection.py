@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -47,39 +47,42 @@ class MilvusCollection:
         self._origin = origin_of(source)
         self._place = place
 
-    @contextmanager
-    def _connected(self) -> Iterator[MilvusClient]:
-        client = MilvusClient(self._place, token=os.environ.get("MILVUS_TOKEN", ""))
-        try:
-            yield client
-        finally:
-            client.close()
+    def _connected(self) -> closing[MilvusClient]:
+        return closing(MilvusClient(self._place, token=os.environ.get("MILVUS_TOKEN", "")))
 
     def check(self) -> bool:
         with self._connected() as client:
-            if client.has_collection(self._collection):
-                properties = client.describe_collection(self._collection).get("properties") or {}
-                refuse_other(self._where, properties.get(MARK), self._origin, ignored=["job"])
-                client.load_collection(self._collection)  # whoever used it last may have released it
-                return True
-            schema = MilvusClient.create_schema(auto_id=False, enable_dynamic_field=True)
-            schema.add_field(KEY, DataType.VARCHAR, is_primary=True, max_length=36)
-            schema.add_field(self._vector, DataType.FLOAT_VECTOR, dim=self._output.dim)
-            index = client.prepare_index_params()
-            graph = {"M": 16, "efConstruction": 200}
-            index.add_index(self._vector, index_type="HNSW", metric_type="COSINE", params=graph)
-            marked = {MARK: self._origin.encode()}
-            client.create_collection(self._collection, schema=schema, index_params=index, properties=marked)
-            return False
+            if not client.has_collection(self._collection):
+                return False
+            properties = client.describe_collection(self._collection).get("properties") or {}
+            refuse_other(self._where, properties.get(MARK), self._origin, ignored=["job"])
+            client.load_collection(self._collection)  # the program that used it last may have released it
+            return True
 
     def write(self, rows: Iterator[Rows]) -> None:
         with self._connected() as client:
-            for some in rows:
-                for each in in_requests(some, REQUEST_BYTES, 4):
-                    client.upsert(self._collection, self._entities(each))
+            if not client.has_collection(self._collection):
+                self._create(client)
+            self._put(client, rows)
+
+    def _create(self, client: MilvusClient) -> None:
+        schema = MilvusClient.create_schema(auto_id=False, enable_dynamic_field=True)
+        schema.add_field(KEY, DataType.VARCHAR, is_primary=True, max_length=36)
+        schema.add_field(self._vector, DataType.FLOAT_VECTOR, dim=self._output.dim)
+        index = client.prepare_index_params()
+        graph = {"M": 16, "efConstruction": 200}
+        index.add_index(self._vector, index_type="HNSW", metric_type="COSINE", params=graph)
+        marked = {MARK: self._origin.encode()}
+        client.create_collection(self._collection, schema=schema, index_params=index, properties=marked)
 
     def merge(self, rows: Iterator[Rows]) -> None:
-        self.write(rows)
+        with self._connected() as client:
+            self._put(client, rows)
+
+    def _put(self, client: MilvusClient, rows: Iterator[Rows]) -> None:
+        for some in rows:
+            for each in in_requests(some, REQUEST_BYTES, 4):
+                client.upsert(self._collection, self._entities(each))
 
     def remove(self, keys: Sequence[Key]) -> None:
         with self._connected() as client:

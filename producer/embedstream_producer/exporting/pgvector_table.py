@@ -61,30 +61,33 @@ class PgvectorTable:
 
     def check(self) -> bool:
         with psycopg.connect(self._place) as database:
-            database.execute("CREATE EXTENSION IF NOT EXISTS vector")
             name = self._table.as_string(database)
             found = database.execute(
                 "SELECT to_regclass(%s), obj_description(to_regclass(%s))", (name, name)
             ).fetchone()
             assert found is not None
-            if found[0] is not None:
-                mark = (found[1] or "").removeprefix(f"{MARK}: ")
-                refuse_other(self._where, mark, self._origin, ignored=["job"])
-                return True
-            kinds = [sql.SQL(kind) for kind in self._types] + [sql.SQL(f"{self._type}({self._output.dim}) NOT NULL")]
-            columns = [
-                sql.SQL("{} {}").format(sql.Identifier(name), kind)
-                for name, kind in zip(self._columns, kinds, strict=True)
-            ]
-            database.execute(
-                sql.SQL("CREATE TABLE {} ({}, PRIMARY KEY (id, chunk))").format(
-                    self._table, sql.SQL(", ").join(columns)
-                )
-            )
-            database.execute(
-                sql.SQL("COMMENT ON TABLE {} IS {}").format(self._table, f"{MARK}: {self._origin.encode()}")
-            )
-            return False
+            if found[0] is None:
+                return False
+            mark = (found[1] or "").removeprefix(f"{MARK}: ")
+            refuse_other(self._where, mark, self._origin, ignored=["job"])
+            return True
+
+    def write(self, rows: Iterator[Rows]) -> None:
+        with psycopg.connect(self._place) as database:
+            database.execute("CREATE EXTENSION IF NOT EXISTS vector")
+            if database.execute("SELECT to_regclass(%s)", (self._table.as_string(database),)).fetchone() == (None,):
+                self._create(database)
+        self.merge(rows)
+
+    def _create(self, database: psycopg.Connection[Any]) -> None:
+        kinds = [sql.SQL(kind) for kind in self._types] + [sql.SQL(f"{self._type}({self._output.dim}) NOT NULL")]
+        columns = [
+            sql.SQL("{} {}").format(sql.Identifier(name), kind) for name, kind in zip(self._columns, kinds, strict=True)
+        ]
+        database.execute(
+            sql.SQL("CREATE TABLE {} ({}, PRIMARY KEY (id, chunk))").format(self._table, sql.SQL(", ").join(columns))
+        )
+        database.execute(sql.SQL("COMMENT ON TABLE {} IS {}").format(self._table, f"{MARK}: {self._origin.encode()}"))
 
     def remove(self, keys: Sequence[Key]) -> None:
         gone = sql.SQL("DELETE FROM {} WHERE id = %s AND chunk = %s").format(self._table)
@@ -92,9 +95,6 @@ class PgvectorTable:
             cursor.executemany(gone, [(id.replace("\0", "\ufffd"), chunk) for id, chunk in keys])
 
     def merge(self, rows: Iterator[Rows]) -> None:
-        self.write(rows)
-
-    def write(self, rows: Iterator[Rows]) -> None:
         columns = sql.SQL(", ").join(map(sql.Identifier, self._columns))
         renewed = sql.SQL(", ").join(sql.SQL("{0} = EXCLUDED.{0}").format(sql.Identifier(n)) for n in self._columns)
         begin = sql.SQL("CREATE TEMP TABLE new (LIKE {}) ON COMMIT DROP").format(self._table)

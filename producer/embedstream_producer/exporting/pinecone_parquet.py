@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import glob
-import os
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -14,8 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from embedstream.dataset.files import TEMPORARY
-from embedstream.errors import OutputError, UsageError
+from embedstream.errors import UsageError
+from embedstream_producer.exporting.file_place import refuse_no_file, remove_left, sync, temporary
 from embedstream_producer.exporting.rows import Rows, Source, plain
 from embedstream_producer.exporting.target import MARK, origin_of, refuse_other
 
@@ -39,10 +37,7 @@ class PineconeParquet:
         self._schema = pa.schema(fields, metadata={MARK: self._origin.encode()})
 
     def check(self) -> bool:
-        if not self._path.parent.is_dir():
-            raise OutputError(f"{self._path}: there is no folder {self._path.parent}: make it, or choose another place")
-        if self._path.is_dir():
-            raise OutputError(f"{self._path}: is a folder: give the name of a file")
+        refuse_no_file(self._path)
         if not self._path.exists():
             return False
         mark = None
@@ -52,16 +47,15 @@ class PineconeParquet:
         return True
 
     def write(self, rows: Iterator[Rows]) -> None:
-        new = self._path.with_name(f".{self._path.name}{TEMPORARY}{os.getpid()}")
+        new = temporary(self._path)
         try:
             with pq.ParquetWriter(new, self._schema, compression="zstd") as writer:
                 for some in rows:
                     writer.write_batch(self._batch(some))
-            with new.open("rb") as file:
-                os.fsync(file.fileno())
+            sync(new)
             new.replace(self._path)
-            for left in self._path.parent.glob(f".{glob.escape(self._path.name)}{TEMPORARY}*"):
-                left.unlink(missing_ok=True)  # of exports that were killed
+            sync(self._path.parent)
+            remove_left(self._path)
         finally:
             new.unlink(missing_ok=True)
 

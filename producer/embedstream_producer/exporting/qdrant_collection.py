@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -46,30 +46,16 @@ class QdrantCollection:
         if "://" in place:
             self._at = {"url": place, "api_key": os.environ.get("QDRANT_API_KEY"), "timeout": SECONDS}
 
-    @contextmanager
-    def _connected(self) -> Iterator[QdrantClient]:
-        client = QdrantClient(**self._at, check_compatibility=False)
-        try:
-            yield client
-        finally:
-            client.close()
+    def _connected(self) -> closing[QdrantClient]:
+        return closing(QdrantClient(**self._at, check_compatibility=False))
 
     def check(self) -> bool:
         with self._connected() as client:
-            if client.collection_exists(self._collection):
-                metadata = client.get_collection(self._collection).config.metadata or {}
-                refuse_other(self._where, metadata.get(MARK), self._origin, ignored=["job"])
-                return True
-            client.create_collection(
-                self._collection,
-                models.VectorParams(
-                    size=self._output.dim,
-                    distance=models.Distance.COSINE,
-                    datatype=models.Datatype.FLOAT16 if self._output.dtype == "float16" else models.Datatype.FLOAT32,
-                ),
-                metadata={MARK: self._origin.encode()},
-            )
-            return False
+            if not client.collection_exists(self._collection):
+                return False
+            metadata = client.get_collection(self._collection).config.metadata or {}
+            refuse_other(self._where, metadata.get(MARK), self._origin, ignored=["job"])
+            return True
 
     def remove(self, keys: Sequence[Key]) -> None:
         with self._connected() as client:
@@ -77,14 +63,30 @@ class QdrantCollection:
                 ids: Any = [uuid_of(key) for key in keys[start : start + KEYS_AT_ONCE]]
                 client.delete(self._collection, models.PointIdsList(points=ids))
 
-    def merge(self, rows: Iterator[Rows]) -> None:
-        self.write(rows)
-
     def write(self, rows: Iterator[Rows]) -> None:
         with self._connected() as client:
-            for some in rows:
-                for points in batches(some):
-                    client.upsert(self._collection, points)
+            if not client.collection_exists(self._collection):
+                client.create_collection(
+                    self._collection,
+                    models.VectorParams(
+                        size=self._output.dim,
+                        distance=models.Distance.COSINE,
+                        datatype=models.Datatype.FLOAT16
+                        if self._output.dtype == "float16"
+                        else models.Datatype.FLOAT32,
+                    ),
+                    metadata={MARK: self._origin.encode()},
+                )
+            self._put(client, rows)
+
+    def merge(self, rows: Iterator[Rows]) -> None:
+        with self._connected() as client:
+            self._put(client, rows)
+
+    def _put(self, client: QdrantClient, rows: Iterator[Rows]) -> None:
+        for some in rows:
+            for points in batches(some):
+                client.upsert(self._collection, points)
 
     def search(self, queries: Vectors, k: int) -> list[list[Key]]:
         requests = [

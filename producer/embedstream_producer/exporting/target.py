@@ -23,10 +23,14 @@ class Target(Protocol):
         """What its library raises where the place cannot be reached, read or written."""
 
     def check(self) -> bool:
-        """Refuse a place that holds something else; whether an export lies there. Raises `OutputError`."""
+        """Refuse a place that holds something else; whether an export lies there. Changes nothing.
+
+        Raises `OutputError`.
+        """
 
     def write(self, rows: Iterator[Rows]) -> None:
-        """Put all rows there; those of an earlier export of the dataset are replaced by their ids."""
+        """Make the place if need be, and put all rows there; those of an earlier export of the dataset are replaced by
+        their ids."""
 
 
 @runtime_checkable
