@@ -236,6 +236,11 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     before: tuple[str, ...] = ()
     """Jobs of older generations, whose files count no more."""
 
+    @property
+    def embedded(self) -> int:
+        """Rows that the model ran for."""
+        return self.rows - self.reused - self.duplicates
+
 
 class ManifestPart(msgspec.Struct, frozen=True):
     """One input."""

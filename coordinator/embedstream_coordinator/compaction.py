@@ -111,14 +111,8 @@ def replace_manifest(
 
 def remove_unlisted(sink: FolderSink, manifest: Manifest) -> int:
     """Remove shards of the dataset's jobs that its manifest does not list; returns how many. Raises `OutputError`."""
-    listed = {part_file(shard.name) for shard in manifest.shards}
     jobs = {manifest.job, *manifest.retries}
-    names = []
-    for file in sink.files.names():
-        if file.startswith("part-") and file.endswith(".parquet") and file not in listed:
-            shard = sink.footer(file)[0].shard
-            if shard.job in jobs and part_file(shard.name) == file:
-                names.append(shard.name)
+    names = [footer.shard.name for footer in sink.unlisted(manifest) if footer.shard.job in jobs]
     if names:
         sink.files.remove([each for name in names for each in (part_file(name), errors_file(name))])
     return len(names)

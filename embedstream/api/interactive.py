@@ -72,7 +72,7 @@ class EmbedRequest(msgspec.Struct, frozen=True, kw_only=True):
     id: str = ""
     """By which its sender knows it, for a worker's log."""
     trace: str = ""
-    """`Step.trace` of whoever asks."""
+    """`Step.trace` of the program that asks."""
     outputs: tuple[OutputSpec, ...] = ()
     """To embed: what is wanted of each text; empty: vectors in float32."""
     add_special_tokens: bool = True

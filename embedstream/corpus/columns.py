@@ -145,7 +145,7 @@ class ColumnReader:
                 continue
             values, readable = _as_strings(batch.column(name))
             if name == self._spec.query_field and not pa.types.is_string(batch.column(name).type):
-                readable = pc.and_(readable, values.is_null())  # each such row is told of by itself
+                readable = pc.and_(readable, values.is_null())  # `RecordReader` refuses each such row
             texts = values.to_pylist()
             unusual = pc.match_substring(values, "\0").fill_null(False)
             clean = pc.and_(clean, pc.and_not(readable, unusual))

@@ -71,8 +71,7 @@ def write_changes(sink: FolderSink, old: Manifest, new: Manifest) -> Changes:
         )
         for before, after in zip(olds, news, strict=True):
             found = _compared(before(), after(), same_results=same_results)
-            values, numbers = pc.value_counts(found.column("change")).flatten()
-            counts.update(dict(zip(values.to_pylist(), numbers.to_pylist(), strict=True)))
+            counts.update(count_changes(found))
             writer.write_table(found, BATCH_ROWS)
     name = changes_file(new.job)
     _, sha256 = sink.files.write(name, [buffer.getvalue()])
@@ -92,6 +91,13 @@ def read_changes(sink: FolderSink, changes: Changes) -> pa.Table:
     if not table.schema.equals(CHANGES_SCHEMA):
         raise OutputError(f"{path}: other columns than {', '.join(CHANGES_SCHEMA.names)}: restore the file")
     return table
+
+
+def count_changes(table: pa.Table) -> dict[Any, int]:
+    """How many rows of each kind, of those that are there."""
+    kinds, numbers = pc.value_counts(table.column("change")).flatten()
+    found: list[Any] = numbers.to_pylist()
+    return dict(zip(kinds.to_pylist(), found, strict=True))
 
 
 def _rows(sink: FolderSink, manifest: Manifest, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:

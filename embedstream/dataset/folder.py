@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Container, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain, islice
 from typing import Any
 
@@ -31,7 +31,7 @@ from embedstream.dataset.parquet import Footer, encode_data, read_footer
 from embedstream.dataset.parquet_rows import RowsRefused, rows_at_once
 from embedstream.dataset.schema import ErrorRow, dataset_schema, errors_schema, placed_errors
 from embedstream.dataset.storage import Storage, storage_of
-from embedstream.errors import OutputError, UsageError
+from embedstream.errors import OutputError
 from embedstream.jobs import JobSpec
 from embedstream.records import Manifest, ManifestShard, ShardContent, ShardRecord, errors_file, part_file
 from embedstream.server.connection import mask
@@ -224,23 +224,26 @@ class FolderSink:
             log.warning("%s; it counts for nothing, as the manifest does not list it", error)
 
     def _older(self, manifest: Manifest) -> set[str]:
-        """Files of older generations, and of other updates that began with one of them. Not of one that begins now."""
-        if not manifest.generation:
+        """Files of older generations, and of updates that came to nothing. Not of one that begins now."""
+        if manifest_spec(manifest).update is None:
             return set()
-        listed, found, digest = {part_file(shard.name) for shard in manifest.shards}, set[str](), ""
-        for name in self._part_files():
-            if name in listed:
-                continue
-            try:
-                footer, _ = self.footer(name)
-                update = footer.job_spec().update
-            except (OutputError, UsageError):
-                continue
-            digest = digest or manifest_digest(manifest)
-            over = update is not None and footer.shard.job != manifest.job and update.manifest != digest
-            if footer.shard.job in manifest.before or over:
-                found |= {name, errors_file(name.removeprefix("part-").removesuffix(".parquet"))}
+        found, digest = set[str](), manifest_digest(manifest)
+        for footer in self.unlisted(manifest):
+            job, update = footer.shard.job, footer.job_spec().update
+            if job in manifest.before or (update is not None and job != manifest.job and update.manifest != digest):
+                found |= {part_file(footer.shard.name), errors_file(footer.shard.name)}
         return found
+
+    def unlisted(self, manifest: Manifest) -> Iterator[Footer]:
+        """What shards say of themselves that the manifest does not list. Damaged ones, and others' files, are left
+        out."""
+        listed = {part_file(shard.name) for shard in manifest.shards}
+        for name in self._part_files():
+            if name not in listed:
+                with suppress(OutputError):
+                    footer, _ = self.footer(name)
+                    if part_file(footer.shard.name) == name:
+                        yield footer
 
     def mend(self, manifest: Manifest) -> None:
         """Write `_errors.jsonl` again if its lines are not as many as the manifest says, and the card if it is not the

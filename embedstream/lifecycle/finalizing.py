@@ -90,32 +90,18 @@ def _write_manifest(
     lease: Lease,
 ) -> tuple[JobState, Manifest | None]:
     """How the job ends, and the manifest that says so."""
-    if status.spec.updates:
-        return _write_update(sink, status, list(shards), contents, lease)
-    if status.spec.retry is None:
-        bound = parse_max_errors(status.max_errors)
-        state = JobState(lease.verdict) if lease.verdict else verdict(status.rows, status.failed, bound)
+    spec, bound = status.spec, parse_max_errors(status.max_errors)
+    by_rows = verdict(status.rows, status.failed, bound) if spec.retry is None else JobState.COMPLETED
+    state = JobState(lease.verdict) if lease.verdict else by_rows
+    if spec.retry is None and not spec.updates:
         ended = finalize(sink, status, shards, state, lease.now / 1000, contents)
         return JobState(ended.state), ended
-    if lease.verdict and not is_finished(sink.read_manifest(), status.spec):
-        return JobState(lease.verdict), None  # the dataset stays as it was; the same command goes on
-    manifest = finalize_retry(sink, status, list(shards))
-    return JobState.FAILED if manifest is None else JobState.COMPLETED, manifest
-
-
-def _write_update(
-    sink: Sink,
-    status: JobStatus,
-    shards: Sequence[ShardRecord],
-    contents: Sequence[PartContent | None],
-    lease: Lease,
-) -> tuple[JobState, Manifest | None]:
-    """As `_write_manifest`. A job that did not end well leaves the dataset as it was; the same command goes on."""
-    state = verdict(status.rows, status.failed, parse_max_errors(status.max_errors))
-    state = JobState(lease.verdict) if lease.verdict else state
-    if state is not JobState.COMPLETED and not is_finished(sink.read_manifest(), status.spec):
-        return state, None
-    manifest = finalize_update(sink, status, shards, lease.now / 1000, contents)
+    if state is not JobState.COMPLETED and not is_finished(sink.read_manifest(), spec):
+        return state, None  # the dataset stays as it was; the same command goes on
+    if spec.updates:
+        manifest = finalize_update(sink, status, list(shards), lease.now / 1000, contents)
+    else:
+        manifest = finalize_retry(sink, status, list(shards))
     return JobState.FAILED if manifest is None else JobState.COMPLETED, manifest
 
 

@@ -307,8 +307,10 @@ def open_job(
 def _stands(sink: Sink, spec: JobSpec) -> bool:
     """Whether a manifest shows that the job was completed."""
     manifest = sink.read_manifest()
-    if manifest is None or spec.updates:
-        return manifest is not None and manifest.job == spec.job
+    if manifest is None:
+        return False
+    if spec.updates:
+        return manifest.job == spec.job
     return spec.retry is None or spec.job in manifest.retries
 
 

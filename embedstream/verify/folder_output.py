@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from io import BufferedReader
@@ -14,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from embedstream.dataset.card import CARD
-from embedstream.dataset.changes import KINDS, read_changes
+from embedstream.dataset.changes import KINDS, count_changes, read_changes
 from embedstream.dataset.folder import BATCH_ROWS, ERRORS, MANIFEST, FolderSink
 from embedstream.dataset.input_hash import entered, text_digests
 from embedstream.dataset.manifest import manifest_spec
@@ -114,12 +113,12 @@ class FolderCheck:
                 self._lost(Kind.MISSING_FILE, "the manifest lists this file, and it is not there", changes.file)
                 continue
             try:
-                found = Counter(read_changes(self.sink, changes).column("change").to_pylist())
+                found = count_changes(read_changes(self.sink, changes))
             except OutputError as error:
                 self._lost(Kind.UNREADABLE, self._why(changes.file, error), changes.file)
                 continue
             for kind in KINDS:
-                self._count(changes.file, f"rows {kind}", getattr(changes, kind), found[kind])
+                self._count(changes.file, f"rows {kind}", getattr(changes, kind), found.get(kind, 0))
 
     def _sums(self, shard: ManifestShard) -> _Sums:
         sums: _Sums = []

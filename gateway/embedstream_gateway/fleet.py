@@ -61,9 +61,8 @@ class Fleet:
             BrokerError: Redis cannot be used.
         """
         models = await self.models()
-        if not any(
-            self._seen.values()
-        ):  # as in a Redis that was emptied: workers say within seconds that they are there
+        if not any(self._seen.values()):
+            # As in a Redis that was emptied: workers say within seconds that they are there.
             raise unavailable("no worker is known: start one with embed-worker, or try again")
         if name is None:
             return self._only(models, kind)

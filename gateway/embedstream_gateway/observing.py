@@ -25,7 +25,7 @@ current_trace: ContextVar[str] = ContextVar("current_trace", default="")
 """`Step.trace` of it."""
 
 _UNTRACED = frozenset(("/health", "/healthz", "/readyz", "/metrics"))
-"""Asked for every few seconds, and of nobody's interest."""
+"""Asked for every few seconds, and of no interest."""
 
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 

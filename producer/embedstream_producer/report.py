@@ -72,7 +72,7 @@ def from_manifest(manifest: Manifest) -> Report:
         truncated=manifest.truncated,
         duplicates=manifest.duplicates,
         reused=manifest.reused,
-        embedded=manifest.rows - manifest.reused - manifest.duplicates,
+        embedded=manifest.embedded,
         generation=manifest.generation,
         added=last.added if last else 0,
         changed=last.changed if last else 0,

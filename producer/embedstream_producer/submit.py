@@ -316,12 +316,7 @@ class Run:
             self.was_finished = True
             self.sink.mend(manifest)
             return self._finish(report.from_manifest(manifest))
-        if self._updating is not None and not self._updating.source:
-            manifest = None
-        elif self._failed is None:
-            manifest = finished_manifest(self.sink, self.spec)
-        else:
-            manifest = None if len(self._failed) else self._failed.manifest
+        manifest = self._finished()
         if manifest is not None:
             self.was_finished = True
             if not self.options.trust_unchanged:
@@ -340,6 +335,12 @@ class Run:
             return self._embedded()
         with made_folders(self.spec.output):
             return self._fleet(self.options.redis_url)
+
+    def _finished(self) -> Manifest | None:
+        """The manifest of a job of which nothing is left to do."""
+        if self._failed is not None:
+            return None if len(self._failed) else self._failed.manifest
+        return None if self.spec.updates else finished_manifest(self.sink, self.spec)
 
     def _begin_update(self, updating: Updating) -> Manifest | None:
         """Make the job one that updates; returns the manifest of a dataset that is up to date instead."""
@@ -424,10 +425,10 @@ class Run:
             return self._end(status)
 
     def _end_others(self, broker: Broker) -> None:
-        """End updates of this output that were broken off, of another corpus, or with other settings."""
+        """Before an update, end what was broken off in its output: with another corpus, or other settings."""
         for job in broker.births():
-            if job != self.spec.job and self.spec.updates:
-                broker.run(broker.cancel(job, JobState.CANCELLED, "another update of the same dataset was begun since"))
+            if job != self.spec.job and self.spec.update is not None:
+                broker.run(broker.cancel(job, JobState.CANCELLED, "an update of the same output was begun since"))
 
     def _worker_flags(self) -> tuple[str, ...]:
         """Of embed-worker. A corpus that fits into one window is embedded before a warm-up would have been over."""

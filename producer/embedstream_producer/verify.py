@@ -120,7 +120,7 @@ def verify(output: str, corpus: Sequence[str], redis_url: str | None, progress: 
         rows=manifest.rows,
         failed=manifest.failed,
         reused=manifest.reused,
-        embedded=manifest.rows - manifest.reused - manifest.duplicates,
+        embedded=manifest.embedded,
         removed=manifest.changes[-1].removed if manifest.changes else 0,
         generation=manifest.generation,
         shards=len(manifest.shards),

@@ -55,7 +55,7 @@ GATEWAY_ORDERS = (
 
 
 def free_port() -> int:
-    """One that nobody listens at now."""
+    """One that no gateway listens at now."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port: int = listener.getsockname()[1]
     return port

@@ -172,6 +172,18 @@ def test_vectors_are_taken_over_into_a_new_output_and_the_older_dataset_stays(tm
     assert run("embed-verify", output).returncode == 0
 
 
+def test_taking_over_that_was_broken_off_leaves_nothing_when_it_begins_anew(tmp_path: Path) -> None:
+    path, output, new = tmp_path / "c.jsonl", tmp_path / "out", tmp_path / "new"
+    write_corpus(path, 300)
+    submit(path, output)
+    submit(path, new, "--update-from", output, code=-9, **{VARIABLE: "take_finalize.before=kill"})
+    assert [*new.glob("part-*")], "shards of the one that was broken off"
+    texts = write_corpus(path, 300, seed=1)
+    submit(path, new, "--update-from", output)
+    assert_exact(new, texts, every=50)
+    assert len([*new.glob("part-*")]) == len(read_manifest(new)["shards"])
+
+
 def test_failed_rows_are_tried_again_and_shards_merged_in_a_dataset_that_was_updated(tmp_path: Path) -> None:
     path, output = tmp_path / "c.jsonl", tmp_path / "out"
     rows: list[Row] = [(f"id-{i}", f"text {i}", "en") for i in range(50)]

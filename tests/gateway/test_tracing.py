@@ -1,4 +1,4 @@
-"""Traces by OpenTelemetry: one text's way over gateway, queue and worker, as a collector is told of it."""
+"""Traces by OpenTelemetry: one text's way over gateway, queue and worker, as a collector receives it."""
 
 from __future__ import annotations
 
