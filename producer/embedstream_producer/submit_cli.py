@@ -235,7 +235,8 @@ def embed_submit(
     # Not at the top: loading it takes a while, in which Ctrl-C shall end this command as at any other time. But not by
     # an exception: native modules do not all bear one while they are made.
     on_signals(_leave, INTERRUPTED)
-    from embedstream_producer.submit import Options, submit
+    from embedstream_producer.options import Options
+    from embedstream_producer.submit import submit
 
     on_signals(_interrupt, INTERRUPTED)
     given = {"--device": device, "--engine": engine, "--dtype": dtype}

@@ -30,7 +30,7 @@ from embedstream.queue.refusals import Code
 from embedstream.records import PartContent
 from embedstream.settings import BLOCK_LIMITS
 from embedstream_producer.corpus import check_sources, total_bytes
-from embedstream_producer.submit import Options, resolve_output
+from embedstream_producer.options import Options, resolve_output
 
 
 def make_spec(parts: Sequence[Part], **changed: Any) -> JobSpec:

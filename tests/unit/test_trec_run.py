@@ -17,7 +17,8 @@ from embedstream.errors import EmbedstreamError, InputError, UsageError
 from embedstream.jobs import JobSpec, decode_spec
 from embedstream.lifecycle.opening import make_spec
 from embedstream.queue.blocks import Block
-from embedstream_producer.submit import Options, submit
+from embedstream_producer.options import Options
+from embedstream_producer.submit import submit
 from embedstream_producer.trec_run import check_run
 
 RUN = """\
